@@ -1,0 +1,36 @@
+"""The clipped surrogate, the KL term, and what the ratio says about the update. Needs torch alone.
+
+Shapes: B rows (samples). Everything is per row; the script averages, because methods weigh rows differently.
+"""
+
+import torch
+
+
+def clipped_surrogate(ratio, advantages, clip_range):
+    """-min(rho * A, clip(rho, 1 - c, 1 + c) * A): ratio [B], advantages [B] -> [B]. DanceGRPO 2505.07818; BPGO 2511.18919 eq 1."""
+    assert ratio.shape == advantages.shape, f"ratio {tuple(ratio.shape)}, advantages {tuple(advantages.shape)}"
+    return -torch.minimum(ratio * advantages, ratio.clamp(1 - clip_range, 1 + clip_range) * advantages)
+
+
+def gaussian_kl(mean, reference_mean, std):
+    """KL of two Gaussians of equal standard deviation, |mean - reference_mean|^2 / (2 std^2), averaged over dimensions:
+    means [B, ...], std a scalar (not 0) or broadcastable -> [B]. Flow-GRPO 2505.05470."""
+    return ((mean - reference_mean) ** 2 / (2 * std**2)).flatten(1).mean(1)
+
+
+@torch.no_grad()
+def diagnostics(ratio, clip_range, weight, loss, update):
+    """Sums over the rows that count (weight > 0) of a micro-batch: ratio [B], weight [B], loss scalar -> {name: scalar}.
+
+    ratio_error max |rho - 1| before the first update (0) must be rounding: more means that the two passes differ.
+    approx_kl is Schulman's non-negative estimate (rho - 1) - log rho of KL(old || new).
+    """
+    counts = (weight > 0).float()
+    error = (ratio - 1).abs() * counts
+    return {
+        "ratio_error": error.max() * (update == 0),
+        "clip_fraction": (error > clip_range).float().sum(),
+        "approx_kl": ((ratio - 1 - ratio.log()) * counts).sum(),
+        "loss": loss.detach(),
+        "rows": counts.sum(),
+    }

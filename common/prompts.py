@@ -1,0 +1,40 @@
+"""Prompt files and the deterministic order in which a run visits them."""
+
+from pathlib import Path
+
+import torch
+
+from common.errors import InputError
+
+
+def read_prompts(path):
+    """One prompt a line, UTF-8 (a byte-order mark is dropped), blank lines skipped -> [str]. Raises InputError with what to do."""
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise InputError(
+            f"prompts: cannot read {path} ({error.strerror}); give a text file with one prompt a line"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"prompts: {path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+    prompts = [line.strip() for line in text.splitlines() if line.strip()]
+    if not prompts:
+        raise InputError(f"prompts: {path} has no prompt in it; give a text file with one prompt a line")
+    return prompts
+
+
+def prompts_of_step(prompts, step, number, seed):
+    """The `number` prompts of a step: every epoch is a new permutation, and no state is kept, so a resumed run visits the same.
+
+    A prompt may occur twice in one step where an epoch ends; groups are told apart by their number, never by their text.
+    """
+    first = step * number
+    return [
+        prompts[_permutation(len(prompts), seed, i // len(prompts))[i % len(prompts)]]
+        for i in range(first, first + number)
+    ]
+
+
+def _permutation(length, seed, epoch):
+    generator = torch.Generator().manual_seed((seed * 0x9E3779B1 + epoch) & 0xFFFFFFFF)
+    return torch.randperm(length, generator=generator).tolist()

@@ -1,0 +1,130 @@
+"""What a run leaves to look at: metrics.jsonl, trackers, sample grids, the reward plot, the progress bar and the last line."""
+
+import importlib.util
+import json
+import time
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+from tqdm import tqdm
+
+from common.errors import InputError
+
+
+class Report:
+    """Writes on the main process only. Rows of metrics.jsonl from `start` on are dropped: a resumed run writes them again."""
+
+    def __init__(self, run, start):
+        self.run, self.path = run, run.output / "metrics.jsonl"
+        self.rows = []
+        if run.is_main:
+            if start and self.path.exists():
+                self.rows = [
+                    row for row in map(_json, self.path.read_text().splitlines()) if row and row["step"] < start
+                ]
+            self.path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+        if run.args.tracker == "wandb" and importlib.util.find_spec("wandb") is None:
+            raise InputError(
+                "--tracker wandb: the package is not installed; pip install wandb, or use --tracker tensorboard"
+            )
+        run.accelerator.init_trackers("vgrpo", {name: str(value) for name, value in vars(run.args).items()})
+
+    def steps(self, start, stop):
+        """The step numbers, behind a progress bar with reward, ratio error and the time left."""
+        self.bar = tqdm(
+            range(start, stop), initial=start, total=stop, disable=not self.run.is_main, dynamic_ncols=True, unit="step"
+        )
+        return self.bar
+
+    def log(self, step, metrics):
+        """Appends one row to metrics.jsonl and sends it to the tracker. metrics: {name: number or tensor of one element}."""
+        row = {"step": step, **{name: float(value) for name, value in metrics.items()}}
+        self.rows.append(row)
+        self.run.accelerator.log({name: value for name, value in row.items() if name != "step"}, step=step)
+        if self.run.is_main:
+            with self.path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            if "reward_mean" in row:
+                self.bar.set_postfix(reward=f"{row['reward_mean']:.3f}", ratio_error=f"{row['ratio_error']:.0e}")
+
+    def samples(self, step, images, prompts, rewards):
+        """samples/step_NNNNNN.png: up to 16 images [n, 3, H, W] in [0, 1] with their prompts and rewards [n]."""
+        if self.run.is_main:
+            folder = self.run.output / "samples"
+            folder.mkdir(exist_ok=True)
+            save_grid(folder / f"step_{step:06d}.png", images[:16], prompts[:16], rewards[:16])
+            self.plot()
+
+    def plot(self):
+        """reward.png: the training reward of each step, and the held-out one."""
+        if self.run.is_main:
+            save_curve(self.run.output / "reward.png", self.rows)
+
+    def finish(self, step, metrics, export):
+        """Logs the last evaluation, closes everything, and says what came out and where to look."""
+        if metrics:
+            self.log(step, metrics)
+        self.plot()
+        self.bar.close()
+        self.run.accelerator.end_training()
+        held_out = [row["eval_reward"] for row in self.rows if "eval_reward" in row]
+        if held_out:
+            self.run.print(
+                f"held-out reward {held_out[0]:.3f} -> {held_out[-1]:.3f} ({held_out[-1] - held_out[0]:+.3f}; fixed prompts and noise, no noise in sampling)"
+            )
+        self.run.print(
+            f"look at {self.run.output}/reward.png and {self.run.output}/samples; the trained model: {export}"
+        )
+
+
+class Clock:
+    """Seconds between laps, of finished work: waits for the accelerator."""
+
+    def __init__(self, device):
+        self.device, self.last = device, time.perf_counter()
+
+    def lap(self):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        before, self.last = self.last, time.perf_counter()
+        return self.last - before
+
+
+def save_grid(path, images, prompts, rewards, columns=4):
+    """A PNG of images [n, 3, H, W] in [0, 1], each with its prompt and reward under it."""
+    lines = -(-len(images) // columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(2.4 * columns, 2.8 * lines), squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, image, prompt, reward in zip(axes.flat, images, prompts, rewards):
+        axis.imshow(image.float().clamp(0, 1).movedim(0, -1).cpu().numpy(), interpolation="nearest")
+        text = prompt if len(prompt) <= 60 else prompt[:57] + "..."
+        axis.set_title(f"{text}\n{float(reward):.2f}", fontsize=7, y=-0.02, verticalalignment="top", wrap=True)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
+    plt.close(figure)
+
+
+def save_curve(path, rows):
+    """A PNG of reward_mean and eval_reward over the steps."""
+    figure, axis = plt.subplots(figsize=(6, 3.6))
+    for name, label, style in (
+        ("reward_mean", "training samples", "-"),
+        ("eval_reward", "held-out prompts, noise-free", "o-"),
+    ):
+        points = [(row["step"], row[name]) for row in rows if name in row]
+        axis.plot(*zip(*points) if points else ((), ()), style, label=label, markersize=4)
+    axis.set(xlabel="step", ylabel="reward")
+    axis.grid(alpha=0.3)
+    axis.legend()
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+    plt.close(figure)
+
+
+def _json(line):
+    try:
+        return json.loads(line)
+    except ValueError:  # the last line of a killed process
+        return None

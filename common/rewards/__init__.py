@@ -1,0 +1,83 @@
+"""Rewards: a table of names, `name=weight` parsing, and scoring with every score checked.
+
+A reward is a class with
+    score(media, prompts) -> [b] float32    media [b, C, H, W] (video [b, F, C, H, W]) in [0, 1], one prompt a row; no files in between
+    scale                                   typical standard deviation within a group
+    range                                   (lowest, highest); None where there is no bound
+    check(prompts)                          optional: raises ValueError for a prompt that it cannot score
+"""
+
+import difflib
+import importlib
+
+import torch
+
+from common.errors import InputError, RunError
+
+REWARDS = {
+    "verifier": ("common.rewards.verifier", "Verifier"),
+    "jpeg": ("common.rewards.jpeg", "JpegSize"),
+}
+
+
+def parse(specs):
+    """["hpsv2.1=0.7", "clip"] -> {"hpsv2.1": 0.7, "clip": 1.0}"""
+    weights = {}
+    for spec in specs:
+        name, _, weight = spec.partition("=")
+        try:
+            weights[name] = float(weight or 1.0)
+        except ValueError:
+            raise InputError(
+                f"reward: {spec!r} has no number after '='; write NAME or NAME=WEIGHT, as in jpeg=0.5"
+            ) from None
+        if not abs(weights[name]) < float("inf"):
+            raise InputError(f"reward: the weight in {spec!r} is not finite")
+    if not weights:
+        raise InputError(f"reward: name at least one of {', '.join(REWARDS)}")
+    return weights
+
+
+def load(names, prompts):
+    """The scorers by name, each having looked at the prompts that it will be asked about: {name: scorer}."""
+    scorers = {}
+    for name in names:
+        if name not in REWARDS:
+            near = difflib.get_close_matches(name, REWARDS, n=2, cutoff=0.4) or REWARDS
+            raise InputError(
+                f"reward: there is no {name!r}; did you mean {' or '.join(near)}? All: {', '.join(REWARDS)}"
+            )
+        module, attribute = REWARDS[name]
+        scorers[name] = getattr(importlib.import_module(module), attribute)()
+        try:
+            getattr(scorers[name], "check", lambda _: None)(prompts)
+        except ValueError as error:
+            raise InputError(f"reward {name}: {error}") from None
+    return scorers
+
+
+def score(scorers, media, prompts):
+    """Every scorer on every sample: media [b, ...], b prompts -> {name: [b] float32}"""
+    scores = {}
+    for name, scorer in scorers.items():
+        scores[name] = scorer.score(media, prompts).float()
+        assert scores[name].shape == (len(prompts),), (
+            f"reward {name} returned {tuple(scores[name].shape)} for {len(prompts)} samples"
+        )
+    return scores
+
+
+def check_finite(scores, prompts):
+    """{name: [P, G]} of P prompts; raises RunError for a NaN or infinite score: it never becomes a number."""
+    for name, values in scores.items():
+        wrong = (~torch.isfinite(values)).nonzero().tolist()
+        if wrong:
+            row, sample = wrong[0]
+            raise RunError(
+                f"reward {name} is {values[row, sample].item()} for the prompt {prompts[row]!r} ({len(wrong)} of {values.numel()} samples of the step)"
+            )
+
+
+def weighted_sum(scores, weights):
+    """{name: [...]} and {name: weight} -> [...]"""
+    return sum(weights[name] * scores[name] for name in weights)

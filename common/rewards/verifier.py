@@ -1,0 +1,316 @@
+"""The exact verifier of the shapes world: reads a scene back from an image and checks it against a caption.
+
+It works as GenEval does (a detector, then rules), but the detector is exact, because the world is simple enough:
+
+    segment     a pixel is foreground when a palette colour covers more than half of it; connected pixels are an object
+    measure     area, centroid and colour of each object, from the coverage of its pixels
+    classify    shape by overlap with each shape drawn at that place and size; colour by distance in the palette
+    re-draw     the scene is drawn again from what was read; what the drawing cannot explain (blur, noise) lowers `quality`
+    compare     objects are assigned to the words of the caption, the best assignment counts
+
+Every part is continuous in [0, 1]:
+
+    quality     the image looks like a drawing of shapes at all
+    layout      as many objects as the caption wants, standing along the axis that it names
+    alignment   each wanted object is there with its shape and colour, no others are, and the relation holds
+    score       quality * alignment
+
+The file needs torch alone and can be carried out of the project. `draw` is the world's renderer as well (`lab/shapes.py`).
+"""
+
+import functools
+import itertools
+import re
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+BACKGROUND = (0.94, 0.94, 0.92)
+COLOURS = {
+    "red": (0.86, 0.15, 0.15),
+    "green": (0.15, 0.65, 0.25),
+    "blue": (0.15, 0.35, 0.90),
+    "yellow": (0.96, 0.78, 0.10),
+    "purple": (0.60, 0.20, 0.75),
+    "black": (0.10, 0.10, 0.12),
+}
+SHAPES = ("circle", "square", "triangle", "cross", "ring")
+NUMBERS = {"two": 2, "three": 3, "four": 4}
+RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}  # (x, y) of the first, y down
+TASKS = ("single", "two", "counting", "colours", "position", "attribution", "vague")
+
+MAX_WANTED = 4  # objects that a caption can name
+MAX_READ = 6  # objects that are looked at closely; more are only counted
+MIN_AREA = 8.0  # pixels; a smaller speck is no object, it only lowers the quality
+MAX_AREA = 150.0  # pixels that the objects of a scene cover at most; more is noise and buys no tolerance
+ANY = -1
+
+
+# --- Drawing ---
+
+
+def coverage(dx, dy, radius):
+    """Share of each pixel that a shape covers, antialiased over one pixel.
+
+    dx, dy: pixel position minus the shape's centroid, [...]; radius in pixels, broadcastable. A shape of radius r has the
+    area of a circle of radius r, whatever the shape, and its centroid at 0. Returns [S, ...] in [0, 1], in the order of SHAPES.
+    """
+    ax, ay = dx.abs(), dy.abs()
+    distance_from_centre = torch.sqrt(dx**2 + dy**2)
+    half_square, inradius, half_cross = 0.8862 * radius, 0.7776 * radius, 1.189 * radius
+    circle = distance_from_centre - radius
+    square = torch.maximum(ax, ay) - half_square
+    triangle = torch.maximum(dy, 0.8660 * ax - 0.5 * dy) - inradius  # point upwards
+    bar, beam = torch.maximum(ax - half_cross, ay - half_cross / 3), torch.maximum(ax - half_cross / 3, ay - half_cross)
+    ring = (distance_from_centre - 0.866 * radius).abs() - 0.2887 * radius  # inner radius half of the outer
+    signed_distance = torch.stack([circle, square, triangle, torch.minimum(bar, beam), ring])
+    return (0.5 - signed_distance).clamp(0, 1)
+
+
+def pixel_grid(size, device=None):
+    """Centres of the pixels of a square image: x and y, each [H, W]."""
+    axis = torch.arange(size, dtype=torch.float32, device=device) + 0.5
+    return axis[None, :].expand(size, size), axis[:, None].expand(size, size)
+
+
+def draw(shape, colour, x, y, radius, size):
+    """Renders scenes: shape, colour (indices, ANY = no object), x, y, radius (pixels), each [B, N] -> [B, 3, H, W] in [0, 1]."""
+    px, py = pixel_grid(size, x.device)
+    covers = coverage(px - x[..., None, None], py - y[..., None, None], radius[..., None, None])  # [S, B, N, H, W]
+    return paint(covers, shape, colour)
+
+
+def paint(covers, shape, colour):
+    """Lays each object's colour over its pixels: covers [S, B, N, H, W], shape and colour [B, N] -> [B, 3, H, W]."""
+    index = shape.clamp(min=0)[None, :, :, None, None].expand(1, *covers.shape[1:])
+    cover = covers.gather(0, index)[0] * (shape >= 0)[..., None, None]  # [B, N, H, W]
+    ink = palette(cover.device)[colour.clamp(min=0)] - background(cover.device)  # [B, N, 3]
+    return (background(cover.device)[:, None, None] + torch.einsum("bnhw,bnc->bchw", cover, ink)).clamp(0, 1)
+
+
+def palette(device=None):
+    """[K, 3]"""
+    return torch.tensor(list(COLOURS.values()), device=device)
+
+
+def background(device=None):
+    """[3]"""
+    return torch.tensor(BACKGROUND, device=device)
+
+
+# --- Captions ---
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a caption asks for: (shape, colour) of each object, ANY where it leaves it open, and a relation of the first two."""
+
+    task: str
+    objects: tuple[tuple[int, int], ...]
+    relation: tuple[int, int] | None = None
+
+
+_SHAPE, _COLOUR = "|".join(SHAPES), "|".join(COLOURS)
+_OBJECT = rf"an? (?:({_COLOUR}) )?({_SHAPE}|shape)"
+_GRAMMAR = [
+    (re.compile(rf"{_OBJECT} ({'|'.join(RELATIONS)}) {_OBJECT}"), "position"),
+    (re.compile(rf"{_OBJECT} and {_OBJECT}"), "pair"),
+    (re.compile(rf"({'|'.join(NUMBERS)}) (?:({_COLOUR}) )?({_SHAPE}|shape)(?:e?s)"), "counting"),
+    (re.compile(_OBJECT), "one"),
+    (re.compile(rf"something ({_COLOUR})"), "something"),
+]
+
+
+@functools.lru_cache(maxsize=100_000)
+def parse(caption):
+    """Caption -> Wanted; raises ValueError with the grammar for a caption that is not of this world."""
+    text = " ".join(caption.lower().replace(".", " ").split())
+    for pattern, kind in _GRAMMAR:
+        if match := pattern.fullmatch(text):
+            return _wanted(kind, match.groups())
+    raise ValueError(
+        f"the shapes world has no caption {caption[:80]!r}; it knows 'a [COLOUR] SHAPE', 'a [COLOUR] SHAPE and a [COLOUR] SHAPE', "
+        f"'a [COLOUR] SHAPE left of|right of|above|below a [COLOUR] SHAPE', 'two|three|four [COLOUR] SHAPEs', 'something COLOUR', with "
+        f"SHAPE {', '.join(SHAPES)} or shape and COLOUR {', '.join(COLOURS)}"
+    )
+
+
+def _wanted(kind, groups):
+    def thing(colour, shape):
+        return (
+            ANY if shape in (None, "shape") else SHAPES.index(shape),
+            ANY if colour is None else list(COLOURS).index(colour),
+        )
+
+    if kind == "position":
+        return Wanted("position", (thing(*groups[:2]), thing(*groups[3:])), RELATIONS[groups[2]])
+    if kind == "pair":
+        objects = (thing(*groups[:2]), thing(*groups[2:]))
+        return Wanted("two" if all(colour == ANY for _, colour in objects) else "attribution", objects)
+    if kind == "counting":
+        objects = (thing(*groups[1:]),) * NUMBERS[groups[0]]
+        return Wanted("vague" if groups[2] == "shape" else "counting", objects)
+    if kind == "something":
+        return Wanted("vague", (thing(groups[0], None),))
+    shape, colour = thing(*groups)
+    return Wanted("vague" if shape == ANY else "single" if colour == ANY else "colours", ((shape, colour),))
+
+
+# --- Reading an image ---
+
+
+@dataclass
+class Reading:
+    """Objects read from images, the largest first; every field [B, N, ...] but `count` and `quality` [B]."""
+
+    present: torch.Tensor  # [B, N] in [0, 1]
+    shape: torch.Tensor  # [B, N, S] probabilities
+    colour: torch.Tensor  # [B, N, K] probabilities
+    x: torch.Tensor  # [B, N] pixels
+    y: torch.Tensor
+    radius: torch.Tensor
+    count: torch.Tensor  # [B] objects of any size above MIN_AREA
+    quality: torch.Tensor  # [B] in [0, 1]
+
+
+def segment(images):
+    """images [B, 3, H, W] -> how far the nearest palette colour covers each pixel [B, H, W], and component labels (0 = background)."""
+    ink = palette(images.device) - background(images.device)  # [K, 3]
+    offset = images.movedim(1, -1) - background(images.device)  # [B, H, W, 3]
+    cover = (offset @ ink.T / ink.square().sum(-1)).clamp(0, 1)  # [B, H, W, K]
+    # |offset - cover * ink|^2 without the [B, H, W, K, 3] tensor
+    residual = (
+        offset.square().sum(-1, keepdim=True) - 2 * cover * (offset @ ink.T) + cover.square() * ink.square().sum(-1)
+    )
+    cover = cover.gather(-1, residual.argmin(-1, keepdim=True))[..., 0]
+
+    mask = cover > 0.5
+    labels = (
+        torch.arange(1, mask[0].numel() + 1, device=images.device, dtype=torch.float32).view(1, *mask.shape[1:]) * mask
+    )
+    while True:  # the largest label floods its component; a handful of rounds for convex shapes
+        spread = F.max_pool2d(labels[:, None], 3, stride=1, padding=1)[:, 0] * mask
+        if torch.equal(spread, labels):
+            return cover, labels.long()
+        labels = spread
+
+
+def read(images):
+    """Reads the objects back from images [B, 3, H, W] in [0, 1], H = W. See the head of the file for the steps."""
+    b, c, h, w = images.shape
+    assert c == 3 and h == w, f"expected square RGB images [B, 3, H, W], got {tuple(images.shape)}"
+    images = images.float().clamp(0, 1)
+    cover, labels = segment(images)
+
+    # the N largest components
+    area = torch.zeros(b, h * w + 1, device=images.device).scatter_add_(
+        1, labels.flatten(1), (labels > 0).float().flatten(1)
+    )
+    count = (area >= MIN_AREA).sum(1).float()
+    area, ids = area.topk(MAX_READ, dim=1)  # [B, N]
+    mine = ((labels[:, None] == ids[..., None, None]) & (area > 0)[..., None, None]).float()  # [B, N, H, W]
+    # a pixel further out belongs to it too: the antialiased rim
+    rim = F.max_pool2d(mine, 3, stride=1, padding=1) * (labels == 0)[:, None]
+    cover = cover[:, None] * (mine + rim).clamp(max=1)
+
+    # measure
+    px, py = pixel_grid(h, images.device)
+    weight = cover.sum((2, 3)).clamp(min=1e-6)
+    x, y = (cover * px).sum((2, 3)) / weight, (cover * py).sum((2, 3)) / weight
+    radius = (weight / torch.pi).sqrt()
+    core = cover.square()
+    mean_colour = torch.einsum("bnhw,bchw->bnc", core, images) / core.sum((2, 3)).clamp(min=1e-6)[..., None]
+    full = (core * cover).sum((2, 3)) / core.sum((2, 3)).clamp(min=1e-6)  # undo the share of background in that mean
+    back = background(images.device)
+    mean_colour = back + (mean_colour - back) / full.clamp(min=0.1)[..., None]
+
+    # classify
+    drawn = coverage(px - x[..., None, None], py - y[..., None, None], radius[..., None, None])  # [S, B, N, H, W]
+    overlap = torch.minimum(drawn, cover).sum((-2, -1)) / torch.maximum(drawn, cover).sum((-2, -1)).clamp(min=1e-6)
+    shape = (overlap / 0.03).softmax(0).movedim(0, -1)  # [B, N, S]
+    distance = (mean_colour[:, :, None] - palette(images.device)).square().sum(-1)  # [B, N, K]
+    colour = (-distance / 0.03).softmax(-1)
+
+    # re-draw with the likeliest attributes; what stays unexplained, in object areas, costs quality
+    present = ((area - MIN_AREA / 2) / (MIN_AREA / 2)).clamp(0, 1)
+    best = torch.where(present > 0, shape.argmax(-1), ANY)
+    error = (images - paint(drawn, best, colour.argmax(-1))).square().sum((1, 2, 3))
+    quality = torch.exp(-error / (0.3 * weight.mul(present).sum(1).clamp(MIN_AREA, MAX_AREA))) * present.amax(1)
+    return Reading(present, shape, colour, x, y, radius, count, quality)
+
+
+# --- Comparing with captions ---
+
+
+@functools.lru_cache(maxsize=1)
+def _assignments():
+    """All ordered choices of MAX_WANTED of MAX_READ objects: [A, MAX_WANTED]."""
+    return torch.tensor(list(itertools.permutations(range(MAX_READ), MAX_WANTED)))
+
+
+def _choose(reading, wanted, identity):
+    """Best assignment of read objects to wanted ones -> (score [B], pass [B]); without `identity` any object fits any wish."""
+    b, device = len(wanted), reading.x.device
+    want = torch.full((b, MAX_WANTED, 2), ANY)
+    relation = torch.zeros(b, 2)
+    for row, w in enumerate(wanted):
+        want[row, : len(w.objects)] = torch.tensor(w.objects)
+        relation[row] = torch.tensor(w.relation or (0, 0))
+    want, relation = want.to(device), relation.to(device)
+    number = torch.tensor([len(w.objects) for w in wanted], device=device)
+    asked = (torch.arange(MAX_WANTED, device=device) < number[:, None]).float()  # [B, R]
+
+    match = reading.present[:, None].expand(b, MAX_WANTED, MAX_READ)
+    for probability, wish in ((reading.shape, want[..., 0]), (reading.colour, want[..., 1])):
+        fits = probability.gather(2, wish.clamp(min=0)[:, None].expand(b, MAX_READ, MAX_WANTED)).transpose(1, 2)
+        match = match * torch.where((wish == ANY)[..., None] | (not identity), 1.0, fits)  # [B, R, N]
+    match = torch.where(asked[..., None] > 0, match, 0.0)
+
+    choice = _assignments().to(device)
+    fit = torch.stack([match[:, r][:, choice[:, r]] for r in range(MAX_WANTED)], dim=2)  # [B, A, R]
+    dx = reading.x[:, choice[:, 0]] - reading.x[:, choice[:, 1]]  # [B, A]
+    dy = reading.y[:, choice[:, 0]] - reading.y[:, choice[:, 1]]
+    along = dx * relation[:, :1] + dy * relation[:, 1:]
+    across = torch.where(relation[:, :1] != 0, dy.abs(), dx.abs())
+    holds = torch.sigmoid(along - across)  # one pixel is the scale
+    holds = torch.where((relation == 0).all(1, keepdim=True), 1.0, holds)
+
+    right_number = torch.minimum(reading.count, number) / torch.maximum(reading.count, number).clamp(min=1)
+    total = fit.sum(2) / number[:, None] * (0.5 + 0.5 * holds)  # [B, A]
+    passed = ((fit > 0.5) | (asked[:, None] == 0)).all(2) & (holds > 0.5) & (reading.count == number)[:, None]
+    return total.amax(1) * right_number, passed.any(1)
+
+
+def verify(images, captions):
+    """images [B, 3, H, W] in [0, 1] and their B captions -> {"quality", "layout", "alignment", "score": [B] float32 in [0, 1],
+    "passed": [B] bool}. A caption that is not of this world raises ValueError."""
+    assert len(captions) == len(images), f"{len(images)} images, {len(captions)} captions"
+    wanted = [parse(caption) for caption in captions]
+    reading = read(images)
+    layout, _ = _choose(reading, wanted, identity=False)
+    alignment, passed = _choose(reading, wanted, identity=True)
+    return {
+        "quality": reading.quality,
+        "layout": layout,
+        "alignment": alignment,
+        "score": reading.quality * alignment,
+        "passed": passed,
+    }
+
+
+class Verifier:
+    """Reward: the verifier's `score` in [0, 1]. Checked against the renderer itself (tests/test_verifier.py)."""
+
+    scale = 0.25  # typical standard deviation within a group of tiny-flux samples
+    range = (0.0, 1.0)
+
+    def check(self, prompts):
+        """Raises ValueError for the first prompt that the verifier cannot read."""
+        for prompt in prompts:
+            parse(prompt)
+
+    @torch.no_grad()
+    def score(self, media, prompts):
+        """media [b, 3, H, W] in [0, 1], prompts b strings -> [b] float32."""
+        return verify(media, prompts)["score"]

@@ -1,0 +1,314 @@
+"""Accelerate, trainable weights, gather and local rows, checkpoints, resume and export: what a run needs and no method changes."""
+
+import contextlib
+import copy
+import dataclasses
+import json
+import math
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import broadcast_object_list
+from peft import LoraConfig, get_peft_model_state_dict
+
+from common.errors import InputError, RunError
+
+# Settings that may change when a run goes on; any other difference makes it another run.
+FREE = ("output", "resume", "steps", "save_every", "sample_every", "eval_every", "tracker")
+
+# Largest |rho - 1| before the first update that is still rounding: float32, and bf16 autocast.
+RATIO_LIMIT = {"no": 1e-4, "bf16": 0.05}
+
+
+class Runtime:
+    """One process of a run. B rows (samples) of a step are dealt to the processes in contiguous chunks; a group may span processes."""
+
+    def __init__(self, args):
+        self.args = args
+        on_gpu = torch.cuda.is_available()
+        self.precision = "bf16" if on_gpu else "no"
+        self.dtype = (
+            torch.bfloat16 if on_gpu else torch.float32
+        )  # of the forward pass, and of all weights that are not trained
+        state = PartialState(cpu=not on_gpu)
+        self.device, self.is_main, self.world = state.device, state.is_main_process, state.num_processes
+        rows = args.prompts_per_step * args.group_size
+        if rows % self.world:
+            raise InputError(
+                f"--prompts-per-step {args.prompts_per_step} x --group-size {args.group_size} = {rows} samples "
+                f"cannot be dealt evenly to {self.world} processes"
+            )
+        self.output = Path(broadcast_object_list([_output_folder(args) if self.is_main else None])[0])
+        self.accelerator = Accelerator(
+            mixed_precision=self.precision,
+            cpu=not on_gpu,
+            log_with=None if args.tracker == "none" else args.tracker,
+            project_dir=self.output,
+        )
+        self._check_output()
+
+    # --- Rows ---
+
+    def rows(self, number):
+        """Global indices of this process's rows out of `number`: [number / world], contiguous."""
+        share = number // self.world
+        return torch.arange(share) + share * self.accelerator.process_index
+
+    def gather(self, local):
+        """[b, ...] of each process -> [B, ...] on all of them, in global row order."""
+        return self.accelerator.gather(local)
+
+    def local(self, value):
+        """[P, G] -> this process's rows [b]."""
+        return value.flatten()[self.rows(value.numel()).to(value.device)]
+
+    def micro_batches(self, kept, size):
+        """kept [P, G] bool, the same on every process -> local indices of this process's kept rows, at most `size` at a time.
+
+        Every process gets equally many micro-batches (sharded and data-parallel modules hang otherwise): one with fewer kept rows
+        runs a row that is not kept, whose weight the script sets to 0.
+        """
+        chunks = kept.flatten().cpu().view(self.world, -1)
+        number = max(math.ceil(chunk.sum().item() / size) for chunk in chunks)
+        mine = chunks[self.accelerator.process_index]
+        batches = list(mine.nonzero().flatten().split(size)) if mine.any() else []
+        return batches + [(~mine).nonzero().flatten()[:1]] * (number - len(batches))
+
+    # --- Weights ---
+
+    def prepare(self, model):
+        """Moves the model to the device and makes it trainable: all weights, or a LoRA, in float32; the optimizer's state too.
+
+        Returns the optimizer. model.trainable then holds the prepared modules.
+        """
+        self._claim_output()
+        args = self.args
+        for module in model.pipe.components.values():
+            if isinstance(module, torch.nn.Module):
+                module.requires_grad_(False).eval().to(self.device)
+        for module in model.trainable.values():
+            if args.lora_rank:
+                torch.manual_seed(args.seed)  # the same adapter on every process
+                module.add_adapter(
+                    LoraConfig(r=args.lora_rank, lora_alpha=args.lora_rank, target_modules=model.lora_targets)
+                )
+                for weight in _trained(module):
+                    weight.data = weight.data.float()
+            else:
+                module.float().requires_grad_(True)
+        self.frozen = copy.deepcopy(model.trainable) if args.kl_coef and not args.lora_rank else {}
+        for module in self.frozen.values():
+            module.requires_grad_(False)
+        model.trainable = {name: self.accelerator.prepare(module) for name, module in model.trainable.items()}
+        weights = [weight for module in model.trainable.values() for weight in _trained(module)]
+        optimizer = torch.optim.AdamW(weights, lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
+        self.model, self.optimizer = model, self.accelerator.prepare(optimizer)
+        return self.optimizer
+
+    @contextlib.contextmanager
+    def initial_weights(self):
+        """Inside, model.velocity is that of the weights before training: the LoRA is off, or the frozen copy stands in."""
+        trained = self.model.trainable
+        with torch.no_grad():
+            if self.frozen:
+                self.model.trainable = self.frozen
+                yield
+                self.model.trainable = trained
+            else:
+                modules = [self.accelerator.unwrap_model(module) for module in trained.values()]
+                for module in modules:
+                    module.disable_adapters()
+                yield
+                for module in modules:
+                    module.enable_adapters()
+
+    def backward(self, loss, last):
+        """Adds the gradients of this process's share of the loss; they are exchanged between processes on the `last` call alone."""
+        with contextlib.ExitStack() as stack:
+            if not last:
+                for module in self.model.trainable.values():
+                    stack.enter_context(self.accelerator.no_sync(module))
+            self.accelerator.backward(loss * self.world)  # data parallelism averages, the loss is a sum
+
+    def update(self):
+        """Clips the gradients, steps the optimizer, and returns the norm before clipping."""
+        weights = [weight for module in self.model.trainable.values() for weight in _trained(module)]
+        norm = self.accelerator.clip_grad_norm_(weights, self.args.max_grad_norm)
+        if not torch.isfinite(norm):
+            raise RunError(
+                f"the gradient norm is {norm.item()}: lower --learning-rate, or look at the last checkpoint in {self.output}/checkpoints"
+            )
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norm
+
+    def summarise(self, diagnostics, updates):
+        """The micro-batches' loss.ratio_diagnostics -> one number each, over all rows, processes and updates."""
+        names = ("ratio_error", "clip_fraction", "approx_kl", "loss", "rows")
+        if not diagnostics:
+            return dict.fromkeys(names[:4], 0.0)
+        local = torch.stack(
+            [torch.stack([part[name] for name in names]) for part in diagnostics]
+        )  # [micro-batches, names]
+        total = self.gather(local.sum(0, keepdim=True)).sum(0)
+        worst = self.gather(local[:, :1].amax(0)).max()
+        rows = total[-1]
+        return {
+            "ratio_error": worst.item(),
+            "clip_fraction": (total[1] / rows).item(),
+            "approx_kl": (total[2] / rows).item(),
+            "loss": (total[3] / updates).item(),
+        }
+
+    def check_ratio(self, error):
+        """Stops a run whose first ratio is not 1: its policy gradient would be that of another policy."""
+        if not error <= RATIO_LIMIT[self.precision]:
+            raise RunError(
+                f"the ratio is off by {error:.1e} before the first update (limit {RATIO_LIMIT[self.precision]:.0e}): "
+                "rollout and update see different weights, dtypes, guidance or conditioning"
+            )
+
+    # --- Checkpoints ---
+
+    def save(self, step, stateful):
+        """checkpoints/step_NNNNNN with everything in `stateful` {name: object with state_dict}, written beside and renamed."""
+        if self.is_main:
+            final = self.output / "checkpoints" / f"step_{step:06d}"
+            beside = final.with_name(f".{final.name}.tmp")
+            shutil.rmtree(beside, ignore_errors=True)
+            try:
+                beside.mkdir(parents=True)
+                for name, thing in stateful.items():
+                    torch.save(_unwrapped(self.accelerator, thing).state_dict(), beside / f"{name}.pt")
+                (beside / "checkpoint.json").write_text(json.dumps({"step": step, "names": sorted(stateful)}))
+                shutil.rmtree(final, ignore_errors=True)
+                os.replace(beside, final)
+            except OSError as error:
+                shutil.rmtree(beside, ignore_errors=True)
+                raise RunError(f"cannot save {final}: {error.strerror}; earlier checkpoints are intact") from None
+        self.accelerator.wait_for_everyone()
+
+    def resume(self, stateful):
+        """Loads the checkpoint that --resume names into `stateful` and returns its step; 0 without --resume, or before the first save."""
+        if not self.args.resume:
+            return 0
+        if self.args.resume == "latest":
+            folder = max(self.output.glob("checkpoints/step_*"), default=None)
+            if folder is None:
+                self.print(f"{self.output} has no checkpoint yet: starting from the beginning")
+                return 0
+        else:
+            folder = Path(self.args.resume)
+        try:
+            about = json.loads((folder / "checkpoint.json").read_text())
+        except (OSError, ValueError):
+            raise InputError(
+                f"--resume: {folder} is no checkpoint; use `latest` or a folder like {self.output}/checkpoints/step_000020"
+            ) from None
+        missing, unknown = sorted(set(stateful) - set(about["names"])), sorted(set(about["names"]) - set(stateful))
+        if missing or unknown:
+            raise InputError(
+                f"--resume: {folder} is a checkpoint of another script: "
+                + "; ".join(
+                    filter(
+                        None,
+                        [missing and f"it lacks {', '.join(missing)}", unknown and f"it also has {', '.join(unknown)}"],
+                    )
+                )
+            )
+        for name, thing in stateful.items():
+            try:
+                state = torch.load(folder / f"{name}.pt", map_location="cpu", weights_only=True)
+                _unwrapped(self.accelerator, thing).load_state_dict(state)
+            except Exception as error:
+                raise InputError(f"--resume: {folder}/{name}.pt does not load: {str(error).splitlines()[0]}") from None
+        if about["step"] > self.args.steps:
+            raise InputError(f"--steps {self.args.steps}: {folder} is already at step {about['step']}")
+        self.print(f"resuming {self.output} at step {about['step']}")
+        return about["step"]
+
+    def export(self):
+        """export/: the LoRA, or the whole pipeline with the trained weights, as plain diffusers loads it; returns the line that does."""
+        folder, pipe = self.output / "export", self.model.pipe
+        if self.is_main:
+            if self.args.lora_rank:
+                layers = {
+                    f"{name}_lora_layers": get_peft_model_state_dict(getattr(pipe, name))
+                    for name in self.model.trainable
+                }
+                pipe.save_lora_weights(folder, **layers)
+            else:
+                for module in self.model.trainable:
+                    getattr(pipe, module).to(self.dtype)
+                pipe.save_pretrained(folder)
+        self.accelerator.wait_for_everyone()
+        return (
+            f'pipe.load_lora_weights("{folder}")'
+            if self.args.lora_rank
+            else f'{type(pipe).__name__}.from_pretrained("{folder}")'
+        )
+
+    def print(self, *words):
+        if self.is_main:
+            print(*words, flush=True)
+
+    # --- The output folder ---
+
+    def _check_output(self):
+        """An output folder that holds a run needs --resume, and the same settings as before."""
+        config = self.output / "config.json"
+        if config.exists() and not self.args.resume:
+            raise InputError(
+                f"--output {self.output} already holds a run: go on with --resume latest, or choose another folder"
+            )
+        before = json.loads(config.read_text()) if config.exists() else self._settings()
+        now = self._settings()
+        for name in sorted({*before, *now} - set(FREE)):
+            if before.get(name) != now.get(name):
+                raise InputError(
+                    f"--resume: {self.output} was started with {name} {before.get(name)!r}, now it is {now.get(name)!r}"
+                )
+
+    def _claim_output(self):
+        """Writes config.json: from here on the folder is this run's."""
+        if self.is_main:
+            try:
+                self.output.mkdir(parents=True, exist_ok=True)
+                (self.output / "config.json").write_text(json.dumps(self._settings(), indent=2) + "\n")
+            except OSError as error:
+                raise InputError(f"--output {self.output}: cannot write there ({error.strerror})") from None
+        self.accelerator.wait_for_everyone()
+
+    def _settings(self):
+        return {"script": _script(), **json.loads(json.dumps(dataclasses.asdict(self.args)))}
+
+
+def _trained(module):
+    return [weight for weight in module.parameters() if weight.requires_grad]
+
+
+def _unwrapped(accelerator, thing):
+    return accelerator.unwrap_model(thing) if isinstance(thing, torch.nn.Module) else thing
+
+
+def _script():
+    return Path(sys.argv[0]).stem
+
+
+def _output_folder(args):
+    """--output, or runs/SCRIPT-MODEL-N: the next free N, and with --resume the newest that exists."""
+    if args.output:
+        return args.output
+    name = f"{_script()}-{Path(args.model).name}"
+    taken = [
+        int(path.name.rpartition("-")[2])
+        for path in Path("runs").glob(f"{name}-*")
+        if path.name.rpartition("-")[2].isdigit()
+    ]
+    if args.resume and not taken:
+        raise InputError(f"--resume: there is no runs/{name}-N; name the run with --output")
+    return f"runs/{name}-{max(taken, default=0) + (not args.resume)}"

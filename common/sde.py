@@ -1,0 +1,146 @@
+"""Sigmas, noise schedules, the one stochastic transition, and the rollout. Needs torch alone.
+
+Rectified flow: x_sigma = (1 - sigma) * x0 + sigma * eps, velocity v = eps - x0, sigma from 1 (noise) to 0 (data).
+
+DanceGRPO (arXiv 2505.07818) and Flow-GRPO (2505.05470) turn the sampler's ODE into an SDE with the same marginals, so that each
+denoising step is a Gaussian policy with an exact log-probability. They are one formula with a different diffusion coefficient s:
+
+    mean   = x + (v + s^2 / (2 sigma) * (x + (1 - sigma) * v)) * dt,    dt = sigma_next - sigma < 0     SLAS (2605.10937) eq 3-4
+    x_next = mean + std * z,    std = s * sqrt(-dt),    z ~ N(0, I)
+    log_prob = mean over all non-batch dimensions of log N(x_next; mean, std^2)
+
+One name, one quantity: `s` is the coefficient of the SDE, `std` the standard deviation of the transition.
+Shapes: B rows, T denoising steps, `...` the latent's own dimensions.
+"""
+
+import math
+
+import torch
+
+SCHEDULES = ("dance", "flow")
+
+
+def shifted_sigmas(steps, shift):
+    """sigmas [T+1] float32 from 1 to 0: shift * u / (1 + (shift - 1) * u) of u = linspace(1, 0, T+1).
+
+    A larger shift spends more steps at high noise. Never hand these to a scheduler that shifts them a second time.
+    """
+    u = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+    return (shift * u / (1 + (shift - 1) * u)).float()
+
+
+def diffusion_coefficients(sigmas, eta, schedule, window=None):
+    """The coefficient s of each step: sigmas [T+1] -> [T].
+
+    `dance`: s = eta (2505.07818). `flow`: s = eta * sqrt(sigma / (1 - sigma)) (2505.05470), where a sigma of 1 is replaced by the
+    next sigma: the ratio has a pole there, and some schedulers start at 0.999999 instead.
+    The last step is an ODE step (s = 0): its log-probability has no finite limit, so it is never trained and decodes to x0_hat.
+    `window` = (start, length) keeps noise in those steps only and makes the others ODE steps.
+    """
+    sigma, sigma_next = sigmas[:-1], sigmas[1:]
+    if schedule == "dance":
+        s = torch.full_like(sigma, eta)
+    elif schedule == "flow":
+        away_from_pole = torch.where(sigma > 1 - 1e-4, sigma_next, sigma)
+        s = eta * (away_from_pole / (1 - away_from_pole)).sqrt()
+    else:
+        raise ValueError(f"unknown noise schedule {schedule!r}: choose one of {', '.join(SCHEDULES)}")
+    s[-1] = 0
+    if window is not None:
+        start, length = window
+        outside = torch.ones_like(s, dtype=torch.bool)
+        outside[start : start + length] = False
+        s[outside] = 0
+    return s
+
+
+def random_window(steps, length, generator):
+    """(start, length) of a random window among the steps that can be noisy, all but the last; None for length 0."""
+    return (torch.randint(steps - length, (), generator=generator).item(), length) if length else None
+
+
+def noisy_steps(s, fraction, generator):
+    """Indices of a random `fraction` (at least one) of the steps with noise, in order: s [T] -> list of int."""
+    noisy = s.nonzero().flatten()
+    number = max(1, round(fraction * len(noisy)))
+    return sorted(noisy[torch.randperm(len(noisy), generator=generator)[:number]].tolist())
+
+
+def sde_step(velocity, x, sigma, sigma_next, s, *, noise=None, x_next=None):
+    """One transition, to sample (give `noise`) or to re-score a stored sample (give `x_next`); same arithmetic, so the ratio of the
+    two is exactly 1 for the same velocity.
+
+    velocity, x, noise, x_next: [B, ...] float; sigma, sigma_next, s: scalars or [B].
+    Returns x_next [B, ...], log_prob [B], mean [B, ...]. With s = 0 this is the Euler step of the ODE and log_prob is 0.
+    """
+    assert noise is None or x_next is None, "give noise to sample or x_next to re-score, not both"
+    sigma, sigma_next, s = (_per_row(value, x) for value in (sigma, sigma_next, s))
+    dt = sigma_next - sigma
+    std = transition_std(sigma, sigma_next, s)
+
+    mean = x + (velocity + s**2 / (2 * sigma) * (x + (1 - sigma) * velocity)) * dt
+    if x_next is None:
+        x_next = mean if noise is None else mean + std * noise
+    return x_next, gaussian_log_prob(x_next, mean, std), mean
+
+
+def transition_std(sigma, sigma_next, s):
+    """Standard deviation of the transition: s * sqrt(-dt)."""
+    return s * (sigma - sigma_next) ** 0.5
+
+
+def gaussian_log_prob(x, mean, std):
+    """log N(x; mean, std^2), averaged over the non-batch dimensions: [B, ...] -> [B]; 0 where std is 0.
+
+    The average, not the sum, is what makes a clip range of 1e-4 meaningful for latents of any size.
+    """
+    safe = torch.where(std > 0, std, 1.0)
+    log_prob = -((x - mean) ** 2) / (2 * safe**2) - safe.log() - 0.5 * math.log(2 * math.pi)
+    return torch.where(std > 0, log_prob, 0.0).flatten(1).mean(1)
+
+
+def denoised(velocity, x, sigma):
+    """x0_hat = x - sigma * v: [B, ...]"""
+    return x - _per_row(sigma, x) * velocity
+
+
+def _per_row(value, x):
+    """A scalar or [B] as a tensor that broadcasts against x [B, ...]."""
+    value = torch.as_tensor(value, dtype=x.dtype, device=x.device)
+    assert value.ndim == 0 or value.shape == x.shape[:1], f"expected a scalar or [{len(x)}], got {tuple(value.shape)}"
+    return value.reshape(-1, *[1] * (x.ndim - 1))
+
+
+class RowNoise:
+    """Standard normal noise, for each row a stream of its own that depends on (seed, step, row) and on nothing else.
+
+    So one process and many draw the same noise for the same row, and a resumed run repeats it. Drawn on the CPU, whose generator
+    gives the same numbers on every machine.
+    """
+
+    def __init__(self, seed, step, rows, device="cpu"):
+        # CPU generators use the low 32 bits of a seed. Odd multipliers: different rows of a step never share a stream.
+        keys = [(seed * 0x9E3779B1 + step * 0x85EBCA77 + int(row) * 0xC2B2AE3D) & 0xFFFFFFFF for row in rows]
+        self.generators = [torch.Generator().manual_seed(key) for key in keys]
+        self.device = device
+
+    def __call__(self, shape):
+        """The next draw of every row: [B, *shape] float32."""
+        return torch.stack([torch.randn(shape, generator=g) for g in self.generators]).to(self.device)
+
+
+def rollout(velocity, x, sigmas, s, noise):
+    """Samples a batch and keeps what re-scoring needs.
+
+    velocity: (x [B, ...], sigma) -> [B, ...]; x: initial noise [B, ...]; sigmas [T+1]; s [T]; noise: shape -> [B, *shape].
+    Returns latents [B, T+1, ...] float32 (the last is x0, ready to decode) and log_probs [B, T].
+    Latents stay float32: rounding them to bf16 moves the log-probability by more than the clip range.
+    """
+    latents, log_probs = [x.float()], []
+    for t in range(len(s)):
+        x = latents[-1]
+        z = noise(x.shape[1:]) if s[t] > 0 else None
+        x, log_prob, _ = sde_step(velocity(x, sigmas[t]), x, sigmas[t], sigmas[t + 1], s[t], noise=z)
+        latents.append(x)
+        log_probs.append(log_prob)
+    return torch.stack(latents, 1), torch.stack(log_probs, 1)

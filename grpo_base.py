@@ -1,0 +1,161 @@
+"""GRPO for image and video generators: DanceGRPO (arXiv 2505.07818) and Flow-GRPO (arXiv 2505.05470) in one file.
+
+The sampler of a flow model becomes a stochastic policy (common/sde.py): each denoising step is a Gaussian with an exact log-probability.
+A step samples G images for each of P prompts, scores them, and raises the probability of those above their group's mean:
+
+    A_ij = (R_ij - mean_j R_ij) / (std_j R_ij + eps)                     compute_advantages
+    rho  = exp(log_prob_new - log_prob_old)                              sde.sde_step, once to sample and once to re-score
+    L    = - mean of min(rho A, clip(rho, 1 - c, 1 + c) A)               loss.clipped_surrogate
+           + kl_coef |mean - mean_ref|^2 / (2 std^2)                     loss.gaussian_kl
+
+Shapes: P prompts a step, G samples a prompt (the group), B = P * G rows, b rows of this process, T denoising steps.
+
+    python grpo_base.py                                   # the embedded tiny-flux, minutes on a laptop
+    accelerate launch grpo_base.py --model flux --reward jpeg --prompts prompts.txt
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from common import arguments, errors, heldout, loss, models, rewards, sde
+from common.prompts import prompts_of_step, read_prompts
+from common.report import Clock, Report
+from common.runtime import Runtime
+
+EPS = 1e-8  # in every division by a standard deviation
+
+
+@dataclass
+class Args(arguments.Args):
+    """GRPO has no settings beyond the shared ones."""
+
+
+def combine_scores(scores, weights):
+    """{name: [P, G]} and {name: weight} -> rewards [P, G]: the weighted sum."""
+    return rewards.weighted_sum(scores, weights)
+
+
+def compute_advantages(reward, adv_clip_max):
+    """Rewards [P, G] -> advantages [P, G]: normalised within each group by the population standard deviation, and clamped.
+
+    A group whose rewards are all equal has advantage 0, exactly.
+    """
+    centred = reward - reward.mean(1, keepdim=True)
+    advantages = centred / (reward.std(1, keepdim=True, unbiased=False) + EPS)
+    return torch.where(zero_variance(reward), 0.0, advantages).clamp(-adv_clip_max, adv_clip_max)
+
+
+def zero_variance(reward):
+    """Rewards [P, G] -> [P, 1]: groups that have nothing to teach because all their rewards are equal."""
+    return reward.amax(1, keepdim=True) == reward.amin(1, keepdim=True)
+
+
+def keep_rows(reward, best_of):
+    """Rewards [P, G] -> rows to train on [P, G] bool: the best_of/2 highest and lowest of each group (0: all of them)."""
+    if not best_of:
+        return torch.ones_like(reward, dtype=torch.bool)
+    rank = reward.argsort(1, stable=True).argsort(1)
+    return (rank < best_of // 2) | (rank >= reward.shape[1] - best_of // 2)
+
+
+def main(args):
+    # --- Setup ---
+    arguments.check(args)
+    prompts, weights = read_prompts(args.prompts), rewards.parse(args.reward)
+    eval_prompts = read_prompts(args.eval_prompts) if args.eval_prompts else []
+    scorers = rewards.load(weights, prompts + eval_prompts)
+    run = Runtime(args)
+    model = models.load(args.model, run.dtype, args.height, args.width, args.guidance)
+    optimizer = run.prepare(model)
+    stateful = {**model.trainable, "optimizer": optimizer}
+    start = run.resume(stateful)
+    report = Report(run, start)
+    P, G, B = args.prompts_per_step, args.group_size, args.prompts_per_step * args.group_size
+    sigmas = sde.shifted_sigmas(args.sampling_steps, args.shift)  # [T+1]
+    rows = run.rows(B)  # [b]
+
+    for step in report.steps(start, args.steps):
+        metrics = heldout.evaluate(run, report, model, scorers, weights, eval_prompts, step)
+        clock = Clock(run.device)
+
+        # --- Rollout ---
+        chance = torch.Generator().manual_seed(args.seed * 1_000_003 + step)  # the choices that all processes share
+        window = sde.random_window(args.sampling_steps, args.sde_window, chance)
+        s = sde.diffusion_coefficients(sigmas, args.noise_level, args.sde, window)  # [T]
+        batch = prompts_of_step(prompts, step, P, args.seed)
+        cond = model.encode([batch[row // G] for row in rows])
+        first = rows // G * G if args.same_noise else rows  # whose initial noise a row starts from
+        trajectories = []
+        for mb in torch.arange(len(rows)).split(args.micro_batch):
+            x = sde.RowNoise(args.seed, step, first[mb], run.device)(model.noise_shape)
+            noise = sde.RowNoise(args.seed, step, B + rows[mb], run.device)
+            velocity = partial(model.velocity, cond=models.take(cond, mb))
+            with torch.no_grad():
+                trajectories.append(sde.rollout(velocity, x, sigmas, s, noise))
+        latents, log_probs = map(torch.cat, zip(*trajectories))  # [b, T+1, ...], [b, T]
+        metrics["rollout_seconds"] = clock.lap()
+
+        # --- Reward ---
+        scores = []
+        for mb in torch.arange(len(rows)).split(args.micro_batch):
+            scores.append(rewards.score(scorers, model.decode(latents[mb, -1]), [batch[row // G] for row in rows[mb]]))
+        scores = {name: run.gather(torch.cat([part[name] for part in scores])).view(P, G) for name in scorers}
+        rewards.check_finite(scores, batch)
+        metrics["reward_seconds"] = clock.lap()
+
+        # --- Advantage ---
+        reward = combine_scores(scores, weights)  # [P, G]
+        advantages = compute_advantages(reward, args.adv_clip_max)
+        kept = keep_rows(reward, args.best_of)
+        trained_rows = kept.sum().item()
+        if not args.kl_coef:  # rows without advantage and without KL have no gradient
+            kept &= ~zero_variance(reward)
+        advantage, weight = run.local(advantages), run.local(kept / trained_rows)  # [b]
+
+        # --- Update ---
+        diagnostics = []
+        for update in range(args.updates_per_step):
+            trained = sde.noisy_steps(s, args.timestep_fraction, chance)
+            batches = run.micro_batches(kept, args.micro_batch)
+            for mb in batches:
+                cond_mb = models.take(cond, mb)
+                for t in trained:
+                    x, x_next, transition = latents[mb, t], latents[mb, t + 1], (sigmas[t], sigmas[t + 1], s[t])
+                    velocity = model.velocity(x, sigmas[t], cond_mb)
+                    _, log_prob, mean = sde.sde_step(velocity, x, *transition, x_next=x_next)
+                    ratio = torch.exp(log_prob - log_probs[mb, t])  # [mb]
+                    row_loss = loss.clipped_surrogate(ratio, advantage[mb], args.clip_range)
+                    if args.kl_coef:
+                        with run.initial_weights():
+                            _, _, reference = sde.sde_step(model.velocity(x, sigmas[t], cond_mb), x, *transition)
+                        row_loss += args.kl_coef * loss.gaussian_kl(mean, reference, sde.transition_std(*transition))
+                    batch_loss = (weight[mb] * row_loss).sum() / len(trained)
+                    run.backward(batch_loss, last=mb is batches[-1] and t == trained[-1])
+                    diagnostics.append(loss.diagnostics(ratio, args.clip_range, weight[mb], batch_loss, update))
+            metrics["grad_norm"] = run.update() if batches else 0.0
+        metrics["update_seconds"] = clock.lap()
+
+        # --- Log ---
+        metrics |= run.summarise(diagnostics, args.updates_per_step)
+        run.check_ratio(metrics["ratio_error"])
+        metrics |= {
+            "reward_mean": reward.mean(),
+            "reward_std": reward.std(1, unbiased=False).mean(),
+            "advantage_abs_mean": advantages.abs().mean(),
+        }
+        metrics |= {f"{name}_mean": score.mean() for name, score in scores.items()}
+        metrics["samples_per_second"] = B / sum(metrics[f"{part}_seconds"] for part in ("rollout", "reward", "update"))
+        report.log(step, metrics)
+
+        # --- Checkpoint ---
+        if step + 1 == args.steps or (args.save_every and (step + 1) % args.save_every == 0):
+            run.save(step + 1, stateful)
+
+    final = heldout.evaluate(run, report, model, scorers, weights, eval_prompts, args.steps, last=True)
+    report.finish(args.steps, final, run.export())
+
+
+if __name__ == "__main__":
+    errors.run(main, arguments.parse(Args, __doc__))

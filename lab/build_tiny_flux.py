@@ -1,0 +1,261 @@
+"""Builds `assets/tiny-flux`: a small FLUX that knows the shapes world but often picks the wrong shape, colour, number or place.
+
+    python -m lab.build_tiny_flux            # about 25 minutes on two cores, seeded
+
+Three steps, all from one seed: an AutoencoderKL on clean renders; then a FluxTransformer2DModel together with its T5 and CLIP text
+encoders by flow matching in the latent space; then the pipeline folder. While the flow is trained, each attribute of a caption
+is wrong with probability `--wrong`. So the base model knows every concept and chooses badly, which is the state that
+reinforcement learning improves: the reward of its samples is middling and spreads widely within a group.
+"""
+
+import math
+import random
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import tyro
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
+
+from common import sde
+from common.rewards.verifier import verify
+from lab import shapes
+
+TOKENS = 12  # the longest caption, "a purple triangle right of a yellow circle", and its end
+GUIDANCE = 3.5  # the one value that the guidance embedding sees in training, FLUX.1-dev's default
+
+
+@dataclass
+class Args:
+    seed: int = 0
+    output: str = "assets/tiny-flux"
+    """Folder of the pipeline; overwritten."""
+    vae_steps: int = 1500
+    flow_steps: int = 4000
+    scenes: int = 40_000
+    """Distinct scenes that the flow is trained on."""
+    wrong: float = 0.3
+    """Probability that an attribute of a training caption is wrong."""
+
+
+# --- Tokenizers ---
+
+
+def clip_tokenizer(corpus):
+    """A real CLIP byte-pair tokenizer whose merges are learned from the captions: one token a word."""
+    trained = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    trained.pre_tokenizer = pre_tokenizers.Whitespace()
+    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
+    trainer = trainers.BpeTrainer(
+        vocab_size=1000,
+        end_of_word_suffix="</w>",
+        initial_alphabet=letters,
+        special_tokens=["<|startoftext|>", "<|endoftext|>"],
+        show_progress=False,
+    )
+    trained.train_from_iterator(corpus + letters, trainer)
+    import json
+
+    model = json.loads(trained.to_str())["model"]
+    return CLIPTokenizer(vocab=model["vocab"], merges=[tuple(m) for m in model["merges"]], model_max_length=TOKENS)
+
+
+def t5_tokenizer(corpus):
+    """A real T5 unigram tokenizer: a piece for each word of the world, letters for the rest."""
+    words = sorted({word for caption in corpus for word in caption.split()})
+    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -20.0), ("▁", -8.0)]
+    pieces += [("▁" + word, -2.0) for word in words if len(word) > 1] + [("▁a", -2.0)] + [(c, -10.0) for c in letters]
+    return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=TOKENS)
+
+
+# --- Autoencoder ---
+
+
+def train_vae(args):
+    """AutoencoderKL, 32x32x3 -> 8x8x4; its scaling and shift give latents of mean 0 and standard deviation 1."""
+    torch.manual_seed(args.seed)
+    vae = AutoencoderKL(
+        block_out_channels=(16, 32, 64), down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
+        layers_per_block=1, latent_channels=4, norm_num_groups=8, sample_size=shapes.SIZE, use_quant_conv=False, use_post_quant_conv=False,
+    )  # fmt: skip
+    images = clean_images(20_000, args.seed + 1)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, weight_decay=0.0)
+    for step, rate in enumerate(schedule(optimizer, args.vae_steps)):
+        batch = images[torch.randint(len(images), (64,))] * 2 - 1
+        posterior = vae.encode(batch).latent_dist
+        rebuilt = vae.decode(posterior.sample()).sample
+        loss = F.mse_loss(rebuilt, batch) + 0.1 * F.l1_loss(rebuilt, batch) + 1e-5 * posterior.kl().mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 100 == 0:
+            print(f"vae {step}: loss {loss.item():.5f}, learning rate {rate:.1e}", flush=True)
+    latents = encode(vae, images[:2000])
+    vae.register_to_config(scaling_factor=1 / latents.std().item(), shift_factor=latents.mean().item())
+    return vae.eval()
+
+
+def clean_images(number, seed):
+    """[number, 3, 32, 32], half of them crowded scenes so that small shapes are learned as well."""
+    weights = {"single": 0.5, "two": 1, "counting": 2, "colours": 0.5, "position": 1, "attribution": 1, "vague": 2}
+    return shapes.render(shapes.sample_scenes(shapes.sample_captions(number, seed, weights), seed))
+
+
+@torch.no_grad()
+def encode(vae, images):
+    return torch.cat([vae.encode(chunk * 2 - 1).latent_dist.mode() for chunk in images.split(250)])
+
+
+def schedule(optimizer, steps, warmup=100):
+    """Yields the learning rate of each step: linear warm-up, cosine to zero."""
+    peak = optimizer.param_groups[0]["lr"]
+    for step in range(steps):
+        rate = peak * min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / steps)))
+        optimizer.param_groups[0]["lr"] = rate
+        yield rate
+
+
+# --- Flow ---
+
+
+def new_pipeline(vae, seed):
+    """The pipeline with an untrained transformer and text encoders."""
+    torch.manual_seed(seed)
+    corpus = [caption for task in shapes.captions().values() for caption in task]
+    tokenizer, tokenizer_2 = clip_tokenizer(corpus), t5_tokenizer(corpus)
+    for name, tok, extra in (("CLIP", tokenizer, 2), ("T5", tokenizer_2, 1)):
+        longest = max(len(tok(caption).input_ids) - len(caption.split()) for caption in corpus)
+        assert longest == extra, f"the {name} tokenizer splits a word of the world"
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+            max_position_embeddings=TOKENS, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )  # fmt: skip
+    text_encoder_2 = T5EncoderModel(
+        T5Config(
+            vocab_size=len(tokenizer_2),
+            d_model=64,
+            d_kv=16,
+            d_ff=128,
+            num_layers=2,
+            num_heads=4,
+            dropout_rate=0.0,
+            feed_forward_proj="gated-gelu",
+        )
+    )
+    transformer = FluxTransformer2DModel(
+        patch_size=1, in_channels=16, num_layers=2, num_single_layers=4, attention_head_dim=32, num_attention_heads=4,
+        joint_attention_dim=64, pooled_projection_dim=64, guidance_embeds=True, axes_dims_rope=(8, 12, 12),
+    )  # fmt: skip
+    return FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
+        vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, text_encoder_2=text_encoder_2, tokenizer_2=tokenizer_2, transformer=transformer,
+    )  # fmt: skip
+
+
+def train_flow(pipe, args):
+    """Flow matching of the transformer and both text encoders; the averaged weights are kept."""
+    rng = random.Random(args.seed)
+    torch.manual_seed(args.seed + 2)
+    captions = shapes.sample_captions(args.scenes, args.seed + 3)
+    images = shapes.render(shapes.sample_scenes(captions, args.seed + 4))
+    vae = pipe.vae.config
+    latents = (encode(pipe.vae, images) - vae.shift_factor) * vae.scaling_factor
+    latents = pipe._pack_latents(latents, len(latents), *latents.shape[1:])
+
+    modules = torch.nn.ModuleList([pipe.transformer, pipe.text_encoder, pipe.text_encoder_2]).train()
+    average = torch.optim.swa_utils.AveragedModel(
+        modules, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.998)
+    )
+    optimizer = torch.optim.AdamW(modules.parameters(), lr=2e-3, weight_decay=1e-4, betas=(0.9, 0.98))
+    started = time.time()
+    for step, rate in enumerate(schedule(optimizer, args.flow_steps)):
+        rows = torch.randint(len(latents), (128,))
+        told = [shapes.corrupt(captions[row], args.wrong, rng) for row in rows]
+        clean, noise = latents[rows], torch.randn(128, *latents.shape[1:])
+        sigma = torch.sigmoid(torch.randn(128))[:, None, None]
+        loss = F.mse_loss(
+            velocity(pipe, (1 - sigma) * clean + sigma * noise, sigma.flatten(), *tokens(pipe, told)), noise - clean
+        )
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(modules.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        average.update_parameters(modules)
+        if step % 100 == 0:
+            print(
+                f"flow {step}: loss {loss.item():.4f}, learning rate {rate:.1e}, {time.time() - started:.0f} s",
+                flush=True,
+            )
+    modules.load_state_dict(average.module.state_dict())
+    modules.eval()
+
+
+def tokens(pipe, captions):
+    kwargs = dict(padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt")
+    return pipe.tokenizer(captions, **kwargs).input_ids, pipe.tokenizer_2(captions, **kwargs).input_ids
+
+
+def velocity(pipe, x, sigma, clip_ids, t5_ids):
+    """FLUX's velocity with gradients through the text encoders; the sampler in `common` needs none."""
+    side = math.isqrt(x.shape[1])
+    return pipe.transformer(
+        hidden_states=x, timestep=sigma, guidance=torch.full_like(sigma, GUIDANCE),
+        pooled_projections=pipe.text_encoder(clip_ids).pooler_output, encoder_hidden_states=pipe.text_encoder_2(t5_ids)[0],
+        txt_ids=torch.zeros(t5_ids.shape[1], 3), img_ids=pipe._prepare_latent_image_ids(None, side, side, x.device, x.dtype), return_dict=False,
+    )[0]  # fmt: skip
+
+
+# --- Check and save ---
+
+
+@torch.no_grad()
+def measure(pipe, captions, group, seed, steps=8):
+    """Verifier reward of the pipeline's own noise-free samples, `group` a caption: [P, G]."""
+    generator = torch.Generator().manual_seed(seed)
+    pipe.set_progress_bar_config(disable=True)
+    images = pipe(
+        captions, num_images_per_prompt=group, height=shapes.SIZE, width=shapes.SIZE, num_inference_steps=steps,
+        sigmas=sde.shifted_sigmas(steps, 1.0)[:-1].tolist(), guidance_scale=GUIDANCE, max_sequence_length=TOKENS,
+        generator=generator, output_type="pt",
+    ).images  # fmt: skip
+    scores = verify(images, [caption for caption in captions for _ in range(group)])
+    return {name: score.view(len(captions), group).float() for name, score in scores.items()}, images
+
+
+def main(args):
+    started = time.time()
+    vae = train_vae(args)
+    held = clean_images(1000, args.seed + 9)
+    captions = shapes.sample_captions(1000, args.seed + 9, None)
+    rebuilt = (vae.decode(encode(vae, held)).sample.clamp(-1, 1) + 1) / 2
+    print(f"vae: mean square error {F.mse_loss(rebuilt, held):.5f}, {time.time() - started:.0f} s")
+    pipe = new_pipeline(vae, args.seed)
+    print(
+        {
+            name: sum(p.numel() for p in module.parameters())
+            for name, module in pipe.components.items()
+            if isinstance(module, torch.nn.Module)
+        }
+    )
+    train_flow(pipe, args)
+    captions = shapes.sample_captions(128, args.seed + 5)
+    scores, _ = measure(pipe, captions, 8, args.seed)
+    print(
+        {name: f"{s.mean():.3f} (within-group std {s.std(1, unbiased=False).mean():.3f})" for name, s in scores.items()}
+    )
+    pipe.to(torch.float16).save_pretrained(args.output)
+    size = sum(f.stat().st_size for f in Path(args.output).rglob("*") if f.is_file())
+    print(f"{args.output}: {size / 1e6:.1f} MB, {time.time() - started:.0f} s in all")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
