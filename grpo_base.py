@@ -56,7 +56,7 @@ def keep_rows(reward, best_of):
     """Rewards [P, G] -> rows to train on [P, G] bool: the best_of/2 highest and lowest of each group (0: all of them)."""
     if not best_of:
         return torch.ones_like(reward, dtype=torch.bool)
-    rank = reward.argsort(1, stable=True).argsort(1)
+    rank = reward.argsort(dim=1, stable=True).argsort(dim=1)
     return (rank < best_of // 2) | (rank >= reward.shape[1] - best_of // 2)
 
 

@@ -1,6 +1,7 @@
 """The command line that all scripts share. `python X.py --help` prints it with the defaults of the chosen --model."""
 
 import dataclasses
+import importlib.util
 import math
 import sys
 from dataclasses import dataclass
@@ -121,7 +122,7 @@ def parse(cls, description):
 
 
 def check(args):
-    """Raises InputError for the first setting that makes no sense."""
+    """Raises InputError for the first setting that makes no sense; asks the hub only about a --model that is a hub id."""
     for name, low, high, kind in _BOUNDS:
         value, flag = getattr(args, name), "--" + name.replace("_", "-")
         if not (math.isfinite(value) and (low <= value if kind == "from" else low < value) and value <= high):
@@ -134,6 +135,10 @@ def check(args):
         raise InputError(
             f"--sde-window {args.sde_window}: only {args.sampling_steps - 1} of {args.sampling_steps} steps can be noisy (the last never is)"
         )
+    if args.tracker == "wandb" and importlib.util.find_spec("wandb") is None:
+        raise InputError("--tracker wandb: the package is missing; pip install wandb, or use --tracker tensorboard")
+    if args.model not in models.MODELS:
+        models.family(args.model)  # a wrong model would lack the next two as well
     for name in ("reward", "prompts"):
         if not getattr(args, name):
             raise InputError(f"--{name} is missing: --model {args.model} has no default for it")

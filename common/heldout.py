@@ -11,28 +11,30 @@ NOISE = 2**31 - 1  # the "step" whose noise the exam starts from; no training st
 
 
 @torch.no_grad()
-def sample(run, model, prompts, sigmas, micro_batch):
-    """n prompts -> this process's share of the samples [b, C, H, W] and their prompt numbers [b]; the last ones repeat so that all shares are equal."""
-    numbers = run.rows(-(-len(prompts) // run.world) * run.world) % len(prompts)
+def sample(model, prompts, numbers, sigmas, micro_batch, device="cpu"):
+    """Noise-free samples of the prompts with the given numbers [b], each from its own fixed noise -> [b, C, H, W] in [0, 1]."""
     cond = model.encode([prompts[i] for i in numbers])
     images = []
     for mb in torch.arange(len(numbers)).split(micro_batch):
-        x = sde.RowNoise(0, NOISE, numbers[mb], run.device)(model.noise_shape)
+        x = sde.RowNoise(0, NOISE, numbers[mb], device)(model.noise_shape)
         velocity = partial(model.velocity, cond=models.take(cond, mb))
         latents, _ = sde.rollout(velocity, x, sigmas, torch.zeros(len(sigmas) - 1), None)
         images.append(model.decode(latents[:, -1]))
-    return torch.cat(images), numbers
+    return torch.cat(images)
 
 
 def evaluate(run, report, model, scorers, weights, prompts, step, last=False):
-    """On the steps that --eval-every and --sample-every name, the exam: {"eval_reward", "eval_<scorer>"}, else {}; draws the grid."""
+    """On the steps that --eval-every and --sample-every name, the exam: {"eval_reward", "eval_<scorer>"}, else {}."""
     args = run.args
     exam = args.eval_every and (last or step % args.eval_every == 0)
     grid = args.sample_every and (last or step % args.sample_every == 0)
     if not prompts or not (exam or grid):
         return {}
     prompts = prompts if exam else prompts[:16]
-    images, numbers = sample(run, model, prompts, sde.shifted_sigmas(args.sampling_steps, args.shift), args.micro_batch)
+    # equal shares for all processes: the first prompts fill up the last share, and are dropped again below
+    numbers = run.rows(-(-len(prompts) // run.world) * run.world) % len(prompts)
+    sigmas = sde.shifted_sigmas(args.sampling_steps, args.shift)
+    images = sample(model, prompts, numbers, sigmas, args.micro_batch, run.device)
     mine = [prompts[i] for i in numbers]
     scores = score(scorers, images, mine)
     if grid:
@@ -40,7 +42,5 @@ def evaluate(run, report, model, scorers, weights, prompts, step, last=False):
     if not exam:
         return {}
     scores = {name: run.gather(value)[: len(prompts)] for name, value in scores.items()}
-    return {
-        "eval_reward": weighted_sum(scores, weights).mean(),
-        **{f"eval_{name}": value.mean() for name, value in scores.items()},
-    }
+    means = {f"eval_{name}": value.mean() for name, value in scores.items()}
+    return {"eval_reward": weighted_sum(scores, weights).mean(), **means}

@@ -25,12 +25,13 @@ def diagnostics(ratio, clip_range, weight, loss, update):
     ratio_error max |rho - 1| before the first update (0) must be rounding: more means that the two passes differ.
     approx_kl is Schulman's non-negative estimate (rho - 1) - log rho of KL(old || new).
     """
-    counts = (weight > 0).float()
-    error = (ratio - 1).abs() * counts
+    counts = weight > 0
+    ratio = torch.where(counts, ratio, 1.0)
+    error = (ratio - 1).abs()
     return {
         "ratio_error": error.max() * (update == 0),
         "clip_fraction": (error > clip_range).float().sum(),
-        "approx_kl": ((ratio - 1 - ratio.log()) * counts).sum(),
+        "approx_kl": (ratio - 1 - ratio.log()).sum(),
         "loss": loss.detach(),
         "rows": counts.sum(),
     }

@@ -17,7 +17,7 @@ def read_prompts(path):
         ) from None
     except UnicodeDecodeError as error:
         raise InputError(f"prompts: {path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
-    prompts = [line.strip() for line in text.splitlines() if line.strip()]
+    prompts = [line.strip() for line in text.split("\n") if line.strip()]
     if not prompts:
         raise InputError(f"prompts: {path} has no prompt in it; give a text file with one prompt a line")
     return prompts

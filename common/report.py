@@ -1,6 +1,5 @@
 """What a run leaves to look at: metrics.jsonl, trackers, sample grids, the reward plot, the progress bar and the last line."""
 
-import importlib.util
 import json
 import time
 
@@ -11,7 +10,7 @@ import matplotlib.pyplot as plt
 import torch
 from tqdm import tqdm
 
-from common.errors import InputError
+from common.runtime import write_text
 
 
 class Report:
@@ -25,11 +24,7 @@ class Report:
                 self.rows = [
                     row for row in map(_json, self.path.read_text().splitlines()) if row and row["step"] < start
                 ]
-            self.path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
-        if run.args.tracker == "wandb" and importlib.util.find_spec("wandb") is None:
-            raise InputError(
-                "--tracker wandb: the package is not installed; pip install wandb, or use --tracker tensorboard"
-            )
+            write_text(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
         run.accelerator.init_trackers("vgrpo", {name: str(value) for name, value in vars(run.args).items()})
 
     def steps(self, start, stop):

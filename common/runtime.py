@@ -107,6 +107,10 @@ class Runtime:
         weights = [weight for module in model.trainable.values() for weight in _trained(module)]
         optimizer = torch.optim.AdamW(weights, lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
         self.model, self.optimizer = model, self.accelerator.prepare(optimizer)
+        self.print(
+            f"{args.model}: training {sum(w.numel() for w in weights) / 1e6:.2f}M weights{' (LoRA)' * bool(args.lora_rank)} on "
+            f"{self.world} x {self.device.type}, {args.prompts_per_step} x {args.group_size} samples a step, into {self.output}"
+        )
         return self.optimizer
 
     @contextlib.contextmanager
@@ -147,7 +151,7 @@ class Runtime:
         return norm
 
     def summarise(self, diagnostics, updates):
-        """The micro-batches' loss.ratio_diagnostics -> one number each, over all rows, processes and updates."""
+        """The micro-batches' loss.diagnostics -> one number each, over all rows, processes and updates."""
         names = ("ratio_error", "clip_fraction", "approx_kl", "loss", "rows")
         if not diagnostics:
             return dict.fromkeys(names[:4], 0.0)
@@ -278,13 +282,20 @@ class Runtime:
         if self.is_main:
             try:
                 self.output.mkdir(parents=True, exist_ok=True)
-                (self.output / "config.json").write_text(json.dumps(self._settings(), indent=2) + "\n")
+                write_text(self.output / "config.json", json.dumps(self._settings(), indent=2) + "\n")
             except OSError as error:
                 raise InputError(f"--output {self.output}: cannot write there ({error.strerror})") from None
         self.accelerator.wait_for_everyone()
 
     def _settings(self):
         return {"script": _script(), **json.loads(json.dumps(dataclasses.asdict(self.args)))}
+
+
+def write_text(path, text):
+    """Writes beside and renames: a killed process leaves the old file or the new one, never half of one."""
+    beside = path.with_name(f".{path.name}.tmp")
+    beside.write_text(text)
+    os.replace(beside, path)
 
 
 def _trained(module):

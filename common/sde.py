@@ -60,7 +60,7 @@ def random_window(steps, length, generator):
 
 
 def noisy_steps(s, fraction, generator):
-    """Indices of a random `fraction` (at least one) of the steps with noise, in order: s [T] -> list of int."""
+    """Indices of a random `fraction` of the steps with noise (rounded, at least one), in order: s [T] -> list of int."""
     noisy = s.nonzero().flatten()
     number = max(1, round(fraction * len(noisy)))
     return sorted(noisy[torch.randperm(len(noisy), generator=generator)[:number]].tolist())

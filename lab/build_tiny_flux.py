@@ -26,6 +26,7 @@ from common.rewards.verifier import verify
 from lab import shapes
 
 TOKENS = 12  # the longest caption, "a purple triangle right of a yellow circle", and its end
+BATCH = 64
 GUIDANCE = 3.5  # the one value that the guidance embedding sees in training, FLUX.1-dev's default
 
 
@@ -35,10 +36,10 @@ class Args:
     output: str = "assets/tiny-flux"
     """Folder of the pipeline; overwritten."""
     vae_steps: int = 1500
-    flow_steps: int = 4000
+    flow_steps: int = 5500
     scenes: int = 40_000
     """Distinct scenes that the flow is trained on."""
-    wrong: float = 0.3
+    wrong: float = 0.15
     """Probability that an attribute of a training caption is wrong."""
 
 
@@ -178,10 +179,10 @@ def train_flow(pipe, args):
     optimizer = torch.optim.AdamW(modules.parameters(), lr=2e-3, weight_decay=1e-4, betas=(0.9, 0.98))
     started = time.time()
     for step, rate in enumerate(schedule(optimizer, args.flow_steps)):
-        rows = torch.randint(len(latents), (128,))
+        rows = torch.randint(len(latents), (BATCH,))
         told = [shapes.corrupt(captions[row], args.wrong, rng) for row in rows]
-        clean, noise = latents[rows], torch.randn(128, *latents.shape[1:])
-        sigma = torch.sigmoid(torch.randn(128))[:, None, None]
+        clean, noise = latents[rows], torch.randn(BATCH, *latents.shape[1:])
+        sigma = torch.sigmoid(torch.randn(BATCH))[:, None, None]
         loss = F.mse_loss(
             velocity(pipe, (1 - sigma) * clean + sigma * noise, sigma.flatten(), *tokens(pipe, told)), noise - clean
         )

@@ -16,11 +16,10 @@ from pathlib import Path
 
 import torch
 
-from common.rewards.verifier import ANY, COLOURS, MAX_WANTED, NUMBERS, RELATIONS, SHAPES, TASKS, draw, parse
+from common.rewards.verifier import ANY, COLOURS, MAX_WANTED, NUMBERS, PLURALS, RELATIONS, SHAPES, TASKS, draw, parse
 
 SIZE = 32
 COLOUR_NAMES = tuple(COLOURS)
-PLURALS = {shape: shape + ("es" if shape.endswith("s") else "s") for shape in (*SHAPES, "shape")}
 
 
 # --- Captions ---
@@ -71,35 +70,39 @@ def write(wanted):
 
 
 def corrupt(caption, probability, rng):
-    """The caption with each of its attributes (shape, colour, number, relation) replaced by another one, each with `probability`."""
+    """The caption with each of its attributes (shape, colour, number, relation) replaced with `probability` by another value.
+
+    Two objects never take each other's shape or colour: the caption stays one of the world's.
+    """
     wanted = parse(caption)
+    objects = [list(thing) for thing in wanted.objects]
 
-    def other(value, options):
-        return rng.choice([o for o in options if o != value]) if rng.random() < probability else value
+    def other(value, options, taken=()):
+        if value in (ANY, None) or rng.random() >= probability:
+            return value
+        return rng.choice([option for option in options if option != value and option not in taken])
 
-    if len(set(wanted.objects)) == 1 and len(wanted.objects) > 1:  # counting: one shape, one colour, one number
-        shape, colour = wanted.objects[0]
-        number = other(len(wanted.objects), NUMBERS.values())
-        thing = (
-            shape if shape == ANY else other(shape, range(len(SHAPES))),
-            colour if colour == ANY else other(colour, range(len(COLOURS))),
-        )
-        return write(replace(wanted, objects=(thing,) * number))
-    objects = tuple(
-        (s if s == ANY else other(s, range(len(SHAPES))), c if c == ANY else other(c, range(len(COLOURS))))
-        for s, c in wanted.objects
-    )
-    if len(objects) == 2 and objects[0] == objects[1]:  # would read as a count: leave it as it was
-        objects = wanted.objects
+    if _counts(wanted):  # one shape, one colour, one number for all
+        thing = [other(objects[0][0], range(len(SHAPES))), other(objects[0][1], range(len(COLOURS)))]
+        objects = [thing] * other(len(objects), NUMBERS.values())
+    else:
+        for kind, options in ((0, range(len(SHAPES))), (1, range(len(COLOURS)))):
+            for thing in objects:
+                thing[kind] = other(thing[kind], options, taken=[o[kind] for o in objects])
     return write(
-        replace(wanted, objects=objects, relation=wanted.relation and other(wanted.relation, RELATIONS.values()))
+        replace(wanted, objects=tuple(map(tuple, objects)), relation=other(wanted.relation, RELATIONS.values()))
     )
+
+
+def _counts(wanted):
+    """Whether the caption counts: several objects, all the same."""
+    return len(wanted.objects) > 1 and len(set(wanted.objects)) == 1
 
 
 def change_one(caption, rng):
     """A caption that the same image must not satisfy: exactly one attribute differs."""
     wanted = parse(caption)
-    changes = ["number"] if len(set(wanted.objects)) == 1 and len(wanted.objects) > 1 else []
+    changes = ["number"] if _counts(wanted) else []
     changes += ["relation"] if wanted.relation else []
     changes += [(i, 0) for i, (shape, _) in enumerate(wanted.objects) if shape != ANY]
     changes += [(i, 1) for i, (_, colour) in enumerate(wanted.objects) if colour != ANY]
@@ -196,7 +199,7 @@ def sample_captions(number, seed, weights=None):
 
 # --- Prompt files ---
 
-HELD_OUT = {"single": 1, "two": 6, "counting": 28, "colours": 6, "position": 24, "attribution": 60, "vague": 3}  # 128
+HELD_OUT = {"single": 2, "two": 8, "counting": 34, "colours": 10, "position": 30, "attribution": 40, "vague": 4}  # 128
 TRAINED = {"attribution": 120}  # the others: all that are not held out
 
 

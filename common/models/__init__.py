@@ -14,6 +14,9 @@ import importlib
 import json
 from pathlib import Path
 
+import diffusers
+import transformers
+
 from common.errors import InputError
 
 ASSETS = Path(__file__).resolve().parents[2] / "assets"
@@ -46,25 +49,30 @@ def take(cond, rows):
     return {name: value[rows] for name, value in cond.items()}
 
 
-def load(name, dtype, height=0, width=0, guidance=3.5):
-    """A named model, a folder or a hub id -> the family's model, on the CPU, weights in `dtype`; size 0: the model's own.
+def family(name):
+    """A named model, a folder or a hub id -> the class of its family, read from the pipeline's model_index.json.
 
-    The family is read from the pipeline's model_index.json. Raises InputError that says what to do.
+    Raises InputError that says what to do; loads no weights.
     """
-    source = settings(name).get("source", name)
-    pipeline = json.loads(_index_file(name, source).read_text()).get("_class_name")
+    pipeline = json.loads(_index_file(settings(name).get("source", name)).read_text()).get("_class_name")
     if pipeline not in FAMILIES:
         raise InputError(f"model: {name} is a {pipeline}; supported are {', '.join(FAMILIES)}")
-    module, family = FAMILIES[pipeline]
+    module, attribute = FAMILIES[pipeline]
+    return getattr(importlib.import_module(module), attribute)
+
+
+def load(name, dtype, height=0, width=0, guidance=3.5):
+    """The model on the CPU, weights in `dtype`; height and width in pixels, 0: the model's own. Raises InputError."""
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    source, cls = settings(name).get("source", name), family(name)
     try:
-        return getattr(importlib.import_module(module), family).load(
-            source, dtype, height=height, width=width, guidance=guidance
-        )
+        return cls.load(source, dtype, height=height, width=width, guidance=guidance)
     except (OSError, ValueError) as error:  # a missing or broken weight file; a size that does not fit
         raise InputError(f"model: {source} does not load: {error}") from None
 
 
-def _index_file(name, source):
+def _index_file(source):
     if Path(source).is_dir():
         index = Path(source) / "model_index.json"
         if not index.is_file():

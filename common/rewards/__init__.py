@@ -9,6 +9,7 @@ A reward is a class with
 
 import difflib
 import importlib
+import math
 
 import torch
 
@@ -21,18 +22,21 @@ REWARDS = {
 
 
 def parse(specs):
-    """["hpsv2.1=0.7", "clip"] -> {"hpsv2.1": 0.7, "clip": 1.0}"""
+    """["hpsv2.1=0.7", "clip"] -> {"hpsv2.1": 0.7, "clip": 1.0}; raises InputError."""
     weights = {}
     for spec in specs:
-        name, _, weight = spec.partition("=")
+        name, equals, weight = spec.partition("=")
         try:
-            weights[name] = float(weight or 1.0)
+            value = float(weight) if equals else 1.0
         except ValueError:
             raise InputError(
                 f"reward: {spec!r} has no number after '='; write NAME or NAME=WEIGHT, as in jpeg=0.5"
             ) from None
-        if not abs(weights[name]) < float("inf"):
+        if not math.isfinite(value):
             raise InputError(f"reward: the weight in {spec!r} is not finite")
+        if name in weights:
+            raise InputError(f"reward: {name!r} is there twice; give it once, with one weight")
+        weights[name] = value
     if not weights:
         raise InputError(f"reward: name at least one of {', '.join(REWARDS)}")
     return weights

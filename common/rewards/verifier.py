@@ -8,12 +8,13 @@ It works as GenEval does (a detector, then rules), but the detector is exact, be
     re-draw     the scene is drawn again from what was read; what the drawing cannot explain (blur, noise) lowers `quality`
     compare     objects are assigned to the words of the caption, the best assignment counts
 
-Every part is continuous in [0, 1]:
+Every part is graded, in [0, 1]:
 
     quality     the image looks like a drawing of shapes at all
-    layout      as many objects as the caption wants, standing along the axis that it names
+    layout      quality * as many objects as the caption wants, standing where it says, whatever they are
     alignment   each wanted object is there with its shape and colour, no others are, and the relation holds
     score       quality * alignment
+    passed      yes or no: every word of the caption holds, in an image of quality above 0.5
 
 The file needs torch alone and can be carried out of the project. `draw` is the world's renderer as well (`lab/shapes.py`).
 """
@@ -42,7 +43,7 @@ TASKS = ("single", "two", "counting", "colours", "position", "attribution", "vag
 
 MAX_WANTED = 4  # objects that a caption can name
 MAX_READ = 6  # objects that are looked at closely; more are only counted
-MIN_AREA = 8.0  # pixels; a smaller speck is no object, it only lowers the quality
+MIN_AREA, MAX_RADIUS = 8.0, 8.0  # pixels; a smaller speck or a larger field is no object, it only lowers the score
 MAX_AREA = 150.0  # pixels that the objects of a scene cover at most; more is noise and buys no tolerance
 ANY = -1
 
@@ -111,12 +112,13 @@ class Wanted:
     relation: tuple[int, int] | None = None
 
 
+PLURALS = {shape: shape + ("es" if shape.endswith("s") else "s") for shape in (*SHAPES, "shape")}
 _SHAPE, _COLOUR = "|".join(SHAPES), "|".join(COLOURS)
 _OBJECT = rf"an? (?:({_COLOUR}) )?({_SHAPE}|shape)"
 _GRAMMAR = [
     (re.compile(rf"{_OBJECT} ({'|'.join(RELATIONS)}) {_OBJECT}"), "position"),
     (re.compile(rf"{_OBJECT} and {_OBJECT}"), "pair"),
-    (re.compile(rf"({'|'.join(NUMBERS)}) (?:({_COLOUR}) )?({_SHAPE}|shape)(?:e?s)"), "counting"),
+    (re.compile(rf"({'|'.join(NUMBERS)}) (?:({_COLOUR}) )?({'|'.join(PLURALS.values())})"), "counting"),
     (re.compile(_OBJECT), "one"),
     (re.compile(rf"something ({_COLOUR})"), "something"),
 ]
@@ -125,7 +127,7 @@ _GRAMMAR = [
 @functools.lru_cache(maxsize=100_000)
 def parse(caption):
     """Caption -> Wanted; raises ValueError with the grammar for a caption that is not of this world."""
-    text = " ".join(caption.lower().replace(".", " ").split())
+    text = " ".join(caption.lower().split()).removesuffix(".")
     for pattern, kind in _GRAMMAR:
         if match := pattern.fullmatch(text):
             return _wanted(kind, match.groups())
@@ -149,8 +151,8 @@ def _wanted(kind, groups):
         objects = (thing(*groups[:2]), thing(*groups[2:]))
         return Wanted("two" if all(colour == ANY for _, colour in objects) else "attribution", objects)
     if kind == "counting":
-        objects = (thing(*groups[1:]),) * NUMBERS[groups[0]]
-        return Wanted("vague" if groups[2] == "shape" else "counting", objects)
+        shape = next(shape for shape, plural in PLURALS.items() if plural == groups[2])
+        return Wanted("vague" if shape == "shape" else "counting", (thing(groups[1], shape),) * NUMBERS[groups[0]])
     if kind == "something":
         return Wanted("vague", (thing(groups[0], None),))
     shape, colour = thing(*groups)
@@ -170,7 +172,7 @@ class Reading:
     x: torch.Tensor  # [B, N] pixels
     y: torch.Tensor
     radius: torch.Tensor
-    count: torch.Tensor  # [B] objects of any size above MIN_AREA
+    count: torch.Tensor  # [B] objects, the doubtful ones by degrees
     quality: torch.Tensor  # [B] in [0, 1]
 
 
@@ -207,7 +209,7 @@ def read(images):
     area = torch.zeros(b, h * w + 1, device=images.device).scatter_add_(
         1, labels.flatten(1), (labels > 0).float().flatten(1)
     )
-    count = (area >= MIN_AREA).sum(1).float()
+    count = _large_enough(area).sum(1)
     area, ids = area.topk(MAX_READ, dim=1)  # [B, N]
     mine = ((labels[:, None] == ids[..., None, None]) & (area > 0)[..., None, None]).float()  # [B, N, H, W]
     # a pixel further out belongs to it too: the antialiased rim
@@ -233,11 +235,16 @@ def read(images):
     colour = (-distance / 0.03).softmax(-1)
 
     # re-draw with the likeliest attributes; what stays unexplained, in object areas, costs quality
-    present = ((area - MIN_AREA / 2) / (MIN_AREA / 2)).clamp(0, 1)
+    present = _large_enough(area) * (MAX_RADIUS + 1 - radius).clamp(0, 1)
     best = torch.where(present > 0, shape.argmax(-1), ANY)
     error = (images - paint(drawn, best, colour.argmax(-1))).square().sum((1, 2, 3))
     quality = torch.exp(-error / (0.3 * weight.mul(present).sum(1).clamp(MIN_AREA, MAX_AREA))) * present.amax(1)
     return Reading(present, shape, colour, x, y, radius, count, quality)
+
+
+def _large_enough(area):
+    """Pixels -> 0 to 1: rises from half of MIN_AREA to MIN_AREA."""
+    return (area / (MIN_AREA / 2) - 1).clamp(0, 1)
 
 
 # --- Comparing with captions ---
@@ -278,7 +285,7 @@ def _choose(reading, wanted, identity):
 
     right_number = torch.minimum(reading.count, number) / torch.maximum(reading.count, number).clamp(min=1)
     total = fit.sum(2) / number[:, None] * (0.5 + 0.5 * holds)  # [B, A]
-    passed = ((fit > 0.5) | (asked[:, None] == 0)).all(2) & (holds > 0.5) & (reading.count == number)[:, None]
+    passed = ((fit > 0.5) | (asked[:, None] == 0)).all(2) & (holds > 0.5) & (reading.count.round() == number)[:, None]
     return total.amax(1) * right_number, passed.any(1)
 
 
@@ -292,10 +299,10 @@ def verify(images, captions):
     alignment, passed = _choose(reading, wanted, identity=True)
     return {
         "quality": reading.quality,
-        "layout": layout,
+        "layout": reading.quality * layout,
         "alignment": alignment,
         "score": reading.quality * alignment,
-        "passed": passed,
+        "passed": passed & (reading.quality > 0.5),
     }
 
 

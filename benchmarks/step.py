@@ -1,0 +1,151 @@
+"""What a training step costs over its floor: the bare transformer doing the same forwards and backwards.
+
+    python -m benchmarks.step                 # tiny-flux, and a 70M FLUX at 256x256; prints and rewrites benchmarks/RESULTS.md
+
+The step is grpo_base.py's own, whole: noise, text embeddings, T forwards, transitions, decoding, reward, advantages, n
+forwards and backwards, optimizer, log. The floor is T forwards without gradients and n forwards and backwards of the same
+rows in the same micro-batches, inputs prepared, nothing else. Steps and floors alternate in one process, so that both see
+the same machine; the median of their ratios counts.
+"""
+
+import platform
+import statistics
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
+
+import grpo_base
+from common import arguments, models
+from common.report import Report
+
+RESULTS = Path(__file__).with_name("RESULTS.md")
+SMALL = dict(eval_every=0, sample_every=0, save_every=0, tracker="none")
+CASES = {
+    "tiny-flux, 32x32, P 8, G 12, T 8, verifier": (1.25, dict(model="tiny-flux", steps=6)),
+    "70M FLUX, 256x256, P 1, G 4, T 4, JPEG": (
+        1.05,
+        dict(
+            model="70m", steps=4, reward=("jpeg",), prompts_per_step=1, group_size=4, sampling_steps=4, micro_batch=4,
+            height=256, width=256, prompts=models.MODELS["tiny-flux"]["prompts"], sde="dance", noise_level=0.3,
+        ),
+    ),
+}  # fmt: skip
+
+
+@dataclass
+class Args:
+    write: bool = True
+    """Rewrite benchmarks/RESULTS.md."""
+
+
+def floor(run, args):
+    """Seconds of the bare transformer's share of one step."""
+    model, b = run.model, args.prompts_per_step * args.group_size // run.world
+    cond = model.encode(["a red circle"] * b)
+    x = torch.randn(b, *model.noise_shape, device=run.device)
+    unit = 2 * model.pipe.vae_scale_factor
+    batches = []
+    for mb in torch.arange(b).split(args.micro_batch):
+        batches.append(
+            dict(
+                hidden_states=x[mb], timestep=torch.full((len(mb),), 0.5, device=run.device),
+                guidance=torch.full((len(mb),), args.guidance, device=run.device),
+                txt_ids=torch.zeros(cond["encoder_hidden_states"].shape[1], 3, device=run.device),
+                img_ids=model.pipe._prepare_latent_image_ids(
+                    len(mb), model.height // unit, model.width // unit, run.device, torch.float32
+                ),
+                return_dict=False, **models.take(cond, mb),
+            )
+        )  # fmt: skip
+    transformer = model.trainable["transformer"]
+    if run.device.type == "cuda":
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    for inputs in batches:
+        with torch.no_grad():
+            for _ in range(args.sampling_steps):
+                transformer(**inputs)
+        for _ in range(args.sampling_steps - 1):
+            transformer(**inputs)[0].sum().backward()
+    if run.device.type == "cuda":
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - started
+    run.optimizer.zero_grad()
+    return seconds
+
+
+def measure(settings):
+    """Alternating [(step seconds, floor seconds)], the first pair (warm-up) dropped."""
+    pairs = []
+
+    class Alternating(Report):
+        def steps(self, start, stop):
+            for step in super().steps(start, stop):
+                started = time.perf_counter()
+                yield step
+                pairs.append((time.perf_counter() - started, floor(self.run, self.run.args)))
+
+    grpo_base.Report, honest = Alternating, grpo_base.Report
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            args = arguments.defaults(grpo_base.Args, **{**SMALL, "output": f"{folder}/run", **settings})
+            if args.model == "70m":
+                args.model = seventy_million(f"{folder}/model")
+            grpo_base.main(args)
+    finally:
+        grpo_base.Report = honest
+    # the last step saves a checkpoint as well
+    return pairs[1:-1]
+
+
+def seventy_million(folder):
+    """A random FLUX of 70M parameters, with tiny-flux's text encoders and an 8x VAE, as a pipeline folder."""
+    torch.manual_seed(0)
+    pipe = FluxPipeline.from_pretrained(models.settings("tiny-flux")["source"], dtype=torch.float32)
+    pipe.register_modules(
+        vae=AutoencoderKL(
+            block_out_channels=(16, 16, 32, 32), down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=1, latent_channels=4, norm_num_groups=8,
+            sample_size=256, shift_factor=0.0, use_quant_conv=False, use_post_quant_conv=False,
+        ),
+        transformer=FluxTransformer2DModel(
+            in_channels=16, num_layers=4, num_single_layers=8, attention_head_dim=64, num_attention_heads=8,
+            joint_attention_dim=64, pooled_projection_dim=64, guidance_embeds=True, axes_dims_rope=(16, 24, 24),
+        ),
+    )  # fmt: skip
+    pipe.save_pretrained(folder)
+    return folder
+
+
+def main(args):
+    lines = [
+        "# Measured results",
+        "",
+        "## A training step over the bare transformer (`python -m benchmarks.step`)",
+        "",
+        f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
+        + (torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"),
+        "",
+        "| case | step s | floor s | ratio, median (all) | target |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for name, (target, settings) in CASES.items():
+        pairs = measure(settings)
+        ratios = [step / bare for step, bare in pairs]
+        step, bare = (statistics.median(column) for column in zip(*pairs))
+        lines.append(
+            f"| {name} | {step:.2f} | {bare:.2f} | {statistics.median(ratios):.3f} "
+            f"({', '.join(f'{r:.2f}' for r in sorted(ratios))}) | {target} |"
+        )
+        print(lines[-1], flush=True)
+    if args.write:
+        RESULTS.write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))

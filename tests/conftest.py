@@ -1,0 +1,39 @@
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import json
+
+import pytest
+import torch
+
+import grpo_base
+from common import arguments
+
+ROOT = Path(__file__).resolve().parents[1]
+TIMINGS = ("rollout_seconds", "reward_seconds", "update_seconds", "samples_per_second")
+
+
+@pytest.fixture
+def train(tmp_path):
+    """Runs a script's main in this process on small settings; returns (folder, rows of metrics.jsonl without the timings)."""
+
+    def run(script=grpo_base, output="run", **settings):
+        small = dict(
+            steps=2, prompts_per_step=2, group_size=4, sampling_steps=4, micro_batch=8, eval_every=0, sample_every=0, tracker="none"
+        )  # fmt: skip
+        folder = tmp_path / output
+        script.main(arguments.defaults(script.Args, **{**small, "output": str(folder), **settings}))
+        return folder, metrics(folder)
+
+    return run
+
+
+def metrics(folder):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if name not in TIMINGS} for row in rows]
+
+
+def weights(folder, step, name="transformer"):
+    return torch.load(folder / "checkpoints" / f"step_{step:06d}" / f"{name}.pt", weights_only=True)

@@ -1,0 +1,212 @@
+"""The command line: defaults of the named models, every bad value refused in one line, every flag read somewhere."""
+
+import ast
+import dataclasses
+import sys
+from pathlib import Path
+
+import pytest
+
+from common import arguments, models
+from common.arguments import Args, check, defaults
+from common.errors import InputError
+
+ROOT = Path(__file__).resolve().parents[1]
+FIELDS = {field.name: field.default for field in dataclasses.fields(Args)}
+NUMBERS = [name for name, default in FIELDS.items() if type(default) in (int, float)]
+NAMED = list(models.MODELS)
+
+
+def refused(model="tiny-flux", **values):
+    """The one line with which check() refuses a model with these settings."""
+    with pytest.raises(InputError) as error:
+        check(defaults(Args, model, **values))
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.fixture
+def no_hub(monkeypatch):
+    """check() asks the model's folder or the hub what the model is; here it asks nobody."""
+    monkeypatch.setattr(models, "family", lambda name: None)
+
+
+def flag(name):
+    return "--" + name.replace("_", "-")
+
+
+# --- Defaults ---
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_defaults_are_those_of_the_table(name):
+    table, args = models.settings(name), defaults(Args, name)
+    assert args.model == name
+    for field, default in FIELDS.items():
+        if field != "model":
+            assert getattr(args, field) == table.get(field, default), field
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_the_table_has_no_setting_that_is_no_flag(name):
+    assert models.settings(name).keys() - FIELDS.keys() == {"source"}
+
+
+def test_tiny_flux_needs_no_flags():
+    args = defaults(Args, "tiny-flux")
+    assert args.reward == ("verifier",) and (args.height, args.width) == (32, 32)
+    assert Path(args.prompts).is_file() and Path(args.eval_prompts).is_file()
+    check(args)
+
+
+def test_values_win_over_the_table():
+    args = defaults(Args, "tiny-flux", learning_rate=0.5, prompts="mine.txt")
+    assert (args.learning_rate, args.prompts) == (0.5, "mine.txt")
+    assert args.clip_range == models.settings("tiny-flux")["clip_range"]
+
+
+def test_a_folder_takes_the_plain_defaults():
+    assert defaults(Args, "some/folder") == Args(model="some/folder")
+
+
+@pytest.mark.parametrize("name", [*NAMED, "some/folder"])
+def test_every_model_is_valid_with_prompts_and_reward(no_hub, name):
+    check(defaults(Args, name, prompts="prompts.txt", reward=("jpeg",)))
+
+
+# --- Bad values ---
+
+
+@pytest.mark.parametrize("value", [-1, float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("name", NUMBERS)
+def test_no_number_may_be_negative_or_not_finite(name, value):
+    assert refused(**{name: value}).startswith(f"{flag(name)} {value}: must be ")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["steps", "prompts_per_step", "group_size", "sampling_steps", "noise_level", "shift", "timestep_fraction"]
+    + ["updates_per_step", "micro_batch", "clip_range", "adv_clip_max", "learning_rate", "max_grad_norm"],
+)
+def test_zero_is_refused_where_it_makes_no_sense(name):
+    assert refused(**{name: 0}).startswith(f"{flag(name)} 0: must be ")
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("group_size", 1),  # a group of one has no advantage
+        ("sampling_steps", 1),  # the last step is never noisy
+        ("sampling_steps", 1001),
+        ("timestep_fraction", 1.01),
+        ("clip_range", 1.5),
+        ("learning_rate", 2.0),
+        ("weight_decay", 1.5),
+        ("noise_level", 100.0),
+        ("lora_rank", 10_000),
+        ("seed", 2**32),
+        ("height", 10**6),
+        ("width", 10**6),
+        ("kl_coef", 1e9),
+        ("best_of", 3),
+        ("best_of", 1),
+        ("best_of", 14),  # of 12
+        ("sde_window", 8),  # of 8 steps, the last of which is never noisy
+        ("sde_window", 500),
+    ],
+)
+def test_values_out_of_range(name, value):
+    assert refused(**{name: value}).startswith(f"{flag(name)} {value}: ")
+
+
+@pytest.mark.parametrize("name, value", [("prompts", ""), ("reward", ())])
+def test_missing_prompts_or_reward(no_hub, name, value):
+    assert refused(**{name: value}).startswith(f"{flag(name)} is missing: --model tiny-flux has no default")
+    given = {"prompts": "prompts.txt", "reward": ("jpeg",), name: value}
+    assert refused(model="flux", **given).startswith(f"{flag(name)} is missing: --model flux has no default")
+
+
+def test_a_folder_that_is_no_supported_model(tmp_path):
+    assert f"{tmp_path} has no model_index.json" in refused(model=str(tmp_path))
+    (tmp_path / "model_index.json").write_text('{"_class_name": "ToasterPipeline"}')
+    assert f"{tmp_path} is a ToasterPipeline; supported are FluxPipeline" in refused(model=str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        dict(best_of=12, group_size=12),
+        dict(best_of=2, group_size=2),
+        dict(sde_window=7, sampling_steps=8),
+        dict(sde_window=1, sampling_steps=2),
+        dict(sampling_steps=1000, timestep_fraction=1),
+        dict(timestep_fraction=1e-3, noise_level=1e-6, shift=0.5, clip_range=1e-8, learning_rate=1e-12),
+        dict(height=0, width=0, guidance=0, weight_decay=0, kl_coef=0, lora_rank=0, best_of=0, sde_window=0, seed=0),
+        dict(save_every=0, sample_every=0, eval_every=0, eval_prompts=""),
+        dict(steps=1, prompts_per_step=1, micro_batch=1, updates_per_step=1),
+    ],
+)
+def test_values_at_the_edge_are_allowed(values):
+    check(defaults(Args, **values))
+
+
+# --- The command line ---
+
+
+def parsed(monkeypatch, *argv):
+    monkeypatch.setattr(sys, "argv", ["grpo_base.py", *argv])
+    return arguments.parse(Args, "about")
+
+
+@pytest.mark.parametrize("argv", [["--model", "flux"], ["--model=flux"], ["--model", "tiny-flux", "--model", "flux"]])
+def test_the_named_model_sets_the_defaults(monkeypatch, argv):
+    assert parsed(monkeypatch, *argv) == defaults(Args, "flux")
+
+
+def test_flags_win_over_the_named_model(monkeypatch):
+    args = parsed(monkeypatch, "--clip-range", "0.2", "--reward", "verifier", "jpeg=0.5", "--model", "flux")
+    assert args == defaults(Args, "flux", clip_range=0.2, reward=("verifier", "jpeg=0.5"))
+    assert parsed(monkeypatch) == defaults(Args, "tiny-flux")
+
+
+@pytest.mark.parametrize(
+    "argv, resume",
+    [
+        ([], ""),
+        (["--resume"], "latest"),
+        (["--resume", "--seed", "1"], "latest"),
+        (["--seed", "1", "--resume"], "latest"),
+        (["--resume", "latest"], "latest"),
+        (["--resume", "runs/x/checkpoints/step_000020"], "runs/x/checkpoints/step_000020"),
+    ],
+)
+def test_resume_alone_means_latest(monkeypatch, argv, resume):
+    args = parsed(monkeypatch, *argv)
+    assert args.resume == resume and args.seed == ("--seed" in argv)
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [["--sde", "ddim"], ["--tracker", "excel"], ["--steps", "many"], ["--steps", "1.5"], ["--no-such-flag", "1"]],
+)
+def test_what_is_no_setting_ends_the_program(monkeypatch, capsys, argv):
+    with pytest.raises(SystemExit) as stop:
+        parsed(monkeypatch, *argv)
+    assert stop.value.code == 2
+    assert argv[0] in capsys.readouterr().err
+
+
+# --- Every flag is read ---
+
+
+def test_every_flag_is_read_and_every_flag_read_exists():
+    sources = [*ROOT.glob("common/**/*.py"), ROOT / "grpo_base.py"]
+    read = set()
+    for path in sources:
+        if path.name != "arguments.py":
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):  # args.x, self.args.x
+                    if getattr(node.value, "id", getattr(node.value, "attr", "")) == "args":
+                        read.add(node.attr)
+    assert not FIELDS.keys() - read, "never read"
+    assert not read - FIELDS.keys(), "no such flag"

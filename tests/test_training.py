@@ -1,0 +1,424 @@
+"""grpo_base's loop: exact ratios, the gradient of the whole objective, determinism, resume, export, faults."""
+
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+import time
+from functools import partial
+
+import pytest
+import torch
+from conftest import ROOT, metrics, weights
+from diffusers import FluxPipeline, FluxTransformer2DModel
+from peft import LoraConfig
+
+import grpo_base
+from common import arguments, errors, heldout, models, rewards, sde
+from common.models.flux import Flux
+from common.prompts import prompts_of_step, read_prompts
+
+SAME_SHAPE = {
+    "dance": dict(sde="dance", noise_level=0.3),
+    "flow": dict(sde="flow"),
+    "lora": dict(lora_rank=4),
+    "micro-batches": dict(micro_batch=4),
+    "same noise, window, fraction": dict(same_noise=True, sde_window=2, timestep_fraction=0.5),
+    "kl": dict(kl_coef=0.1),
+    "kl, lora": dict(kl_coef=0.1, lora_rank=4),
+    "two updates": dict(updates_per_step=2),
+}
+
+
+# --- Ratio ---
+
+
+@pytest.mark.parametrize("settings", SAME_SHAPE.values(), ids=SAME_SHAPE)
+def test_ratio_is_exactly_one_where_rollout_and_update_see_batches_of_one_shape(train, settings):
+    # jpeg never gives two samples of a group the same reward here, so that no group is skipped
+    _, rows = train(**settings, steps=3, reward=("jpeg",), learning_rate=1e-3)
+    assert [row["ratio_error"] for row in rows] == [0, 0, 0]
+    assert all(row["grad_norm"] > 0 and row["advantage_abs_mean"] > 0.5 for row in rows)
+
+
+@pytest.mark.parametrize("settings", [dict(best_of=2), dict(best_of=2, micro_batch=3), dict(micro_batch=3)])
+def test_ratio_is_one_up_to_rounding_where_the_shapes_differ(train, settings):
+    _, rows = train(**settings, steps=3, reward=("jpeg",), learning_rate=1e-3)
+    assert all(row["ratio_error"] <= 1e-5 for row in rows)
+
+
+def test_second_update_on_a_rollout_has_moved_away(train):
+    _, once = train(steps=1, reward=("jpeg",), learning_rate=1e-3)
+    _, twice = train(steps=1, reward=("jpeg",), learning_rate=1e-3, updates_per_step=2, output="twice")
+    assert once[0]["approx_kl"] == 0 and once[0]["clip_fraction"] == 0
+    assert twice[0]["approx_kl"] > 0 and twice[0]["clip_fraction"] > 0 and twice[0]["ratio_error"] == 0
+
+
+def test_a_ratio_that_is_off_stops_the_run(train, monkeypatch):
+    honest = sde.rollout
+    monkeypatch.setattr(sde, "rollout", lambda *a: (lambda z, lp: (z.bfloat16().float(), lp))(*honest(*a)))
+    with pytest.raises(errors.RunError, match="ratio is off by"):
+        train(reward=("jpeg",))
+
+
+# --- The objective ---
+
+
+def objective(model, args, step):
+    """Loss of one whole step on the model's weights, written out row by row from the definition, without micro-batches."""
+    P, G, T = args.prompts_per_step, args.group_size, args.sampling_steps
+    chance = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
+    sigmas = sde.shifted_sigmas(T, args.shift)
+    s = sde.diffusion_coefficients(sigmas, args.noise_level, args.sde, sde.random_window(T, args.sde_window, chance))
+    batch = prompts_of_step(read_prompts(args.prompts), step, P, args.seed)
+    captions = [batch[row // G] for row in range(P * G)]
+    cond = model.encode(captions)
+    with torch.no_grad():
+        start = [row // G * G if args.same_noise else row for row in range(P * G)]
+        x = sde.RowNoise(args.seed, step, start)(model.noise_shape)
+        noise = sde.RowNoise(args.seed, step, range(P * G, 2 * P * G))
+        latents, old = sde.rollout(partial(model.velocity, cond=cond), x, sigmas, s, noise)
+        scores = rewards.score(rewards.load(["jpeg"], []), model.decode(latents[:, -1]), captions)["jpeg"].view(P, G)
+    trained = sde.noisy_steps(s, args.timestep_fraction, chance)
+    total, count = 0.0, 0
+    for group in range(P):
+        r = scores[group]
+        order = sorted(range(G), key=lambda j: r[j].item())
+        chosen = order[: args.best_of // 2] + order[G - args.best_of // 2 :] if args.best_of else order
+        for j in chosen:
+            advantage = ((r[j] - r.mean()) / r.std(unbiased=False)).clamp(-args.adv_clip_max, args.adv_clip_max)
+            row, one = group * G + j, slice(group * G + j, group * G + j + 1)
+            for t in trained:
+                velocity = model.velocity(latents[one, t], sigmas[t], models.take(cond, one))
+                log_prob = sde.sde_step(
+                    velocity, latents[one, t], sigmas[t], sigmas[t + 1], s[t], x_next=latents[one, t + 1]
+                )[1]
+                ratio = torch.exp(log_prob[0] - old[row, t])
+                clipped = ratio.clamp(1 - args.clip_range, 1 + args.clip_range)
+                total, count = total - torch.minimum(ratio * advantage, clipped * advantage), count + 1
+    return total / count
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(micro_batch=8),
+        dict(micro_batch=3),
+        dict(best_of=2, micro_batch=2),
+        dict(same_noise=True, sde_window=2, timestep_fraction=0.6, sde="dance"),
+    ],
+    ids=["one batch", "micro-batches", "best of 2", "same noise, window, fraction"],
+)
+def test_gradient_of_a_step_is_that_of_the_objective_written_out(train, settings, monkeypatch):
+    seen = {}
+    honest = grpo_base.Runtime.update
+
+    def update(run):
+        seen["grads"] = {name: p.grad.clone() for name, p in run.model.pipe.transformer.named_parameters()}
+        return honest(run)
+
+    monkeypatch.setattr(grpo_base.Runtime, "update", update)
+    train(steps=1, reward=("jpeg",), **settings)
+    base = dict(prompts_per_step=2, group_size=4, sampling_steps=4)
+    args = arguments.defaults(grpo_base.Args, **base, **{**dict(micro_batch=8), **settings})
+    model = models.load("tiny-flux", torch.float32, 32, 32)
+    model.pipe.transformer.requires_grad_(True)
+    objective(model, args, step=0).backward()
+    expected = {name: p.grad for name, p in model.pipe.transformer.named_parameters()}
+    scale = math.sqrt(sum(g.square().sum().item() for g in expected.values()))
+    difference = math.sqrt(sum((seen["grads"][n] - g).square().sum().item() for n, g in expected.items()))
+    assert scale > 1e-3
+    assert difference <= 1e-4 * scale
+
+
+def test_groups_without_spread_are_not_trained_on_and_change_nothing(train, monkeypatch):
+    class Flat:
+        scale, range = 1.0, (0.0, 1.0)
+
+        def score(self, media, prompts):
+            return torch.full((len(prompts),), 0.1)
+
+    monkeypatch.setitem(rewards.REWARDS, "flat", ("flat", "Flat"))
+    monkeypatch.setitem(sys.modules, "flat", type("flat", (), {"Flat": Flat}))
+    folder, rows = train(steps=2, reward=("flat",))
+    assert all(row["grad_norm"] == 0 and row["advantage_abs_mean"] == 0 for row in rows)
+    before = FluxTransformer2DModel.from_pretrained(models.ASSETS / "tiny-flux/transformer").state_dict()
+    assert all(torch.equal(value, before[name].float()) for name, value in weights(folder, 2).items())
+
+
+def test_kl_pulls_back_to_the_initial_weights(train):
+    settings = dict(steps=4, reward=("jpeg",), learning_rate=1e-3, group_size=4, clip_range=0.1)
+    free, _ = train(**settings, output="free")
+    held, _ = train(**settings, output="held", kl_coef=1000.0)
+    start = FluxTransformer2DModel.from_pretrained(models.ASSETS / "tiny-flux/transformer").state_dict()
+    moved = [
+        sum((value - start[name].float()).square().sum().item() for name, value in weights(folder, 4).items())
+        for folder in (free, held)
+    ]
+    assert moved[1] < moved[0]
+
+
+# --- Determinism and resume ---
+
+
+def test_two_runs_of_one_seed_write_the_same_metrics(train):
+    first, again, other = (
+        train(
+            steps=3, eval_every=2, eval_prompts=str(ROOT / "assets/prompts/shapes_heldout.txt"), output=name, seed=seed
+        )
+        for name, seed in (("a", 0), ("b", 0), ("c", 1))
+    )
+    assert first[1] == again[1]
+    assert first[1] != other[1]
+
+
+@pytest.mark.parametrize("settings", [{}, dict(lora_rank=4, best_of=2, updates_per_step=2, timestep_fraction=0.5)])
+def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(train, settings):
+    whole, rows = train(steps=4, save_every=1, learning_rate=1e-3, **settings)
+    train(steps=2, save_every=1, learning_rate=1e-3, output="parts", **settings)
+    parts, resumed = train(steps=4, save_every=1, learning_rate=1e-3, output="parts", resume="latest", **settings)
+    assert resumed == rows
+    for name in ("transformer", "optimizer"):
+        a, b = flatten(weights(whole, 4, name)), flatten(weights(parts, 4, name))
+        assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+    shutil.rmtree(parts / "checkpoints/step_000004")
+    shutil.rmtree(parts / "checkpoints/step_000003")
+    again, _ = train(
+        steps=4,
+        save_every=1,
+        learning_rate=1e-3,
+        output="parts",
+        resume=str(parts / "checkpoints/step_000001"),
+        **settings,
+    )
+    assert metrics(again) == rows
+
+
+def flatten(state, prefix=""):
+    if isinstance(state, torch.Tensor):
+        return {prefix: state}
+    items = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(state, (list, tuple)) else ()
+    return {key: value for name, part in items for key, value in flatten(part, f"{prefix}.{name}").items()}
+
+
+def command(folder, *extra):
+    small = (
+        "--prompts-per-step 2 --group-size 4 --sampling-steps 4 --micro-batch 8 --save-every 1 --steps 6 --tracker none"
+    )
+    small += " --sample-every 0 --eval-every 0 --learning-rate 1e-3"
+    return [sys.executable, str(ROOT / "grpo_base.py"), *small.split(), "--output", str(folder), *extra]
+
+
+def test_killed_run_goes_on_exactly(train, tmp_path):
+    _, expected = train(steps=6, save_every=1, learning_rate=1e-3)
+    folder = tmp_path / "killed"
+    process = subprocess.Popen(command(folder), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while len(list(folder.glob("checkpoints/.step_*"))) + len(list(folder.glob("checkpoints/step_*"))) < 3:
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.001)
+    process.kill()
+    process.wait()
+    assert len(metrics_so_far(folder)) < 6
+    subprocess.run(command(folder, "--resume"), check=True, capture_output=True)
+    assert metrics(folder) == expected
+
+
+def metrics_so_far(folder):
+    return (folder / "metrics.jsonl").read_text().splitlines()
+
+
+def test_two_processes_train_as_one(train, tmp_path):
+    """Groups of 4 in chunks of 6 rows: a group spans both processes."""
+    settings = dict(prompts_per_step=3, group_size=4, micro_batch=6, steps=3, best_of=2, learning_rate=1e-3)
+    _, one = train(**settings)
+    flags = [word for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+    ]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    subprocess.run([*launch, *command(tmp_path / "two", *flags)[1:]], check=True, capture_output=True, text=True)
+    two = metrics(tmp_path / "two")
+    assert one[0]["reward_mean"] == pytest.approx(two[0]["reward_mean"], rel=1e-6)
+    for a, b in zip(one, two, strict=True):
+        assert a == pytest.approx(b, rel=1e-4, abs=1e-6)
+
+
+# --- What a run leaves ---
+
+
+def images_of(pipe, prompts):
+    flux = Flux(pipe, 32, 32)
+    x = sde.RowNoise(0, 0, range(len(prompts)))(flux.noise_shape)
+    with torch.no_grad():
+        velocity = partial(flux.velocity, cond=flux.encode(prompts))
+        latents, _ = sde.rollout(velocity, x, sde.shifted_sigmas(4, 1.0), torch.zeros(4), None)
+    return flux.decode(latents[:, -1])
+
+
+PROMPTS = ["a red circle", "two shapes", "a ring above a cross"]
+
+
+def test_export_of_full_weights_loads_into_plain_diffusers(train):
+    folder, _ = train(steps=2, learning_rate=1e-3)
+    trained = FluxPipeline.from_pretrained(models.ASSETS / "tiny-flux", dtype=torch.float32)
+    before = images_of(trained, PROMPTS)
+    trained.transformer.load_state_dict(weights(folder, 2))
+    exported = FluxPipeline.from_pretrained(folder / "export")
+    assert (images_of(exported, PROMPTS) - images_of(trained, PROMPTS)).abs().max() <= 1e-6
+    assert (images_of(exported, PROMPTS) - before).abs().max() > 1e-2
+
+
+def test_export_of_a_lora_loads_into_plain_diffusers(train):
+    folder, _ = train(steps=3, learning_rate=1e-2, lora_rank=4)
+    base = FluxPipeline.from_pretrained(models.ASSETS / "tiny-flux", dtype=torch.float32)
+    before = images_of(base, PROMPTS)
+    base.load_lora_weights(folder / "export")
+    after = images_of(base, PROMPTS)
+    assert (after - before).abs().max() > 1e-2
+
+    trained = models.load("tiny-flux", torch.float32, 32, 32)
+    trained.pipe.transformer.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=trained.lora_targets))
+    trained.pipe.transformer.load_state_dict(weights(folder, 3))
+    assert (images_of(trained.pipe, PROMPTS) - after).abs().max() <= 1e-5
+
+
+def test_run_folder_holds_what_it_promises(train):
+    folder, rows = train(
+        steps=2,
+        eval_every=1,
+        sample_every=1,
+        save_every=1,
+        tracker="tensorboard",
+        eval_prompts=str(ROOT / "assets/prompts/shapes_heldout.txt"),
+    )
+    names = "step reward_mean reward_std verifier_mean advantage_abs_mean loss grad_norm clip_fraction ratio_error approx_kl"
+    assert all(set(names.split()) | {"eval_reward"} <= set(row) for row in rows[:2])
+    assert set(rows[2]) == {"step", "eval_reward", "eval_verifier"} and [row["step"] for row in rows] == [0, 1, 2]
+    for name in ("samples/step_000000.png", "samples/step_000001.png", "samples/step_000002.png", "reward.png"):
+        assert (folder / name).read_bytes()[:4] == b"\x89PNG"
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["step_000001", "step_000002"]
+    assert json.loads((folder / "config.json").read_text())["group_size"] == 4
+    assert list(folder.rglob("events.out.tfevents.*"))
+
+
+def test_exam_reward_is_the_mean_over_all_prompts_of_the_pipelines_own_images(train):
+    prompts = read_prompts(ROOT / "assets/prompts/shapes_heldout.txt")
+    _, rows = train(steps=1, eval_every=1, eval_prompts=str(ROOT / "assets/prompts/shapes_heldout.txt"))
+    pipe = FluxPipeline.from_pretrained(models.ASSETS / "tiny-flux", dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    x = sde.RowNoise(0, heldout.NOISE, range(len(prompts)))((16, 16))
+    images = pipe(
+        prompts, height=32, width=32, num_inference_steps=4, sigmas=[1.0, 0.75, 0.5, 0.25], guidance_scale=3.5,
+        latents=x, max_sequence_length=12, output_type="pt",
+    ).images  # fmt: skip
+    expected = rewards.score(rewards.load(["verifier"], []), images, prompts)["verifier"].mean().item()
+    assert rows[0]["eval_reward"] == pytest.approx(expected, abs=1e-4)
+
+
+# --- Faults ---
+
+
+def test_a_reward_that_turns_nan_stops_the_run_and_keeps_the_last_checkpoint(train, monkeypatch, capsys, tmp_path):
+    class Fails:
+        scale, range, calls = 1.0, (0.0, 1.0), 0
+
+        def score(self, media, prompts):
+            Fails.calls += 1
+            values = media.mean((1, 2, 3))
+            values[2] = float("nan") if Fails.calls > 2 else values[2]
+            return values
+
+    monkeypatch.setitem(rewards.REWARDS, "fails", ("fails", "Fails"))
+    monkeypatch.setitem(sys.modules, "fails", type("fails", (), {"Fails": Fails}))
+    small = dict(
+        steps=5,
+        prompts_per_step=2,
+        group_size=4,
+        sampling_steps=4,
+        micro_batch=8,
+        save_every=1,
+        eval_every=0,
+        sample_every=0,
+        tracker="none",
+    )
+    args = arguments.defaults(grpo_base.Args, output=str(tmp_path / "run"), reward=("fails",), **small)
+    with pytest.raises(SystemExit) as exit:
+        errors.run(grpo_base.main, args)
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    prompt = prompts_of_step(read_prompts(args.prompts), 2, 2, 0)[0]
+    assert exit.value.code == 1
+    assert message == f"error: reward fails is nan for the prompt {prompt!r} (1 of 8 samples of the step)"
+    assert sorted(p.name for p in (tmp_path / "run/checkpoints").iterdir()) == ["step_000001", "step_000002"]
+    assert weights(tmp_path / "run", 2)
+    assert len(metrics(tmp_path / "run")) == 2
+
+
+BAD = {
+    "--model tiny-fluxx": "tiny-fluxx",
+    "--model {tmp}": "no model_index.json",
+    "--reward verifer": "verifier",
+    "--reward verifier=much": "no number",
+    "--prompts {tmp}/none.txt": "cannot read",
+    "--prompts {tmp}/empty.txt": "no prompt in it",
+    "--prompts {tmp}/other.txt": "a photo of a dog",
+    "--eval-prompts {tmp}/empty.txt": "no prompt in it",
+    "--output {tmp}/used": "already holds a run",
+    "--output {tmp}/used --resume latest --seed 3": "seed 0, now it is 3",
+    "--output {tmp}/none.txt/x/y --prompts {tmp}/other.txt --reward jpeg --resume {tmp}": "is no checkpoint",
+    "--resume latest --output {tmp}/used --steps 1": "already at step 2",
+    "--group-size 1": "--group-size 1",
+    "--best-of 3": "--best-of 3",
+    "--best-of 24": "--best-of 24",
+    "--noise-level 0": "--noise-level 0",
+    "--noise-level nan": "--noise-level nan",
+    "--learning-rate -1e-4": "--learning-rate",
+    "--timestep-fraction 1.5": "--timestep-fraction",
+    "--sampling-steps 1": "--sampling-steps 1",
+    "--sde-window 8": "--sde-window 8",
+    "--height 33": "multiples of 8",
+    "--clip-range inf": "--clip-range inf",
+    "--seed -1": "--seed -1",
+    "--tracker wandb": "wandb",
+}
+
+
+@pytest.mark.parametrize("line", BAD)
+def test_bad_input_is_one_clear_line_and_exit_code_2(line, tmp_path, monkeypatch, capsys, train):
+    (tmp_path / "empty.txt").write_text("\n \n")
+    (tmp_path / "other.txt").write_text("a photo of a dog\n")
+    if "used" in line:
+        train(output="used", save_every=1)
+        capsys.readouterr()
+        line += " --prompts-per-step 2 --group-size 4 --sampling-steps 4 --micro-batch 8"
+    if "--steps" not in line:
+        line += " --steps 2"
+    if "--output" not in line:
+        line += " --output {tmp}/fresh"
+    monkeypatch.setattr(sys, "argv", ["grpo_base.py", *line.format(tmp=tmp_path).split()])
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(SystemExit) as exit:
+        errors.run(grpo_base.main, arguments.parse(grpo_base.Args, "text"))
+    captured = capsys.readouterr().err.strip()
+    assert exit.value.code == 2
+    assert re.fullmatch(r"error: [^\n]+", captured), captured
+    wanted = next(text for bad, text in BAD.items() if line.startswith(bad))
+    assert wanted in captured
+    assert sorted(tmp_path.rglob("*")) == before, "nothing may be written before the line"
+
+
+def test_typing_mistakes_on_the_command_line_are_explained_without_a_traceback():
+    for line in ("--modle flux", "--steps many", "--sde dnace"):
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "grpo_base.py"), *line.split()], capture_output=True, text=True
+        )
+        assert done.returncode == 2
+        assert "Traceback" not in done.stderr and line.split()[0].removeprefix("--")[:3] in done.stderr
