@@ -1,10 +1,11 @@
 """GRPO for image and video generators: DanceGRPO (arXiv 2505.07818) and Flow-GRPO (arXiv 2505.05470) in one file.
 
-The sampler of a flow model becomes a stochastic policy (common/sde.py): each denoising step is a Gaussian with an exact log-probability.
-A step samples G images for each of P prompts, scores them, and raises the probability of those above their group's mean:
+The sampler of a flow model becomes a stochastic policy (common/sde.py): each denoising step is a Gaussian with an
+exact log-probability. A step samples G images for each of P prompts, scores them, and raises the probability of those
+above their group's mean:
 
     A_ij = (R_ij - mean_j R_ij) / (std_j R_ij + eps)                     compute_advantages
-    rho  = exp(log_prob_new - log_prob_old)                              sde.sde_step, once to sample and once to re-score
+    rho  = exp(log_prob_new - log_prob_old)                              sde.sde_step, to sample and to re-score
     L    = - mean of min(rho A, clip(rho, 1 - c, 1 + c) A)               loss.clipped_surrogate
            + kl_coef |mean - mean_ref|^2 / (2 std^2)                     loss.gaussian_kl
 
@@ -38,7 +39,8 @@ def combine_scores(scores, weights):
 
 
 def compute_advantages(reward, adv_clip_max):
-    """Rewards [P, G] -> advantages [P, G]: normalised within each group by the population standard deviation, and clamped.
+    """Rewards [P, G] -> advantages [P, G]: normalised within each group by the population standard deviation, and
+    clamped.
 
     A group whose rewards are all equal has advantage 0, exactly.
     """
@@ -53,7 +55,8 @@ def zero_variance(reward):
 
 
 def keep_rows(reward, best_of):
-    """Rewards [P, G] -> rows to train on [P, G] bool: the best_of/2 highest and lowest of each group (0: all of them)."""
+    """Rewards [P, G] -> rows to train on [P, G] bool: the best_of/2 highest and lowest of each group (0: all of
+    them)."""
     if not best_of:
         return torch.ones_like(reward, dtype=torch.bool)
     rank = reward.argsort(dim=1, stable=True).argsort(dim=1)

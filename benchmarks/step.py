@@ -1,11 +1,11 @@
 """What a training step costs over its floor: the bare transformer doing the same forwards and backwards.
 
-    python -m benchmarks.step                 # tiny-flux, and a 70M FLUX at 256x256; prints and rewrites benchmarks/RESULTS.md
+    python -m benchmarks.step        # tiny-flux, and a 70M FLUX at 256x256; rewrites benchmarks/RESULTS.md
 
 The step is grpo_base.py's own, whole: noise, text embeddings, T forwards, transitions, decoding, reward, advantages, n
-forwards and backwards, optimizer, log. The floor is T forwards without gradients and n forwards and backwards of the same
-rows in the same micro-batches, inputs prepared, nothing else. Steps and floors alternate in one process, so that both see
-the same machine; the median of their ratios counts.
+forwards and backwards, optimizer, log. The floor is T forwards without gradients and n forwards and backwards of the
+same rows in the same micro-batches, inputs prepared, nothing else. Steps and floors alternate in one process, so that
+both see the same machine; the median of their ratios counts.
 """
 
 import platform

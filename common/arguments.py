@@ -49,7 +49,7 @@ class Args:
     same_noise: bool = False
     """Start all samples of a group from the same noise."""
     sde_window: int = 0
-    """Add noise in this many consecutive steps only, a random window each training step, and train on those; 0: all steps."""
+    """Add noise in this many consecutive steps only, a new random window each training step; 0: in all steps."""
 
     # --- Update ---
     timestep_fraction: float = 1.0
@@ -92,15 +92,38 @@ class Args:
     """Where the metrics go besides metrics.jsonl."""
 
 
-# (field, smallest, largest, what it is); the smallest itself is allowed where marked "from"
-_BOUNDS = [
-    ("height", 0, 1e5, "from"), ("width", 0, 1e5, "from"), ("steps", 1, 1e9, "from"), ("prompts_per_step", 1, 1e6, "from"),
-    ("group_size", 2, 1e5, "from"), ("sampling_steps", 2, 1000, "from"), ("noise_level", 0, 10, "above"), ("shift", 0, 100, "above"),
-    ("guidance", 0, 1000, "from"), ("sde_window", 0, 1000, "from"), ("timestep_fraction", 0, 1, "above"), ("best_of", 0, 1e5, "from"),
-    ("updates_per_step", 1, 1000, "from"), ("micro_batch", 1, 1e6, "from"), ("clip_range", 0, 1, "above"), ("adv_clip_max", 0, 1e6, "above"),
-    ("learning_rate", 0, 1, "above"), ("weight_decay", 0, 1, "from"), ("max_grad_norm", 0, 1e6, "above"), ("lora_rank", 0, 4096, "from"),
-    ("kl_coef", 0, 1e6, "from"), ("seed", 0, 2**31, "from"), ("save_every", 0, 1e9, "from"), ("sample_every", 0, 1e9, "from"), ("eval_every", 0, 1e9, "from"),
-]  # fmt: skip
+# (field, smallest, largest); the smallest value itself is allowed "from" there, not "above"
+_BOUNDS = {
+    "from": [
+        ("height", 0, 1e5),
+        ("width", 0, 1e5),
+        ("steps", 1, 1e9),
+        ("prompts_per_step", 1, 1e6),
+        ("group_size", 2, 1e5),
+        ("sampling_steps", 2, 1000),
+        ("guidance", 0, 1000),
+        ("sde_window", 0, 1000),
+        ("best_of", 0, 1e5),
+        ("updates_per_step", 1, 1000),
+        ("micro_batch", 1, 1e6),
+        ("weight_decay", 0, 1),
+        ("lora_rank", 0, 4096),
+        ("kl_coef", 0, 1e6),
+        ("seed", 0, 2**31),
+        ("save_every", 0, 1e9),
+        ("sample_every", 0, 1e9),
+        ("eval_every", 0, 1e9),
+    ],
+    "above": [
+        ("noise_level", 0, 10),
+        ("shift", 0, 100),
+        ("timestep_fraction", 0, 1),
+        ("clip_range", 0, 1),
+        ("adv_clip_max", 0, 1e6),
+        ("learning_rate", 0, 1),
+        ("max_grad_norm", 0, 1e6),
+    ],
+}
 
 
 def defaults(cls, model="tiny-flux", **values):
@@ -111,7 +134,7 @@ def defaults(cls, model="tiny-flux", **values):
 
 
 def parse(cls, description):
-    """The command line -> cls. The defaults are those of the --model that it names; `--resume` alone means `--resume latest`."""
+    """The command line -> cls. The defaults are those of its --model; a lone `--resume` means `--resume latest`."""
     argv = sys.argv[1:]
     for i, word in enumerate(argv):
         if word == "--resume" and (i + 1 == len(argv) or argv[i + 1].startswith("--")):
@@ -122,18 +145,18 @@ def parse(cls, description):
 
 
 def check(args):
-    """Raises InputError for the first setting that makes no sense; asks the hub only about a --model that is a hub id."""
-    for name, low, high, kind in _BOUNDS:
-        value, flag = getattr(args, name), "--" + name.replace("_", "-")
-        if not (math.isfinite(value) and (low <= value if kind == "from" else low < value) and value <= high):
-            raise InputError(
-                f"{flag} {value}: must be {kind} {low:g} {'to' if kind == 'from' else 'and at most'} {high:g}"
-            )
+    """Raises InputError for the first setting that makes no sense; only a hub id as --model asks the network."""
+    for kind, bounds in _BOUNDS.items():
+        for name, low, high in bounds:
+            value, flag = getattr(args, name), "--" + name.replace("_", "-")
+            if not (math.isfinite(value) and (low <= value if kind == "from" else low < value) and value <= high):
+                raise InputError(f"{flag} {value}: must be {kind} {low:g} and at most {high:g}")
     if args.best_of % 2 or args.best_of > args.group_size:
         raise InputError(f"--best-of {args.best_of}: must be even and at most --group-size {args.group_size}")
     if args.sde_window > args.sampling_steps - 1:
         raise InputError(
-            f"--sde-window {args.sde_window}: only {args.sampling_steps - 1} of {args.sampling_steps} steps can be noisy (the last never is)"
+            f"--sde-window {args.sde_window}: only {args.sampling_steps - 1} of {args.sampling_steps} steps can "
+            "be noisy, the last never is"
         )
     if args.tracker == "wandb" and importlib.util.find_spec("wandb") is None:
         raise InputError("--tracker wandb: the package is missing; pip install wandb, or use --tracker tensorboard")

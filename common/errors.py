@@ -12,7 +12,7 @@ class RunError(RuntimeError):
 
 
 def run(main, args):
-    """main(args); an InputError or RunError ends the program with one line on stderr. A traceback is left for our own bugs."""
+    """main(args); an InputError or RunError ends it with one line on stderr. Tracebacks are for our own bugs."""
     try:
         main(args)
     except (InputError, RunError) as error:

@@ -12,7 +12,7 @@ NOISE = 2**31 - 1  # the "step" whose noise the exam starts from; no training st
 
 @torch.no_grad()
 def sample(model, prompts, numbers, sigmas, micro_batch, device="cpu"):
-    """Noise-free samples of the prompts with the given numbers [b], each from its own fixed noise -> [b, C, H, W] in [0, 1]."""
+    """Noise-free samples [b, C, H, W] in [0, 1] of the prompts numbered `numbers` [b], each from fixed noise."""
     cond = model.encode([prompts[i] for i in numbers])
     images = []
     for mb in torch.arange(len(numbers)).split(micro_batch):

@@ -7,7 +7,7 @@ import torch
 
 
 def clipped_surrogate(ratio, advantages, clip_range):
-    """-min(rho * A, clip(rho, 1 - c, 1 + c) * A): ratio [B], advantages [B] -> [B]. DanceGRPO 2505.07818; BPGO 2511.18919 eq 1."""
+    """-min(rho * A, clip(rho, 1 - c, 1 + c) * A): ratio [B], advantages [B] -> [B]. BPGO (2511.18919) eq 1."""
     assert ratio.shape == advantages.shape, f"ratio {tuple(ratio.shape)}, advantages {tuple(advantages.shape)}"
     return -torch.minimum(ratio * advantages, ratio.clamp(1 - clip_range, 1 + clip_range) * advantages)
 
@@ -20,7 +20,7 @@ def gaussian_kl(mean, reference_mean, std):
 
 @torch.no_grad()
 def diagnostics(ratio, clip_range, weight, loss, update):
-    """Sums over the rows that count (weight > 0) of a micro-batch: ratio [B], weight [B], loss scalar -> {name: scalar}.
+    """Of a micro-batch, over the rows with weight > 0: ratio [B], weight [B], loss scalar -> {name: scalar}, sums.
 
     ratio_error max |rho - 1| before the first update (0) must be rounding: more means that the two passes differ.
     approx_kl is Schulman's non-negative estimate (rho - 1) - log rho of KL(old || new).

@@ -8,7 +8,7 @@ from common.errors import InputError
 
 
 def read_prompts(path):
-    """One prompt a line, UTF-8 (a byte-order mark is dropped), blank lines skipped -> [str]. Raises InputError with what to do."""
+    """One prompt a line, UTF-8 with or without a byte-order mark, blank lines skipped -> [str]; or InputError."""
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except OSError as error:
@@ -24,9 +24,9 @@ def read_prompts(path):
 
 
 def prompts_of_step(prompts, step, number, seed):
-    """The `number` prompts of a step: every epoch is a new permutation, and no state is kept, so a resumed run visits the same.
+    """The `number` prompts of a step. Every epoch is a new permutation; no state, so a resumed run visits the same.
 
-    A prompt may occur twice in one step where an epoch ends; groups are told apart by their number, never by their text.
+    Where an epoch ends a prompt may occur twice in a step: groups are told apart by their number, never by text.
     """
     first = step * number
     return [

@@ -1,4 +1,4 @@
-"""What a run leaves to look at: metrics.jsonl, trackers, sample grids, the reward plot, the progress bar and the last line."""
+"""What a run leaves to look at: metrics.jsonl, trackers, sample grids, reward plot, progress bar, last line."""
 
 import json
 import time
@@ -14,7 +14,7 @@ from common.runtime import write_text
 
 
 class Report:
-    """Writes on the main process only. Rows of metrics.jsonl from `start` on are dropped: a resumed run writes them again."""
+    """Writes on the main process only. A resumed run writes metrics.jsonl again from row `start` on."""
 
     def __init__(self, run, start):
         self.run, self.path = run, run.output / "metrics.jsonl"
@@ -35,7 +35,7 @@ class Report:
         return self.bar
 
     def log(self, step, metrics):
-        """Appends one row to metrics.jsonl and sends it to the tracker. metrics: {name: number or tensor of one element}."""
+        """Appends a row to metrics.jsonl and sends it to the tracker: {name: number or tensor of one element}."""
         row = {"step": step, **{name: float(value) for name, value in metrics.items()}}
         self.rows.append(row)
         self.run.accelerator.log({name: value for name, value in row.items() if name != "step"}, step=step)
@@ -68,7 +68,8 @@ class Report:
         held_out = [row["eval_reward"] for row in self.rows if "eval_reward" in row]
         if held_out:
             self.run.print(
-                f"held-out reward {held_out[0]:.3f} -> {held_out[-1]:.3f} ({held_out[-1] - held_out[0]:+.3f}; fixed prompts and noise, no noise in sampling)"
+                f"held-out reward {held_out[0]:.3f} -> {held_out[-1]:.3f} ({held_out[-1] - held_out[0]:+.3f}; "
+                "fixed prompts, fixed starting noise, noise-free sampling)"
             )
         self.run.print(
             f"look at {self.run.output}/reward.png and {self.run.output}/samples; the trained model: {export}"

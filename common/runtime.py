@@ -1,4 +1,4 @@
-"""Accelerate, trainable weights, gather and local rows, checkpoints, resume and export: what a run needs and no method changes."""
+"""Accelerate, trainable weights, rows of processes, checkpoints, resume, export: what no method changes."""
 
 import contextlib
 import copy
@@ -25,7 +25,7 @@ RATIO_LIMIT = {"no": 1e-4, "bf16": 0.05}
 
 
 class Runtime:
-    """One process of a run. B rows (samples) of a step are dealt to the processes in contiguous chunks; a group may span processes."""
+    """One process of a run. The B rows of a step are dealt out in contiguous chunks; a group may span processes."""
 
     def __init__(self, args):
         self.args = args
@@ -67,10 +67,10 @@ class Runtime:
         return value.flatten()[self.rows(value.numel()).to(value.device)]
 
     def micro_batches(self, kept, size):
-        """kept [P, G] bool, the same on every process -> local indices of this process's kept rows, at most `size` at a time.
+        """kept [P, G] bool, the same on every process -> local indices of this process's kept rows, by `size`.
 
-        Every process gets equally many micro-batches (sharded and data-parallel modules hang otherwise): one with fewer kept rows
-        runs a row that is not kept, whose weight the script sets to 0.
+        Every process gets equally many micro-batches (sharded and data-parallel modules hang otherwise): one with
+        fewer kept rows runs a row that is not kept, whose weight the script sets to 0.
         """
         chunks = kept.flatten().cpu().view(self.world, -1)
         number = max(math.ceil(chunk.sum().item() / size) for chunk in chunks)
@@ -81,9 +81,9 @@ class Runtime:
     # --- Weights ---
 
     def prepare(self, model):
-        """Moves the model to the device and makes it trainable: all weights, or a LoRA, in float32; the optimizer's state too.
+        """Moves the model to the device, makes its weights or a LoRA trainable in float32, returns the optimizer.
 
-        Returns the optimizer. model.trainable then holds the prepared modules.
+        model.trainable then holds the prepared modules.
         """
         self._claim_output()
         args = self.args
@@ -102,22 +102,23 @@ class Runtime:
                 module.float().requires_grad_(True)
         self.frozen = copy.deepcopy(model.trainable) if args.kl_coef and not args.lora_rank else {}
         for module in self.frozen.values():
-            module.requires_grad_(False)
+            module.requires_grad_(False).to(self.dtype)
         model.trainable = {name: self.accelerator.prepare(module) for name, module in model.trainable.items()}
         weights = [weight for module in model.trainable.values() for weight in _trained(module)]
         optimizer = torch.optim.AdamW(weights, lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
         self.model, self.optimizer = model, self.accelerator.prepare(optimizer)
         self.print(
-            f"{args.model}: training {sum(w.numel() for w in weights) / 1e6:.2f}M weights{' (LoRA)' * bool(args.lora_rank)} on "
-            f"{self.world} x {self.device.type}, {args.prompts_per_step} x {args.group_size} samples a step, into {self.output}"
+            f"{args.model}: training {sum(w.numel() for w in weights) / 1e6:.2f}M weights"
+            f"{' (LoRA)' * bool(args.lora_rank)} on {self.world} x {self.device.type}, "
+            f"{args.prompts_per_step} x {args.group_size} samples a step, into {self.output}"
         )
         return self.optimizer
 
     @contextlib.contextmanager
     def initial_weights(self):
-        """Inside, model.velocity is that of the weights before training: the LoRA is off, or the frozen copy stands in."""
+        """Inside, model.velocity is that before training: the LoRA is off, or the frozen copy stands in."""
         trained = self.model.trainable
-        with torch.no_grad():
+        with torch.no_grad(), self.accelerator.autocast():
             if self.frozen:
                 self.model.trainable = self.frozen
                 yield
@@ -131,7 +132,7 @@ class Runtime:
                     module.enable_adapters()
 
     def backward(self, loss, last):
-        """Adds the gradients of this process's share of the loss; they are exchanged between processes on the `last` call alone."""
+        """Adds the gradients of this process's share of the loss; processes exchange them on the `last` call alone."""
         with contextlib.ExitStack() as stack:
             if not last:
                 for module in self.model.trainable.values():
@@ -144,7 +145,7 @@ class Runtime:
         norm = self.accelerator.clip_grad_norm_(weights, self.args.max_grad_norm)
         if not torch.isfinite(norm):
             raise RunError(
-                f"the gradient norm is {norm.item()}: lower --learning-rate, or look at the last checkpoint in {self.output}/checkpoints"
+                f"the gradient norm is {norm.item()}: lower --learning-rate and go on from {self.output}/checkpoints"
             )
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -179,7 +180,7 @@ class Runtime:
     # --- Checkpoints ---
 
     def save(self, step, stateful):
-        """checkpoints/step_NNNNNN with everything in `stateful` {name: object with state_dict}, written beside and renamed."""
+        """checkpoints/step_NNNNNN with all of `stateful` {name: object with state_dict}, written beside and renamed."""
         if self.is_main:
             final = self.output / "checkpoints" / f"step_{step:06d}"
             beside = final.with_name(f".{final.name}.tmp")
@@ -197,7 +198,7 @@ class Runtime:
         self.accelerator.wait_for_everyone()
 
     def resume(self, stateful):
-        """Loads the checkpoint that --resume names into `stateful` and returns its step; 0 without --resume, or before the first save."""
+        """Loads the checkpoint of --resume into `stateful` and returns its step; 0 without one."""
         if not self.args.resume:
             return 0
         if self.args.resume == "latest":
@@ -211,7 +212,7 @@ class Runtime:
             about = json.loads((folder / "checkpoint.json").read_text())
         except (OSError, ValueError):
             raise InputError(
-                f"--resume: {folder} is no checkpoint; use `latest` or a folder like {self.output}/checkpoints/step_000020"
+                f"--resume: {folder} is no checkpoint; give `latest` or a {self.output}/checkpoints/step_NNNNNN"
             ) from None
         missing, unknown = sorted(set(stateful) - set(about["names"])), sorted(set(about["names"]) - set(stateful))
         if missing or unknown:
@@ -236,7 +237,7 @@ class Runtime:
         return about["step"]
 
     def export(self):
-        """export/: the LoRA, or the whole pipeline with the trained weights, as plain diffusers loads it; returns the line that does."""
+        """export/: the LoRA, or the whole trained pipeline, for plain diffusers; returns the line that loads it."""
         folder, pipe = self.output / "export", self.model.pipe
         if self.is_main:
             if self.args.lora_rank:

@@ -2,12 +2,13 @@
 
 Rectified flow: x_sigma = (1 - sigma) * x0 + sigma * eps, velocity v = eps - x0, sigma from 1 (noise) to 0 (data).
 
-DanceGRPO (arXiv 2505.07818) and Flow-GRPO (2505.05470) turn the sampler's ODE into an SDE with the same marginals, so that each
-denoising step is a Gaussian policy with an exact log-probability. They are one formula with a different diffusion coefficient s:
+DanceGRPO (arXiv 2505.07818) and Flow-GRPO (2505.05470) turn the sampler's ODE into an SDE with the same marginals, so
+that each denoising step is a Gaussian policy with an exact log-probability. They are one formula with a different
+diffusion coefficient s:
 
-    mean   = x + (v + s^2 / (2 sigma) * (x + (1 - sigma) * v)) * dt,    dt = sigma_next - sigma < 0     SLAS (2605.10937) eq 3-4
+    mean   = x + (v + s^2 / (2 sigma) * (x + (1 - sigma) * v)) * dt,    dt = sigma_next - sigma < 0
     x_next = mean + std * z,    std = s * sqrt(-dt),    z ~ N(0, I)
-    log_prob = mean over all non-batch dimensions of log N(x_next; mean, std^2)
+    log_prob = mean over all non-batch dimensions of log N(x_next; mean, std^2)          SLAS (2605.10937) eq 3-4
 
 One name, one quantity: `s` is the coefficient of the SDE, `std` the standard deviation of the transition.
 Shapes: B rows, T denoising steps, `...` the latent's own dimensions.
@@ -32,10 +33,10 @@ def shifted_sigmas(steps, shift):
 def diffusion_coefficients(sigmas, eta, schedule, window=None):
     """The coefficient s of each step: sigmas [T+1] -> [T].
 
-    `dance`: s = eta (2505.07818). `flow`: s = eta * sqrt(sigma / (1 - sigma)) (2505.05470), where a sigma of 1 is replaced by the
-    next sigma: the ratio has a pole there, and some schedulers start at 0.999999 instead.
-    The last step is an ODE step (s = 0): its log-probability has no finite limit, so it is never trained and decodes to x0_hat.
-    `window` = (start, length) keeps noise in those steps only and makes the others ODE steps.
+    `dance`: s = eta (2505.07818). `flow`: s = eta * sqrt(sigma / (1 - sigma)) (2505.05470), where a sigma of 1 is
+    replaced by the next sigma: the ratio has a pole there, and some schedulers start at 0.999999 instead.
+    The last step is an ODE step (s = 0): its log-probability has no finite limit, so it is never trained and decodes
+    to x0_hat. `window` = (start, length) keeps noise in those steps only and makes the others ODE steps.
     """
     sigma, sigma_next = sigmas[:-1], sigmas[1:]
     if schedule == "dance":
@@ -60,18 +61,19 @@ def random_window(steps, length, generator):
 
 
 def noisy_steps(s, fraction, generator):
-    """Indices of a random `fraction` of the steps with noise (rounded, at least one), in order: s [T] -> list of int."""
+    """Indices of a random `fraction` of the steps with noise (rounded, at least one), sorted: s [T] -> [int]."""
     noisy = s.nonzero().flatten()
     number = max(1, round(fraction * len(noisy)))
     return sorted(noisy[torch.randperm(len(noisy), generator=generator)[:number]].tolist())
 
 
 def sde_step(velocity, x, sigma, sigma_next, s, *, noise=None, x_next=None):
-    """One transition, to sample (give `noise`) or to re-score a stored sample (give `x_next`); same arithmetic, so the ratio of the
-    two is exactly 1 for the same velocity.
+    """One transition, to sample (give `noise`) or to re-score a stored sample (give `x_next`); same arithmetic, so the
+    ratio of the two is exactly 1 for the same velocity.
 
     velocity, x, noise, x_next: [B, ...] float; sigma, sigma_next, s: scalars or [B].
-    Returns x_next [B, ...], log_prob [B], mean [B, ...]. With s = 0 this is the Euler step of the ODE and log_prob is 0.
+    Returns x_next [B, ...], log_prob [B], mean [B, ...]. With s = 0 this is the Euler step of the ODE and log_prob is
+    0.
     """
     assert noise is None or x_next is None, "give noise to sample or x_next to re-score, not both"
     sigma, sigma_next, s = (_per_row(value, x) for value in (sigma, sigma_next, s))
@@ -114,8 +116,8 @@ def _per_row(value, x):
 class RowNoise:
     """Standard normal noise, for each row a stream of its own that depends on (seed, step, row) and on nothing else.
 
-    So one process and many draw the same noise for the same row, and a resumed run repeats it. Drawn on the CPU, whose generator
-    gives the same numbers on every machine.
+    So one process and many draw the same noise for the same row, and a resumed run repeats it. Drawn on the CPU, whose
+    generator gives the same numbers on every machine.
     """
 
     def __init__(self, seed, step, rows, device="cpu"):
@@ -132,8 +134,8 @@ class RowNoise:
 def rollout(velocity, x, sigmas, s, noise):
     """Samples a batch and keeps what re-scoring needs.
 
-    velocity: (x [B, ...], sigma) -> [B, ...]; x: initial noise [B, ...]; sigmas [T+1]; s [T]; noise: shape -> [B, *shape].
-    Returns latents [B, T+1, ...] float32 (the last is x0, ready to decode) and log_probs [B, T].
+    velocity: (x [B, ...], sigma) -> [B, ...]; x: initial noise [B, ...]; sigmas [T+1]; s [T]; noise: shape -> [B,
+    *shape]. Returns latents [B, T+1, ...] float32 (the last is x0, ready to decode) and log_probs [B, T].
     Latents stay float32: rounding them to bf16 moves the log-probability by more than the clip range.
     """
     latents, log_probs = [x.float()], []

@@ -1,13 +1,16 @@
-"""Builds `assets/tiny-flux`: a small FLUX that knows the shapes world but often picks the wrong shape, colour, number or place.
+"""Builds `assets/tiny-flux`: a small FLUX that knows the shapes world but often picks the wrong shape, colour, number
+or place.
 
     python -m lab.build_tiny_flux            # about 25 minutes on two cores, seeded
 
-Three steps, all from one seed: an AutoencoderKL on clean renders; then a FluxTransformer2DModel together with its T5 and CLIP text
-encoders by flow matching in the latent space; then the pipeline folder. While the flow is trained, each attribute of a caption
-is wrong with probability `--wrong`. So the base model knows every concept and chooses badly, which is the state that
-reinforcement learning improves: the reward of its samples is middling and spreads widely within a group.
+Three steps, all from one seed: an AutoencoderKL on clean renders; then a FluxTransformer2DModel together with its T5
+and CLIP text encoders by flow matching in the latent space; then the pipeline folder. While the flow is trained, each
+attribute of a caption is wrong with probability `--wrong`. So the base model knows every concept and chooses badly,
+which is the state that reinforcement learning improves: the reward of its samples is middling and spreads widely
+within a group.
 """
 
+import json
 import math
 import random
 import time
@@ -59,8 +62,6 @@ def clip_tokenizer(corpus):
         show_progress=False,
     )
     trained.train_from_iterator(corpus + letters, trainer)
-    import json
-
     model = json.loads(trained.to_str())["model"]
     return CLIPTokenizer(vocab=model["vocab"], merges=[tuple(m) for m in model["merges"]], model_max_length=TOKENS)
 
@@ -81,8 +82,9 @@ def train_vae(args):
     """AutoencoderKL, 32x32x3 -> 8x8x4; its scaling and shift give latents of mean 0 and standard deviation 1."""
     torch.manual_seed(args.seed)
     vae = AutoencoderKL(
-        block_out_channels=(16, 32, 64), down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
-        layers_per_block=1, latent_channels=4, norm_num_groups=8, sample_size=shapes.SIZE, use_quant_conv=False, use_post_quant_conv=False,
+        block_out_channels=(16, 32, 64), down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3, layers_per_block=1, latent_channels=4, norm_num_groups=8,
+        sample_size=shapes.SIZE, use_quant_conv=False, use_post_quant_conv=False,
     )  # fmt: skip
     images = clean_images(20_000, args.seed + 1)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, weight_decay=0.0)
@@ -135,9 +137,9 @@ def new_pipeline(vae, seed):
         assert longest == extra, f"the {name} tokenizer splits a word of the world"
     text_encoder = CLIPTextModel(
         CLIPTextConfig(
-            vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-            max_position_embeddings=TOKENS, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
+            vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+            num_attention_heads=4, max_position_embeddings=TOKENS, bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
         )
     )  # fmt: skip
     text_encoder_2 = T5EncoderModel(
@@ -158,7 +160,8 @@ def new_pipeline(vae, seed):
     )  # fmt: skip
     return FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
-        vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, text_encoder_2=text_encoder_2, tokenizer_2=tokenizer_2, transformer=transformer,
+        vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, text_encoder_2=text_encoder_2,
+        tokenizer_2=tokenizer_2, transformer=transformer,
     )  # fmt: skip
 
 
@@ -210,8 +213,9 @@ def velocity(pipe, x, sigma, clip_ids, t5_ids):
     side = math.isqrt(x.shape[1])
     return pipe.transformer(
         hidden_states=x, timestep=sigma, guidance=torch.full_like(sigma, GUIDANCE),
-        pooled_projections=pipe.text_encoder(clip_ids).pooler_output, encoder_hidden_states=pipe.text_encoder_2(t5_ids)[0],
-        txt_ids=torch.zeros(t5_ids.shape[1], 3), img_ids=pipe._prepare_latent_image_ids(None, side, side, x.device, x.dtype), return_dict=False,
+        pooled_projections=pipe.text_encoder(clip_ids).pooler_output,
+        encoder_hidden_states=pipe.text_encoder_2(t5_ids)[0], txt_ids=torch.zeros(t5_ids.shape[1], 3),
+        img_ids=pipe._prepare_latent_image_ids(None, side, side, x.device, x.dtype), return_dict=False,
     )[0]  # fmt: skip
 
 

@@ -70,7 +70,8 @@ def write(wanted):
 
 
 def corrupt(caption, probability, rng):
-    """The caption with each of its attributes (shape, colour, number, relation) replaced with `probability` by another value.
+    """The caption with each of its attributes (shape, colour, number, relation) replaced with `probability` by another
+    value.
 
     Two objects never take each other's shape or colour: the caption stays one of the world's.
     """
@@ -145,7 +146,8 @@ def render(scenes, size=SIZE):
 
 
 def sample_scenes(captions, seed, size=SIZE):
-    """A random scene for each caption: what it leaves open is drawn at random, objects do not touch, relations hold clearly."""
+    """A random scene for each caption: what it leaves open is drawn at random, objects do not touch, relations hold
+    clearly."""
     generator = torch.Generator().manual_seed(seed)
     wanted = [parse(caption) for caption in captions]
     b = len(wanted)

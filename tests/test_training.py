@@ -67,7 +67,7 @@ def test_a_ratio_that_is_off_stops_the_run(train, monkeypatch):
 
 
 def objective(model, args, step):
-    """Loss of one whole step on the model's weights, written out row by row from the definition, without micro-batches."""
+    """Loss of one whole step, written out row by row from the definition, without micro-batches."""
     P, G, T = args.prompts_per_step, args.group_size, args.sampling_steps
     chance = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
     sigmas = sde.shifted_sigmas(T, args.shift)
@@ -300,7 +300,7 @@ def test_run_folder_holds_what_it_promises(train):
         tracker="tensorboard",
         eval_prompts=str(ROOT / "assets/prompts/shapes_heldout.txt"),
     )
-    names = "step reward_mean reward_std verifier_mean advantage_abs_mean loss grad_norm clip_fraction ratio_error approx_kl"
+    names = "step reward_mean reward_std verifier_mean advantage_abs_mean loss grad_norm clip_fraction ratio_error"
     assert all(set(names.split()) | {"eval_reward"} <= set(row) for row in rows[:2])
     assert set(rows[2]) == {"step", "eval_reward", "eval_verifier"} and [row["step"] for row in rows] == [0, 1, 2]
     for name in ("samples/step_000000.png", "samples/step_000001.png", "samples/step_000002.png", "reward.png"):

@@ -27,7 +27,8 @@ FAMILIES = {"FluxPipeline": ("common.models.flux", "Flux")}
 MODELS = {
     "tiny-flux": dict(
         source=str(ASSETS / "tiny-flux"), height=32, width=32, guidance=3.5,
-        prompts=str(ASSETS / "prompts/shapes.txt"), eval_prompts=str(ASSETS / "prompts/shapes_heldout.txt"), reward=("verifier",),
+        prompts=str(ASSETS / "prompts/shapes.txt"), eval_prompts=str(ASSETS / "prompts/shapes_heldout.txt"),
+        reward=("verifier",),
         steps=40, prompts_per_step=8, group_size=12, sampling_steps=8, sde="flow", noise_level=0.7, shift=1.0,
         timestep_fraction=1.0, same_noise=False, clip_range=1e-3, learning_rate=1e-4, micro_batch=96,
     ),
@@ -94,6 +95,6 @@ def _index_file(source):
         raise InputError(f"model: there is no folder {source} and it is no hub id; {names}") from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError):
         raise InputError(
-            f"model: {source} is no folder here, not in the Hugging Face cache, and the hub does not give it; check the spelling and "
-            f"the network, run `hf auth login` for a gated model, or give --model PATH ({names})"
+            f"model: {source} is no folder here, not in the Hugging Face cache, and the hub does not give it; check "
+            f"the spelling and the network, run `hf auth login` for a gated model, or give --model PATH ({names})"
         ) from None

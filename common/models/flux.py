@@ -32,7 +32,10 @@ class Flux:
 
     @torch.no_grad()
     def encode(self, prompts):
-        """b prompts -> {"encoder_hidden_states": [b, S, D], "pooled_projections": [b, D']}; each distinct prompt is encoded once."""
+        """b prompts -> {"encoder_hidden_states": [b, S, D], "pooled_projections": [b, D']}.
+
+        Each distinct prompt is encoded once in the model's life.
+        """
         new = list(dict.fromkeys(prompt for prompt in prompts if prompt not in self.embedded))
         for prompt in new:  # one by one: an embedding must not depend on its neighbours
             text, pooled, _ = self.pipe.encode_prompt(

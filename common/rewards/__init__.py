@@ -1,7 +1,7 @@
 """Rewards: a table of names, `name=weight` parsing, and scoring with every score checked.
 
 A reward is a class with
-    score(media, prompts) -> [b] float32    media [b, C, H, W] (video [b, F, C, H, W]) in [0, 1], one prompt a row; no files in between
+    score(media, prompts) -> [b] float32    media [b, C, H, W] (video [b, F, C, H, W]) in [0, 1], one prompt a row
     scale                                   typical standard deviation within a group
     range                                   (lowest, highest); None where there is no bound
     check(prompts)                          optional: raises ValueError for a prompt that it cannot score
@@ -78,7 +78,8 @@ def check_finite(scores, prompts):
         if wrong:
             row, sample = wrong[0]
             raise RunError(
-                f"reward {name} is {values[row, sample].item()} for the prompt {prompts[row]!r} ({len(wrong)} of {values.numel()} samples of the step)"
+                f"reward {name} is {values[row, sample].item()} for the prompt {prompts[row]!r} "
+                f"({len(wrong)} of {values.numel()} samples of the step)"
             )
 
 

@@ -9,8 +9,8 @@ from torchvision.transforms.functional import to_pil_image
 class JpegSize:
     """Minus the bytes per pixel of the image as a JPEG of quality 95: 0 is nothing at all, -3 is no compression.
 
-    DDPO's reward is minus the whole size in kilobytes; per pixel, one scale fits 32x32 and 1024x1024. A video scores the mean of
-    its frames. `--reward jpeg=-1` rewards incompressibility.
+    DDPO's reward is minus the whole size in kilobytes; per pixel, one scale fits 32x32 and 1024x1024. A video scores
+    the mean of its frames. `--reward jpeg=-1` rewards incompressibility.
     """
 
     scale = 0.05

@@ -5,7 +5,7 @@ It works as GenEval does (a detector, then rules), but the detector is exact, be
     segment     a pixel is foreground when a palette colour covers more than half of it; connected pixels are an object
     measure     area, centroid and colour of each object, from the coverage of its pixels
     classify    shape by overlap with each shape drawn at that place and size; colour by distance in the palette
-    re-draw     the scene is drawn again from what was read; what the drawing cannot explain (blur, noise) lowers `quality`
+    re-draw     the scene is drawn again from what was read; what that cannot explain (blur, noise) lowers `quality`
     compare     objects are assigned to the words of the caption, the best assignment counts
 
 Every part is graded, in [0, 1]:
@@ -16,7 +16,7 @@ Every part is graded, in [0, 1]:
     score       quality * alignment
     passed      yes or no: every word of the caption holds, in an image of quality above 0.5
 
-The file needs torch alone and can be carried out of the project. `draw` is the world's renderer as well (`lab/shapes.py`).
+The file needs torch alone and can be carried out of the project. `draw` is also the world's renderer (lab/shapes.py).
 """
 
 import functools
@@ -54,8 +54,9 @@ ANY = -1
 def coverage(dx, dy, radius):
     """Share of each pixel that a shape covers, antialiased over one pixel.
 
-    dx, dy: pixel position minus the shape's centroid, [...]; radius in pixels, broadcastable. A shape of radius r has the
-    area of a circle of radius r, whatever the shape, and its centroid at 0. Returns [S, ...] in [0, 1], in the order of SHAPES.
+    dx, dy: pixel position minus the shape's centroid, [...]; radius in pixels, broadcastable. A shape of radius r has
+    the area of a circle of radius r, whatever the shape, and its centroid at 0. Returns [S, ...] in [0, 1], in the
+    order of SHAPES.
     """
     ax, ay = dx.abs(), dy.abs()
     distance_from_centre = torch.sqrt(dx**2 + dy**2)
@@ -76,7 +77,8 @@ def pixel_grid(size, device=None):
 
 
 def draw(shape, colour, x, y, radius, size):
-    """Renders scenes: shape, colour (indices, ANY = no object), x, y, radius (pixels), each [B, N] -> [B, 3, H, W] in [0, 1]."""
+    """Scenes -> images [B, 3, H, W] in [0, 1]: shape and colour (indices; shape ANY = no object), x, y and radius
+    (pixels), each [B, N]."""
     px, py = pixel_grid(size, x.device)
     covers = coverage(px - x[..., None, None], py - y[..., None, None], radius[..., None, None])  # [S, B, N, H, W]
     return paint(covers, shape, colour)
@@ -105,7 +107,7 @@ def background(device=None):
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a caption asks for: (shape, colour) of each object, ANY where it leaves it open, and a relation of the first two."""
+    """What a caption asks for: (shape, colour) of each object, ANY where left open; a relation of the first two."""
 
     task: str
     objects: tuple[tuple[int, int], ...]
@@ -132,9 +134,9 @@ def parse(caption):
         if match := pattern.fullmatch(text):
             return _wanted(kind, match.groups())
     raise ValueError(
-        f"the shapes world has no caption {caption[:80]!r}; it knows 'a [COLOUR] SHAPE', 'a [COLOUR] SHAPE and a [COLOUR] SHAPE', "
-        f"'a [COLOUR] SHAPE left of|right of|above|below a [COLOUR] SHAPE', 'two|three|four [COLOUR] SHAPEs', 'something COLOUR', with "
-        f"SHAPE {', '.join(SHAPES)} or shape and COLOUR {', '.join(COLOURS)}"
+        f"the shapes world has no caption {caption[:80]!r}; it knows 'a [COLOUR] SHAPE', 'a [COLOUR] SHAPE "
+        f"and a [COLOUR] SHAPE', 'a [COLOUR] SHAPE left of|right of|above|below a [COLOUR] SHAPE', 'two|three|four [COLOUR] SHAPEs', "
+        f"'something COLOUR', with SHAPE {', '.join(SHAPES)} or shape and COLOUR {', '.join(COLOURS)}"
     )
 
 
@@ -177,7 +179,8 @@ class Reading:
 
 
 def segment(images):
-    """images [B, 3, H, W] -> how far the nearest palette colour covers each pixel [B, H, W], and component labels (0 = background)."""
+    """images [B, 3, H, W] -> the share of each pixel that the nearest palette colour covers, [B, H, W] float, and
+    the label of its component, [B, H, W] int (0: background)."""
     ink = palette(images.device) - background(images.device)  # [K, 3]
     offset = images.movedim(1, -1) - background(images.device)  # [B, H, W, 3]
     cover = (offset @ ink.T / ink.square().sum(-1)).clamp(0, 1)  # [B, H, W, K]
@@ -257,7 +260,7 @@ def _assignments():
 
 
 def _choose(reading, wanted, identity):
-    """Best assignment of read objects to wanted ones -> (score [B], pass [B]); without `identity` any object fits any wish."""
+    """Best assignment of objects to wishes -> (score [B], pass [B]); without `identity` any object fits any wish."""
     b, device = len(wanted), reading.x.device
     want = torch.full((b, MAX_WANTED, 2), ANY)
     relation = torch.zeros(b, 2)
@@ -290,8 +293,8 @@ def _choose(reading, wanted, identity):
 
 
 def verify(images, captions):
-    """images [B, 3, H, W] in [0, 1] and their B captions -> {"quality", "layout", "alignment", "score": [B] float32 in [0, 1],
-    "passed": [B] bool}. A caption that is not of this world raises ValueError."""
+    """images [B, 3, H, W] in [0, 1] and their B captions -> {"quality", "layout", "alignment", "score": [B] float32 in
+    [0, 1], "passed": [B] bool}. A caption that is not of this world raises ValueError."""
     assert len(captions) == len(images), f"{len(images)} images, {len(captions)} captions"
     wanted = [parse(caption) for caption in captions]
     reading = read(images)
