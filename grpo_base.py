@@ -39,8 +39,7 @@ def combine_scores(scores, weights):
 
 
 def compute_advantages(reward, adv_clip_max):
-    """Rewards [P, G] -> advantages [P, G]: normalised within each group by the population standard deviation, and
-    clamped.
+    """Rewards [P, G] -> advantages [P, G]: normalised within each group (population standard deviation), clamped.
 
     A group whose rewards are all equal has advantage 0, exactly.
     """
@@ -55,8 +54,7 @@ def zero_variance(reward):
 
 
 def keep_rows(reward, best_of):
-    """Rewards [P, G] -> rows to train on [P, G] bool: the best_of/2 highest and lowest of each group (0: all of
-    them)."""
+    """Rewards [P, G] -> rows to train on [P, G] bool: the best_of/2 highest and lowest of each group; 0: all."""
     if not best_of:
         return torch.ones_like(reward, dtype=torch.bool)
     rank = reward.argsort(dim=1, stable=True).argsort(dim=1)
@@ -66,9 +64,9 @@ def keep_rows(reward, best_of):
 def main(args):
     # --- Setup ---
     arguments.check(args)
-    prompts, weights = read_prompts(args.prompts), rewards.parse(args.reward)
+    prompts, reward_weights = read_prompts(args.prompts), rewards.parse(args.reward)
     eval_prompts = read_prompts(args.eval_prompts) if args.eval_prompts else []
-    scorers = rewards.load(weights, prompts + eval_prompts)
+    scorers = rewards.load(reward_weights, prompts + eval_prompts)
     run = Runtime(args)
     model = models.load(args.model, run.dtype, args.height, args.width, args.guidance)
     optimizer = run.prepare(model)
@@ -80,7 +78,7 @@ def main(args):
     rows = run.rows(B)  # [b]
 
     for step in report.steps(start, args.steps):
-        metrics = heldout.evaluate(run, report, model, scorers, weights, eval_prompts, step)
+        metrics = heldout.evaluate(run, report, model, scorers, reward_weights, eval_prompts, step)
         clock = Clock(run.device)
 
         # --- Rollout ---
@@ -88,7 +86,8 @@ def main(args):
         window = sde.random_window(args.sampling_steps, args.sde_window, chance)
         s = sde.diffusion_coefficients(sigmas, args.noise_level, args.sde, window)  # [T]
         batch = prompts_of_step(prompts, step, P, args.seed)
-        cond = model.encode([batch[row // G] for row in rows])
+        captions = [batch[row // G] for row in rows]
+        cond = model.encode(captions)
         first = rows // G * G if args.same_noise else rows  # whose initial noise a row starts from
         trajectories = []
         for mb in torch.arange(len(rows)).split(args.micro_batch):
@@ -103,13 +102,13 @@ def main(args):
         # --- Reward ---
         scores = []
         for mb in torch.arange(len(rows)).split(args.micro_batch):
-            scores.append(rewards.score(scorers, model.decode(latents[mb, -1]), [batch[row // G] for row in rows[mb]]))
+            scores.append(rewards.score(scorers, model.decode(latents[mb, -1]), [captions[i] for i in mb]))
         scores = {name: run.gather(torch.cat([part[name] for part in scores])).view(P, G) for name in scorers}
         rewards.check_finite(scores, batch)
         metrics["reward_seconds"] = clock.lap()
 
         # --- Advantage ---
-        reward = combine_scores(scores, weights)  # [P, G]
+        reward = combine_scores(scores, reward_weights)  # [P, G]
         advantages = compute_advantages(reward, args.adv_clip_max)
         kept = keep_rows(reward, args.best_of)
         trained_rows = kept.sum().item()
@@ -156,7 +155,7 @@ def main(args):
         if step + 1 == args.steps or (args.save_every and (step + 1) % args.save_every == 0):
             run.save(step + 1, stateful)
 
-    final = heldout.evaluate(run, report, model, scorers, weights, eval_prompts, args.steps, last=True)
+    final = heldout.evaluate(run, report, model, scorers, reward_weights, eval_prompts, args.steps, last=True)
     report.finish(args.steps, final, run.export())
 
 

@@ -188,13 +188,15 @@ class Runtime:
             try:
                 beside.mkdir(parents=True)
                 for name, thing in stateful.items():
-                    torch.save(_unwrapped(self.accelerator, thing).state_dict(), beside / f"{name}.pt")
+                    torch.save(self._state(thing), beside / f"{name}.pt")
                 (beside / "checkpoint.json").write_text(json.dumps({"step": step, "names": sorted(stateful)}))
                 shutil.rmtree(final, ignore_errors=True)
                 os.replace(beside, final)
-            except OSError as error:
+            except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
                 shutil.rmtree(beside, ignore_errors=True)
-                raise RunError(f"cannot save {final}: {error.strerror}; earlier checkpoints are intact") from None
+                raise RunError(
+                    f"cannot save {final} ({error}); is the disk full? Earlier checkpoints are intact"
+                ) from None
         self.accelerator.wait_for_everyone()
 
     def resume(self, stateful):
@@ -214,27 +216,39 @@ class Runtime:
             raise InputError(
                 f"--resume: {folder} is no checkpoint; give `latest` or a {self.output}/checkpoints/step_NNNNNN"
             ) from None
-        missing, unknown = sorted(set(stateful) - set(about["names"])), sorted(set(about["names"]) - set(stateful))
-        if missing or unknown:
-            raise InputError(
-                f"--resume: {folder} is a checkpoint of another script: "
-                + "; ".join(
-                    filter(
-                        None,
-                        [missing and f"it lacks {', '.join(missing)}", unknown and f"it also has {', '.join(unknown)}"],
-                    )
+        for names, verb in (
+            (set(stateful) - set(about["names"]), "lacks"),
+            (set(about["names"]) - set(stateful), "also has"),
+        ):
+            if names:
+                raise InputError(
+                    f"--resume: {folder} {verb} {', '.join(sorted(names))}: it is another script's checkpoint"
                 )
-            )
         for name, thing in stateful.items():
             try:
-                state = torch.load(folder / f"{name}.pt", map_location="cpu", weights_only=True)
-                _unwrapped(self.accelerator, thing).load_state_dict(state)
-            except Exception as error:
+                self._load_state(thing, torch.load(folder / f"{name}.pt", map_location="cpu", weights_only=True))
+            except Exception as error:  # whatever a broken file makes torch say
                 raise InputError(f"--resume: {folder}/{name}.pt does not load: {str(error).splitlines()[0]}") from None
         if about["step"] > self.args.steps:
             raise InputError(f"--steps {self.args.steps}: {folder} is already at step {about['step']}")
         self.print(f"resuming {self.output} at step {about['step']}")
         return about["step"]
+
+    def _state(self, thing):
+        """state_dict of anything; of a module without the weights that are not trained: a LoRA's base stays out."""
+        if not isinstance(thing, torch.nn.Module):
+            return thing.state_dict()
+        module = self.accelerator.unwrap_model(thing)
+        frozen = {name for name, weight in module.named_parameters() if not weight.requires_grad}
+        return {name: value for name, value in module.state_dict().items() if name not in frozen}
+
+    def _load_state(self, thing, state):
+        if not isinstance(thing, torch.nn.Module):
+            return thing.load_state_dict(state)
+        expected = self._state(thing)
+        if expected.keys() != state.keys():
+            raise ValueError(f"it has {len(state)} weights, {len(expected)} are trained here")
+        self.accelerator.unwrap_model(thing).load_state_dict(state, strict=False)
 
     def export(self):
         """export/: the LoRA, or the whole trained pipeline, for plain diffusers; returns the line that loads it."""
@@ -270,8 +284,11 @@ class Runtime:
             raise InputError(
                 f"--output {self.output} already holds a run: go on with --resume latest, or choose another folder"
             )
-        before = json.loads(config.read_text()) if config.exists() else self._settings()
         now = self._settings()
+        try:
+            before = json.loads(config.read_text()) if config.exists() else now
+        except (OSError, ValueError):
+            raise InputError(f"--output {self.output}: its config.json cannot be read; choose another folder") from None
         for name in sorted({*before, *now} - set(FREE)):
             if before.get(name) != now.get(name):
                 raise InputError(
@@ -301,10 +318,6 @@ def write_text(path, text):
 
 def _trained(module):
     return [weight for weight in module.parameters() if weight.requires_grad]
-
-
-def _unwrapped(accelerator, thing):
-    return accelerator.unwrap_model(thing) if isinstance(thing, torch.nn.Module) else thing
 
 
 def _script():

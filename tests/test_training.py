@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -287,7 +288,9 @@ def test_export_of_a_lora_loads_into_plain_diffusers(train):
 
     trained = models.load("tiny-flux", torch.float32, 32, 32)
     trained.pipe.transformer.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=trained.lora_targets))
-    trained.pipe.transformer.load_state_dict(weights(folder, 3))
+    lora = weights(folder, 3)
+    assert lora and all("lora" in name for name in lora), "the frozen base has no place in a LoRA's checkpoint"
+    assert not trained.pipe.transformer.load_state_dict(lora, strict=False).unexpected_keys
     assert (images_of(trained.pipe, PROMPTS) - after).abs().max() <= 1e-5
 
 
@@ -360,6 +363,22 @@ def test_a_reward_that_turns_nan_stops_the_run_and_keeps_the_last_checkpoint(tra
     assert sorted(p.name for p in (tmp_path / "run/checkpoints").iterdir()) == ["step_000001", "step_000002"]
     assert weights(tmp_path / "run", 2)
     assert len(metrics(tmp_path / "run")) == 2
+
+
+def test_a_checkpoint_that_does_not_fit_on_the_disk_leaves_the_earlier_ones(train, tmp_path):
+    folder, _ = train(steps=1, save_every=1)
+    before = weights(folder, 1)
+
+    def small_files():  # the kernel refuses to let a file grow further, as it does on a full disk
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
+
+    line = [word if word != "1e-3" else "1e-4" for word in command(folder, "--resume", "latest")]
+    done = subprocess.run(line, capture_output=True, text=True, preexec_fn=small_files)
+    assert done.returncode == 1
+    assert re.search(r"^error: cannot save .*step_000002 .*is the disk full\?", done.stderr, re.M), done.stderr
+    assert "Traceback" not in done.stderr
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step_000001"]
+    assert all(torch.equal(value, before[name]) for name, value in weights(folder, 1).items())
 
 
 BAD = {

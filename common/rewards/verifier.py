@@ -135,7 +135,8 @@ def parse(caption):
             return _wanted(kind, match.groups())
     raise ValueError(
         f"the shapes world has no caption {caption[:80]!r}; it knows 'a [COLOUR] SHAPE', 'a [COLOUR] SHAPE "
-        f"and a [COLOUR] SHAPE', 'a [COLOUR] SHAPE left of|right of|above|below a [COLOUR] SHAPE', 'two|three|four [COLOUR] SHAPEs', "
+        "and a [COLOUR] SHAPE', 'a [COLOUR] SHAPE left of|right of|above|below a [COLOUR] SHAPE', "
+        "'two|three|four [COLOUR] SHAPEs', "
         f"'something COLOUR', with SHAPE {', '.join(SHAPES)} or shape and COLOUR {', '.join(COLOURS)}"
     )
 
