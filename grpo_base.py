@@ -69,7 +69,7 @@ def main(args):
     scorers = rewards.load(reward_weights, prompts + eval_prompts)
     run = Runtime(args)
     model = models.load(args.model, run.dtype, args.height, args.width, args.guidance)
-    optimizer = run.prepare(model)
+    optimizer = run.prepare(model, keep_initial=args.kl_coef > 0)
     stateful = {**model.trainable, "optimizer": optimizer}
     start = run.resume(stateful)
     report = Report(run, start)

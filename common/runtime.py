@@ -80,10 +80,11 @@ class Runtime:
 
     # --- Weights ---
 
-    def prepare(self, model):
+    def prepare(self, model, keep_initial):
         """Moves the model to the device, makes its weights or a LoRA trainable in float32, returns the optimizer.
 
-        model.trainable then holds the prepared modules.
+        model.trainable then holds the prepared modules. With `keep_initial`, `initial_weights` works: a LoRA can be
+        switched off, for full weights a frozen copy is kept.
         """
         self._claim_output()
         args = self.args
@@ -100,7 +101,7 @@ class Runtime:
                     weight.data = weight.data.float()
             else:
                 module.float().requires_grad_(True)
-        self.frozen = copy.deepcopy(model.trainable) if args.kl_coef and not args.lora_rank else {}
+        self.frozen = copy.deepcopy(model.trainable) if keep_initial and not args.lora_rank else {}
         for module in self.frozen.values():
             module.requires_grad_(False).to(self.dtype)
         model.trainable = {name: self.accelerator.prepare(module) for name, module in model.trainable.items()}
@@ -119,15 +120,14 @@ class Runtime:
         """Inside, model.velocity is that before training: the LoRA is off, or the frozen copy stands in."""
         trained = self.model.trainable
         with torch.no_grad(), self.accelerator.autocast():
-            if self.frozen:
-                self.model.trainable = self.frozen
+            modules = [] if self.frozen else [self.accelerator.unwrap_model(module) for module in trained.values()]
+            for module in modules:
+                module.disable_adapters()
+            self.model.trainable = self.frozen or trained
+            try:
                 yield
+            finally:
                 self.model.trainable = trained
-            else:
-                modules = [self.accelerator.unwrap_model(module) for module in trained.values()]
-                for module in modules:
-                    module.disable_adapters()
-                yield
                 for module in modules:
                     module.enable_adapters()
 

@@ -39,10 +39,10 @@ class Args:
     output: str = "assets/tiny-flux"
     """Folder of the pipeline; overwritten."""
     vae_steps: int = 1500
-    flow_steps: int = 5500
+    flow_steps: int = 6500
     scenes: int = 40_000
     """Distinct scenes that the flow is trained on."""
-    wrong: float = 0.15
+    wrong: float = 0.1
     """Probability that an attribute of a training caption is wrong."""
 
 
@@ -185,7 +185,8 @@ def train_flow(pipe, args):
         rows = torch.randint(len(latents), (BATCH,))
         told = [shapes.corrupt(captions[row], args.wrong, rng) for row in rows]
         clean, noise = latents[rows], torch.randn(BATCH, *latents.shape[1:])
-        sigma = torch.sigmoid(torch.randn(BATCH))[:, None, None]
+        u = torch.rand(BATCH)[:, None, None]
+        sigma = 3 * u / (1 + 2 * u)  # what a scene shows is decided at high noise: train there most
         loss = F.mse_loss(
             velocity(pipe, (1 - sigma) * clean + sigma * noise, sigma.flatten(), *tokens(pipe, told)), noise - clean
         )

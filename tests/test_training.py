@@ -253,6 +253,22 @@ def test_two_processes_train_as_one(train, tmp_path):
         assert a == pytest.approx(b, rel=1e-4, abs=1e-6)
 
 
+def test_samples_that_cannot_be_dealt_evenly_are_one_clear_line(tmp_path):
+    done = launch(2, *command(tmp_path / "odd", "--prompts-per-step", "1", "--group-size", "3")[1:])
+    assert done.returncode != 0
+    assert (
+        "error: --prompts-per-step 1 x --group-size 3 = 3 samples cannot be dealt evenly to 2 processes" in done.stderr
+    )
+    assert not (tmp_path / "odd").exists()
+
+
+def launch(processes, *words):
+    """accelerate launch on CPU processes, as a user does it."""
+    flags = f"--cpu --num_processes {processes} --num_machines 1 --mixed_precision no --dynamo_backend no"
+    accelerate = [sys.executable, "-m", "accelerate.commands.launch", *flags.split(), "--main_process_port", "0"]
+    return subprocess.run([*accelerate, *words], capture_output=True, text=True)
+
+
 # --- What a run leaves ---
 
 

@@ -12,7 +12,7 @@ Every part is graded, in [0, 1]:
 
     quality     the image looks like a drawing of shapes at all
     layout      quality * as many objects as the caption wants, standing where it says, whatever they are
-    alignment   each wanted object is there with its shape and colour, no others are, and the relation holds
+    alignment   the share of what the caption names that is there: shapes, colours, the number, the relation
     score       quality * alignment
     passed      yes or no: every word of the caption holds, in an image of quality above 0.5
 
@@ -242,7 +242,7 @@ def read(images):
     present = _large_enough(area) * (MAX_RADIUS + 1 - radius).clamp(0, 1)
     best = torch.where(present > 0, shape.argmax(-1), ANY)
     error = (images - paint(drawn, best, colour.argmax(-1))).square().sum((1, 2, 3))
-    quality = torch.exp(-error / (0.3 * weight.mul(present).sum(1).clamp(MIN_AREA, MAX_AREA))) * present.amax(1)
+    quality = torch.exp(-error / (0.5 * weight.mul(present).sum(1).clamp(MIN_AREA, MAX_AREA))) * present.amax(1)
     return Reading(present, shape, colour, x, y, radius, count, quality)
 
 
@@ -272,14 +272,21 @@ def _choose(reading, wanted, identity):
     number = torch.tensor([len(w.objects) for w in wanted], device=device)
     asked = (torch.arange(MAX_WANTED, device=device) < number[:, None]).float()  # [B, R]
 
-    match = reading.present[:, None].expand(b, MAX_WANTED, MAX_READ)
-    for probability, wish in ((reading.shape, want[..., 0]), (reading.colour, want[..., 1])):
-        fits = probability.gather(2, wish.clamp(min=0)[:, None].expand(b, MAX_READ, MAX_WANTED)).transpose(1, 2)
-        match = match * torch.where((wish == ANY)[..., None] | (not identity), 1.0, fits)  # [B, R, N]
-    match = torch.where(asked[..., None] > 0, match, 0.0)
+    named = ((want != ANY) & identity)[:, :, None].float()  # [B, R, 1, 2], 1 where a wish names the shape, the colour
+    chance = [
+        probability.gather(2, want[..., k].clamp(min=0)[:, None].expand(b, MAX_READ, MAX_WANTED)).transpose(1, 2)
+        for k, probability in enumerate((reading.shape, reading.colour))
+    ]
+    chance = (
+        torch.where(named > 0, torch.stack(chance, dim=-1), 1.0) * reading.present[:, None, :, None]
+    )  # [B, R, N, 2]
+    every = chance.amin(-1)  # all that the wish names: what passing takes
+    share = torch.where(
+        named.sum(-1) > 0, (chance * named).sum(-1) / named.sum(-1).clamp(min=1), every
+    )  # partial credit
 
     choice = _assignments().to(device)
-    fit = torch.stack([match[:, r][:, choice[:, r]] for r in range(MAX_WANTED)], dim=2)  # [B, A, R]
+    share, every = (torch.stack([m[:, r][:, choice[:, r]] for r in range(MAX_WANTED)], dim=2) for m in (share, every))
     dx = reading.x[:, choice[:, 0]] - reading.x[:, choice[:, 1]]  # [B, A]
     dy = reading.y[:, choice[:, 0]] - reading.y[:, choice[:, 1]]
     along = dx * relation[:, :1] + dy * relation[:, 1:]
@@ -288,8 +295,8 @@ def _choose(reading, wanted, identity):
     holds = torch.where((relation == 0).all(1, keepdim=True), 1.0, holds)
 
     right_number = torch.minimum(reading.count, number) / torch.maximum(reading.count, number).clamp(min=1)
-    total = fit.sum(2) / number[:, None] * (0.5 + 0.5 * holds)  # [B, A]
-    passed = ((fit > 0.5) | (asked[:, None] == 0)).all(2) & (holds > 0.5) & (reading.count.round() == number)[:, None]
+    total = (share * asked[:, None]).sum(2) / number[:, None] * (0.5 + 0.5 * holds)  # [B, A]
+    passed = ((every > 0.5) | (asked[:, None] == 0)).all(2) & (holds > 0.5) & (reading.count.round() == number)[:, None]
     return total.amax(1) * right_number, passed.any(1)
 
 
