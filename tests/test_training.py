@@ -235,18 +235,8 @@ def test_two_processes_train_as_one(train, tmp_path):
     settings = dict(prompts_per_step=3, group_size=4, micro_batch=6, steps=3, best_of=2, learning_rate=1e-3)
     _, one = train(**settings)
     flags = [word for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-    ]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    subprocess.run([*launch, *command(tmp_path / "two", *flags)[1:]], check=True, capture_output=True, text=True)
+    done = launch(2, *command(tmp_path / "two", *flags)[1:])
+    assert done.returncode == 0, done.stderr
     two = metrics(tmp_path / "two")
     assert one[0]["reward_mean"] == pytest.approx(two[0]["reward_mean"], rel=1e-6)
     for a, b in zip(one, two, strict=True):
