@@ -11,12 +11,12 @@ NOISE = 2**31 - 1  # the "step" whose noise the exam starts from; no training st
 
 
 @torch.no_grad()
-def sample(model, prompts, numbers, sigmas, micro_batch, device="cpu"):
-    """Noise-free samples [b, C, H, W] in [0, 1] of the prompts numbered `numbers` [b], each from fixed noise."""
-    cond = model.encode([prompts[i] for i in numbers])
+def sample(model, prompts, streams, sigmas, micro_batch, device="cpu"):
+    """Noise-free samples [b, C, H, W] in [0, 1] of b prompts, each from the fixed noise of its stream [b] (int)."""
+    cond = model.encode(prompts)
     images = []
-    for mb in torch.arange(len(numbers)).split(micro_batch):
-        x = sde.RowNoise(0, NOISE, numbers[mb], device)(model.noise_shape)
+    for mb in torch.arange(len(prompts)).split(micro_batch):
+        x = sde.RowNoise(0, NOISE, streams[mb], device)(model.noise_shape)
         velocity = partial(model.velocity, cond=models.take(cond, mb))
         latents, _ = sde.rollout(velocity, x, sigmas, torch.zeros(len(sigmas) - 1), None)
         images.append(model.decode(latents[:, -1]))
@@ -34,8 +34,8 @@ def evaluate(run, report, model, scorers, weights, prompts, step, last=False):
     # equal shares for all processes: the first prompts fill up the last share, and are dropped again below
     numbers = run.rows(-(-len(prompts) // run.world) * run.world) % len(prompts)
     sigmas = sde.shifted_sigmas(args.sampling_steps, args.shift)
-    images = sample(model, prompts, numbers, sigmas, args.micro_batch, run.device)
     mine = [prompts[i] for i in numbers]
+    images = sample(model, mine, numbers, sigmas, args.micro_batch, run.device)
     scores = score(scorers, images, mine)
     if grid:
         report.samples(step, images, mine, weighted_sum(scores, weights))
