@@ -1,0 +1,43 @@
+"""The embedded tiny-flux: where it starts, and where the main job takes it."""
+
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, metrics
+from diffusers import FluxPipeline
+
+from lab.build_tiny_flux import exam
+from lab.shapes import split_captions
+
+
+def test_base_model_chooses_badly_with_a_wide_spread():
+    pipe = FluxPipeline.from_pretrained(ROOT / "assets/tiny-flux", dtype=torch.float32)
+    score = exam(pipe, split_captions()[1], group=8, seed=0)["score"]
+    assert score.shape == (128, 8)
+    assert 0.40 <= score.mean() <= 0.60
+    assert score.std(1, unbiased=False).mean() >= 0.15
+
+
+def test_the_readme_of_the_assets_says_how_to_sample(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    code = re.search(r"```python\n(.*?)```", (ROOT / "assets/README.md").read_text(), re.S)[1]
+    names = {}
+    exec(code.replace('image.resize((256, 256)).save("sample.png")', ""), names)
+    assert names["image"].size == (32, 32)
+
+
+@pytest.mark.slow
+def test_main_job_lifts_the_held_out_reward_within_five_minutes(tmp_path):
+    started = time.time()
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "grpo_base.py"), "--output", str(tmp_path / "run")], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert time.time() - started <= 300
+    exams = [row["eval_reward"] for row in metrics(tmp_path / "run") if "eval_reward" in row]
+    assert exams[-1] - exams[0] >= 0.15
+    assert f"held-out reward {exams[0]:.3f} -> {exams[-1]:.3f}" in done.stdout
