@@ -10,6 +10,7 @@ which is the state that reinforcement learning improves: the reward of its sampl
 within a group.
 """
 
+import copy
 import json
 import math
 import random
@@ -40,6 +41,7 @@ class Args:
     """Folder of the pipeline; overwritten."""
     vae_steps: int = 1500
     flow_steps: int = 10_000
+    distil_steps: int = 2000
     scenes: int = 40_000
     """Distinct scenes that the flow is trained on."""
     wrong: float = 0.1
@@ -130,7 +132,7 @@ def schedule(optimizer, steps, warmup=100):
 def new_pipeline(vae, seed):
     """The pipeline with an untrained transformer and text encoders."""
     torch.manual_seed(seed)
-    corpus = [caption for task in shapes.captions().values() for caption in task]
+    corpus = every_caption()
     tokenizer, tokenizer_2 = clip_tokenizer(corpus), t5_tokenizer(corpus)
     for name, tok, extra in (("CLIP", tokenizer, 2), ("T5", tokenizer_2, 1)):
         longest = max(len(tok(caption).input_ids) - len(caption.split()) for caption in corpus)
@@ -165,17 +167,31 @@ def new_pipeline(vae, seed):
     )  # fmt: skip
 
 
-def train_flow(pipe, args):
-    """Flow matching of the transformer and both text encoders; the averaged weights are kept."""
-    rng = random.Random(args.seed)
-    torch.manual_seed(args.seed + 2)
-    known = tokens(pipe, [caption for task in shapes.captions().values() for caption in task])
+def every_caption():
+    return [caption for task in shapes.captions().values() for caption in task]
+
+
+def scenes(pipe, args):
+    """Captions and the latents of a scene for each, packed [n, L, C]."""
     captions = shapes.sample_captions(args.scenes, args.seed + 3)
     images = shapes.render(shapes.sample_scenes(captions, args.seed + 4))
     vae = pipe.vae.config
     latents = (encode(pipe.vae, images) - vae.shift_factor) * vae.scaling_factor
-    latents = pipe._pack_latents(latents, len(latents), *latents.shape[1:])
+    return captions, pipe._pack_latents(latents, len(latents), *latents.shape[1:])
 
+
+def noise_levels(number):
+    """Random sigmas [number, 1, 1]: what a scene shows is decided at high noise, so most of them are there."""
+    u = torch.rand(number)[:, None, None]
+    return 3 * u / (1 + 2 * u)
+
+
+def train_flow(pipe, args):
+    """Flow matching of the transformer and both text encoders; the averaged weights are kept."""
+    rng = random.Random(args.seed)
+    torch.manual_seed(args.seed + 2)
+    captions, latents = scenes(pipe, args)
+    known = tokens(pipe, every_caption())
     modules = torch.nn.ModuleList([pipe.transformer, pipe.text_encoder, pipe.text_encoder_2]).train()
     average = torch.optim.swa_utils.AveragedModel(
         modules, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.998)
@@ -186,12 +202,10 @@ def train_flow(pipe, args):
         rows = torch.randint(len(latents), (BATCH,))
         told = [known[shapes.corrupt(captions[row], args.wrong, rng)] for row in rows]
         clean, noise = latents[rows], torch.randn(BATCH, *latents.shape[1:])
-        u = torch.rand(BATCH)[:, None, None]
-        sigma = 3 * u / (1 + 2 * u)  # what a scene shows is decided at high noise: train there most
-        loss = F.mse_loss(
-            velocity(pipe, (1 - sigma) * clean + sigma * noise, sigma.flatten(), *map(torch.stack, zip(*told))),
-            noise - clean,
-        )
+        sigma, default = noise_levels(BATCH), torch.full((BATCH,), GUIDANCE)
+        text = embed(pipe, *map(torch.stack, zip(*told)))
+        x = (1 - sigma) * clean + sigma * noise
+        loss = F.mse_loss(velocity(pipe.transformer, x, sigma.flatten(), default, *text), noise - clean)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(modules.parameters(), 1.0)
         optimizer.step()
@@ -206,6 +220,39 @@ def train_flow(pipe, args):
     modules.eval()
 
 
+def distil_guidance(pipe, args):
+    """Teaches the transformer's guidance embedding what guidance is, as FLUX.1-dev learned it: with the guidance g as
+    input it predicts v(vague) + g * (v(caption) - v(vague)) of its former self, in one pass.
+
+    The vague caption names as many shapes and nothing else. g = 1 is no guidance: the flow's own choices.
+    """
+    torch.manual_seed(args.seed + 7)
+    captions, latents = scenes(pipe, args)
+    known = tokens(pipe, every_caption())
+    with torch.no_grad():
+        text = {caption: embed(pipe, *(ids[None] for ids in pair)) for caption, pair in known.items()}
+    teacher = copy.deepcopy(pipe.transformer)
+    optimizer = torch.optim.AdamW(pipe.transformer.parameters(), lr=1e-3, weight_decay=0.0, fused=True)
+    for step, rate in enumerate(schedule(optimizer, args.distil_steps)):
+        rows = torch.randint(len(latents), (BATCH,))
+        told = [captions[row] for row in rows]
+        sigma, g = noise_levels(BATCH), 1 + 4 * torch.rand(BATCH)
+        x = (1 - sigma) * latents[rows] + sigma * torch.randn(BATCH, *latents.shape[1:])
+        named = [torch.cat(part) for part in zip(*(text[caption] for caption in told))]
+        open_ = [torch.cat(part) for part in zip(*(text[shapes.vague(caption)] for caption in told))]
+        with torch.no_grad():
+            default = torch.full((BATCH,), GUIDANCE)
+            low, high = (velocity(teacher, x, sigma.flatten(), default, *words) for words in (open_, named))
+            target = low + g[:, None, None] * (high - low)
+        loss = F.mse_loss(velocity(pipe.transformer, x, sigma.flatten(), g, *named), target)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(pipe.transformer.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 200 == 0:
+            print(f"guidance {step}: loss {loss.item():.4f}, learning rate {rate:.1e}", flush=True)
+
+
 def tokens(pipe, captions):
     """Token numbers of both tokenizers for each caption, looked up once: {caption: (clip [S], t5 [S])}"""
     kwargs = dict(padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt")
@@ -213,14 +260,18 @@ def tokens(pipe, captions):
     return {caption: (clip[i], t5[i]) for i, caption in enumerate(captions)}
 
 
-def velocity(pipe, x, sigma, clip_ids, t5_ids):
-    """FLUX's velocity with gradients through the text encoders; the sampler in `common` needs none."""
+def embed(pipe, clip_ids, t5_ids):
+    """Token numbers [b, S] of both tokenizers -> pooled [b, D'] and sequence [b, S, D] embeddings, with gradients."""
+    return pipe.text_encoder(clip_ids).pooler_output, pipe.text_encoder_2(t5_ids)[0]
+
+
+def velocity(transformer, x, sigma, guidance, pooled, sequence):
+    """FLUX's velocity with gradients wherever they are wanted; the sampler in `common` needs none in the text."""
     side = math.isqrt(x.shape[1])
-    return pipe.transformer(
-        hidden_states=x, timestep=sigma, guidance=torch.full_like(sigma, GUIDANCE),
-        pooled_projections=pipe.text_encoder(clip_ids).pooler_output,
-        encoder_hidden_states=pipe.text_encoder_2(t5_ids)[0], txt_ids=torch.zeros(t5_ids.shape[1], 3),
-        img_ids=pipe._prepare_latent_image_ids(None, side, side, x.device, x.dtype), return_dict=False,
+    return transformer(
+        hidden_states=x, timestep=sigma, guidance=guidance, pooled_projections=pooled, encoder_hidden_states=sequence,
+        txt_ids=torch.zeros(sequence.shape[1], 3), return_dict=False,
+        img_ids=FluxPipeline._prepare_latent_image_ids(None, side, side, x.device, x.dtype),
     )[0]  # fmt: skip
 
 
@@ -245,6 +296,7 @@ def main(args):
     vae = train_vae(args)
     pipe = new_pipeline(vae, args.seed)
     train_flow(pipe, args)
+    distil_guidance(pipe, args)
     pipe.to(torch.float16).save_pretrained(args.output)
     size = sum(file.stat().st_size for file in Path(args.output).rglob("*") if file.is_file())
     print(f"{args.output}: {size / 1e6:.1f} MB, {time.time() - started:.0f} s")

@@ -16,7 +16,19 @@ from pathlib import Path
 
 import torch
 
-from common.rewards.verifier import ANY, COLOURS, MAX_WANTED, NUMBERS, PLURALS, RELATIONS, SHAPES, TASKS, draw, parse
+from common.rewards.verifier import (
+    ANY,
+    COLOURS,
+    MAX_WANTED,
+    NUMBERS,
+    PLURALS,
+    RELATIONS,
+    SHAPES,
+    TASKS,
+    Wanted,
+    draw,
+    parse,
+)
 
 SIZE = 32
 COLOUR_NAMES = tuple(COLOURS)
@@ -98,6 +110,11 @@ def corrupt(caption, probability, rng):
 def _counts(wanted):
     """Whether the caption counts: several objects, all the same."""
     return len(wanted.objects) > 1 and len(set(wanted.objects)) == 1
+
+
+def vague(caption):
+    """The caption that asks for as many shapes and nothing else."""
+    return write(Wanted("vague", ((ANY, ANY),) * len(parse(caption).objects)))
 
 
 def change_one(caption, rng):

@@ -2,9 +2,11 @@
 
 import json
 import math
+import os
 import re
 import resource
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -237,6 +239,7 @@ def test_two_processes_train_as_one(train, tmp_path):
     flags = [word for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     done = launch(2, *command(tmp_path / "two", *flags)[1:])
     assert done.returncode == 0, done.stderr
+    assert "on 2 x cpu" in done.stdout
     two = metrics(tmp_path / "two")
     assert one[0]["reward_mean"] == pytest.approx(two[0]["reward_mean"], rel=1e-6)
     for a, b in zip(one, two, strict=True):
@@ -253,10 +256,15 @@ def test_samples_that_cannot_be_dealt_evenly_are_one_clear_line(tmp_path):
 
 
 def launch(processes, *words):
-    """accelerate launch on CPU processes, as a user does it."""
-    flags = f"--cpu --num_processes {processes} --num_machines 1 --mixed_precision no --dynamo_backend no"
-    accelerate = [sys.executable, "-m", "accelerate.commands.launch", *flags.split(), "--main_process_port", "0"]
-    return subprocess.run([*accelerate, *words], capture_output=True, text=True)
+    """accelerate launch, as a user does it; on a machine without GPUs its processes meet over gloo."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    flags = f"--multi_gpu --num_processes {processes} --num_machines 1 --mixed_precision no --dynamo_backend no"
+    accelerate = [sys.executable, "-m", "accelerate.commands.launch", *flags.split(), "--main_process_port", str(port)]
+    return subprocess.run(
+        [*accelerate, *words], capture_output=True, text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    )
 
 
 # --- What a run leaves ---

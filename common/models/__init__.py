@@ -29,8 +29,8 @@ MODELS = {
         source=str(ASSETS / "tiny-flux"), height=32, width=32, guidance=3.5,
         prompts=str(ASSETS / "prompts/shapes.txt"), eval_prompts=str(ASSETS / "prompts/shapes_heldout.txt"),
         reward=("verifier",),
-        steps=40, prompts_per_step=8, group_size=12, sampling_steps=8, sde="flow", noise_level=0.7, shift=1.0,
-        timestep_fraction=1.0, same_noise=False, clip_range=1e-3, learning_rate=1e-4, micro_batch=96,
+        steps=220, prompts_per_step=8, group_size=12, sampling_steps=8, sde="flow", noise_level=0.7, shift=1.0,
+        timestep_fraction=1.0, same_noise=False, clip_range=1e-3, learning_rate=3e-4, micro_batch=96,
     ),
     "flux": dict(
         source="black-forest-labs/FLUX.1-dev", height=720, width=720, guidance=3.5,
