@@ -50,6 +50,7 @@ class Runtime:
             project_dir=self.output,
         )
         self._check_output()
+        self.checkpoint = self._find_checkpoint()
 
     # --- Rows ---
 
@@ -199,15 +200,15 @@ class Runtime:
                 ) from None
         self.accelerator.wait_for_everyone()
 
-    def resume(self, stateful):
-        """Loads the checkpoint of --resume into `stateful` and returns its step; 0 without one."""
+    def _find_checkpoint(self):
+        """(folder, what its checkpoint.json says) of --resume; None without one, or before the first save."""
         if not self.args.resume:
-            return 0
+            return None
         if self.args.resume == "latest":
             folder = max(self.output.glob("checkpoints/step_*"), default=None)
             if folder is None:
                 self.print(f"{self.output} has no checkpoint yet: starting from the beginning")
-                return 0
+                return None
         else:
             folder = Path(self.args.resume)
         try:
@@ -216,6 +217,15 @@ class Runtime:
             raise InputError(
                 f"--resume: {folder} is no checkpoint; give `latest` or a {self.output}/checkpoints/step_NNNNNN"
             ) from None
+        if about["step"] > self.args.steps:
+            raise InputError(f"--steps {self.args.steps}: {folder} is already at step {about['step']}")
+        return folder, about
+
+    def resume(self, stateful):
+        """Loads the checkpoint of --resume into `stateful` and returns its step; 0 without one."""
+        if self.checkpoint is None:
+            return 0
+        folder, about = self.checkpoint
         for names, verb in (
             (set(stateful) - set(about["names"]), "lacks"),
             (set(about["names"]) - set(stateful), "also has"),
@@ -229,8 +239,6 @@ class Runtime:
                 self._load_state(thing, torch.load(folder / f"{name}.pt", map_location="cpu", weights_only=True))
             except Exception as error:  # whatever a broken file makes torch say
                 raise InputError(f"--resume: {folder}/{name}.pt does not load: {str(error).splitlines()[0]}") from None
-        if about["step"] > self.args.steps:
-            raise InputError(f"--steps {self.args.steps}: {folder} is already at step {about['step']}")
         self.print(f"resuming {self.output} at step {about['step']}")
         return about["step"]
 

@@ -129,7 +129,7 @@ _GRAMMAR = [
 @functools.lru_cache(maxsize=100_000)
 def parse(caption):
     """Caption -> Wanted; raises ValueError with the grammar for a caption that is not of this world."""
-    text = " ".join(caption.lower().split()).removesuffix(".")
+    text = " ".join(caption.lower().split()).removesuffix(".").strip()
     for pattern, kind in _GRAMMAR:
         if match := pattern.fullmatch(text):
             return _wanted(kind, match.groups())
