@@ -269,8 +269,9 @@ class Runtime:
                 }
                 pipe.save_lora_weights(folder, **layers)
             else:
-                for module in self.model.trainable:
-                    getattr(pipe, module).to(self.dtype)
+                for module in (getattr(pipe, name) for name in self.model.trainable):
+                    if module.dtype != self.dtype:  # float32 master weights back to the dtype of the forward pass
+                        module.to(self.dtype)
                 pipe.save_pretrained(folder)
         self.accelerator.wait_for_everyone()
         return (
