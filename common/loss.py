@@ -7,7 +7,7 @@ import torch
 
 
 def clipped_surrogate(ratio, advantages, clip_range):
-    """-min(rho * A, clip(rho, 1 - c, 1 + c) * A): ratio [B], advantages [B] -> [B]. BPGO (2511.18919) eq 1."""
+    """-min(rho * A, clip(rho, 1 - c, 1 + c) * A): ratio [B], advantages [B] -> [B]. 2511.18919 eq 1."""
     assert ratio.shape == advantages.shape, f"ratio {tuple(ratio.shape)}, advantages {tuple(advantages.shape)}"
     return -torch.minimum(ratio * advantages, ratio.clamp(1 - clip_range, 1 + clip_range) * advantages)
 

@@ -8,7 +8,7 @@ diffusion coefficient s:
 
     mean   = x + (v + s^2 / (2 sigma) * (x + (1 - sigma) * v)) * dt,    dt = sigma_next - sigma < 0
     x_next = mean + std * z,    std = s * sqrt(-dt),    z ~ N(0, I)
-    log_prob = mean over all non-batch dimensions of log N(x_next; mean, std^2)          SLAS (2605.10937) eq 3-4
+    log_prob = mean over all non-batch dimensions of log N(x_next; mean, std^2)               2605.10937 eq 3-4
 
 One name, one quantity: `s` is the coefficient of the SDE, `std` the standard deviation of the transition.
 Shapes: B rows, T denoising steps, `...` the latent's own dimensions.
