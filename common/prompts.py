@@ -1,5 +1,6 @@
 """Prompt files and the deterministic order in which a run visits them."""
 
+import functools
 from pathlib import Path
 
 import torch
@@ -35,6 +36,7 @@ def prompts_of_step(prompts, step, number, seed):
     ]
 
 
+@functools.lru_cache(maxsize=2)  # a step asks once a prompt, and may span two epochs
 def _permutation(length, seed, epoch):
     generator = torch.Generator().manual_seed((seed * 0x9E3779B1 + epoch) & 0xFFFFFFFF)
     return torch.randperm(length, generator=generator).tolist()
