@@ -11,8 +11,7 @@ above their group's mean:
 
 Shapes: P prompts a step, G samples a prompt (the group), B = P * G rows, b rows of this process, T denoising steps.
 
-    python grpo_base.py                                   # the embedded tiny-flux, minutes on a laptop
-    accelerate launch grpo_base.py --model flux --reward jpeg --prompts prompts.txt
+    python grpo_base.py          # on GPUs: accelerate launch grpo_base.py --model flux --reward jpeg --prompts FILE
 """
 
 from dataclasses import dataclass
@@ -69,8 +68,9 @@ def main(args):
     scorers = rewards.load(reward_weights, prompts + eval_prompts)
     run = Runtime(args)
     model = models.load(args.model, run.dtype, args.height, args.width, args.guidance)
-    optimizer = run.prepare(model, keep_initial=args.kl_coef > 0)
-    stateful = {**model.trainable, "optimizer": optimizer}
+    if args.kl_coef:
+        run.keep_initial(model)
+    stateful = {"optimizer": run.prepare(model), **model.trainable}  # what a checkpoint holds
     start = run.resume(stateful)
     report = Report(run, start)
     P, G, B = args.prompts_per_step, args.group_size, args.prompts_per_step * args.group_size

@@ -22,4 +22,4 @@ if [ "${1:-}" = test ]; then
   cd "$here"
   exec "$python" -m pytest "${@:2}"
 fi
-exec "$python" "$here/grpo_base.py" "$@"
+exec "$python" "$here/bpgo.py" "$@"

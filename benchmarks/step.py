@@ -1,6 +1,6 @@
 """What a training step costs over its floor: the bare transformer doing the same forwards and backwards.
 
-    python -m benchmarks.step        # tiny-flux, and a 70M FLUX at 256x256; rewrites benchmarks/RESULTS.md
+    python -m benchmarks.step        # tiny-flux, and a 70M FLUX at 256x256; rewrites its part of RESULTS.md
 
 The step is grpo_base.py's own, whole: noise, text embeddings, T forwards, transitions, decoding, reward, advantages, n
 forwards and backwards, optimizer, log. The floor is T forwards without gradients and n forwards and backwards of the
@@ -8,29 +8,27 @@ same rows in the same micro-batches, inputs prepared, nothing else. Steps and fl
 both see the same machine; the median of their ratios counts.
 """
 
-import platform
 import statistics
 import tempfile
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import tyro
 from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
 
 import grpo_base
+from benchmarks.results import write
 from common import arguments, models
 from common.report import Report
 
-RESULTS = Path(__file__).with_name("RESULTS.md")
 SMALL = dict(eval_every=0, sample_every=0, save_every=0, tracker="none")
 CASES = {
-    "tiny-flux, 32x32, P 8, G 12, T 8, verifier": (1.25, dict(model="tiny-flux", steps=6)),
+    "tiny-flux, 32x32, P 8, G 12, T 8, verifier": (1.25, dict(model="tiny-flux", steps=12)),
     "70M FLUX, 256x256, P 1, G 4, T 4, JPEG": (
         1.05,
         dict(
-            model="70m", steps=4, reward=("jpeg",), prompts_per_step=1, group_size=4, sampling_steps=4, micro_batch=4,
+            model="70m", steps=8, reward=("jpeg",), prompts_per_step=1, group_size=4, sampling_steps=4, micro_batch=4,
             height=256, width=256, prompts=models.MODELS["tiny-flux"]["prompts"], sde="dance", noise_level=0.3,
         ),
     ),
@@ -40,7 +38,7 @@ CASES = {
 @dataclass
 class Args:
     write: bool = True
-    """Rewrite benchmarks/RESULTS.md."""
+    """Rewrite its part of benchmarks/RESULTS.md."""
 
 
 def floor(run, args):
@@ -123,17 +121,7 @@ def seventy_million(folder):
 
 
 def main(args):
-    lines = [
-        "# Measured results",
-        "",
-        "## A training step over the bare transformer (`python -m benchmarks.step`)",
-        "",
-        f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
-        + (torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"),
-        "",
-        "| case | step s | floor s | ratio, median (all) | target |",
-        "| --- | --- | --- | --- | --- |",
-    ]
+    lines = ["| case | step s | floor s | ratio, median (all) | target |", "| --- | --- | --- | --- | --- |"]
     for name, (target, settings) in CASES.items():
         pairs = measure(settings)
         ratios = [step / bare for step, bare in pairs]
@@ -144,7 +132,7 @@ def main(args):
         )
         print(lines[-1], flush=True)
     if args.write:
-        RESULTS.write_text("\n".join(lines) + "\n")
+        write("A training step over the bare transformer (`python -m benchmarks.step`)", lines)
 
 
 if __name__ == "__main__":

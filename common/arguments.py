@@ -5,12 +5,32 @@ import importlib.util
 import math
 import sys
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal, NamedTuple, get_type_hints
 
 import tyro
 
 from common import models
 from common.errors import InputError
+
+
+class From(NamedTuple):
+    """Allowed values of a setting: Annotated[float, From(0, 1)]"""
+
+    low: float
+    high: float
+
+    def __contains__(self, value):
+        return math.isfinite(value) and self.low <= value <= self.high
+
+    def __str__(self):
+        return f"{type(self).__name__.lower()} {self.low:g} and at most {self.high:g}"
+
+
+class Above(From):
+    """The same without the lower end."""
+
+    def __contains__(self, value):
+        return math.isfinite(value) and self.low < value <= self.high
 
 
 @dataclass
@@ -24,112 +44,79 @@ class Args:
     """Text file with one prompt a line."""
     eval_prompts: str = ""
     """Text file with held-out prompts for --eval-every and --sample-every; none: neither happens."""
-    height: int = 0
+    height: Annotated[int, From(0, 1e5)] = 0
     """Height of the samples in pixels; 0: the model's own."""
-    width: int = 0
+    width: Annotated[int, From(0, 1e5)] = 0
     """Width of the samples in pixels; 0: the model's own."""
 
     # --- Rollout ---
-    steps: int = 100
+    steps: Annotated[int, From(1, 1e9)] = 100
     """Training steps: rollout, reward, advantage, update."""
-    prompts_per_step: int = 8
+    prompts_per_step: Annotated[int, From(1, 1e6)] = 8
     """P: prompts of a step, over all processes."""
-    group_size: int = 12
+    group_size: Annotated[int, From(2, 1e5)] = 12
     """G: samples of each prompt."""
-    sampling_steps: int = 16
+    sampling_steps: Annotated[int, From(2, 1000)] = 16
     """T: denoising steps."""
-    noise_level: float = 0.3
+    noise_level: Annotated[float, Above(0, 10)] = 0.3
     """eta: scale of the noise that sampling adds. More explores more and blurs more."""
     sde: Literal["dance", "flow"] = "dance"
     """Noise schedule: DanceGRPO's constant, or Flow-GRPO's, which grows with sigma."""
-    shift: float = 3.0
+    shift: Annotated[float, Above(0, 100)] = 3.0
     """Shift of the sigmas: larger spends more steps at high noise."""
-    guidance: float = 3.5
+    guidance: Annotated[float, From(0, 1000)] = 3.5
     """Guidance scale, the same in rollout and update."""
     same_noise: bool = False
     """Start all samples of a group from the same noise."""
-    sde_window: int = 0
+    sde_window: Annotated[int, From(0, 1000)] = 0
     """Add noise in this many consecutive steps only, a new random window each training step; 0: in all steps."""
 
     # --- Update ---
-    timestep_fraction: float = 1.0
+    timestep_fraction: Annotated[float, Above(0, 1)] = 1.0
     """Share of the noisy denoising steps that an update trains on, drawn at random for each update."""
-    best_of: int = 0
+    best_of: Annotated[int, From(0, 1e5)] = 0
     """Train on the n/2 best and n/2 worst samples of each group; advantages still come from all G. 0: train on all."""
-    updates_per_step: int = 1
+    updates_per_step: Annotated[int, From(1, 1000)] = 1
     """Optimizer updates on each rollout."""
-    micro_batch: int = 8
+    micro_batch: Annotated[int, From(1, 1e6)] = 8
     """Rows of one forward pass, in rollout and update alike."""
-    clip_range: float = 1e-4
+    clip_range: Annotated[float, Above(0, 1)] = 1e-4
     """The ratio is clipped to 1 +- this."""
-    adv_clip_max: float = 5.0
+    adv_clip_max: Annotated[float, Above(0, 1e6)] = 5.0
     """Advantages are clamped to +- this."""
-    learning_rate: float = 1e-5
+    learning_rate: Annotated[float, Above(0, 1)] = 1e-5
     """AdamW's learning rate, constant."""
-    weight_decay: float = 1e-4
+    weight_decay: Annotated[float, From(0, 1)] = 1e-4
     """AdamW's weight decay."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: Annotated[float, Above(0, 1e6)] = 1.0
     """Gradients are scaled down to this norm."""
-    lora_rank: int = 0
+    lora_rank: Annotated[int, From(0, 4096)] = 0
     """Rank of the LoRA that is trained; 0: all weights are."""
-    kl_coef: float = 0.0
+    kl_coef: Annotated[float, From(0, 1e6)] = 0.0
     """Weight of the KL term against the initial weights; above 0 it costs a second forward pass."""
 
     # --- Run ---
-    seed: int = 0
+    seed: Annotated[int, From(0, 2**31)] = 0
     """Everything random follows from it."""
     output: str = ""
     """Folder of the run; default: runs/SCRIPT-MODEL-N with the next free N."""
     resume: str = ""
     """`latest`, or the folder of a checkpoint of this run: go on from there."""
-    save_every: int = 20
+    save_every: Annotated[int, From(0, 1e9)] = 20
     """Steps between checkpoints; the last step always saves. 0: only the last."""
-    sample_every: int = 20
+    sample_every: Annotated[int, From(0, 1e9)] = 20
     """Steps between grids of samples; 0: never."""
-    eval_every: int = 20
+    eval_every: Annotated[int, From(0, 1e9)] = 20
     """Steps between evaluations on --eval-prompts; first and last step always. 0: never."""
     tracker: Literal["tensorboard", "wandb", "none"] = "tensorboard"
     """Where the metrics go besides metrics.jsonl."""
 
 
-# (field, smallest, largest); the smallest value itself is allowed "from" there, not "above"
-_BOUNDS = {
-    "from": [
-        ("height", 0, 1e5),
-        ("width", 0, 1e5),
-        ("steps", 1, 1e9),
-        ("prompts_per_step", 1, 1e6),
-        ("group_size", 2, 1e5),
-        ("sampling_steps", 2, 1000),
-        ("guidance", 0, 1000),
-        ("sde_window", 0, 1000),
-        ("best_of", 0, 1e5),
-        ("updates_per_step", 1, 1000),
-        ("micro_batch", 1, 1e6),
-        ("weight_decay", 0, 1),
-        ("lora_rank", 0, 4096),
-        ("kl_coef", 0, 1e6),
-        ("seed", 0, 2**31),
-        ("save_every", 0, 1e9),
-        ("sample_every", 0, 1e9),
-        ("eval_every", 0, 1e9),
-    ],
-    "above": [
-        ("noise_level", 0, 10),
-        ("shift", 0, 100),
-        ("timestep_fraction", 0, 1),
-        ("clip_range", 0, 1),
-        ("adv_clip_max", 0, 1e6),
-        ("learning_rate", 0, 1),
-        ("max_grad_norm", 0, 1e6),
-    ],
-}
-
-
 def defaults(cls, model="tiny-flux", **values):
-    """cls with the settings of a named model, and `values` on top."""
+    """cls with the settings of a named model, those of cls.SETTINGS {model: settings} over them, `values` on top."""
     fields = {f.name for f in dataclasses.fields(cls)}
-    table = {name: value for name, value in models.settings(model).items() if name in fields}
+    table = {**models.settings(model), **getattr(cls, "SETTINGS", {}).get(model, {})}
+    table = {name: value for name, value in table.items() if name in fields}
     return cls(**{"model": model, **table, **values})
 
 
@@ -146,11 +133,11 @@ def parse(cls, description):
 
 def check(args):
     """Raises InputError for the first setting that makes no sense; only a hub id as --model asks the network."""
-    for kind, bounds in _BOUNDS.items():
-        for name, low, high in bounds:
-            value, flag = getattr(args, name), "--" + name.replace("_", "-")
-            if not (math.isfinite(value) and (low <= value if kind == "from" else low < value) and value <= high):
-                raise InputError(f"{flag} {value}: must be {kind} {low:g} and at most {high:g}")
+    for name, hint in get_type_hints(type(args), include_extras=True).items():
+        value, flag = getattr(args, name), "--" + name.replace("_", "-")
+        for bound in getattr(hint, "__metadata__", ()) if not isinstance(value, str) else ():
+            if value not in bound:
+                raise InputError(f"{flag} {value}: must be {bound}")
     if args.best_of % 2 or args.best_of > args.group_size:
         raise InputError(f"--best-of {args.best_of}: must be even and at most --group-size {args.group_size}")
     if args.sde_window > args.sampling_steps - 1:

@@ -1,5 +1,5 @@
 """How far a step in the weights moves the Gaussian policy: the Fisher matrix, its largest eigenvalue, and the exponent
-of the advantages which they allow. Needs torch alone.
+of the advantages which they allow. The functions need torch alone, TrustRegion a Runtime.
 
 A denoising step is the policy N(mean(weights), std^2). The KL (common/loss.py) between it and itself after a step d of
 the weights, averaged over the B rows and the D dimensions of the latent, is to second order d^T F d / 2, with
@@ -11,6 +11,9 @@ means, which is 0 there. Neither F nor J is ever formed; vectors are lists of te
 """
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from common import sde
 
 
 def gaussian_fisher_product(mean, weights, std, vector):
@@ -92,3 +95,56 @@ def largest_exponent(deviation, bound, gamma_max):
         else:
             low = middle
     return low if allowed(low) else 0.0
+
+
+class TrustRegion:
+    """Chooses the exponent of the advantages, step by step, from what was measured so far (2605.10937, theorem 4).
+
+    `measured`, all of it in the units of an averaged log-probability (sde.gaussian_log_prob):
+        eigenvalue, residual    largest_eigenvalue of the Fisher matrix, of every `every`-th step
+        gradient_max            G_max: the largest |gradient|^2 / mean advantage^2 of the steps so far; the mean squared
+                                gradient of the log-probabilities is no smaller (Cauchy and Schwarz)
+        step_size               tau: AdamW moves each of N weights by about its learning rate, which makes it
+                                learning rate * sqrt(N) / |gradient|, of the step before
+        limit                   2 zeta / (tau^2 * eigenvalue * G_max): what the moment may be
+    """
+
+    def __init__(self, run, zeta, every=10, iterations=15, gamma_max=1.0):
+        self.run, self.zeta, self.every, self.iterations, self.gamma_max = run, zeta, every, iterations, gamma_max
+        self.measured = {}
+
+    def exponent(self, deviation):
+        """Deviations [P, G], in the scale in which the power is taken -> gamma; 0.0 before the first measurement."""
+        now = self.measured
+        if not now.keys() >= {"eigenvalue", "step_size"}:
+            return 0.0
+        now["limit"] = 2 * self.zeta / (now["step_size"] ** 2 * now["eigenvalue"] * now["gradient_max"])
+        return largest_exponent(deviation, now["limit"], self.gamma_max)
+
+    def measure(self, step, model, x, cond, transition, advantages, grad_norm):
+        """After an update with these advantages [P, G] and this norm of their gradient: latents x [b, ...] with their
+        conditioning at a transition (sigma, sigma_next, s) that it trained on, this process's share."""
+        weights, power = self.run.weights(), advantages.square().mean().item()
+        if power and grad_norm:
+            size = sum(weight.numel() for weight in weights)
+            self.measured["gradient_max"] = max(self.measured.get("gradient_max", 0.0), float(grad_norm) ** 2 / power)
+            self.measured["step_size"] = self.run.args.learning_rate * size**0.5 / float(grad_norm)
+        if step % self.every:
+            return
+        with sdpa_kernel(SDPBackend.MATH), self.run.plain_modules():
+            _, _, mean = sde.sde_step(model.velocity(x, transition[0], cond), x, *transition)
+            std = sde.transition_std(*transition)
+
+            def product(vector):  # averaged over the processes' rows: the same number on all of them
+                local = gaussian_fisher_product(mean, weights, std, vector)
+                return [self.run.accelerator.reduce(part, "mean") for part in local]
+
+            generator = torch.Generator().manual_seed(step)
+            found = largest_eigenvalue(product, weights, self.iterations, generator)
+        self.measured |= zip(("eigenvalue", "residual"), map(float, found))
+
+    def state_dict(self):
+        return self.measured
+
+    def load_state_dict(self, state):
+        self.measured.update(state)

@@ -23,24 +23,43 @@ def sample(model, prompts, streams, sigmas, micro_batch, device="cpu"):
     return torch.cat(images)
 
 
+def exam(run, model, scorers, prompts):
+    """Every scorer on one noise-free sample of each of n prompts: {name: [n]}, the same on every process, and this
+    process's images [b, C, H, W], on the main process those of the first b prompts."""
+    # equal shares for all processes: the first prompts fill up the last share, and are dropped again below
+    numbers = run.rows(-(-len(prompts) // run.world) * run.world) % len(prompts)
+    mine = [prompts[i] for i in numbers]
+    sigmas = sde.shifted_sigmas(run.args.sampling_steps, run.args.shift)
+    images = sample(model, mine, numbers, sigmas, run.args.micro_batch, run.device)
+    scores = score(scorers, images, mine)
+    return {name: run.gather(value)[: len(prompts)] for name, value in scores.items()}, images
+
+
+def initial_reward(run, model, scorers, weights, prompts):
+    """Mean reward of --group-size noise-free samples of each of n prompts by the weights before training: [n]"""
+    samples = [prompt for prompt in prompts for _ in range(run.args.group_size)]
+    with run.initial_weights():
+        scores, _ = exam(run, model, scorers, samples)
+    return weighted_sum(scores, weights).view(len(prompts), -1).mean(1)
+
+
+def still_reward(run, model, scorers, weights, prompts):
+    """Reward of each of n prompts' conditioning images, shown as a still video: [n]"""
+    return weighted_sum(score(scorers, model.still(prompts), prompts), weights)
+
+
 def evaluate(run, report, model, scorers, weights, prompts, step, last=False):
     """On the steps that --eval-every and --sample-every name, the exam: {"eval_reward", "eval_<scorer>"}, else {}."""
     args = run.args
-    exam = args.eval_every and (last or step % args.eval_every == 0)
+    due = args.eval_every and (last or step % args.eval_every == 0)
     grid = args.sample_every and (last or step % args.sample_every == 0)
-    if not prompts or not (exam or grid):
+    if not prompts or not (due or grid):
         return {}
-    prompts = prompts if exam else prompts[:16]
-    # equal shares for all processes: the first prompts fill up the last share, and are dropped again below
-    numbers = run.rows(-(-len(prompts) // run.world) * run.world) % len(prompts)
-    sigmas = sde.shifted_sigmas(args.sampling_steps, args.shift)
-    mine = [prompts[i] for i in numbers]
-    images = sample(model, mine, numbers, sigmas, args.micro_batch, run.device)
-    scores = score(scorers, images, mine)
+    prompts = prompts if due else prompts[:16]
+    scores, images = exam(run, model, scorers, prompts)
+    reward = weighted_sum(scores, weights)
     if grid:
-        report.samples(step, images, mine, weighted_sum(scores, weights))
-    if not exam:
+        report.samples(step, images, prompts, reward)
+    if not due:
         return {}
-    scores = {name: run.gather(value)[: len(prompts)] for name, value in scores.items()}
-    means = {f"eval_{name}": value.mean() for name, value in scores.items()}
-    return {"eval_reward": weighted_sum(scores, weights).mean(), **means}
+    return {"eval_reward": reward.mean(), **{f"eval_{name}": value.mean() for name, value in scores.items()}}

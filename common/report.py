@@ -2,6 +2,7 @@
 
 import json
 import time
+from pathlib import Path
 
 import matplotlib
 
@@ -14,10 +15,13 @@ from common.runtime import write_text
 
 
 class Report:
-    """Writes on the main process only. A resumed run writes metrics.jsonl again from row `start` on."""
+    """Writes on the main process only. A resumed run writes metrics.jsonl again from row `start` on.
 
-    def __init__(self, run, start):
-        self.run, self.path = run, run.output / "metrics.jsonl"
+    Besides reward.png there is a NAME.png of all metrics NAME_... for each name in `curves`.
+    """
+
+    def __init__(self, run, start, curves=()):
+        self.run, self.path, self.curves = run, run.output / "metrics.jsonl", curves
         self.rows = []
         if run.is_main:
             if start and self.path.exists():
@@ -54,9 +58,16 @@ class Report:
             self.plot()
 
     def plot(self):
-        """reward.png: the training reward of each step, and the held-out one."""
-        if self.run.is_main:
-            save_curve(self.run.output / "reward.png", self.rows)
+        """reward.png: the training reward of each step, and the held-out one; and the other curves."""
+        if not self.run.is_main:
+            return
+        rewards = {"reward_mean": "training samples", "eval_reward": "held-out prompts, noise-free"}
+        save_curves(self.run.output / "reward.png", self.rows, rewards, "reward")
+        for curve in self.curves:
+            names = dict.fromkeys(name for row in self.rows for name in row if name.startswith(f"{curve}_"))
+            labels = {name: name.removeprefix(f"{curve}_") for name in names}
+            if labels:
+                save_curves(self.run.output / f"{curve}.png", self.rows, labels, curve)
 
     def finish(self, step, metrics, export):
         """Logs the last evaluation, closes everything, and says what came out and where to look."""
@@ -103,20 +114,25 @@ def save_grid(path, images, prompts, rewards, columns=4):
     plt.close(figure)
 
 
-def save_curve(path, rows):
-    """A PNG of reward_mean and eval_reward over the steps."""
+def save_curves(path, rows, labels, quantity):
+    """A PNG of metrics over the steps: labels {metric: what the legend calls it}; those of a few steps get points."""
     figure, axis = plt.subplots(figsize=(6, 3.6))
-    for name, label, style in (
-        ("reward_mean", "training samples", "-"),
-        ("eval_reward", "held-out prompts, noise-free", "o-"),
-    ):
+    for name, label in labels.items():
         points = [(row["step"], row[name]) for row in rows if name in row]
+        style = "-" if len(points) > len(rows) / 2 else "o-"
         axis.plot(*zip(*points) if points else ((), ()), style, label=label, markersize=4)
-    axis.set(xlabel="step", ylabel="reward")
+    axis.set(xlabel="step", ylabel=quantity)
     axis.grid(alpha=0.3)
     axis.legend()
     figure.savefig(path, dpi=120, bbox_inches="tight")
     plt.close(figure)
+
+
+def ends(folder, name, number):
+    """Mean of a metric in the first `number` training steps of a finished run, and in the last."""
+    rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    values = [row[name] for row in rows if name in row]
+    return sum(values[:number]) / number, sum(values[-number:]) / number
 
 
 def _json(line):

@@ -49,6 +49,7 @@ class Runtime:
             log_with=None if args.tracker == "none" else args.tracker,
             project_dir=self.output,
         )
+        self.frozen = {}
         self._check_output()
         self.checkpoint = self._find_checkpoint()
 
@@ -81,11 +82,17 @@ class Runtime:
 
     # --- Weights ---
 
-    def prepare(self, model, keep_initial):
+    def keep_initial(self, model):
+        """Before `prepare`: makes `initial_weights` work. Full weights get a frozen copy; a LoRA needs none."""
+        if not self.args.lora_rank:
+            self.frozen = copy.deepcopy(model.trainable)
+            for module in self.frozen.values():
+                module.requires_grad_(False).eval().to(self.device, self.dtype)
+
+    def prepare(self, model):
         """Moves the model to the device, makes its weights or a LoRA trainable in float32, returns the optimizer.
 
-        model.trainable then holds the prepared modules. With `keep_initial`, `initial_weights` works: a LoRA can be
-        switched off, for full weights a frozen copy is kept.
+        model.trainable then holds the prepared modules.
         """
         self._claim_output()
         args = self.args
@@ -102,19 +109,30 @@ class Runtime:
                     weight.data = weight.data.float()
             else:
                 module.float().requires_grad_(True)
-        self.frozen = copy.deepcopy(model.trainable) if keep_initial and not args.lora_rank else {}
-        for module in self.frozen.values():
-            module.requires_grad_(False).to(self.dtype)
         model.trainable = {name: self.accelerator.prepare(module) for name, module in model.trainable.items()}
-        weights = [weight for module in model.trainable.values() for weight in _trained(module)]
+        self.model, weights = model, _trained(torch.nn.ModuleList(model.trainable.values()))
         optimizer = torch.optim.AdamW(weights, lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
-        self.model, self.optimizer = model, self.accelerator.prepare(optimizer)
+        self.optimizer = self.accelerator.prepare(optimizer)
         self.print(
             f"{args.model}: training {sum(w.numel() for w in weights) / 1e6:.2f}M weights"
             f"{' (LoRA)' * bool(args.lora_rank)} on {self.world} x {self.device.type}, "
             f"{args.prompts_per_step} x {args.group_size} samples a step, into {self.output}"
         )
         return self.optimizer
+
+    def weights(self):
+        """The trained weights, a list of tensors."""
+        return _trained(torch.nn.ModuleList(self.model.trainable.values()))
+
+    @contextlib.contextmanager
+    def plain_modules(self):
+        """Inside, model.velocity can be differentiated otherwise than by `backward`: processes exchange nothing."""
+        trained = self.model.trainable
+        self.model.trainable = {name: self.accelerator.unwrap_model(module) for name, module in trained.items()}
+        try:
+            yield
+        finally:
+            self.model.trainable = trained
 
     @contextlib.contextmanager
     def initial_weights(self):
@@ -142,7 +160,7 @@ class Runtime:
 
     def update(self):
         """Clips the gradients, steps the optimizer, and returns the norm before clipping."""
-        weights = [weight for module in self.model.trainable.values() for weight in _trained(module)]
+        weights = self.weights()
         norm = self.accelerator.clip_grad_norm_(weights, self.args.max_grad_norm)
         if not torch.isfinite(norm):
             raise RunError(
@@ -181,7 +199,10 @@ class Runtime:
     # --- Checkpoints ---
 
     def save(self, step, stateful):
-        """checkpoints/step_NNNNNN with all of `stateful` {name: object with state_dict}, written beside and renamed."""
+        """checkpoints/step_NNNNNN with all of `stateful`, written beside and renamed.
+
+        stateful: {name: module, or other object with state_dict and load_state_dict, or dictionary}
+        """
         if self.is_main:
             final = self.output / "checkpoints" / f"step_{step:06d}"
             beside = final.with_name(f".{final.name}.tmp")
@@ -243,7 +264,9 @@ class Runtime:
         return about["step"]
 
     def _state(self, thing):
-        """state_dict of anything; of a module without the weights that are not trained: a LoRA's base stays out."""
+        """What is saved of a thing; of a module the weights that are trained and no others: a LoRA's base stays out."""
+        if isinstance(thing, dict):
+            return thing
         if not isinstance(thing, torch.nn.Module):
             return thing.state_dict()
         module = self.accelerator.unwrap_model(thing)
@@ -251,6 +274,8 @@ class Runtime:
         return {name: value for name, value in module.state_dict().items() if name not in frozen}
 
     def _load_state(self, thing, state):
+        if isinstance(thing, dict):
+            return thing.update(state)
         if not isinstance(thing, torch.nn.Module):
             return thing.load_state_dict(state)
         expected = self._state(thing)

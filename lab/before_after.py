@@ -1,6 +1,6 @@
 """Draws README's pictures from a finished run on tiny-flux: docs/before_after.png and docs/reward.png.
 
-python -m lab.before_after runs/grpo_base-tiny-flux-1
+python -m lab.before_after runs/bpgo-tiny-flux-1
 """
 
 import json

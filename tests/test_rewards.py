@@ -105,7 +105,7 @@ def test_one_prompt_does_not_judge_the_others(pairs, scorers):
     images, captions = pairs
     right = rewards.score(scorers, images, captions)["verifier"]
     for row in range(24):
-        blamed = captions[:row] + ["four black rings"] + captions[row + 1 :]
+        blamed = captions[:row] + ["four black crosses"] + captions[row + 1 :]
         score = rewards.score(scorers, images, blamed)["verifier"]
         others = torch.arange(24) != row
         torch.testing.assert_close(score[others], right[others], atol=1e-6, rtol=0)
@@ -151,9 +151,9 @@ def test_a_score_that_is_no_number_stops_the_run(bad, text):
     scores = {"fine": torch.zeros(3, 4), "verifier": torch.zeros(3, 4)}
     scores["verifier"][1, 2] = scores["verifier"][2, 0] = float(bad)
     with pytest.raises(RunError) as error:
-        rewards.check_finite(scores, ["a circle", "a ring", "a cross"])
+        rewards.check_finite(scores, ["a circle", "a square", "a cross"])
     message = str(error.value)
-    assert f"reward verifier is {text} for the prompt 'a ring' (2 of 12 samples" in message and "\n" not in message
+    assert f"reward verifier is {text} for the prompt 'a square' (2 of 12 samples" in message and "\n" not in message
 
 
 def test_finite_scores_pass():

@@ -10,8 +10,9 @@ import torch
 from conftest import ROOT, metrics
 from diffusers import FluxPipeline
 
-from lab.build_tiny_flux import exam
-from lab.shapes import split_captions
+from common.rewards.verifier import COLOURS, SHAPES
+from lab.build_tiny_flux import exam, what_is_where
+from lab.shapes import Scenes, split_captions
 
 
 def test_base_model_chooses_badly_with_a_wide_spread():
@@ -20,6 +21,19 @@ def test_base_model_chooses_badly_with_a_wide_spread():
     assert score.shape == (128, 8)
     assert 0.40 <= score.mean() <= 0.60
     assert score.std(1, unbiased=False).mean() >= 0.15
+
+
+def test_what_is_where_names_the_shape_and_colour_at_each_place():
+    one = {name: torch.tensor([[value, value_2]]) for name, value, value_2 in (("x", 10.0, 22.0), ("y", 10.0, 26.0))}
+    shape, colour = (
+        torch.tensor([[names.index(first), -1]]) for names, first in ((SHAPES, "cross"), (list(COLOURS), "blue"))
+    )
+    kinds, colours = what_is_where(Scenes(shape, colour.abs(), **one, radius=torch.tensor([[5.0, 5.0]])), side=8)
+    assert kinds.shape == colours.shape == (1, 8, 8)
+    assert kinds[0, 2, 2] == SHAPES.index("cross") + 1 and colours[0, 2, 2] == list(COLOURS).index("blue") + 1
+    inside = (torch.arange(8) * 4 + 2 - 10.0).square()
+    expected = inside[:, None] + inside < 36  # a place belongs to an object up to one pixel around it
+    assert torch.equal(kinds[0] > 0, expected) and torch.equal(colours[0] > 0, expected)  # the second is no object
 
 
 def test_the_readme_of_the_assets_says_how_to_sample(monkeypatch):

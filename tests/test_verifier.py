@@ -240,10 +240,7 @@ def test_middle_of_a_shape_has_its_colour(shape, colour):
     index = torch.tensor([[SHAPES.index(shape)]]), torch.tensor([[list(COLOURS).index(colour)]])
     place = torch.tensor([[16.5]])
     image = draw(*index, place, place, torch.tensor([[6.0]]), 32)[0]
-    inside = image[:, 16, 21 if shape == "ring" else 16]  # a ring is hollow: 5 of 6 pixels out
-    torch.testing.assert_close(inside, torch.tensor(COLOURS[colour]), atol=1e-6, rtol=0)
-    if shape == "ring":
-        torch.testing.assert_close(image[:, 16, 16], torch.tensor(BACKGROUND), atol=1e-6, rtol=0)
+    torch.testing.assert_close(image[:, 16, 16], torch.tensor(COLOURS[colour]), atol=1e-6, rtol=0)
     assert image.min() >= 0 and image.max() <= 1
     torch.testing.assert_close(image[:, 0, 0], torch.tensor(BACKGROUND), atol=1e-6, rtol=0)
 
@@ -290,15 +287,24 @@ def test_parse_reads_the_words():
     assert parse("something red").objects == ((ANY, red),)
 
 
-@pytest.mark.parametrize("caption", ["A Red CIRCLE left of a blue ring.", "  a red\tcircle  left of a blue ring . "])
+@pytest.mark.parametrize(
+    "caption", ["A Red CIRCLE left of a blue square.", "  a red\tcircle  left of a blue square . "]
+)
 def test_case_blanks_and_full_stop_do_not_matter(caption):
-    assert parse(caption) == parse("a red circle left of a blue ring")
+    assert parse(caption) == parse("a red circle left of a blue square")
 
 
 @pytest.mark.parametrize(
     "caption",
-    ["", "a cat", "a pink circle", "circle", "five circles", "two circle", "a red circle and", "a circle near a ring"]
-    + ["a circle, a ring", "a red circle and a ring and a cross", "something", "a red blue circle", "ein Kreis", "🙂"],
+    ["", "a cat", "a pink circle", "circle", "five circles", "two circle", "a red circle and", "a circle near a square"]
+    + [
+        "a circle, a square",
+        "a red circle and a square and a cross",
+        "something",
+        "a red blue circle",
+        "ein Kreis",
+        "🙂",
+    ],
 )
 def test_other_captions_are_refused_with_the_grammar(caption):
     with pytest.raises(ValueError) as error:

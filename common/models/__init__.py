@@ -5,6 +5,7 @@ A model is one class per diffusers pipeline family, with
     noise_shape                              shape of one row's latent
     velocity(x, sigma, cond) -> [b, ...]     float32, guidance inside; x [b, *noise_shape], sigma a scalar or [b]
     decode(x0) -> [b, C, H, W] in [0, 1]
+    still(prompts) -> [b, F, C, H, W]        image-to-video alone: the conditioning image as a still video
     trainable                                {name: module}, what is trained
     lora_targets                             regular expression of the layers that LoRA adapts
     pipe                                     the diffusers pipeline itself
@@ -29,8 +30,8 @@ MODELS = {
         source=str(ASSETS / "tiny-flux"), height=32, width=32, guidance=3.5,
         prompts=str(ASSETS / "prompts/shapes.txt"), eval_prompts=str(ASSETS / "prompts/shapes_heldout.txt"),
         reward=("verifier",),
-        steps=220, prompts_per_step=8, group_size=12, sampling_steps=8, sde="flow", noise_level=0.7, shift=1.0,
-        timestep_fraction=1.0, same_noise=False, clip_range=1e-3, learning_rate=3e-4, micro_batch=96,
+        steps=60, prompts_per_step=8, group_size=12, sampling_steps=8, sde="flow", noise_level=0.7, shift=1.0,
+        timestep_fraction=1.0, same_noise=False, clip_range=1e-3, learning_rate=2e-4, micro_batch=96,
     ),
     "flux": dict(
         source="black-forest-labs/FLUX.1-dev", height=720, width=720, guidance=3.5,

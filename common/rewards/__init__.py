@@ -17,6 +17,8 @@ from common.errors import InputError, RunError
 
 REWARDS = {
     "verifier": ("common.rewards.verifier", "Verifier"),
+    "verifier:quality": ("common.rewards.verifier", "Quality"),
+    "verifier:layout": ("common.rewards.verifier", "Layout"),
     "jpeg": ("common.rewards.jpeg", "JpegSize"),
 }
 
@@ -81,6 +83,24 @@ def check_finite(scores, prompts):
                 f"reward {name} is {values[row, sample].item()} for the prompt {prompts[row]!r} "
                 f"({len(wrong)} of {values.numel()} samples of the step)"
             )
+
+
+def require_range(scorers):
+    """Raises InputError for the first scorer without two bounds."""
+    for name, scorer in scorers.items():
+        if None in scorer.range:
+            raise InputError(f"reward {name}: its scores have no bounds, so they cannot be put on [0, 1]")
+
+
+def on_unit_interval(scores, scorers):
+    """{name: [...]} -> {name: [...]} on [0, 1], by the ranges that the scorers declare."""
+    bounds = {name: scorers[name].range for name in scores}
+    return {name: (scores[name] - low) / (high - low) for name, (low, high) in bounds.items()}
+
+
+def scale(scorers, weights):
+    """Typical spread within a group of the weighted sum: of terms that rise and fall together, an upper limit."""
+    return sum(abs(weight) * scorers[name].scale for name, weight in weights.items())
 
 
 def weighted_sum(scores, weights):

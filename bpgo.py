@@ -1,0 +1,230 @@
+"""BPGO, Bayesian prior-guided optimization (arXiv 2511.18919): GRPO that asks how far a reward can be trusted.
+Against grpo_base.py:
+
+  1. a prior says which reward a prompt's samples are expected to get (section 4.1);
+  2. RAS: a group counts more when its mean is above the prior, less when it is below;
+  3. CRT: a second term whose advantages come from rewards stretched around the prior, on the same ratio.
+
+The sampler of a flow model becomes a stochastic policy (common/sde.py): each denoising step is a Gaussian with an
+exact log-probability. A step samples G images for each of P prompts, scores them, and raises the probability of those
+above their group's mean:
+
+    A_ij = (R_ij - mean_j R_ij) / (std_j R_ij + eps)                     compute_advantages
+    rho  = exp(log_prob_new - log_prob_old)                              sde.sde_step, to sample and to re-score
+    L    = - mean of min(rho A, clip(rho, 1 - c, 1 + c) A)               loss.clipped_surrogate
+    w_i  = 1 + alpha (2 sigmoid(k (mean_j R_ij - prior_i)) - 1)          reliability_weights       eq 2
+    Rt   = (lambda (R - prior) + 1[R > prior]) exp(R)                    contrastive_rewards       eq 4
+    L    = w_i L(A) + beta L(A of Rt)                                    Update                    eq 3, 5, 6
+           + kl_coef |mean - mean_ref|^2 / (2 std^2)                     loss.gaussian_kl
+
+Shapes: P prompts a step, G samples a prompt (the group), B = P * G rows, b rows of this process, T denoising steps.
+
+    python bpgo.py               # on GPUs: accelerate launch bpgo.py --model flux --reward jpeg --prompts FILE
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated, Literal
+
+import torch
+
+from common import arguments, errors, heldout, loss, models, rewards, sde
+from common.prompts import prompts_of_step, read_prompts
+from common.report import Clock, Report
+from common.runtime import Runtime
+
+EPS = 1e-8  # in every division by a standard deviation
+MEMORY = 50  # steps that the running mean goes back: the mean of all while there are fewer, then exponential
+
+
+@dataclass
+class Args(arguments.Args):
+    alpha: Annotated[float, arguments.From(0, 1)] = 0.5
+    """RAS: how far trust goes from 1 (table 3: best of 0.1, 0.5, 0.7, 0.9); 0: CRT alone."""
+    k: Annotated[float, arguments.From(0, 1000)] = 1.0
+    """RAS: how steeply trust rises with (mean reward - prior) / scale."""
+    beta: Annotated[float, arguments.From(0, 1000)] = 0.5
+    """CRT: weight of the second term; 0: RAS alone."""
+    lam: Annotated[float, arguments.From(0, 1000)] = 1.0
+    """CRT: weight of (reward - prior) / scale beside the step at the prior."""
+    prior: Literal["running-mean", "sft", "first-frame", "constant"] = "running-mean"
+    """Mean of the rewards so far; of the initial weights' own samples; of the conditioning image; --prior-value."""
+    prior_value: float = 0.0
+    """The reward that --prior constant expects."""
+    reward_scale: Annotated[float, arguments.From(0, 1e6)] = 0.0
+    """Unit of reward - prior; 0: the typical spread that the rewards declare; 1: the equations as printed."""
+
+
+def combine_scores(scores, weights):
+    """{name: [P, G]} and {name: weight} -> rewards [P, G]: the weighted sum."""
+    return rewards.weighted_sum(scores, weights)
+
+
+def compute_advantages(reward, adv_clip_max):
+    """Rewards [P, G] -> advantages [P, G]: normalised within each group (population standard deviation), clamped.
+
+    A group whose rewards are all equal has advantage 0, exactly.
+    """
+    centred = reward - reward.mean(1, keepdim=True)
+    advantages = centred / (reward.std(1, keepdim=True, unbiased=False) + EPS)
+    return torch.where(zero_variance(reward), 0.0, advantages).clamp(-adv_clip_max, adv_clip_max)
+
+
+def zero_variance(reward):
+    """Rewards [P, G] -> [P, 1]: groups that have nothing to teach because all their rewards are equal."""
+    return reward.amax(1, keepdim=True) == reward.amin(1, keepdim=True)
+
+
+def keep_rows(reward, best_of):
+    """Rewards [P, G] -> rows to train on [P, G] bool: the best_of/2 highest and lowest of each group; 0: all."""
+    if not best_of:
+        return torch.ones_like(reward, dtype=torch.bool)
+    rank = reward.argsort(dim=1, stable=True).argsort(dim=1)
+    return (rank < best_of // 2) | (rank >= reward.shape[1] - best_of // 2)
+
+
+def reliability_weights(group_mean, prior, alpha, k):
+    """Mean rewards and priors, each [P, 1] -> trust [P, 1] in [1 - alpha, 1 + alpha] (eq 2)."""
+    return 1 + alpha * (2 * torch.sigmoid(k * (group_mean - prior)) - 1)
+
+
+def contrastive_rewards(rewards, prior, lam):
+    """Rewards [P, G] and priors [P, 1] -> rewards stretched around the prior [P, G] (eq 4); exponents stay in +-10."""
+    return (lam * (rewards - prior) + (rewards > prior)) * torch.exp(rewards.clamp(-10, 10))
+
+
+class Prior:
+    """The reward that each prompt's samples are expected to get (section 4.1); `state` is part of every checkpoint."""
+
+    def __init__(self, run, model, scorers, weights):
+        ask = {"sft": heldout.initial_reward, "first-frame": heldout.still_reward}.get(run.args.prior)
+        self.run, self.ask = run, ask and partial(ask, run, model, scorers, weights)
+        self.state = {"mean": run.args.prior_value, "steps": 0, "known": {}}
+        if run.args.prior == "first-frame" and not hasattr(model, "still"):
+            raise errors.InputError(f"--prior first-frame: {run.args.model} has no conditioning image, take another")
+        if run.args.prior == "sft":
+            run.keep_initial(model)
+
+    def expect(self, prompts, reward):
+        """P prompts and the rewards [P, G] of their samples -> priors [P, 1]; the running mean moves on after that."""
+        mean, steps, known = self.state.values()
+        if self.ask:
+            new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in known]
+            known.update(zip(new, self.ask(new).tolist()) if new else ())
+            return reward.new_tensor([known[prompt] for prompt in prompts])[:, None]
+        if self.run.args.prior == "running-mean":
+            own = reward.mean().item()
+            self.state |= {"mean": mean + (own - mean) / min(steps + 1, MEMORY), "steps": steps + 1}
+            mean = mean if steps else own  # the first step has no past
+        return torch.full_like(reward[:, :1], mean)
+
+
+def main(args):
+    # --- Setup ---
+    arguments.check(args)
+    prompts, reward_weights = read_prompts(args.prompts), rewards.parse(args.reward)
+    eval_prompts = read_prompts(args.eval_prompts) if args.eval_prompts else []
+    scorers = rewards.load(reward_weights, prompts + eval_prompts)
+    run = Runtime(args)
+    model = models.load(args.model, run.dtype, args.height, args.width, args.guidance)
+    if args.kl_coef:
+        run.keep_initial(model)
+    prior = Prior(run, model, scorers, reward_weights)
+    stateful = {"optimizer": run.prepare(model), **model.trainable, "prior": prior.state}  # what a checkpoint holds
+    start = run.resume(stateful)
+    report = Report(run, start)
+    P, G, B = args.prompts_per_step, args.group_size, args.prompts_per_step * args.group_size
+    sigmas = sde.shifted_sigmas(args.sampling_steps, args.shift)  # [T+1]
+    rows = run.rows(B)  # [b]
+
+    for step in report.steps(start, args.steps):
+        metrics = heldout.evaluate(run, report, model, scorers, reward_weights, eval_prompts, step)
+        clock = Clock(run.device)
+
+        # --- Rollout ---
+        chance = torch.Generator().manual_seed(args.seed * 1_000_003 + step)  # the choices that all processes share
+        window = sde.random_window(args.sampling_steps, args.sde_window, chance)
+        s = sde.diffusion_coefficients(sigmas, args.noise_level, args.sde, window)  # [T]
+        batch = prompts_of_step(prompts, step, P, args.seed)
+        captions = [batch[row // G] for row in rows]
+        cond = model.encode(captions)
+        first = rows // G * G if args.same_noise else rows  # whose initial noise a row starts from
+        trajectories = []
+        for mb in torch.arange(len(rows)).split(args.micro_batch):
+            x = sde.RowNoise(args.seed, step, first[mb], run.device)(model.noise_shape)
+            noise = sde.RowNoise(args.seed, step, B + rows[mb], run.device)
+            velocity = partial(model.velocity, cond=models.take(cond, mb))
+            with torch.no_grad():
+                trajectories.append(sde.rollout(velocity, x, sigmas, s, noise))
+        latents, log_probs = map(torch.cat, zip(*trajectories))  # [b, T+1, ...], [b, T]
+        metrics["rollout_seconds"] = clock.lap()
+
+        # --- Reward ---
+        scores = []
+        for mb in torch.arange(len(rows)).split(args.micro_batch):
+            scores.append(rewards.score(scorers, model.decode(latents[mb, -1]), [captions[i] for i in mb]))
+        scores = {name: run.gather(torch.cat([part[name] for part in scores])).view(P, G) for name in scorers}
+        rewards.check_finite(scores, batch)
+        metrics["reward_seconds"] = clock.lap()
+
+        # --- Advantage ---
+        reward = combine_scores(scores, reward_weights)  # [P, G]
+        advantages = compute_advantages(reward, args.adv_clip_max)
+        expected = prior.expect(batch, reward)  # [P, 1]
+        deviation = (reward - expected) / (args.reward_scale or rewards.scale(scorers, reward_weights))
+        trust = reliability_weights(deviation.mean(1, keepdim=True), 0, args.alpha, args.k)  # [P, 1]
+        contrast = compute_advantages(contrastive_rewards(deviation, 0, args.lam), args.adv_clip_max)
+        kept = keep_rows(reward, args.best_of)
+        trained_rows = kept.sum().item()
+        if not args.kl_coef:  # rows without advantage and without KL have no gradient
+            kept &= ~zero_variance(reward)
+        advantage, weight = run.local(advantages), run.local(kept / trained_rows)  # [b]
+        w, contrast = run.local(trust.expand_as(reward)), run.local(contrast)  # [b]
+
+        # --- Update ---
+        diagnostics = []
+        for update in range(args.updates_per_step):
+            trained = sde.noisy_steps(s, args.timestep_fraction, chance)
+            batches = run.micro_batches(kept, args.micro_batch)
+            for mb in batches:
+                cond_mb = models.take(cond, mb)
+                for t in trained:
+                    x, x_next, transition = latents[mb, t], latents[mb, t + 1], (sigmas[t], sigmas[t + 1], s[t])
+                    velocity = model.velocity(x, sigmas[t], cond_mb)
+                    _, log_prob, mean = sde.sde_step(velocity, x, *transition, x_next=x_next)
+                    ratio = torch.exp(log_prob - log_probs[mb, t])  # [mb]
+                    row_loss = w[mb] * loss.clipped_surrogate(ratio, advantage[mb], args.clip_range)
+                    row_loss += args.beta * loss.clipped_surrogate(ratio, contrast[mb], args.clip_range)
+                    if args.kl_coef:
+                        with run.initial_weights():
+                            _, _, reference = sde.sde_step(model.velocity(x, sigmas[t], cond_mb), x, *transition)
+                        row_loss += args.kl_coef * loss.gaussian_kl(mean, reference, sde.transition_std(*transition))
+                    batch_loss = (weight[mb] * row_loss).sum() / len(trained)
+                    run.backward(batch_loss, last=mb is batches[-1] and t == trained[-1])
+                    diagnostics.append(loss.diagnostics(ratio, args.clip_range, weight[mb], batch_loss, update))
+            metrics["grad_norm"] = run.update() if batches else 0.0
+        metrics["update_seconds"] = clock.lap()
+
+        # --- Log ---
+        metrics |= run.summarise(diagnostics, args.updates_per_step)
+        run.check_ratio(metrics["ratio_error"])
+        metrics |= {
+            "reward_mean": reward.mean(),
+            "reward_std": reward.std(1, unbiased=False).mean(),
+            "advantage_abs_mean": advantages.abs().mean(),
+        }
+        metrics |= {"prior": expected.mean(), **{f"trust_{n}": getattr(trust, n)() for n in ("mean", "min", "max")}}
+        metrics |= {f"{name}_mean": score.mean() for name, score in scores.items()}
+        metrics["samples_per_second"] = B / sum(metrics[f"{part}_seconds"] for part in ("rollout", "reward", "update"))
+        report.log(step, metrics)
+
+        # --- Checkpoint ---
+        if step + 1 == args.steps or (args.save_every and (step + 1) % args.save_every == 0):
+            run.save(step + 1, stateful)
+
+    final = heldout.evaluate(run, report, model, scorers, reward_weights, eval_prompts, args.steps, last=True)
+    report.finish(args.steps, final, run.export())
+
+
+if __name__ == "__main__":
+    errors.run(main, arguments.parse(Args, __doc__))

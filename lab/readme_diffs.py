@@ -1,0 +1,46 @@
+"""Writes into README.md what each method changes against grpo_base.py, below its header and settings.
+
+python -m lab.readme_diffs
+"""
+
+import difflib
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+METHODS = ("bpgo", "slas", "self_paced")
+
+
+def code(name):
+    """The lines of a script from its first function on."""
+    lines = (ROOT / f"{name}.py").read_text().splitlines()
+    return lines[next(i for i, line in enumerate(lines) if line.startswith("def ")) :]
+
+
+def hunks(name):
+    """The diff as text, each hunk under the function or the section of main that it stands in."""
+    base, script = code("grpo_base"), code(name)
+    text = []
+    for kind, i, j, k, m in difflib.SequenceMatcher(None, base, script, autojunk=False).get_opcodes():
+        if kind == "equal":
+            continue
+        place = next(line for line in reversed(script[: k + 1]) if re.match(r"(def|class) | +# --- ", line))
+        text.append(f"@@ {place.strip(' #-:')} @@")
+        text += [f"-{line}" for line in base[i:j]] + [f"+{line}" for line in script[k:m]]
+    return "\n".join(line.rstrip() for line in text)
+
+
+def with_diffs(readme):
+    """README's text with the hunks of today between the markers of each method."""
+    for name in METHODS:
+        block = f"<!-- {name} -->\n```diff\n{hunks(name)}\n```\n<!-- /{name} -->"
+        before, _, rest = readme.partition(f"<!-- {name} -->")
+        _, end, after = rest.partition(f"<!-- /{name} -->")
+        assert end, f"README.md has no place for the hunks of {name}"
+        readme = before + block + after
+    return readme
+
+
+if __name__ == "__main__":
+    path = ROOT / "README.md"
+    path.write_text(with_diffs(path.read_text()))

@@ -1,0 +1,228 @@
+"""Self-Paced GRPO (arXiv 2511.19356), whose reward grows with the generator. Against grpo_base.py:
+
+  1. --reward names ordered stages, easy to hard, each score on [0, 1];
+  2. each group mixes them with weights of its own, moving on past thresholds that --calibrate measures (appendix A).
+
+The sampler of a flow model becomes a stochastic policy (common/sde.py): each denoising step is a Gaussian with an
+exact log-probability. A step samples G images for each of P prompts, scores them, and raises the probability of those
+above their group's mean:
+
+    S(r) = (sqrt(G) - |r|_1 / |r|_2) / (sqrt(G) - 1)                     hoyer_sparsity            eq 8
+    g_k  = sigmoid(slope (mean r_k - tau_k)) + beta (S(r_k-1) - S(r_k))  stage_weights             eq 9
+    R    = sum_k w_k r_k,  w = softmax(alpha g)                          combine_scores            eq 5, 6
+    A_ij = (R_ij - mean_j R_ij) / (std_j R_ij + eps)                     compute_advantages
+    rho  = exp(log_prob_new - log_prob_old)                              sde.sde_step, to sample and to re-score
+    L    = - mean of min(rho A, clip(rho, 1 - c, 1 + c) A)               loss.clipped_surrogate
+           + kl_coef |mean - mean_ref|^2 / (2 std^2)                     loss.gaussian_kl
+
+Shapes: P prompts a step, G samples a prompt (the group), B = P * G rows, b rows of this process, T denoising steps.
+
+    python self_paced.py         # on GPUs: accelerate launch self_paced.py --model flux --reward A B C --prompts FILE
+"""
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Annotated, ClassVar, Literal
+
+import torch
+
+from common import arguments, errors, heldout, loss, models, rewards, sde
+from common.prompts import prompts_of_step, read_prompts
+from common.report import Clock, Report, ends
+from common.runtime import Runtime
+
+EPS = 1e-8  # in every division by a standard deviation
+
+
+@dataclass
+class Args(arguments.Args):
+    thresholds: tuple[float, ...] = (0.77, 0.55)
+    """tau of each stage after the first: the mean reward at which its gate is half open."""
+    alpha: Annotated[float, arguments.From(0, 1000)] = 4.0
+    """How sharply the weights follow the gates; 0: all stages count the same, the ablation `joint`."""
+    beta: Annotated[float, arguments.From(0, 1000)] = 0.5
+    """Weight of the difference in saturation between a stage and the one before."""
+    slope: Annotated[float, arguments.From(0, 1000)] = 10.0
+    """How steeply a gate opens around its threshold."""
+    saturation: Literal["hoyer", "one-minus-hoyer"] = "hoyer"
+    """The printed index, 0 for equal rewards; or what the paper says of it, that equal rewards are saturated."""
+    only_stage: Annotated[int, arguments.From(0, 100)] = 0
+    """Train on this stage alone, the ablations `one-stage` (1) and `two-stage` (2 holds 1); 0: on all."""
+    calibrate: bool = False
+    """Train each stage after the first alone for 50 steps first; its threshold is where it started + 0.7 * its gain."""
+    SETTINGS: ClassVar = {"tiny-flux": dict(reward=("verifier:quality", "verifier:layout", "verifier"))}
+
+
+def combine_scores(scores, weights):
+    """{name: [P, G]} and {name: weight} -> rewards [P, G]: the weighted sum."""
+    return rewards.weighted_sum(scores, weights)
+
+
+def hoyer_sparsity(rewards):
+    """Rewards [..., G] -> [...] in [0, 1] (eq 8): 0 if they are all equal, 1 if one alone is not 0."""
+    size, root = rewards.norm(dim=-1), rewards.shape[-1] ** 0.5
+    return torch.where(size > 0, (root - rewards.abs().sum(-1) / size) / (root - 1), 0.0)
+
+
+def stage_weights(rewards, thresholds, alpha, beta, slope, saturation="hoyer", only=0):
+    """Rewards [K, P, G] of K stages, K - 1 thresholds -> weights [K, P] (eq 6, 9). The first gate stands half open."""
+    saturated = hoyer_sparsity(rewards) if saturation == "hoyer" else 1 - hoyer_sparsity(rewards)  # [K, P]
+    gates = torch.full_like(saturated, 0.5)
+    gates[1:] = torch.sigmoid(slope * (rewards[1:].mean(-1) - rewards.new_tensor(thresholds)[:, None]))
+    gates[1:] += beta * (saturated[:-1] - saturated[1:])
+    alone = torch.eye(len(gates)).to(gates)[:, only - 1, None].expand_as(gates)
+    return alone if only else torch.softmax(alpha * gates, dim=0)
+
+
+def check_stages(args, scorers, weights):
+    """Raises InputError for stages that cannot be mixed; returns the weights of the exam: the last stage's alone."""
+    if len(args.thresholds) != len(scorers) - 1 or args.only_stage > len(scorers) or set(weights.values()) != {1.0}:
+        raise errors.InputError(f"{len(scorers)} stages take one threshold less, no =WEIGHT and no later --only-stage")
+    rewards.require_range(scorers)
+    return {list(scorers)[-1]: 1.0}
+
+
+def calibrate(args):
+    """Thresholds of the stages after the first, from a run of each one alone (appendix A) beside --output."""
+    thresholds = []
+    for name in args.reward[1:]:
+        output = f"{args.output or 'runs/self_paced'}-calibrate-{name.replace(':', '-')}"
+        main(replace(args, calibrate=False, reward=(name,), thresholds=(), only_stage=0, steps=50, output=output))
+        start, end = ends(output, "reward_mean", 5)
+        thresholds.append(start + 0.7 * (end - start))
+    print("measured: --thresholds", *(f"{threshold:.3f}" for threshold in thresholds), flush=True)
+    return tuple(thresholds)
+
+
+def compute_advantages(reward, adv_clip_max):
+    """Rewards [P, G] -> advantages [P, G]: normalised within each group (population standard deviation), clamped.
+
+    A group whose rewards are all equal has advantage 0, exactly.
+    """
+    centred = reward - reward.mean(1, keepdim=True)
+    advantages = centred / (reward.std(1, keepdim=True, unbiased=False) + EPS)
+    return torch.where(zero_variance(reward), 0.0, advantages).clamp(-adv_clip_max, adv_clip_max)
+
+
+def zero_variance(reward):
+    """Rewards [P, G] -> [P, 1]: groups that have nothing to teach because all their rewards are equal."""
+    return reward.amax(1, keepdim=True) == reward.amin(1, keepdim=True)
+
+
+def keep_rows(reward, best_of):
+    """Rewards [P, G] -> rows to train on [P, G] bool: the best_of/2 highest and lowest of each group; 0: all."""
+    if not best_of:
+        return torch.ones_like(reward, dtype=torch.bool)
+    rank = reward.argsort(dim=1, stable=True).argsort(dim=1)
+    return (rank < best_of // 2) | (rank >= reward.shape[1] - best_of // 2)
+
+
+def main(args):
+    # --- Setup ---
+    arguments.check(args)
+    if args.calibrate:
+        args = replace(args, calibrate=False, thresholds=calibrate(args))
+    prompts, reward_weights = read_prompts(args.prompts), rewards.parse(args.reward)
+    eval_prompts = read_prompts(args.eval_prompts) if args.eval_prompts else []
+    scorers = rewards.load(reward_weights, prompts + eval_prompts)
+    reward_weights = check_stages(args, scorers, reward_weights)
+    run = Runtime(args)
+    model = models.load(args.model, run.dtype, args.height, args.width, args.guidance)
+    if args.kl_coef:
+        run.keep_initial(model)
+    stateful = {"optimizer": run.prepare(model), **model.trainable}  # what a checkpoint holds
+    start = run.resume(stateful)
+    report = Report(run, start, curves=("weight", "competence"))
+    P, G, B = args.prompts_per_step, args.group_size, args.prompts_per_step * args.group_size
+    sigmas = sde.shifted_sigmas(args.sampling_steps, args.shift)  # [T+1]
+    rows = run.rows(B)  # [b]
+
+    for step in report.steps(start, args.steps):
+        metrics = heldout.evaluate(run, report, model, scorers, reward_weights, eval_prompts, step)
+        clock = Clock(run.device)
+
+        # --- Rollout ---
+        chance = torch.Generator().manual_seed(args.seed * 1_000_003 + step)  # the choices that all processes share
+        window = sde.random_window(args.sampling_steps, args.sde_window, chance)
+        s = sde.diffusion_coefficients(sigmas, args.noise_level, args.sde, window)  # [T]
+        batch = prompts_of_step(prompts, step, P, args.seed)
+        captions = [batch[row // G] for row in rows]
+        cond = model.encode(captions)
+        first = rows // G * G if args.same_noise else rows  # whose initial noise a row starts from
+        trajectories = []
+        for mb in torch.arange(len(rows)).split(args.micro_batch):
+            x = sde.RowNoise(args.seed, step, first[mb], run.device)(model.noise_shape)
+            noise = sde.RowNoise(args.seed, step, B + rows[mb], run.device)
+            velocity = partial(model.velocity, cond=models.take(cond, mb))
+            with torch.no_grad():
+                trajectories.append(sde.rollout(velocity, x, sigmas, s, noise))
+        latents, log_probs = map(torch.cat, zip(*trajectories))  # [b, T+1, ...], [b, T]
+        metrics["rollout_seconds"] = clock.lap()
+
+        # --- Reward ---
+        scores = []
+        for mb in torch.arange(len(rows)).split(args.micro_batch):
+            scores.append(rewards.score(scorers, model.decode(latents[mb, -1]), [captions[i] for i in mb]))
+        scores = {name: run.gather(torch.cat([part[name] for part in scores])).view(P, G) for name in scorers}
+        rewards.check_finite(scores, batch)
+        metrics["reward_seconds"] = clock.lap()
+
+        # --- Advantage ---
+        stages = rewards.on_unit_interval(scores, scorers)  # K times [P, G]
+        pace = (args.thresholds, args.alpha, args.beta, args.slope, args.saturation, args.only_stage)
+        w = stage_weights(torch.stack(list(stages.values())), *pace)  # [K, P]
+        reward = combine_scores(stages, dict(zip(stages, w[:, :, None])))  # [P, G]
+        advantages = compute_advantages(reward, args.adv_clip_max)
+        kept = keep_rows(reward, args.best_of)
+        trained_rows = kept.sum().item()
+        if not args.kl_coef:  # rows without advantage and without KL have no gradient
+            kept &= ~zero_variance(reward)
+        advantage, weight = run.local(advantages), run.local(kept / trained_rows)  # [b]
+
+        # --- Update ---
+        diagnostics = []
+        for update in range(args.updates_per_step):
+            trained = sde.noisy_steps(s, args.timestep_fraction, chance)
+            batches = run.micro_batches(kept, args.micro_batch)
+            for mb in batches:
+                cond_mb = models.take(cond, mb)
+                for t in trained:
+                    x, x_next, transition = latents[mb, t], latents[mb, t + 1], (sigmas[t], sigmas[t + 1], s[t])
+                    velocity = model.velocity(x, sigmas[t], cond_mb)
+                    _, log_prob, mean = sde.sde_step(velocity, x, *transition, x_next=x_next)
+                    ratio = torch.exp(log_prob - log_probs[mb, t])  # [mb]
+                    row_loss = loss.clipped_surrogate(ratio, advantage[mb], args.clip_range)
+                    if args.kl_coef:
+                        with run.initial_weights():
+                            _, _, reference = sde.sde_step(model.velocity(x, sigmas[t], cond_mb), x, *transition)
+                        row_loss += args.kl_coef * loss.gaussian_kl(mean, reference, sde.transition_std(*transition))
+                    batch_loss = (weight[mb] * row_loss).sum() / len(trained)
+                    run.backward(batch_loss, last=mb is batches[-1] and t == trained[-1])
+                    diagnostics.append(loss.diagnostics(ratio, args.clip_range, weight[mb], batch_loss, update))
+            metrics["grad_norm"] = run.update() if batches else 0.0
+        metrics["update_seconds"] = clock.lap()
+
+        # --- Log ---
+        metrics |= run.summarise(diagnostics, args.updates_per_step)
+        run.check_ratio(metrics["ratio_error"])
+        metrics |= {
+            "reward_mean": reward.mean(),
+            "reward_std": reward.std(1, unbiased=False).mean(),
+            "advantage_abs_mean": advantages.abs().mean(),
+        }
+        metrics |= {f"weight_{name}": weight.mean() for name, weight in zip(stages, w)}
+        metrics |= {f"competence_{name}": stage.mean() for name, stage in stages.items()}
+        metrics |= {f"{name}_mean": score.mean() for name, score in scores.items()}
+        metrics["samples_per_second"] = B / sum(metrics[f"{part}_seconds"] for part in ("rollout", "reward", "update"))
+        report.log(step, metrics)
+
+        # --- Checkpoint ---
+        if step + 1 == args.steps or (args.save_every and (step + 1) % args.save_every == 0):
+            run.save(step + 1, stateful)
+
+    final = heldout.evaluate(run, report, model, scorers, reward_weights, eval_prompts, args.steps, last=True)
+    report.finish(args.steps, final, run.export())
+
+
+if __name__ == "__main__":
+    errors.run(main, arguments.parse(Args, __doc__))

@@ -1,0 +1,182 @@
+"""SLAS, super-linear advantage shaping (arXiv 2605.10937): GRPO that learns most from the largest deviations.
+Against grpo_base.py:
+
+  1. deviations are divided by one standard deviation, of the whole batch: prompts keep their own spread (section 5);
+  2. they are raised to the power 1 + gamma, with their sign;
+  3. --gamma auto takes the largest gamma whose update stays in a trust region (common/fisher.py, theorem 4).
+
+The sampler of a flow model becomes a stochastic policy (common/sde.py): each denoising step is a Gaussian with an
+exact log-probability. A step samples G images for each of P prompts, scores them, and raises the probability of those
+above their group's mean:
+
+    A_ij = sign(z) |z|^(1 + gamma),  z = (R_ij - mean_j R_ij) / (std of all R + eps)      compute_advantages, eq 20
+    rho  = exp(log_prob_new - log_prob_old)                              sde.sde_step, to sample and to re-score
+    L    = - mean of min(rho A, clip(rho, 1 - c, 1 + c) A)               loss.clipped_surrogate
+           + kl_coef |mean - mean_ref|^2 / (2 std^2)                     loss.gaussian_kl
+
+Shapes: P prompts a step, G samples a prompt (the group), B = P * G rows, b rows of this process, T denoising steps.
+
+    python slas.py               # on GPUs: accelerate launch slas.py --model flux --reward jpeg --prompts FILE
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated, Literal
+
+import torch
+
+from common import arguments, errors, heldout, loss, models, rewards, sde
+from common.fisher import TrustRegion
+from common.prompts import prompts_of_step, read_prompts
+from common.report import Clock, Report
+from common.runtime import Runtime
+
+EPS = 1e-8  # in every division by a standard deviation
+
+
+@dataclass
+class Args(arguments.Args):
+    gamma: Annotated[float | Literal["auto"], arguments.From(0, 10)] = 0.5
+    """Advantages have the power 1 + gamma of the deviations; auto: the largest that --kl-limit allows."""
+    normalize: Literal["before", "after"] = "before"
+    """Divide by the batch's standard deviation before the power is taken, or after."""
+    kl_limit: Annotated[float, arguments.Above(0, 1e6)] = 1e-4
+    """zeta of --gamma auto: the KL that one update may cost, averaged over rows and dimensions."""
+
+
+def combine_scores(scores, weights):
+    """{name: [P, G]} and {name: weight} -> rewards [P, G]: the weighted sum."""
+    return rewards.weighted_sum(scores, weights)
+
+
+def compute_advantages(reward, gamma, adv_clip_max, normalize="before"):
+    """Rewards [P, G] -> advantages [P, G]: the power 1 + gamma of the deviations, with their sign (eq 20), clamped.
+
+    A group whose rewards are all equal has advantage 0, exactly.
+    """
+    centred = reward - reward.mean(1, keepdim=True)
+    std = reward.view(1, -1).std(1, unbiased=False) + EPS  # of the whole batch
+    z = centred / std
+    advantages = z.sign() * z.abs() ** (1 + gamma) * (std**gamma if normalize == "after" else 1)
+    return torch.where(zero_variance(reward), 0.0, advantages).clamp(-adv_clip_max, adv_clip_max)
+
+
+def zero_variance(reward):
+    """Rewards [P, G] -> [P, 1]: groups that have nothing to teach because all their rewards are equal."""
+    return reward.amax(1, keepdim=True) == reward.amin(1, keepdim=True)
+
+
+def keep_rows(reward, best_of):
+    """Rewards [P, G] -> rows to train on [P, G] bool: the best_of/2 highest and lowest of each group; 0: all."""
+    if not best_of:
+        return torch.ones_like(reward, dtype=torch.bool)
+    rank = reward.argsort(dim=1, stable=True).argsort(dim=1)
+    return (rank < best_of // 2) | (rank >= reward.shape[1] - best_of // 2)
+
+
+def main(args):
+    # --- Setup ---
+    arguments.check(args)
+    prompts, reward_weights = read_prompts(args.prompts), rewards.parse(args.reward)
+    eval_prompts = read_prompts(args.eval_prompts) if args.eval_prompts else []
+    scorers = rewards.load(reward_weights, prompts + eval_prompts)
+    run = Runtime(args)
+    model = models.load(args.model, run.dtype, args.height, args.width, args.guidance)
+    if args.kl_coef:
+        run.keep_initial(model)
+    stateful = {"optimizer": run.prepare(model), **model.trainable}  # what a checkpoint holds
+    region = stateful["region"] = TrustRegion(run, args.kl_limit)
+    start = run.resume(stateful)
+    report = Report(run, start)
+    P, G, B = args.prompts_per_step, args.group_size, args.prompts_per_step * args.group_size
+    sigmas = sde.shifted_sigmas(args.sampling_steps, args.shift)  # [T+1]
+    rows = run.rows(B)  # [b]
+
+    for step in report.steps(start, args.steps):
+        metrics = heldout.evaluate(run, report, model, scorers, reward_weights, eval_prompts, step)
+        clock = Clock(run.device)
+
+        # --- Rollout ---
+        chance = torch.Generator().manual_seed(args.seed * 1_000_003 + step)  # the choices that all processes share
+        window = sde.random_window(args.sampling_steps, args.sde_window, chance)
+        s = sde.diffusion_coefficients(sigmas, args.noise_level, args.sde, window)  # [T]
+        batch = prompts_of_step(prompts, step, P, args.seed)
+        captions = [batch[row // G] for row in rows]
+        cond = model.encode(captions)
+        first = rows // G * G if args.same_noise else rows  # whose initial noise a row starts from
+        trajectories = []
+        for mb in torch.arange(len(rows)).split(args.micro_batch):
+            x = sde.RowNoise(args.seed, step, first[mb], run.device)(model.noise_shape)
+            noise = sde.RowNoise(args.seed, step, B + rows[mb], run.device)
+            velocity = partial(model.velocity, cond=models.take(cond, mb))
+            with torch.no_grad():
+                trajectories.append(sde.rollout(velocity, x, sigmas, s, noise))
+        latents, log_probs = map(torch.cat, zip(*trajectories))  # [b, T+1, ...], [b, T]
+        metrics["rollout_seconds"] = clock.lap()
+
+        # --- Reward ---
+        scores = []
+        for mb in torch.arange(len(rows)).split(args.micro_batch):
+            scores.append(rewards.score(scorers, model.decode(latents[mb, -1]), [captions[i] for i in mb]))
+        scores = {name: run.gather(torch.cat([part[name] for part in scores])).view(P, G) for name in scorers}
+        rewards.check_finite(scores, batch)
+        metrics["reward_seconds"] = clock.lap()
+
+        # --- Advantage ---
+        reward = combine_scores(scores, reward_weights)  # [P, G]
+        gamma = region.exponent(compute_advantages(reward, 0, torch.inf)) if args.gamma == "auto" else args.gamma
+        advantages = compute_advantages(reward, gamma, args.adv_clip_max, args.normalize)
+        kept = keep_rows(reward, args.best_of)
+        trained_rows = kept.sum().item()
+        if not args.kl_coef:  # rows without advantage and without KL have no gradient
+            kept &= ~zero_variance(reward)
+        advantage, weight = run.local(advantages), run.local(kept / trained_rows)  # [b]
+
+        # --- Update ---
+        diagnostics = []
+        for update in range(args.updates_per_step):
+            trained = sde.noisy_steps(s, args.timestep_fraction, chance)
+            batches = run.micro_batches(kept, args.micro_batch)
+            for mb in batches:
+                cond_mb = models.take(cond, mb)
+                for t in trained:
+                    x, x_next, transition = latents[mb, t], latents[mb, t + 1], (sigmas[t], sigmas[t + 1], s[t])
+                    velocity = model.velocity(x, sigmas[t], cond_mb)
+                    _, log_prob, mean = sde.sde_step(velocity, x, *transition, x_next=x_next)
+                    ratio = torch.exp(log_prob - log_probs[mb, t])  # [mb]
+                    row_loss = loss.clipped_surrogate(ratio, advantage[mb], args.clip_range)
+                    if args.kl_coef:
+                        with run.initial_weights():
+                            _, _, reference = sde.sde_step(model.velocity(x, sigmas[t], cond_mb), x, *transition)
+                        row_loss += args.kl_coef * loss.gaussian_kl(mean, reference, sde.transition_std(*transition))
+                    batch_loss = (weight[mb] * row_loss).sum() / len(trained)
+                    run.backward(batch_loss, last=mb is batches[-1] and t == trained[-1])
+                    diagnostics.append(loss.diagnostics(ratio, args.clip_range, weight[mb], batch_loss, update))
+            metrics["grad_norm"] = run.update() if batches else 0.0
+        if args.gamma == "auto" and batches:
+            region.measure(step, model, x, cond_mb, transition, advantages, metrics["grad_norm"])
+        metrics["update_seconds"] = clock.lap()
+
+        # --- Log ---
+        metrics |= run.summarise(diagnostics, args.updates_per_step)
+        run.check_ratio(metrics["ratio_error"])
+        metrics |= {
+            "reward_mean": reward.mean(),
+            "reward_std": reward.std(1, unbiased=False).mean(),
+            "advantage_abs_mean": advantages.abs().mean(),
+        }
+        metrics |= {"gamma": gamma, "batch_std": reward.std(unbiased=False), **region.measured}
+        metrics |= {f"{name}_mean": score.mean() for name, score in scores.items()}
+        metrics["samples_per_second"] = B / sum(metrics[f"{part}_seconds"] for part in ("rollout", "reward", "update"))
+        report.log(step, metrics)
+
+        # --- Checkpoint ---
+        if step + 1 == args.steps or (args.save_every and (step + 1) % args.save_every == 0):
+            run.save(step + 1, stateful)
+
+    final = heldout.evaluate(run, report, model, scorers, reward_weights, eval_prompts, args.steps, last=True)
+    report.finish(args.steps, final, run.export())
+
+
+if __name__ == "__main__":
+    errors.run(main, arguments.parse(Args, __doc__))
