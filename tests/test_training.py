@@ -332,10 +332,10 @@ def test_exam_reward_is_the_mean_over_all_prompts_of_the_pipelines_own_images(tr
     _, rows = train(steps=1, eval_every=1, eval_prompts=str(ROOT / "assets/prompts/shapes_heldout.txt"))
     pipe = FluxPipeline.from_pretrained(models.ASSETS / "tiny-flux", dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
-    x = sde.RowNoise(0, heldout.NOISE, range(len(prompts)))((16, 16))
+    x = sde.RowNoise(0, heldout.NOISE, range(len(prompts)))(Flux(pipe, 32, 32).noise_shape)
     images = pipe(
         prompts, height=32, width=32, num_inference_steps=4, sigmas=[1.0, 0.75, 0.5, 0.25], guidance_scale=3.5,
-        latents=x, max_sequence_length=10, output_type="pt",
+        latents=x, max_sequence_length=pipe.tokenizer_2.model_max_length, output_type="pt",
     ).images  # fmt: skip
     expected = rewards.score(rewards.load(["verifier"], []), images, prompts)["verifier"].mean().item()
     assert rows[0]["eval_reward"] == pytest.approx(expected, abs=1e-4)
