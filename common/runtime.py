@@ -84,7 +84,7 @@ class Runtime:
 
     def keep_initial(self, model):
         """Before `prepare`: makes `initial_weights` work. Full weights get a frozen copy; a LoRA needs none."""
-        if not self.args.lora_rank:
+        if not self.args.lora_rank and not self.frozen:  # one copy, whoever asks for it
             self.frozen = copy.deepcopy(model.trainable)
             for module in self.frozen.values():
                 module.requires_grad_(False).eval().to(self.device, self.dtype)
