@@ -67,14 +67,15 @@ def main(args):
     eval_prompts = read_prompts(args.eval_prompts) if args.eval_prompts else []
     scorers = rewards.load(reward_weights, prompts + eval_prompts)
     run = Runtime(args)
-    model = models.load(args.model, run.dtype, args.height, args.width, args.guidance)
+    model = models.load(args.model, run.dtype, prompts + eval_prompts, **arguments.of_model(args))
     if args.kl_coef:
         run.keep_initial(model)
     stateful = {"optimizer": run.prepare(model), **model.trainable}  # what a checkpoint holds
     start = run.resume(stateful)
     report = Report(run, start)
     P, G, B = args.prompts_per_step, args.group_size, args.prompts_per_step * args.group_size
-    sigmas = sde.shifted_sigmas(args.sampling_steps, args.shift)  # [T+1]
+    sigmas = model.sigmas(args.sampling_steps, args.shift)  # [T+1]
+    transition = sde.TRANSITIONS[args.sde]
     rows = run.rows(B)  # [b]
 
     for step in report.steps(start, args.steps):
@@ -95,7 +96,7 @@ def main(args):
             noise = sde.RowNoise(args.seed, step, B + rows[mb], run.device)
             velocity = partial(model.velocity, cond=models.take(cond, mb))
             with torch.no_grad():
-                trajectories.append(sde.rollout(velocity, x, sigmas, s, noise))
+                trajectories.append(sde.rollout(velocity, x, sigmas, s, noise, transition))
         latents, log_probs = map(torch.cat, zip(*trajectories))  # [b, T+1, ...], [b, T]
         metrics["rollout_seconds"] = clock.lap()
 
@@ -120,21 +121,23 @@ def main(args):
         diagnostics = []
         for update in range(args.updates_per_step):
             trained = sde.noisy_steps(s, args.timestep_fraction, chance)
+            last_use = {model.trained_at(sigmas[t]): t for t in trained}  # of each trained module
             batches = run.micro_batches(kept, args.micro_batch)
             for mb in batches:
                 cond_mb = models.take(cond, mb)
                 for t in trained:
-                    x, x_next, transition = latents[mb, t], latents[mb, t + 1], (sigmas[t], sigmas[t + 1], s[t])
+                    x, x_next, at = latents[mb, t], latents[mb, t + 1], (sigmas[t], sigmas[t + 1], s[t])
+                    run.exchange_gradients(mb is batches[-1] and t in last_use.values())
                     velocity = model.velocity(x, sigmas[t], cond_mb)
-                    _, log_prob, mean = sde.sde_step(velocity, x, *transition, x_next=x_next)
+                    _, log_prob, mean = transition(velocity, x, *at, x_next=x_next)
                     ratio = torch.exp(log_prob - log_probs[mb, t])  # [mb]
                     row_loss = loss.clipped_surrogate(ratio, advantage[mb], args.clip_range)
                     if args.kl_coef:
                         with run.initial_weights():
-                            _, _, reference = sde.sde_step(model.velocity(x, sigmas[t], cond_mb), x, *transition)
-                        row_loss += args.kl_coef * loss.gaussian_kl(mean, reference, sde.transition_std(*transition))
+                            _, _, reference = transition(model.velocity(x, sigmas[t], cond_mb), x, *at)
+                        row_loss += args.kl_coef * loss.gaussian_kl(mean, reference, sde.transition_std(*at))
                     batch_loss = (weight[mb] * row_loss).sum() / len(trained)
-                    run.backward(batch_loss, last=mb is batches[-1] and t == trained[-1])
+                    run.backward(batch_loss)
                     diagnostics.append(loss.diagnostics(ratio, args.clip_range, weight[mb], batch_loss, update))
             metrics["grad_norm"] = run.update() if batches else 0.0
         metrics["update_seconds"] = clock.lap()

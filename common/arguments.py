@@ -37,17 +37,21 @@ class Above(From):
 class Args:
     # --- What is trained, on what ---
     model: str = "tiny-flux"
-    """A named model (tiny-flux, flux), the folder of a diffusers pipeline, or a hub id."""
+    """A named model (--list-models), the folder of a diffusers pipeline, or a hub id."""
     reward: tuple[str, ...] = ()
     """Rewards to train on, NAME or NAME=WEIGHT, several separated by spaces: verifier, jpeg."""
     prompts: str = ""
-    """Text file with one prompt a line."""
+    """Text file with one prompt a line; for image-to-video models IMAGE <tab> PROMPT."""
     eval_prompts: str = ""
     """Text file with held-out prompts for --eval-every and --sample-every; none: neither happens."""
     height: Annotated[int, From(0, 1e5)] = 0
     """Height of the samples in pixels; 0: the model's own."""
     width: Annotated[int, From(0, 1e5)] = 0
     """Width of the samples in pixels; 0: the model's own."""
+    frames: Annotated[int, From(0, 1e4)] = 0
+    """Frames of a clip; 0: the model's own, 53."""
+    fps: Annotated[float, Above(0, 1000)] = 15.0
+    """Frames a second at which clips are saved and scored."""
 
     # --- Rollout ---
     steps: Annotated[int, From(1, 1e9)] = 100
@@ -60,12 +64,16 @@ class Args:
     """T: denoising steps."""
     noise_level: Annotated[float, Above(0, 10)] = 0.3
     """eta: scale of the noise that sampling adds. More explores more and blurs more."""
-    sde: Literal["dance", "flow"] = "dance"
-    """Noise schedule: DanceGRPO's constant, or Flow-GRPO's, which grows with sigma."""
+    sde: Literal["dance", "flow", "ddim"] = "dance"
+    """Noise: DanceGRPO's constant; Flow-GRPO's, growing with sigma; DDIM's, with a transition of its own."""
     shift: Annotated[float, Above(0, 100)] = 3.0
     """Shift of the sigmas: larger spends more steps at high noise."""
     guidance: Annotated[float, From(0, 1000)] = 3.5
     """Guidance scale, the same in rollout and update."""
+    guidance_2: Annotated[float, From(0, 1000)] = 0.0
+    """Guidance scale of the second expert of a model that has two (Wan2.2); 0: the same."""
+    batched_guidance: bool = False
+    """Compute both halves of classifier-free guidance in one forward pass: faster, for twice the memory."""
     same_noise: bool = False
     """Start all samples of a group from the same noise."""
     sde_window: Annotated[int, From(0, 1000)] = 0
@@ -92,12 +100,20 @@ class Args:
     """Gradients are scaled down to this norm."""
     lora_rank: Annotated[int, From(0, 4096)] = 0
     """Rank of the LoRA that is trained; 0: all weights are."""
+    lora_targets: str = ""
+    """Regular expression of the layers that the LoRA adapts; default: the linear layers of the blocks."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them: slower, for much less memory."""
     kl_coef: Annotated[float, From(0, 1e6)] = 0.0
     """Weight of the KL term against the initial weights; above 0 it costs a second forward pass."""
 
     # --- Run ---
     seed: Annotated[int, From(0, 2**31)] = 0
     """Everything random follows from it."""
+    offload_encoders: bool = False
+    """Keep the text and image encoders off the accelerator except when a new prompt has to be encoded."""
+    decode_batch: Annotated[int, From(0, 1e6)] = 0
+    """Rows that the VAE decodes at once; 0: a micro-batch."""
     output: str = ""
     """Folder of the run; default: runs/SCRIPT-MODEL-N with the next free N."""
     resume: str = ""
@@ -120,9 +136,19 @@ def defaults(cls, model="tiny-flux", **values):
     return cls(**{"model": model, **table, **values})
 
 
+def of_model(args):
+    """What models.load takes besides name, dtype and prompts."""
+    names = ("height", "width", "frames", "guidance", "guidance_2", "batched_guidance", "decode_batch")
+    return {name: getattr(args, name) for name in (*names, "offload_encoders")}
+
+
 def parse(cls, description):
-    """The command line -> cls. The defaults are those of its --model; a lone `--resume` means `--resume latest`."""
+    """The command line -> cls. The defaults are those of its --model; a lone `--resume` means `--resume latest`.
+    `--list-models` prints the table and ends the program."""
     argv = sys.argv[1:]
+    if "--list-models" in argv:
+        print(models.table())
+        sys.exit()
     for i, word in enumerate(argv):
         if word == "--resume" and (i + 1 == len(argv) or argv[i + 1].startswith("--")):
             argv = [*argv[: i + 1], "latest", *argv[i + 1 :]]
@@ -145,10 +171,14 @@ def check(args):
             f"--sde-window {args.sde_window}: only {args.sampling_steps - 1} of {args.sampling_steps} steps can "
             "be noisy, the last never is"
         )
+    if args.sde == "ddim" and args.noise_level > 1:
+        raise InputError(f"--noise-level {args.noise_level:g}: at most 1 with --sde ddim")
+    if args.lora_targets and not args.lora_rank:
+        raise InputError("--lora-targets belongs to --lora-rank above 0")
     if args.tracker == "wandb" and importlib.util.find_spec("wandb") is None:
         raise InputError("--tracker wandb: the package is missing; pip install wandb, or use --tracker tensorboard")
     if args.model not in models.MODELS:
-        models.family(args.model)  # a wrong model would lack the next two as well
+        models.family_of(args.model)  # a wrong model would lack the next two as well
     for name in ("reward", "prompts"):
         if not getattr(args, name):
             raise InputError(f"--{name} is missing: --model {args.model} has no default for it")

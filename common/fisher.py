@@ -121,9 +121,9 @@ class TrustRegion:
         now["limit"] = 2 * self.zeta / (now["step_size"] ** 2 * now["eigenvalue"] * now["gradient_max"])
         return largest_exponent(deviation, now["limit"], self.gamma_max)
 
-    def measure(self, step, model, x, cond, transition, advantages, grad_norm):
+    def measure(self, step, model, x, cond, at, advantages, grad_norm):
         """After an update with these advantages [P, G] and this norm of their gradient: latents x [b, ...] with their
-        conditioning at a transition (sigma, sigma_next, s) that it trained on, this process's share."""
+        conditioning `at` a transition (sigma, sigma_next, s) that it trained on, this process's share."""
         weights, power = self.run.weights(), advantages.square().mean().item()
         if power and grad_norm:
             size = sum(weight.numel() for weight in weights)
@@ -132,8 +132,8 @@ class TrustRegion:
         if step % self.every:
             return
         with sdpa_kernel(SDPBackend.MATH), self.run.plain_modules():
-            _, _, mean = sde.sde_step(model.velocity(x, transition[0], cond), x, *transition)
-            std = sde.transition_std(*transition)
+            _, _, mean = sde.TRANSITIONS[self.run.args.sde](model.velocity(x, at[0], cond), x, *at)
+            std = sde.transition_std(*at)
 
             def product(vector):  # averaged over the processes' rows: the same number on all of them
                 local = gaussian_fisher_product(mean, weights, std, vector)

@@ -29,7 +29,7 @@ def exam(run, model, scorers, prompts):
     # equal shares for all processes: the first prompts fill up the last share, and are dropped again below
     numbers = run.rows(-(-len(prompts) // run.world) * run.world) % len(prompts)
     mine = [prompts[i] for i in numbers]
-    sigmas = sde.shifted_sigmas(run.args.sampling_steps, run.args.shift)
+    sigmas = model.sigmas(run.args.sampling_steps, run.args.shift)
     images = sample(model, mine, numbers, sigmas, run.args.micro_batch, run.device)
     scores = score(scorers, images, mine)
     return {name: run.gather(value)[: len(prompts)] for name, value in scores.items()}, images

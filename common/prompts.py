@@ -1,4 +1,7 @@
-"""Prompt files and the deterministic order in which a run visits them."""
+"""Prompt files and the deterministic order in which a run visits them.
+
+A prompt is a string: a caption, or for image-to-video models the path of an image, a tab, and a caption.
+"""
 
 import functools
 from pathlib import Path
@@ -9,7 +12,10 @@ from common.errors import InputError
 
 
 def read_prompts(path):
-    """One prompt a line, UTF-8 with or without a byte-order mark, blank lines skipped -> [str]; or InputError."""
+    """One prompt a line, UTF-8 with or without a byte-order mark, blank lines skipped -> [str]; or InputError.
+
+    In a line IMAGE <tab> CAPTION the image's path counts from the file's folder.
+    """
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except OSError as error:
@@ -21,7 +27,18 @@ def read_prompts(path):
     prompts = [line.strip() for line in text.split("\n") if line.strip()]
     if not prompts:
         raise InputError(f"prompts: {path} has no prompt in it; give a text file with one prompt a line")
-    return prompts
+    folder = Path(path).parent
+    return [str(folder / prompt) if "\t" in prompt else prompt for prompt in prompts]
+
+
+def caption_of(prompt):
+    """The words of a prompt."""
+    return prompt.rpartition("\t")[2]
+
+
+def image_of(prompt):
+    """The path of a prompt's conditioning image, "" if it has none."""
+    return prompt.rpartition("\t")[0]
 
 
 def prompts_of_step(prompts, step, number, seed):

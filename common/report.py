@@ -9,8 +9,11 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
+from diffusers.utils import export_to_video
+from torchvision.utils import make_grid
 from tqdm import tqdm
 
+from common.prompts import caption_of
 from common.runtime import write_text
 
 
@@ -49,12 +52,18 @@ class Report:
             if "reward_mean" in row:
                 self.bar.set_postfix(reward=f"{row['reward_mean']:.3f}", ratio_error=f"{row['ratio_error']:.0e}")
 
-    def samples(self, step, images, prompts, rewards):
-        """samples/step_NNNNNN.png: up to 16 images [n, 3, H, W] in [0, 1] with their prompts and rewards [n]."""
+    def samples(self, step, media, prompts, rewards):
+        """samples/step_NNNNNN.png: up to 16 images [n, 3, H, W] in [0, 1] with their prompts and rewards [n]; of clips
+        [n, F, 3, H, W] up to 8 frames each, and all of them side by side in step_NNNNNN.mp4."""
         if self.run.is_main:
-            folder = self.run.output / "samples"
-            folder.mkdir(exist_ok=True)
-            save_grid(folder / f"step_{step:06d}.png", images[:16], prompts[:16], rewards[:16])
+            path = self.run.output / "samples" / f"step_{step:06d}.png"
+            path.parent.mkdir(exist_ok=True)
+            shown = media[:16], [caption_of(prompt) for prompt in prompts[:16]], rewards[:16]
+            if media.ndim == 4:
+                save_grid(path, *shown)
+            else:
+                save_strips(path, *shown)
+                save_clips(path.with_suffix(".mp4"), media[:16], self.run.args.fps)
             self.plot()
 
     def plot(self):
@@ -112,6 +121,27 @@ def save_grid(path, images, prompts, rewards, columns=4):
         axis.set_title(f"{text}\n{float(reward):.2f}", fontsize=7, y=-0.02, verticalalignment="top", wrap=True)
     figure.savefig(path, dpi=110, bbox_inches="tight")
     plt.close(figure)
+
+
+def save_strips(path, clips, prompts, rewards, frames=8):
+    """A PNG with a line for each of n clips [n, F, 3, H, W] in [0, 1]: some of its frames, its prompt and reward."""
+    chosen = torch.linspace(0, clips.shape[1] - 1, min(frames, clips.shape[1])).round().long()
+    figure, axes = plt.subplots(len(clips), 1, figsize=(1.5 * len(chosen), 1.9 * len(clips)), squeeze=False)
+    for axis, clip, prompt, reward in zip(axes.flat, clips[:, chosen], prompts, rewards):
+        strip = make_grid(clip.float().clamp(0, 1), nrow=len(chosen), padding=1, pad_value=1.0)
+        axis.imshow(strip.movedim(0, -1).cpu().numpy(), interpolation="nearest")
+        axis.set_title(f"{prompt[:90]}   {float(reward):.2f}", fontsize=8)
+        axis.axis("off")
+    figure.savefig(path, dpi=80, bbox_inches="tight")
+    plt.close(figure)
+
+
+def save_clips(path, clips, fps, columns=4):
+    """An MP4 of clips [n, F, 3, H, W] in [0, 1] side by side; small ones are enlarged."""
+    scale = max(1, 96 // clips.shape[-2])
+    clips = clips.float().clamp(0, 1).cpu().repeat_interleave(scale, -1).repeat_interleave(scale, -2)
+    frames = [make_grid(frame, nrow=min(columns, len(clips)), padding=4, pad_value=1.0) for frame in clips.unbind(1)]
+    export_to_video([frame.movedim(0, -1).numpy() for frame in frames], str(path), fps=fps)
 
 
 def save_curves(path, rows, labels, quantity):

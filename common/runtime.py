@@ -96,15 +96,20 @@ class Runtime:
         """
         self._claim_output()
         args = self.args
-        for module in model.pipe.components.values():
+        for name, module in model.pipe.components.items():
             if isinstance(module, torch.nn.Module):
-                module.requires_grad_(False).eval().to(self.device)
+                waits = args.offload_encoders and name in model.encoders
+                module.requires_grad_(False).eval().to("cpu" if waits else self.device)
         for module in model.trainable.values():
+            if args.gradient_checkpointing:
+                module.enable_gradient_checkpointing()
             if args.lora_rank:
                 torch.manual_seed(args.seed)  # the same adapter on every process
-                module.add_adapter(
-                    LoraConfig(r=args.lora_rank, lora_alpha=args.lora_rank, target_modules=model.lora_targets)
-                )
+                targets = args.lora_targets or model.lora_targets
+                try:
+                    module.add_adapter(LoraConfig(r=args.lora_rank, lora_alpha=args.lora_rank, target_modules=targets))
+                except ValueError as error:
+                    raise InputError(f"--lora-targets {targets!r}: {error}") from None
                 for weight in _trained(module):
                     weight.data = weight.data.float()
             else:
@@ -150,13 +155,18 @@ class Runtime:
                 for module in modules:
                     module.enable_adapters()
 
-    def backward(self, loss, last):
-        """Adds the gradients of this process's share of the loss; processes exchange them on the `last` call alone."""
-        with contextlib.ExitStack() as stack:
-            if not last:
-                for module in self.model.trainable.values():
-                    stack.enter_context(self.accelerator.no_sync(module))
-            self.accelerator.backward(loss * self.world)  # data parallelism averages, the loss is a sum
+    def exchange_gradients(self, now):
+        """Whether processes exchange gradients in the next forward and backward pass; until then each adds up its own.
+
+        Data parallelism decides in the forward pass, so `no_sync` around a backward pass alone does nothing.
+        """
+        for module in self.model.trainable.values():
+            if isinstance(module, torch.nn.parallel.DistributedDataParallel):
+                module.require_backward_grad_sync = now
+
+    def backward(self, loss):
+        """Adds the gradients of this process's share of the loss."""
+        self.accelerator.backward(loss * self.world)  # data parallelism averages, the loss is a sum
 
     def update(self):
         """Clips the gradients, steps the optimizer, and returns the norm before clipping."""
@@ -288,11 +298,8 @@ class Runtime:
         folder, pipe = self.output / "export", self.model.pipe
         if self.is_main:
             if self.args.lora_rank:
-                layers = {
-                    f"{name}_lora_layers": get_peft_model_state_dict(getattr(pipe, name))
-                    for name in self.model.trainable
-                }
-                pipe.save_lora_weights(folder, **layers)
+                layers = {name: get_peft_model_state_dict(getattr(pipe, name)) for name in self.model.trainable}
+                self.model.save_lora(folder, layers)
             else:
                 for module in (getattr(pipe, name) for name in self.model.trainable):
                     if module.dtype != self.dtype:  # float32 master weights back to the dtype of the forward pass

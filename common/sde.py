@@ -1,4 +1,4 @@
-"""Sigmas, noise schedules, the one stochastic transition, and the rollout. Needs torch alone.
+"""Sigmas, noise schedules, the stochastic transitions, and the rollout. Needs torch alone.
 
 Rectified flow: x_sigma = (1 - sigma) * x0 + sigma * eps, velocity v = eps - x0, sigma from 1 (noise) to 0 (data).
 
@@ -10,6 +10,10 @@ diffusion coefficient s:
     x_next = mean + std * z,    std = s * sqrt(-dt),    z ~ N(0, I)
     log_prob = mean over all non-batch dimensions of log N(x_next; mean, std^2)               2605.10937 eq 3-4
 
+That mean is (1 - sigma_next) x0_hat + c eps_hat with c = sigma_next - std^2 / (2 sigma), exact for small steps. DDIM
+(2010.02502 eq 12, as a policy in DDPO 2305.13301) has c = sqrt(sigma_next^2 - std^2), exact for steps of any size, and
+a std of its own. It is the third schedule, with `ddim_step` in the place of `sde_step`: same arguments, same results.
+
 One name, one quantity: `s` is the coefficient of the SDE, `std` the standard deviation of the transition.
 Shapes: B rows, T denoising steps, `...` the latent's own dimensions.
 """
@@ -18,7 +22,7 @@ import math
 
 import torch
 
-SCHEDULES = ("dance", "flow")
+SCHEDULES = ("dance", "flow", "ddim")
 
 
 def shifted_sigmas(steps, shift):
@@ -35,6 +39,8 @@ def diffusion_coefficients(sigmas, eta, schedule, window=None):
 
     `dance`: s = eta (2505.07818). `flow`: s = eta * sqrt(sigma / (1 - sigma)) (2505.05470), where a sigma of 1 is
     replaced by the next sigma: the ratio has a pole there, and some schedulers start at 0.999999 instead.
+    `ddim`: so that std = s sqrt(-dt) is DDIM's, eta sqrt((1 - a'^2) / (1 - a^2) (1 - a^2 / a'^2)) in the units of the
+    variance-preserving z = x / h, where h = hypot(1 - sigma, sigma), a = (1 - sigma) / h; a' and h' at sigma_next.
     The last step is an ODE step (s = 0): its log-probability has no finite limit, so it is never trained and decodes
     to x0_hat. `window` = (start, length) keeps noise in those steps only and makes the others ODE steps.
     """
@@ -44,6 +50,12 @@ def diffusion_coefficients(sigmas, eta, schedule, window=None):
     elif schedule == "flow":
         away_from_pole = torch.where(sigma > 1 - 1e-4, sigma_next, sigma)
         s = eta * (away_from_pole / (1 - away_from_pole)).sqrt()
+    elif schedule == "ddim":
+        sigma, sigma_next = sigma.double(), sigma_next.double()
+        h, h_next = torch.hypot(1 - sigma, sigma), torch.hypot(1 - sigma_next, sigma_next)
+        signal, signal_next = ((1 - sigma) / h) ** 2, ((1 - sigma_next) / h_next) ** 2
+        variance = (1 - signal_next) / (1 - signal) * (1 - signal / signal_next)
+        s = (eta * h_next * (variance / (sigma - sigma_next)).sqrt()).to(sigmas)
     else:
         raise ValueError(f"unknown noise schedule {schedule!r}: choose one of {', '.join(SCHEDULES)}")
     s[-1] = 0
@@ -78,9 +90,25 @@ def sde_step(velocity, x, sigma, sigma_next, s, *, noise=None, x_next=None):
     assert noise is None or x_next is None, "give noise to sample or x_next to re-score, not both"
     sigma, sigma_next, s = (_per_row(value, x) for value in (sigma, sigma_next, s))
     dt = sigma_next - sigma
-    std = transition_std(sigma, sigma_next, s)
-
     mean = x + (velocity + s**2 / (2 * sigma) * (x + (1 - sigma) * velocity)) * dt
+    return _draw_or_score(mean, transition_std(sigma, sigma_next, s), noise, x_next)
+
+
+def ddim_step(velocity, x, sigma, sigma_next, s, *, noise=None, x_next=None):
+    """The transition of DDIM, used as `sde_step` is. 2010.02502 eq 12."""
+    assert noise is None or x_next is None, "give noise to sample or x_next to re-score, not both"
+    sigma, sigma_next, s = (_per_row(value, x) for value in (sigma, sigma_next, s))
+    std = transition_std(sigma, sigma_next, s)
+    x0, eps = x - sigma * velocity, x + (1 - sigma) * velocity
+    # at eta = 1 and sigma = 1 the difference is 0, up to rounding
+    mean = (1 - sigma_next) * x0 + (sigma_next**2 - std**2).clamp(min=0).sqrt() * eps
+    return _draw_or_score(mean, std, noise, x_next)
+
+
+TRANSITIONS = {"dance": sde_step, "flow": sde_step, "ddim": ddim_step}
+
+
+def _draw_or_score(mean, std, noise, x_next):
     if x_next is None:
         x_next = mean if noise is None else mean + std * noise
     return x_next, gaussian_log_prob(x_next, mean, std), mean
@@ -131,18 +159,20 @@ class RowNoise:
         return torch.stack([torch.randn(shape, generator=g) for g in self.generators]).to(self.device)
 
 
-def rollout(velocity, x, sigmas, s, noise):
+def rollout(velocity, x, sigmas, s, noise, transition=sde_step):
     """Samples a batch and keeps what re-scoring needs.
 
-    velocity: (x [B, ...], sigma) -> [B, ...]; x: initial noise [B, ...]; sigmas [T+1]; s [T]; noise: shape -> [B,
-    *shape]. Returns latents [B, T+1, ...] float32 (the last is x0, ready to decode) and log_probs [B, T].
+    velocity: (x [B, ...], sigma) -> [B, ...]; x: standard normal noise [B, ...]; sigmas [T+1]; s [T]; noise: shape ->
+    [B, *shape]; transition: the function of the schedule (TRANSITIONS). Returns latents [B, T+1, ...] float32 (the
+    last is x0, ready to decode) and log_probs [B, T].
     Latents stay float32: rounding them to bf16 moves the log-probability by more than the clip range.
     """
-    latents, log_probs = [x.float()], []
+    # where a schedule starts below 1 (Stable Diffusion), the noise stands in for latents of unit variance at that sigma
+    latents, log_probs = [x.float() * torch.hypot(1 - sigmas[0], sigmas[0])], []
     for t in range(len(s)):
         x = latents[-1]
         z = noise(x.shape[1:]) if s[t] > 0 else None
-        x, log_prob, _ = sde_step(velocity(x, sigmas[t]), x, sigmas[t], sigmas[t + 1], s[t], noise=z)
+        x, log_prob, _ = transition(velocity(x, sigmas[t]), x, sigmas[t], sigmas[t + 1], s[t], noise=z)
         latents.append(x)
         log_probs.append(log_prob)
     return torch.stack(latents, 1), torch.stack(log_probs, 1)

@@ -10,7 +10,6 @@ chooses badly, which is the state that reinforcement learning improves: the rewa
 spreads widely within a group.
 """
 
-import json
 import math
 import random
 import time
@@ -21,12 +20,12 @@ import torch
 import torch.nn.functional as F
 import tyro
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from common import sde
 from common.rewards.verifier import COLOURS, SHAPES, verify
 from lab import shapes
+from lab.building import clip_tokenizer, schedule, t5_tokenizer
 
 TOKENS = 10  # the longest caption, "a yellow triangle right of a black circle", and its ends
 BATCH = 64
@@ -48,35 +47,6 @@ class Args:
     """Share of the flow's steps that see true captions."""
     wrong: float = 0.4
     """Probability that an attribute of a caption is wrong in the steps after those."""
-
-
-# --- Tokenizers ---
-
-
-def clip_tokenizer(corpus):
-    """A real CLIP byte-pair tokenizer whose merges are learned from the captions: one token a word."""
-    trained = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    trained.pre_tokenizer = pre_tokenizers.Whitespace()
-    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
-    trainer = trainers.BpeTrainer(
-        vocab_size=1000,
-        end_of_word_suffix="</w>",
-        initial_alphabet=letters,
-        special_tokens=["<|startoftext|>", "<|endoftext|>"],
-        show_progress=False,
-    )
-    trained.train_from_iterator(corpus + letters, trainer)
-    model = json.loads(trained.to_str())["model"]
-    return CLIPTokenizer(vocab=model["vocab"], merges=[tuple(m) for m in model["merges"]], model_max_length=TOKENS)
-
-
-def t5_tokenizer(corpus):
-    """A real T5 unigram tokenizer: a piece for each word of the world, letters for the rest."""
-    words = sorted({word for caption in corpus for word in caption.split()})
-    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -20.0), ("▁", -8.0)]
-    pieces += [("▁" + word, -2.0) for word in words if len(word) > 1] + [("▁a", -2.0)] + [(c, -10.0) for c in letters]
-    return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=TOKENS)
 
 
 # --- Autoencoder ---
@@ -133,15 +103,6 @@ def encode(vae, images):
     return torch.cat([vae.encode(chunk * 2 - 1).latent_dist.mode() for chunk in images.split(250)])
 
 
-def schedule(optimizer, steps, warmup=100):
-    """Yields the learning rate of each step: linear warm-up, cosine to zero."""
-    peak = optimizer.param_groups[0]["lr"]
-    for step in range(steps):
-        rate = peak * min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / steps)))
-        optimizer.param_groups[0]["lr"] = rate
-        yield rate
-
-
 # --- Flow ---
 
 
@@ -149,7 +110,7 @@ def new_pipeline(vae, seed):
     """The pipeline with an untrained transformer and text encoders."""
     torch.manual_seed(seed)
     corpus = every_caption()
-    tokenizer, tokenizer_2 = clip_tokenizer(corpus), t5_tokenizer(corpus)
+    tokenizer, tokenizer_2 = clip_tokenizer(corpus, TOKENS), t5_tokenizer(corpus, TOKENS)
     for name, tok, extra in (("CLIP", tokenizer, 2), ("T5", tokenizer_2, 1)):
         longest = max(len(tok(caption).input_ids) - len(caption.split()) for caption in corpus)
         assert longest == extra, f"the {name} tokenizer splits a word of the world"

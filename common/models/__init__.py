@@ -1,13 +1,15 @@
 """Models: the table of names with the settings that their papers print, and loading by name, folder or hub id.
 
-A model is one class per diffusers pipeline family, with
+A model is one class per diffusers pipeline family (common/models/family.py), with
     encode(prompts) -> cond                  {name: [b, ...]}, once for each distinct prompt
     noise_shape                              shape of one row's latent
-    velocity(x, sigma, cond) -> [b, ...]     float32, guidance inside; x [b, *noise_shape], sigma a scalar or [b]
-    decode(x0) -> [b, C, H, W] in [0, 1]
+    sigmas(steps, shift) -> [T+1]            the noise levels that sampling visits
+    velocity(x, sigma, cond) -> [b, ...]     float32, guidance inside; x [b, *noise_shape], sigma a scalar (or [b])
+    decode(x0) -> [b, C, H, W] in [0, 1]     clips: [b, F, C, H, W]
     still(prompts) -> [b, F, C, H, W]        image-to-video alone: the conditioning image as a still video
     trainable                                {name: module}, what is trained
-    lora_targets                             regular expression of the layers that LoRA adapts
+    trained_at(sigma)                        the name of the one that computes the velocity there
+    lora_targets, blocks                     regular expression of the layers that LoRA adapts; classes to shard
     pipe                                     the diffusers pipeline itself
 """
 
@@ -22,21 +24,72 @@ from common.errors import InputError
 
 ASSETS = Path(__file__).resolve().parents[2] / "assets"
 
-FAMILIES = {"FluxPipeline": ("common.models.flux", "Flux")}
+FAMILIES = {
+    "FluxPipeline": ("common.models.flux", "Flux"),
+    "StableDiffusionPipeline": ("common.models.sd", "StableDiffusion"),
+    "WanPipeline": ("common.models.wan", "Wan"),
+    "WanImageToVideoPipeline": ("common.models.wan", "WanImageToVideo"),
+    "HunyuanVideoPipeline": ("common.models.hunyuan", "HunyuanVideo"),
+}
 
-# Settings by name; --model NAME makes them the defaults of the command line. FLUX: DanceGRPO (2505.07818).
+# What the embedded models share: a step that two cores take in seconds.
+_TINY = dict(
+    height=32, width=32, steps=60, prompts_per_step=8, group_size=12, sampling_steps=8, sde="flow", noise_level=0.7,
+    shift=1.0, timestep_fraction=1.0, same_noise=False, clip_range=1e-3, learning_rate=2e-4, micro_batch=96,
+)  # fmt: skip
+_SHAPES = dict(
+    prompts=str(ASSETS / "prompts/shapes.txt"), eval_prompts=str(ASSETS / "prompts/shapes_heldout.txt"),
+    reward=("verifier",),
+)  # fmt: skip
+_MOTION = dict(
+    prompts=str(ASSETS / "prompts/motion.txt"), eval_prompts=str(ASSETS / "prompts/motion_heldout.txt"),
+    reward=("motion",), frames=5, fps=5.0,
+)  # fmt: skip
+# DanceGRPO (2505.07818) and the three papers train with these, FLUX to HunyuanVideo.
+_PAPERS = dict(
+    prompts_per_step=8, group_size=12, sampling_steps=16, sde="dance", timestep_fraction=0.6, same_noise=True,
+    clip_range=1e-4, learning_rate=1e-5, micro_batch=1,
+)  # fmt: skip
+# Self-Paced GRPO (2511.19356, appendix A): Wan and HunyuanVideo, best 4 and worst 4 of 16.
+_SELF_PACED = dict(_PAPERS, group_size=16, best_of=8, shift=5.0, noise_level=0.5, learning_rate=5e-6, fps=15.0)
+
+# Settings by name; --model NAME makes them the defaults of the command line. Where the papers are silent about a
+# pair (prompts a step on another number of GPUs, guidance), it is the model's own default.
 MODELS = {
-    "tiny-flux": dict(
-        source=str(ASSETS / "tiny-flux"), height=32, width=32, guidance=3.5,
-        prompts=str(ASSETS / "prompts/shapes.txt"), eval_prompts=str(ASSETS / "prompts/shapes_heldout.txt"),
-        reward=("verifier",),
-        steps=60, prompts_per_step=8, group_size=12, sampling_steps=8, sde="flow", noise_level=0.7, shift=1.0,
-        timestep_fraction=1.0, same_noise=False, clip_range=1e-3, learning_rate=2e-4, micro_batch=96,
+    "tiny-flux": dict(_TINY, **_SHAPES, source=str(ASSETS / "tiny-flux"), guidance=3.5),
+    "tiny-sd": dict(
+        _TINY, **_SHAPES, source=str(ASSETS / "tiny-sd"), guidance=1.0, sde="ddim", noise_level=1.0,
+    ),
+    "tiny-wan": dict(_TINY, **_MOTION, source=str(ASSETS / "tiny-wan"), guidance=1.0),
+    "tiny-wan-i2v": dict(
+        _TINY, **dict(
+            _MOTION, prompts=str(ASSETS / "prompts/motion_i2v.txt"),
+            eval_prompts=str(ASSETS / "prompts/motion_i2v_heldout.txt"),
+        ), source=str(ASSETS / "tiny-wan-i2v"), guidance=1.0, shift=3.0,
     ),
     "flux": dict(
-        source="black-forest-labs/FLUX.1-dev", height=720, width=720, guidance=3.5,
-        steps=300, prompts_per_step=8, group_size=12, sampling_steps=16, sde="dance", noise_level=0.3, shift=3.0,
-        timestep_fraction=0.6, same_noise=True, clip_range=1e-4, learning_rate=1e-5, micro_batch=1,
+        _PAPERS, source="black-forest-labs/FLUX.1-dev", height=720, width=720, guidance=3.5, steps=300, shift=3.0,
+        noise_level=0.3,
+    ),
+    "sd1.4": dict(
+        _PAPERS, source="CompVis/stable-diffusion-v1-4", height=512, width=512, guidance=5.0, steps=300,
+        sampling_steps=50, sde="ddim", shift=1.0, noise_level=1.0, group_size=16,
+    ),
+    "wan2.1-1.3b": dict(
+        _SELF_PACED, source="Wan-AI/Wan2.1-T2V-1.3B-Diffusers", height=480, width=832, frames=53, guidance=5.0,
+        steps=150,
+    ),
+    "wan2.1-14b": dict(
+        _SELF_PACED, source="Wan-AI/Wan2.1-T2V-14B-Diffusers", height=240, width=416, frames=53, guidance=5.0,
+        steps=220, prompts_per_step=16,
+    ),
+    "wan2.2-i2v": dict(  # BPGO (2511.18919): 8 samples a group, 16 prompts on 16 GPUs
+        _SELF_PACED, source="Wan-AI/Wan2.2-I2V-A14B-Diffusers", height=480, width=832, frames=53, guidance=3.5,
+        steps=200, prompts_per_step=16, group_size=8, best_of=0, learning_rate=1e-5,
+    ),
+    "hunyuan": dict(
+        _PAPERS, source="hunyuanvideo-community/HunyuanVideo", height=480, width=480, frames=53, fps=15.0,
+        guidance=6.0, steps=100, shift=5.0, noise_level=0.25, group_size=24, best_of=8,
     ),
 }  # fmt: skip
 
@@ -51,7 +104,7 @@ def take(cond, rows):
     return {name: value[rows] for name, value in cond.items()}
 
 
-def family(name):
+def family_of(name):
     """A named model, a folder or a hub id -> the class of its family, read from the pipeline's model_index.json.
 
     Raises InputError that says what to do; loads no weights.
@@ -63,15 +116,34 @@ def family(name):
     return getattr(importlib.import_module(module), attribute)
 
 
-def load(name, dtype, height=0, width=0, guidance=3.5):
-    """The model on the CPU, weights in `dtype`; height and width in pixels, 0: the model's own. Raises InputError."""
+def load(name, dtype, prompts=(), **settings):
+    """The model on the CPU, weights in `dtype`, having looked at the prompts that it will be given; settings: those of
+    Family. Raises InputError."""
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
-    source, cls = settings(name).get("source", name), family(name)
+    source, cls = MODELS.get(name, {}).get("source", name), family_of(name)
     try:
-        return cls.load(source, dtype, height=height, width=width, guidance=guidance)
-    except (OSError, ValueError) as error:  # a missing or broken weight file; a size that does not fit
+        model = cls.load(source, dtype, **settings)
+        model.check(prompts)
+    except (OSError, ValueError) as error:  # a missing or broken weight file; a size or a prompt that does not fit
         raise InputError(f"model: {source} does not load: {error}") from None
+    return model
+
+
+def table():
+    """The named models and their settings as text, for --list-models."""
+    columns = ("height", "width", "frames", "fps", "sampling_steps", "shift", "noise_level", "sde", "guidance")
+    columns += ("group_size", "best_of", "learning_rate", "steps")
+    rows = [("name", "source", *columns)]
+    for name, values in MODELS.items():
+        source = values["source"].replace(f"{ASSETS.parent}/", "")
+        rows.append((name, source, *(str(values.get(column, "-")) for column in columns)))
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+    for pipeline, (module, attribute) in FAMILIES.items():
+        cls = getattr(importlib.import_module(module), attribute)
+        lines += ["", f"{pipeline}: {cls.task()}", f"  LoRA: {cls.lora_targets}", f"  blocks: {', '.join(cls.blocks)}"]
+    return "\n".join(lines)
 
 
 def _index_file(source):

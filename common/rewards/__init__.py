@@ -2,6 +2,7 @@
 
 A reward is a class with
     score(media, prompts) -> [b] float32    media [b, C, H, W] (video [b, F, C, H, W]) in [0, 1], one prompt a row
+    video                                   whether it scores clips; if not, a clip's score is the mean of its frames'
     scale                                   typical standard deviation within a group
     range                                   (lowest, highest); None where there is no bound
     check(prompts)                          optional: raises ValueError for a prompt that it cannot score
@@ -14,11 +15,15 @@ import math
 import torch
 
 from common.errors import InputError, RunError
+from common.prompts import caption_of
 
 REWARDS = {
     "verifier": ("common.rewards.verifier", "Verifier"),
     "verifier:quality": ("common.rewards.verifier", "Quality"),
     "verifier:layout": ("common.rewards.verifier", "Layout"),
+    "motion": ("common.rewards.motion", "Motion"),
+    "motion:quality": ("common.rewards.motion", "MotionQuality"),
+    "motion:smooth": ("common.rewards.motion", "MotionSmooth"),
     "jpeg": ("common.rewards.jpeg", "JpegSize"),
 }
 
@@ -56,7 +61,7 @@ def load(names, prompts):
         module, attribute = REWARDS[name]
         scorers[name] = getattr(importlib.import_module(module), attribute)()
         try:
-            getattr(scorers[name], "check", lambda _: None)(prompts)
+            getattr(scorers[name], "check", lambda _: None)([caption_of(prompt) for prompt in prompts])
         except ValueError as error:
             raise InputError(f"reward {name}: {error}") from None
     return scorers
@@ -64,9 +69,14 @@ def load(names, prompts):
 
 def score(scorers, media, prompts):
     """Every scorer on every sample: media [b, ...], b prompts -> {name: [b] float32}"""
-    scores = {}
+    scores, captions = {}, [caption_of(prompt) for prompt in prompts]
     for name, scorer in scorers.items():
-        scores[name] = scorer.score(media, prompts).float()
+        if media.ndim == 5 and not scorer.video:  # the mean of the frames' scores
+            b, f = media.shape[:2]
+            frames = scorer.score(media.flatten(0, 1), [caption for caption in captions for _ in range(f)])
+            scores[name] = frames.float().view(b, f).mean(1)
+        else:
+            scores[name] = scorer.score(media, captions).float()
         assert scores[name].shape == (len(prompts),), (
             f"reward {name} returned {tuple(scores[name].shape)} for {len(prompts)} samples"
         )

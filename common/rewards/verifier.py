@@ -324,6 +324,7 @@ class Verifier:
     """Reward: the verifier's `score` in [0, 1]. Checked against the renderer itself (tests/test_verifier.py)."""
 
     part = "score"
+    video = False
     scale = 0.25  # typical standard deviation within a group of tiny-flux samples
     range = (0.0, 1.0)
 

@@ -1,0 +1,147 @@
+"""What the families of models have in common: embeddings computed once, decoding in slices, one trained module."""
+
+import contextlib
+from pathlib import Path
+
+import torch
+
+from common import sde
+from common.prompts import caption_of, image_of
+
+
+class Family:
+    """A diffusers pipeline as GRPO sees it. A family states the class attributes and defines embed, velocity, pixels.
+
+    height, width, frames: of a sample; 0: the model's own. guidance: the scale, inside `velocity`; guidance_2: of the
+    second expert where there is one, 0: the same. batched_guidance: both halves of classifier-free guidance in one
+    forward pass. decode_batch: rows that the VAE decodes at once, 0: all. offload_encoders: text and image encoders
+    wait on the CPU between prompts. Raises ValueError for what the family cannot do.
+    """
+
+    pipeline = None  # the diffusers class
+    trained = ("transformer",)  # components that are trained
+    encoders = ()  # components that only `embed` needs
+    lora_targets = ""  # regular expression of the layers that a LoRA adapts
+    blocks = ()  # classes of the blocks, which sharding wraps one by one
+    video = False  # makes clips
+    images = False  # each prompt comes with a conditioning image
+    negative = False  # guidance is classifier-free, against the empty prompt
+
+    def __init__(
+        self, pipe, height=0, width=0, frames=0, guidance=1.0, guidance_2=0.0, batched_guidance=False,
+        decode_batch=0, offload_encoders=False,
+    ):  # fmt: skip
+        self.pipe, self.guidance, self.guidance_2 = pipe, guidance, guidance_2 or guidance
+        self.batched_guidance, self.decode_batch = batched_guidance, decode_batch
+        self.offload_encoders = offload_encoders
+        self.trainable = {name: getattr(pipe, name) for name in self.trained if getattr(pipe, name, None) is not None}
+        self.embedded, self.unwanted = {}, {}
+        if frames and not self.video:
+            raise ValueError(f"{type(pipe).__name__} makes images: --frames has no meaning")
+        if guidance_2 and len(self.trainable) < 2:
+            raise ValueError("--guidance-2 belongs to a model with two experts")
+        if batched_guidance and not self.negative:
+            raise ValueError(f"{type(pipe).__name__} takes its guidance as an input: --batched-guidance has no meaning")
+
+    @classmethod
+    def load(cls, source, dtype, **settings):
+        return cls(cls.pipeline.from_pretrained(source, dtype=dtype), **settings)
+
+    @classmethod
+    def task(cls):
+        return f"{'image' if cls.images else 'text'}-to-{'video' if cls.video else 'image'}"
+
+    def check(self, prompts):
+        """Raises ValueError for the first prompt that this model cannot take."""
+        for prompt in prompts:
+            image = image_of(prompt)
+            if self.images and not image:
+                raise ValueError(f"prompt {prompt[:60]!r} has no image; write lines IMAGE <tab> CAPTION for this model")
+            if image and not self.images:
+                raise ValueError(f"prompt {prompt[:60]!r} has an image, which this model does not take")
+            if image and not Path(image).is_file():
+                raise ValueError(f"there is no image {image}; paths count from the prompt file's folder")
+
+    @property
+    def device(self):
+        return self.pipe.vae.device
+
+    def sigmas(self, steps, shift):
+        """The sigmas [T+1] that sampling visits, 1 (noise) first."""
+        return sde.shifted_sigmas(steps, shift)
+
+    def trained_at(self, sigma):
+        """Name of the trained module that computes the velocity at a sigma."""
+        return next(iter(self.trainable))
+
+    @torch.no_grad()
+    def encode(self, prompts):
+        """b prompts -> {name: [b, ...]}; each distinct prompt is embedded once in the model's life."""
+        new = list(dict.fromkeys(prompt for prompt in prompts if prompt not in self.embedded))
+        with self._encoders_at_hand() if new else contextlib.nullcontext():
+            for prompt in new:  # one by one: an embedding must not depend on its neighbours
+                self.embedded[prompt] = self._kept(self.embed(prompt))
+            if self.negative and not self.unwanted:
+                self.unwanted = self._kept(self.text(""))
+        rows = [self.embedded[prompt] for prompt in prompts]
+        return {name: torch.stack([row[name] for row in rows]).to(self.device) for name in rows[0]}
+
+    def embed(self, prompt):
+        """What the velocity is conditioned on: {name: [...]} without the batch dimension."""
+        return self.text(caption_of(prompt))
+
+    def _kept(self, embedding):
+        # with --offload-encoders memory is short, so the embeddings wait on the CPU too
+        return {name: value.to("cpu" if self.offload_encoders else self.device) for name, value in embedding.items()}
+
+    @contextlib.contextmanager
+    def _encoders_at_hand(self):
+        modules = [getattr(self.pipe, name) for name in self.encoders if self.offload_encoders]
+        modules = [module for module in modules if module is not None]
+        for module in modules:
+            module.to(self.device)
+        try:
+            yield
+        finally:
+            for module in modules:
+                module.to("cpu")
+
+    @torch.no_grad()
+    def decode(self, x0):
+        """x0 [b, *noise_shape] -> images [b, 3, H, W] or clips [b, F, 3, H, W], in [0, 1]"""
+        return torch.cat([self.pixels(part) for part in x0.split(self.decode_batch or len(x0))])
+
+    def guided(self, module, scale, cond, **inputs):
+        """Classifier-free guidance: module(**inputs, **cond), each {name: [b, ...]}, led away from the empty prompt.
+        One forward pass for a scale of 1, else two, or one of twice the rows with --batched-guidance."""
+        if scale == 1:
+            return module(**inputs, **cond, return_dict=False)[0].float()
+        b = len(next(iter(inputs.values())))
+        unwanted = {
+            **cond,
+            **{name: value.to(self.device).expand(b, *value.shape) for name, value in self.unwanted.items()},
+        }
+        if self.batched_guidance:
+            twice = {name: torch.cat([value, value]) for name, value in inputs.items()}
+            both = {name: torch.cat([value, unwanted[name]]) for name, value in cond.items()}
+            towards, away = module(**twice, **both, return_dict=False)[0].float().chunk(2)
+        else:
+            towards = module(**inputs, **cond, return_dict=False)[0].float()
+            away = module(**inputs, **unwanted, return_dict=False)[0].float()
+        return away + scale * (towards - away)
+
+    def _size(self, unit, height, width):
+        """The size in pixels that was asked for, or else the given one; a multiple of `unit`."""
+        if height % unit or width % unit or not height or not width:
+            raise ValueError(f"height and width must be multiples of {unit} for this model, not {height}x{width}")
+        return height, width
+
+    def _length(self, factor, frames):
+        """The number of frames that was asked for; one more than a multiple of `factor`."""
+        if frames % factor != 1:
+            raise ValueError(f"frames must be one more than a multiple of {factor} for this model, not {frames}")
+        return frames
+
+    def save_lora(self, folder, layers):
+        """layers {trained module: its LoRA's weights} -> files that the pipeline's load_lora_weights reads."""
+        self.pipe.save_lora_weights(folder, **{f"{name}_lora_layers": weights for name, weights in layers.items()})

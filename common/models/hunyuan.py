@@ -1,0 +1,56 @@
+"""HunyuanVideo (diffusers' HunyuanVideoPipeline): embedded guidance, an attention mask over the text."""
+
+import torch
+from diffusers import HunyuanVideoPipeline
+
+from common.models.family import Family
+
+
+class HunyuanVideo(Family):
+    """b rows of latents [C, F', h, w]."""
+
+    pipeline = HunyuanVideoPipeline
+    encoders = ("text_encoder", "text_encoder_2")
+    blocks = ("HunyuanVideoTransformerBlock", "HunyuanVideoSingleTransformerBlock")
+    lora_targets = (
+        r"(single_)?transformer_blocks\.\d+\.(attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"
+        r"|ff(_context)?\.net\.(0\.proj|2)|proj_mlp|proj_out)"
+    )
+    video = True
+
+    def __init__(self, pipe, height=0, width=0, frames=0, **settings):
+        super().__init__(pipe, **settings)
+        space, time = pipe.vae_scale_factor_spatial, pipe.vae_scale_factor_temporal
+        unit = space * pipe.transformer.config.patch_size
+        self.height, self.width = self._size(unit, height or 480, width or 480)
+        self.frames = self._length(time, frames or 53)
+        z = pipe.transformer.config.in_channels
+        self.noise_shape = (z, (self.frames - 1) // time + 1, self.height // space, self.width // space)
+
+    def text(self, caption):
+        """{"encoder_hidden_states": [S, D], "encoder_attention_mask": [S], "pooled_projections": [D']}"""
+        text, pooled, mask = self.pipe.encode_prompt(caption, device=self.device)
+        return {
+            "encoder_hidden_states": text[0],
+            "encoder_attention_mask": mask[0],
+            "pooled_projections": pooled[0],
+        }
+
+    def velocity(self, x, sigma, cond):
+        """x [b, C, F', h, w], sigma a scalar or [b] -> velocity [b, C, F', h, w] float32"""
+        b, device = len(x), x.device
+        return self.trainable["transformer"](
+            hidden_states=x,
+            # this transformer multiplies neither by 1000
+            timestep=(torch.as_tensor(sigma, dtype=torch.float32, device=device) * 1000).expand(b),
+            guidance=torch.full((b,), 1000 * self.guidance, device=device)
+            if self.pipe.transformer.config.guidance_embeds
+            else None,
+            return_dict=False,
+            **cond,
+        )[0].float()
+
+    def pixels(self, x0):
+        vae = self.pipe.vae
+        clips = vae.decode((x0 / vae.config.scaling_factor).to(vae.dtype)).sample.float()
+        return self.pipe.video_processor.postprocess_video(clips, output_type="pt")

@@ -1,0 +1,70 @@
+"""Stable Diffusion 1.x (diffusers' StableDiffusionPipeline) as a rectified flow.
+
+Its U-Net predicts the noise of z = a x0 + b eps with a^2 + b^2 = 1. A change of variables makes that the interpolation
+of common/sde.py: with sigma = b / (a + b) and h = sqrt((1 - sigma)^2 + sigma^2),
+
+    x = h z = (1 - sigma) x0 + sigma eps,    a = (1 - sigma) / h,    b = sigma / h,    velocity = eps - x0
+
+so the ODE step is DDIM with eta = 0, `--sde ddim` is DDIM with eta (DDPO 2305.13301), and the flow schedules work too.
+"""
+
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+from common.models.family import Family
+
+
+class StableDiffusion(Family):
+    """b rows of latents [C, H/8, W/8]; guidance is classifier-free, against the empty prompt."""
+
+    pipeline = StableDiffusionPipeline
+    trained = ("unet",)
+    encoders = ("text_encoder", "image_encoder", "safety_checker")
+    blocks = ("BasicTransformerBlock", "ResnetBlock2D")
+    lora_targets = r".*attn[12]\.(to_[qkv]|to_out\.0)"
+    negative = True
+
+    def __init__(self, pipe, height=0, width=0, **settings):
+        super().__init__(pipe, **settings)
+        own = pipe.unet.config.sample_size * pipe.vae_scale_factor
+        self.height, self.width = self._size(8, height or own, width or own)
+        factor = pipe.vae_scale_factor
+        self.noise_shape = (pipe.unet.config.in_channels, self.height // factor, self.width // factor)
+        self.ddim = DDIMScheduler.from_config(pipe.scheduler.config)
+        if self.ddim.config.prediction_type != "epsilon":
+            raise ValueError(f"the U-Net predicts {self.ddim.config.prediction_type}; supported is epsilon")
+        noise = self.ddim.alphas_cumprod.double()
+        self.table = _sigma(noise)  # of every training timestep
+        self.last = _sigma(self.ddim.final_alpha_cumprod.double())  # where sampling ends
+
+    def sigmas(self, steps, shift):
+        """Those of DDIM's timesteps, and the last."""
+        if shift != 1:
+            raise ValueError(f"--shift {shift:g}: this model has a schedule of its own; leave the shift at 1")
+        self.ddim.set_timesteps(steps)
+        return torch.cat([self.table[self.ddim.timesteps], self.last[None]]).float()
+
+    def text(self, caption):
+        """{"encoder_hidden_states": [S, D]}"""
+        text, _ = self.pipe.encode_prompt(caption, self.device, 1, False)
+        return {"encoder_hidden_states": text[0]}
+
+    def velocity(self, x, sigma, cond):
+        """x [b, C, h, w], sigma a scalar or [b] -> velocity [b, C, h, w] float32"""
+        sigma = torch.as_tensor(sigma, dtype=torch.float64).cpu().expand(len(x))
+        timestep = (self.table - sigma[:, None]).abs().argmin(1).to(x.device)  # one of the schedule, exactly
+        sigma = sigma.to(x)[:, None, None, None]
+        h = torch.hypot(1 - sigma, sigma)
+        inputs = {"sample": x / h, "timestep": timestep}
+        noise = self.guided(self.trainable["unet"], self.guidance, cond, **inputs)
+        return (noise - x) / (1 - sigma)  # eps - x0, with x0 = (x - sigma eps) / (1 - sigma)
+
+    def pixels(self, x0):
+        vae = self.pipe.vae
+        z = x0 / torch.hypot(1 - self.last, self.last).to(x0) / vae.config.scaling_factor
+        return self.pipe.image_processor.postprocess(vae.decode(z.to(vae.dtype)).sample.float(), output_type="pt")
+
+
+def _sigma(signal):
+    """a^2 -> sigma = b / (a + b)"""
+    return (1 - signal).sqrt() / (signal.sqrt() + (1 - signal).sqrt())

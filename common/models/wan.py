@@ -1,0 +1,98 @@
+"""Wan 2.1 and 2.2 (diffusers' WanPipeline and WanImageToVideoPipeline): classifier-free guidance, one expert or two."""
+
+import torch
+from diffusers import WanImageToVideoPipeline, WanPipeline
+from PIL import Image
+
+from common.models.family import Family
+from common.prompts import image_of
+
+
+class Wan(Family):
+    """b rows of latents [C, F', h, w]. With a boundary_ratio, `transformer` moves the latents while the timestep is at
+    or above boundary_ratio * 1000, `transformer_2` after that; both are trained, each on its own steps."""
+
+    pipeline = WanPipeline
+    trained = ("transformer", "transformer_2")
+    encoders = ("text_encoder",)
+    blocks = ("WanTransformerBlock",)
+    lora_targets = r".*blocks\.\d+\.(attn[12]\.(to_[qkv]|to_out\.0)|ffn\.net\.(0\.proj|2))"
+    negative, video = True, True
+
+    def __init__(self, pipe, height=0, width=0, frames=0, **settings):
+        super().__init__(pipe, **settings)
+        if pipe.config.expand_timesteps:
+            raise ValueError("Wan2.2 TI2V, with a timestep for each token, is not supported; take a T2V or I2V model")
+        space, time = pipe.vae_scale_factor_spatial, pipe.vae_scale_factor_temporal
+        unit = space * pipe.transformer.config.patch_size[1]
+        self.height, self.width = self._size(unit, height or 480, width or 832)
+        self.frames = self._length(time, frames or 53)
+        z = pipe.vae.config.z_dim
+        self.noise_shape = (z, (self.frames - 1) // time + 1, self.height // space, self.width // space)
+
+    def trained_at(self, sigma):
+        boundary = self.pipe.config.boundary_ratio
+        # in float32, as the pipeline compares its timesteps: shift 3 puts a step on the boundary exactly
+        high = boundary is None or float(torch.as_tensor(sigma, dtype=torch.float32) * 1000) >= boundary * 1000
+        return "transformer" if high else "transformer_2"
+
+    def text(self, caption):
+        """{"encoder_hidden_states": [S, D]}, zeros after the caption's own tokens"""
+        longest = min(512, self.pipe.tokenizer.model_max_length)
+        text, _ = self.pipe.encode_prompt(caption, None, False, device=self.device, max_sequence_length=longest)
+        return {"encoder_hidden_states": text[0]}
+
+    def velocity(self, x, sigma, cond):
+        """x [b, C, F', h, w], sigma a scalar, for one expert moves all rows -> velocity [b, C, F', h, w] float32"""
+        expert = self.trained_at(sigma)
+        scale = self.guidance if expert == "transformer" else self.guidance_2
+        cond = dict(cond)
+        x = torch.cat([x, cond.pop("still")], 1) if "still" in cond else x
+        timestep = (torch.as_tensor(sigma, dtype=torch.float32, device=x.device) * 1000).expand(len(x))
+        return self.guided(self.trainable[expert], scale, cond, hidden_states=x, timestep=timestep)
+
+    def pixels(self, x0):
+        vae = self.pipe.vae
+        mean, std = (
+            torch.tensor(statistic).to(x0)[:, None, None, None]
+            for statistic in (vae.config.latents_mean, vae.config.latents_std)
+        )
+        clips = vae.decode((x0 * std + mean).to(vae.dtype)).sample.float()
+        return self.pipe.video_processor.postprocess_video(clips, output_type="pt")
+
+    def save_lora(self, folder, layers):
+        """The second expert's goes to folder/transformer_2: load_lora_weights(..., load_into_transformer_2=True)."""
+        for name, weights in layers.items():
+            self.pipe.save_lora_weights(
+                folder if name == "transformer" else f"{folder}/{name}", transformer_lora_layers=weights
+            )
+
+
+class WanImageToVideo(Wan):
+    """The same from a conditioning image: each prompt has one (a line IMAGE <tab> CAPTION of the prompt file)."""
+
+    pipeline = WanImageToVideoPipeline
+    encoders = ("text_encoder", "image_encoder")
+    images = True
+
+    def embed(self, prompt):
+        """{"encoder_hidden_states": [S, D], "still": [4 + C, F', h, w]: mask and latents of the image}"""
+        image = self._image(prompt)
+        shape = (self.pipe.vae.config.z_dim, self.height, self.width, self.frames)
+        _, still = self.pipe.prepare_latents(image, 1, *shape, dtype=torch.float32, device=self.device)
+        cond = {**super().embed(prompt), "still": still[0]}
+        if self.pipe.transformer.config.image_dim is not None:  # Wan 2.1 also shows the image to CLIP
+            with Image.open(image_of(prompt)) as picture:
+                cond["encoder_hidden_states_image"] = self.pipe.encode_image(picture.convert("RGB"), self.device)[0]
+        return cond
+
+    def still(self, prompts):
+        """The conditioning images as still videos: [b, F, 3, H, W] in [0, 1]"""
+        images = torch.cat([self._image(prompt) for prompt in prompts]) / 2 + 0.5
+        return images[:, None].expand(-1, self.frames, -1, -1, -1)
+
+    def _image(self, prompt):
+        """[1, 3, H, W] in [-1, 1]"""
+        with Image.open(image_of(prompt)) as picture:
+            image = self.pipe.video_processor.preprocess(picture.convert("RGB"), height=self.height, width=self.width)
+        return image.to(self.device, torch.float32)

@@ -1,0 +1,57 @@
+"""What the builders of the embedded models share: tokenizers made from captions, a learning rate."""
+
+import math
+from collections import Counter
+
+from transformers import CLIPTokenizer, T5Tokenizer
+
+LETTERS = [chr(c) for c in range(ord("a"), ord("z") + 1)]
+
+
+def words_of(corpus):
+    return sorted({word for caption in corpus for word in caption.split()})
+
+
+def clip_tokenizer(corpus, longest):
+    """A real CLIP byte-pair tokenizer whose merges are learned from the captions' words: one token a word.
+
+    Learned here because the library's trainer numbers its tokens differently in every process.
+    """
+    spelled = {word: [*word[:-1], word[-1] + "</w>"] for word in words_of(corpus)}
+    merges = []
+    while pairs := Counter(pair for parts in spelled.values() for pair in zip(parts, parts[1:])):
+        merges.append(max(pairs, key=lambda pair: (pairs[pair], pair)))
+        spelled = {word: _merge(parts, merges[-1]) for word, parts in spelled.items()}
+    tokens = ["<|startoftext|>", "<|endoftext|>", *LETTERS, *(letter + "</w>" for letter in LETTERS)]
+    tokens += dict.fromkeys(left + right for left, right in merges)
+    return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=merges, model_max_length=longest)
+
+
+def _merge(parts, pair):
+    merged = []
+    for part in parts:
+        if merged and (merged[-1], part) == pair:
+            merged[-1] += part
+        else:
+            merged.append(part)
+    return merged
+
+
+def t5_tokenizer(corpus, longest):
+    """A real T5 unigram tokenizer: a piece for each word of the world, letters for the rest."""
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -20.0), ("▁", -8.0)]
+    pieces += (
+        [("▁" + word, -2.0) for word in words_of(corpus) if len(word) > 1]
+        + [("▁a", -2.0)]
+        + [(c, -10.0) for c in LETTERS]
+    )
+    return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=longest)
+
+
+def schedule(optimizer, steps, warmup=100):
+    """Yields the learning rate of each step: linear warm-up, cosine to zero."""
+    peak = optimizer.param_groups[0]["lr"]
+    for step in range(steps):
+        rate = peak * min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / steps)))
+        optimizer.param_groups[0]["lr"] = rate
+        yield rate

@@ -1,0 +1,138 @@
+"""Small pipelines with random weights, of the real classes, with real tokenizers."""
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLHunyuanVideo,
+    AutoencoderKLWan,
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    HunyuanVideoPipeline,
+    HunyuanVideoTransformer3DModel,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+    WanImageToVideoPipeline,
+    WanPipeline,
+    WanTransformer3DModel,
+)
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    LlamaConfig,
+    LlamaModel,
+    PreTrainedTokenizerFast,
+    UMT5Config,
+    UMT5EncoderModel,
+)
+
+from lab import shapes
+from lab.building import clip_tokenizer, t5_tokenizer
+
+CORPUS = [caption for task in shapes.captions().values() for caption in task]
+
+
+def clip_text(tokenizer, width, longest):
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=1,
+            num_attention_heads=2, max_position_embeddings=longest, bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        )
+    )  # fmt: skip
+
+
+def sd():
+    """32x32 -> latents [4, 8, 8]; the scheduler's settings are those of Stable Diffusion 1.4."""
+    torch.manual_seed(0)
+    tokenizer = clip_tokenizer(CORPUS, 12)
+    return StableDiffusionPipeline(
+        vae=AutoencoderKL(
+            block_out_channels=(8, 8, 16), down_block_types=("DownEncoderBlock2D",) * 3,
+            up_block_types=("UpDecoderBlock2D",) * 3, latent_channels=4, norm_num_groups=4, sample_size=32,
+            scaling_factor=0.18215,
+        ),
+        text_encoder=clip_text(tokenizer, 16, 12), tokenizer=tokenizer,
+        unet=UNet2DConditionModel(
+            sample_size=8, block_out_channels=(16, 32), layers_per_block=1, cross_attention_dim=16,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), norm_num_groups=4, attention_head_dim=2,
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        ),
+        scheduler=DDIMScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
+            set_alpha_to_one=False, steps_offset=1,
+        ),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+
+
+def wan(experts=1, images=False):
+    """Clips of 5 frames, 32x32 -> latents [4, 3, 8, 8]"""
+    torch.manual_seed(0)
+    tokenizer = t5_tokenizer(CORPUS, 12)
+    channels = 4
+    transformers = [
+        WanTransformer3DModel(
+            num_attention_heads=2, attention_head_dim=12, in_channels=2 * channels + 2 if images else channels,
+            out_channels=channels, text_dim=16, ffn_dim=32, num_layers=2, freq_dim=16,
+        )
+        for _ in range(experts)
+    ]  # fmt: skip
+    cls = WanImageToVideoPipeline if images else WanPipeline
+    return cls(
+        tokenizer=tokenizer,
+        text_encoder=UMT5EncoderModel(
+            UMT5Config(
+                vocab_size=len(tokenizer), d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, dropout_rate=0.0
+            )
+        ),
+        vae=AutoencoderKLWan(
+            base_dim=4, z_dim=channels, dim_mult=[1, 2, 2], num_res_blocks=1, temperal_downsample=[False, True],
+            latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[1.5, 0.8, 1.2, 1.0],
+            scale_factor_spatial=4, scale_factor_temporal=2,
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        transformer=transformers[0], transformer_2=transformers[1] if experts == 2 else None,
+        boundary_ratio=0.9 if experts == 2 else None,
+    )  # fmt: skip
+
+
+def hunyuan():
+    """Clips of 5 frames, 32x32 -> latents [4, 2, 4, 4]"""
+    torch.manual_seed(0)
+    tokenizer_2 = clip_tokenizer(CORPUS, 77)
+    return HunyuanVideoPipeline(
+        text_encoder=LlamaModel(
+            LlamaConfig(
+                vocab_size=400, hidden_size=16, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2,
+                num_key_value_heads=2, max_position_embeddings=512, pad_token_id=0,
+            )
+        ),
+        tokenizer=llama_tokenizer(),
+        text_encoder_2=clip_text(tokenizer_2, 8, 77), tokenizer_2=tokenizer_2,
+        transformer=HunyuanVideoTransformer3DModel(
+            in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=12, num_layers=1,
+            num_single_layers=1, num_refiner_layers=1, patch_size=1, patch_size_t=1, guidance_embeds=True,
+            text_embed_dim=16, pooled_projection_dim=8, rope_axes_dim=(2, 4, 6),
+        ),
+        vae=AutoencoderKLHunyuanVideo(
+            latent_channels=4, block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4,
+            scaling_factor=0.476986,
+            down_block_types=("HunyuanVideoDownBlock3D",) * 4, up_block_types=("HunyuanVideoUpBlock3D",) * 4,
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
+    )  # fmt: skip
+
+
+def llama_tokenizer():
+    """A fast tokenizer as Llama's: bytes for letters, a token at the start."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: i for i, token in enumerate(["<pad>", "<|begin_of_text|>", *letters])}
+    trained = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trained.post_processor = processors.TemplateProcessing(
+        single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", 1)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=trained, pad_token="<pad>", bos_token="<|begin_of_text|>", padding_side="right"
+    )

@@ -1,0 +1,318 @@
+"""Every family of models against the diffusers pipeline that it wraps, on small random weights in the real classes."""
+
+from functools import partial
+
+import numpy as np
+import pipelines
+import pytest
+import torch
+from diffusers import (
+    FluxTransformer2DModel,
+    HunyuanVideoTransformer3DModel,
+    UNet2DConditionModel,
+    WanTransformer3DModel,
+)
+from peft import get_peft_model_state_dict
+from PIL import Image
+
+from common import models, sde
+from common.models.flux import Flux
+from common.models.hunyuan import HunyuanVideo
+from common.models.sd import StableDiffusion
+from common.models.wan import Wan, WanImageToVideo
+
+CAPTIONS = ["a square", "four yellow triangles", "a black cross and a blue circle"]  # 2, 3 and 7 words
+CLIP = dict(height=32, width=32, frames=5)
+FAMILIES = {
+    "sd": (pipelines.sd, StableDiffusion, dict(height=32, width=32)),
+    "wan": (pipelines.wan, Wan, CLIP),
+    "wan, two experts": (partial(pipelines.wan, experts=2), Wan, CLIP),
+    "i2v": (partial(pipelines.wan, images=True), WanImageToVideo, CLIP),
+    "i2v, two experts": (partial(pipelines.wan, experts=2, images=True), WanImageToVideo, CLIP),
+    "hunyuan": (pipelines.hunyuan, HunyuanVideo, CLIP),
+}
+
+
+@pytest.fixture
+def picture(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "first.png")
+    return tmp_path / "first.png"
+
+
+def build(family, picture, **settings):
+    """(the model, its prompts, its captions)"""
+    make, cls, size = FAMILIES[family]
+    prompts = [f"{picture}\t{caption}" for caption in CAPTIONS] if cls.images else CAPTIONS
+    return cls(make(), **{**size, **settings}), prompts
+
+
+def official(model, sigmas, noise, picture, **settings):
+    """The pipeline's own samples on the same latents and sigmas: [b, (F,) 3, H, W]"""
+    pipe, steps = model.pipe, len(sigmas) - 1
+    pipe.set_progress_bar_config(disable=True)
+    settings |= dict(height=32, width=32, num_inference_steps=steps, latents=noise, output_type="pt")
+    if isinstance(model, StableDiffusion):
+        return pipe(prompt=CAPTIONS, eta=0.0, **settings).images
+    settings["num_frames"] = model.frames
+    if isinstance(model, HunyuanVideo):
+        return pipe(prompt=CAPTIONS, sigmas=sigmas[:-1].tolist(), **settings).frames
+    pipe.scheduler.register_to_config(shift=3.0)
+    settings["max_sequence_length"] = 12
+    if isinstance(model, WanImageToVideo):
+        settings["image"] = Image.open(picture)
+    return pipe(prompt=CAPTIONS, **settings).frames
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_ode_sampler_gives_the_pipelines_own_samples(family, guidance, picture):
+    # the pipeline turns guidance off for both experts if the first has none; here each goes by its own
+    second = 2.0 if "two" in family and guidance > 1 else 0.0
+    model, prompts = build(family, picture, guidance=guidance, guidance_2=second)
+    if "two" in family:
+        model.pipe.register_to_config(boundary_ratio=0.7)  # both experts sample
+    steps = 6
+    if isinstance(model, Wan):  # WanPipeline takes no sigmas: read its scheduler's
+        model.pipe.scheduler.set_timesteps(steps)
+        sigmas = model.pipe.scheduler.sigmas
+    else:
+        sigmas = model.sigmas(steps, 1.0)
+    noise = sde.RowNoise(0, 0, range(3))(model.noise_shape)
+    velocity = partial(model.velocity, cond=model.encode(prompts))
+    latents, _ = sde.rollout(velocity, noise, sigmas, torch.zeros(steps), None)
+    ours = model.decode(latents[:, -1])
+    settings = dict(guidance_scale=guidance, **({"guidance_scale_2": second} if second else {}))
+    theirs = official(model, sigmas, noise, picture, **settings)
+    assert ours.shape == theirs.shape == (3, *([5] if model.video else []), 3, 32, 32)
+    assert ours.std() > 0.05 and (ours[0] - ours[1]).abs().max() > 1e-3, "flat or equal samples would compare nothing"
+    assert (ours - theirs).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("family", ["sd", "wan", "i2v, two experts", "hunyuan"])
+@torch.no_grad()
+def test_guidance_reaches_the_samples(family, picture):
+    model, prompts = build(family, picture)
+    noise, cond = sde.RowNoise(0, 0, range(3))(model.noise_shape), model.encode(prompts)
+    velocities = []
+    for model.guidance in (1.0, 4.0):
+        velocities.append(model.velocity(noise, 0.95, cond))
+    assert (velocities[0] - velocities[1]).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("family", ["sd", "wan", "i2v"])
+@torch.no_grad()
+def test_batched_guidance_equals_sequential(family, picture):
+    results = []
+    for batched in (False, True):
+        model, prompts = build(family, picture, guidance=4.0, batched_guidance=batched)
+        noise = sde.RowNoise(0, 0, range(3))(model.noise_shape)
+        results.append(model.velocity(noise, 0.8, model.encode(prompts)))
+    assert (results[0] - results[1]).abs().max() <= 1e-5 * results[0].abs().max()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_slices_and_waiting_encoders_change_no_number(family, picture):
+    results = []
+    for settings in ({}, dict(decode_batch=2, offload_encoders=True)):
+        model, prompts = build(family, picture, **settings)
+        cond = model.encode(prompts)
+        x = sde.RowNoise(0, 0, range(3))(model.noise_shape)
+        results.append((cond, model.decode(x)))
+    for name, value in results[0][0].items():
+        assert torch.equal(value, results[1][0][name])
+    assert (results[0][1] - results[1][1]).abs().max() <= 1e-5  # another batch shape
+
+
+# --- Stable Diffusion's change of variables ---
+
+
+@pytest.mark.parametrize("eta", [0.3, 1.0])
+@pytest.mark.parametrize("step", [0, 4, 9])
+@torch.no_grad()
+def test_ddim_step_is_that_of_diffusers_and_its_log_prob_that_of_ddpo(eta, step):
+    model = StableDiffusion(pipelines.sd(), height=32, width=32)
+    ddim, sigmas = model.ddim, model.sigmas(10, 1.0).double()
+    generator = torch.Generator().manual_seed(0)
+    z, eps, noise = torch.randn(3, 2, 4, 8, 8, generator=generator, dtype=torch.float64)
+    t = ddim.timesteps[step]
+
+    theirs = ddim.step(eps, t, z, eta=eta, variance_noise=noise).prev_sample
+    std = eta * ddim._get_variance(t, t - 100).double().sqrt()
+    mean = theirs - std * noise
+    ddpo = (-((theirs - mean) ** 2) / (2 * std**2) - std.log() - 0.5 * np.log(2 * np.pi)).mean((1, 2, 3))
+
+    sigma, sigma_next = sigmas[step], sigmas[step + 1]
+    h, h_next = torch.hypot(1 - sigma, sigma), torch.hypot(1 - sigma_next, sigma_next)
+    s = sde.diffusion_coefficients(torch.cat([sigmas, sigmas[-1:] / 2]), eta, "ddim")[step]  # so that none is the last
+    x, velocity = h * z, (eps - h * z) / (1 - sigma)
+    x_next, log_prob, _ = sde.ddim_step(velocity, x, sigma, sigma_next, s, noise=noise)
+    # the scheduler holds its alphas in float32
+    assert (x_next / h_next - theirs).abs().max() <= 2e-6 * theirs.abs().max()
+    # the log-probability of z, not of x = h z: their constant difference is in no ratio
+    assert (log_prob + h_next.log() - ddpo).abs().max() <= 1e-5
+    again = sde.ddim_step(velocity, x, sigma, sigma_next, s, x_next=x_next)[1]
+    assert torch.equal(again, log_prob)
+
+
+def test_sd_visits_ddims_timesteps_from_noise_of_the_right_size():
+    model = StableDiffusion(pipelines.sd(), height=32, width=32)
+    sigmas = model.sigmas(50, 1.0)
+    assert model.ddim.timesteps[:3].tolist() == [981, 961, 941] and model.ddim.timesteps[-1] == 1
+    signal = model.ddim.alphas_cumprod[[981, 1, 0]].double()
+    expected = (1 - signal).sqrt() / (signal.sqrt() + (1 - signal).sqrt())
+    assert torch.allclose(sigmas[[0, -2, -1]].double(), expected, atol=1e-7)
+    assert (sigmas.diff() < 0).all()
+
+
+@pytest.mark.parametrize("schedule", ["flow", "dance", "ddim"])
+def test_every_schedule_works_on_sd(schedule):
+    model = StableDiffusion(pipelines.sd(), height=32, width=32)
+    sigmas = model.sigmas(8, 1.0)
+    s = sde.diffusion_coefficients(sigmas, 0.5, schedule)
+    assert (s[:-1] > 0).all() and s[-1] == 0 and torch.isfinite(s).all()
+
+
+# --- Two experts ---
+
+
+@pytest.mark.parametrize("shift, boundary, high", [(3, 0.9, 5), (12, 0.9, 10), (3, 0.875, 5), (12, 0.875, 11)])
+def test_the_shift_decides_how_many_of_16_steps_the_high_noise_expert_takes(shift, boundary, high):
+    model = Wan(pipelines.wan(experts=2), **CLIP)
+    model.pipe.register_to_config(boundary_ratio=boundary)
+    experts = [model.trained_at(sigma) for sigma in model.sigmas(16, shift)[:-1]]
+    assert experts == ["transformer"] * high + ["transformer_2"] * (16 - high)
+
+
+def test_each_expert_learns_from_its_own_steps_alone(picture):
+    model, prompts = build("i2v, two experts", picture, guidance=2.0)
+    cond, x = model.encode(prompts), sde.RowNoise(0, 0, range(3))(model.noise_shape)
+    for sigma, learns, rests in ((0.95, "transformer", "transformer_2"), (0.5, "transformer_2", "transformer")):
+        model.pipe.transformer.zero_grad()
+        model.pipe.transformer_2.zero_grad()
+        model.velocity(x, sigma, cond).square().sum().backward()
+        assert all(weight.grad is None for weight in getattr(model.pipe, rests).parameters())
+        assert sum(weight.grad.abs().sum() for weight in getattr(model.pipe, learns).parameters()) > 0
+
+
+# --- Training, from folders ---
+
+
+TRAINED = ["sd", "wan", "wan, two experts", "i2v, two experts", "hunyuan"]
+GUIDED = dict(sd=3.0, hunyuan=6.0)
+
+
+def folder_of(family, tmp_path, picture):
+    """(a saved pipeline, a prompt file, the settings of a small run)"""
+    make, cls, size = FAMILIES[family]
+    pipe = make()
+    if "two" in family:
+        pipe.register_to_config(boundary_ratio=0.7)
+    pipe.save_pretrained(tmp_path / "model")
+    motions = ["a red circle moving left", "a blue square moving up quickly", "something green moving down"]
+    lines = [f"{picture.name}\t{line}" for line in motions] if cls.images else motions if cls.video else CAPTIONS
+    (tmp_path / "prompts.txt").write_text("\n".join(lines))
+    return dict(
+        model=str(tmp_path / "model"), prompts=str(tmp_path / "prompts.txt"), **size, sampling_steps=5,
+        reward=("jpeg",), guidance=GUIDED.get(family, 2.0),
+        sde="ddim" if family == "sd" else "flow", noise_level=0.8, shift=1.0, learning_rate=1e-3, clip_range=1e-2,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("lora_rank", [0, 2])
+@pytest.mark.parametrize("family", TRAINED)
+def test_first_ratio_is_one_and_both_ways_of_training_move_every_trained_module(
+    family, lora_rank, train, tmp_path, picture
+):
+    settings = folder_of(family, tmp_path, picture)
+    folder, rows = train(**settings, lora_rank=lora_rank, kl_coef=0.1, steps=3, micro_batch=3)
+    assert len(rows) == 3
+    for row in rows:
+        assert row["ratio_error"] <= 1e-5
+        assert row["grad_norm"] > 0 and row["reward_std"] > 0
+    assert rows[-1]["approx_kl"] >= 0
+    make, cls, _ = FAMILIES[family]
+    trained = [name for name in cls.trained if getattr(make(), name, None) is not None]
+    assert len(trained) == (2 if "two" in family else 1)
+    for name in trained:
+        saved = torch.load(folder / "checkpoints/step_000003" / f"{name}.pt", weights_only=True)
+        if lora_rank:
+            moved = [value for key, value in saved.items() if "lora_B" in key]  # zero at first
+            assert moved and all(value.abs().max() > 0 for value in moved), name
+        else:
+            before = getattr(cls.pipeline.from_pretrained(settings["model"]), name).state_dict()
+            assert any((saved[key] != before[key]).any() for key in saved), name
+
+
+@pytest.mark.parametrize("family", TRAINED)
+def test_exported_lora_loads_into_the_plain_pipeline(family, train, tmp_path, picture):
+    settings = folder_of(family, tmp_path, picture)
+    folder, _ = train(**settings, lora_rank=2, steps=2)
+    cls = FAMILIES[family][1]
+    pipe = cls.pipeline.from_pretrained(settings["model"])
+    pipe.load_lora_weights(folder / "export")
+    if "two" in family:
+        pipe.load_lora_weights(folder / "export/transformer_2", load_into_transformer_2=True)
+    for name in cls.trained:
+        module = getattr(pipe, name, None)
+        if module is None:
+            continue
+        saved = torch.load(folder / "checkpoints/step_000002" / f"{name}.pt", weights_only=True)
+        loaded = get_peft_model_state_dict(module, adapter_name=next(iter(module.peft_config)))
+        expected = {key.replace(".default.", "."): value for key, value in saved.items()}
+        assert loaded.keys() == expected.keys()
+        assert all(torch.equal(loaded[key], expected[key]) for key in loaded)
+
+
+@pytest.mark.parametrize("family", ["wan, two experts", "sd", "hunyuan"])
+def test_exported_weights_load_into_the_plain_pipeline(family, train, tmp_path, picture):
+    settings = folder_of(family, tmp_path, picture)
+    folder, _ = train(**settings, steps=2)
+    cls = FAMILIES[family][1]
+    pipe = cls.pipeline.from_pretrained(folder / "export")
+    for name in cls.trained:
+        saved = torch.load(folder / "checkpoints/step_000002" / f"{name}.pt", weights_only=True)
+        loaded = getattr(pipe, name).state_dict()
+        assert all(torch.equal(loaded[key], saved[key]) for key in saved)
+
+
+def test_gradient_checkpointing_changes_no_number(train, tmp_path, picture):
+    settings = folder_of("wan, two experts", tmp_path, picture)
+    _, plain = train(**settings)
+    _, again = train(**settings, gradient_checkpointing=True, output="checkpointed")
+    for row, other in zip(plain, again):
+        assert row.keys() == other.keys()
+        assert all(row[name] == pytest.approx(other[name], rel=1e-5, abs=1e-7) for name in row)
+
+
+# --- Full sizes ---
+
+FULL = {  # the configurations of the released checkpoints, where they differ from the classes' defaults
+    "flux": (FluxTransformer2DModel, dict(guidance_embeds=True), Flux, 11.90e9),
+    "sd1.4": (UNet2DConditionModel, dict(sample_size=64, cross_attention_dim=768), StableDiffusion, 0.8595e9),
+    "wan2.1-1.3b": (WanTransformer3DModel, dict(num_attention_heads=12, ffn_dim=8960, num_layers=30), Wan, 1.42e9),
+    "wan2.1-14b": (WanTransformer3DModel, dict(), Wan, 14.29e9),
+    "wan2.2-i2v": (WanTransformer3DModel, dict(in_channels=36), WanImageToVideo, 14.29e9),
+    "hunyuan": (HunyuanVideoTransformer3DModel, dict(guidance_embeds=True), HunyuanVideo, 12.82e9),
+}
+
+
+@pytest.mark.parametrize("name", FULL)
+def test_full_sizes_have_the_parameters_blocks_and_lora_layers_that_they_should(name):
+    import re
+
+    transformer, config, family, parameters = FULL[name]
+    with torch.device("meta"):
+        module = transformer(**config)
+    assert sum(weight.numel() for weight in module.parameters()) == pytest.approx(parameters, rel=0.02)
+    assert set(family.blocks) <= {type(part).__name__ for part in module.modules()}
+    targets = {key for key, part in module.named_modules() if re.fullmatch(family.lora_targets, key)}
+    assert all(isinstance(module.get_submodule(key), torch.nn.Linear) for key in targets)
+    inside = sum(module.get_submodule(key).weight.numel() for key in targets)
+    if family is not StableDiffusion:  # its weights are convolutions for the most part
+        # all of the blocks' own linear layers but those that make modulations
+        assert inside > 0.6 * parameters
+    assert len(targets) > 100
+    assert name in models.MODELS and models.MODELS[name]["sampling_steps"] in (16, 50)
