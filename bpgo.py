@@ -24,7 +24,7 @@ Shapes: P prompts a step, G samples a prompt (the group), B = P * G rows, b rows
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 
@@ -53,6 +53,8 @@ class Args(arguments.Args):
     """The reward that --prior constant expects."""
     reward_scale: Annotated[float, arguments.From(0, 1e6)] = 0.0
     """Unit of reward - prior; 0: the typical spread that the rewards declare; 1: the equations as printed."""
+    SETTINGS: ClassVar = {"wan2.1-1.3b": dict(prior="sft", group_size=8, best_of=0, prompts_per_step=32, steps=200)}
+    SETTINGS["wan2.2-i2v"] = dict(prior="first-frame")
 
 
 def combine_scores(scores, weights):
@@ -226,7 +228,7 @@ def main(args):
             run.save(step + 1, stateful)
 
     final = heldout.evaluate(run, report, model, scorers, reward_weights, eval_prompts, args.steps, last=True)
-    report.finish(args.steps, final, run.export())
+    return report.finish(args.steps, final, run.export())
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ import torch
 
 from common import arguments, errors, heldout, loss, models, rewards, sde
 from common.prompts import prompts_of_step, read_prompts
-from common.report import Clock, Report, ends
+from common.report import Clock, Report
 from common.runtime import Runtime
 
 EPS = 1e-8  # in every division by a standard deviation
@@ -50,7 +50,10 @@ class Args(arguments.Args):
     """Train on this stage alone, the ablations `one-stage` (1) and `two-stage` (2 holds 1); 0: on all."""
     calibrate: bool = False
     """Train each stage after the first alone for 50 steps first; its threshold is where it started + 0.7 * its gain."""
-    SETTINGS: ClassVar = {"tiny-flux": dict(reward=("verifier:quality", "verifier:layout", "verifier"))}
+    SETTINGS: ClassVar = {"wan2.1-1.3b": dict(thresholds=(0.75, 0.75)), "wan2.1-14b": dict(thresholds=(0.75, 0.73))}
+    SETTINGS["hunyuan"] = dict(thresholds=(0.7, 0.68), height=240, width=416, group_size=16, learning_rate=2e-6)
+    SETTINGS["tiny-flux"] = SETTINGS["tiny-sd"] = dict(reward=("verifier:quality", "verifier:layout", "verifier"))
+    SETTINGS["tiny-wan"] = SETTINGS["tiny-wan-i2v"] = dict(reward=("motion:quality", "motion:smooth", "motion"))
 
 
 def combine_scores(scores, weights):
@@ -83,45 +86,21 @@ def check_stages(args, scorers, weights):
 
 
 def calibrate(args):
-    """Thresholds of the stages after the first, from a run of each one alone (appendix A) beside --output."""
+    """args with thresholds from a run of each stage after the first alone (appendix A), in folders beside --output."""
     thresholds = []
     for name in args.reward[1:]:
         output = f"{args.output or 'runs/self_paced'}-calibrate-{name.replace(':', '-')}"
-        main(replace(args, calibrate=False, reward=(name,), thresholds=(), only_stage=0, steps=50, output=output))
-        start, end = ends(output, "reward_mean", 5)
+        start, end = main(replace(args, reward=(name,), thresholds=(), steps=50, output=output)).ends("reward_mean", 5)
         thresholds.append(start + 0.7 * (end - start))
     print("measured: --thresholds", *(f"{threshold:.3f}" for threshold in thresholds), flush=True)
-    return tuple(thresholds)
-
-
-def compute_advantages(reward, adv_clip_max):
-    """Rewards [P, G] -> advantages [P, G]: normalised within each group (population standard deviation), clamped.
-
-    A group whose rewards are all equal has advantage 0, exactly.
-    """
-    centred = reward - reward.mean(1, keepdim=True)
-    advantages = centred / (reward.std(1, keepdim=True, unbiased=False) + EPS)
-    return torch.where(zero_variance(reward), 0.0, advantages).clamp(-adv_clip_max, adv_clip_max)
-
-
-def zero_variance(reward):
-    """Rewards [P, G] -> [P, 1]: groups that have nothing to teach because all their rewards are equal."""
-    return reward.amax(1, keepdim=True) == reward.amin(1, keepdim=True)
-
-
-def keep_rows(reward, best_of):
-    """Rewards [P, G] -> rows to train on [P, G] bool: the best_of/2 highest and lowest of each group; 0: all."""
-    if not best_of:
-        return torch.ones_like(reward, dtype=torch.bool)
-    rank = reward.argsort(dim=1, stable=True).argsort(dim=1)
-    return (rank < best_of // 2) | (rank >= reward.shape[1] - best_of // 2)
+    return replace(args, thresholds=tuple(thresholds))
 
 
 def main(args):
     # --- Setup ---
     arguments.check(args)
     if args.calibrate:
-        args = replace(args, calibrate=False, thresholds=calibrate(args))
+        args = calibrate(replace(args, calibrate=False))
     prompts, reward_weights = read_prompts(args.prompts), rewards.parse(args.reward)
     eval_prompts = read_prompts(args.eval_prompts) if args.eval_prompts else []
     scorers = rewards.load(reward_weights, prompts + eval_prompts)
@@ -213,8 +192,8 @@ def main(args):
             "reward_std": reward.std(1, unbiased=False).mean(),
             "advantage_abs_mean": advantages.abs().mean(),
         }
-        metrics |= {f"weight_{name}": weight.mean() for name, weight in zip(stages, w)}
-        metrics |= {f"competence_{name}": stage.mean() for name, stage in stages.items()}
+        metrics |= {f"weight_{n}": x.mean() for n, x in zip(stages, w)}
+        metrics |= {f"competence_{n}": x.mean() for n, x in stages.items()}
         metrics |= {f"{name}_mean": score.mean() for name, score in scores.items()}
         metrics["samples_per_second"] = B / sum(metrics[f"{part}_seconds"] for part in ("rollout", "reward", "update"))
         report.log(step, metrics)
@@ -224,7 +203,7 @@ def main(args):
             run.save(step + 1, stateful)
 
     final = heldout.evaluate(run, report, model, scorers, reward_weights, eval_prompts, args.steps, last=True)
-    report.finish(args.steps, final, run.export())
+    return report.finish(args.steps, final, run.export())
 
 
 if __name__ == "__main__":

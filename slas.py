@@ -178,7 +178,7 @@ def main(args):
             run.save(step + 1, stateful)
 
     final = heldout.evaluate(run, report, model, scorers, reward_weights, eval_prompts, args.steps, last=True)
-    report.finish(args.steps, final, run.export())
+    return report.finish(args.steps, final, run.export())
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 import json
 import time
-from pathlib import Path
 
 import matplotlib
 
@@ -79,7 +78,7 @@ class Report:
                 save_curves(self.run.output / f"{curve}.png", self.rows, labels, curve)
 
     def finish(self, step, metrics, export):
-        """Logs the last evaluation, closes everything, and says what came out and where to look."""
+        """Logs the last evaluation, closes everything, says what came out and where to look, and returns the report."""
         if metrics:
             self.log(step, metrics)
         self.plot()
@@ -94,6 +93,12 @@ class Report:
         self.run.print(
             f"look at {self.run.output}/reward.png and {self.run.output}/samples; the trained model: {export}"
         )
+        return self
+
+    def ends(self, name, number):
+        """Mean of a metric in the first `number` training steps, and in the last."""
+        values = [row[name] for row in self.rows if name in row]
+        return sum(values[:number]) / number, sum(values[-number:]) / number
 
 
 class Clock:
@@ -156,13 +161,6 @@ def save_curves(path, rows, labels, quantity):
     axis.legend()
     figure.savefig(path, dpi=120, bbox_inches="tight")
     plt.close(figure)
-
-
-def ends(folder, name, number):
-    """Mean of a metric in the first `number` training steps of a finished run, and in the last."""
-    rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    values = [row[name] for row in rows if name in row]
-    return sum(values[:number]) / number, sum(values[-number:]) / number
 
 
 def _json(line):

@@ -68,7 +68,7 @@ MODELS = {
         ), source=str(ASSETS / "tiny-wan-i2v"), guidance=1.0, shift=3.0,
     ),
     "flux": dict(
-        _PAPERS, source="black-forest-labs/FLUX.1-dev", height=720, width=720, guidance=3.5, steps=300, shift=3.0,
+        _PAPERS, source="black-forest-labs/FLUX.1-dev", height=720, width=720, guidance=3.5, steps=200, shift=3.0,
         noise_level=0.3,
     ),
     "sd1.4": dict(

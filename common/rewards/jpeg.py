@@ -13,7 +13,7 @@ class JpegSize:
     the mean of its frames. `--reward jpeg=-1` rewards incompressibility.
     """
 
-    video = False
+    video = True  # and images
     scale = 0.05
     range = (None, 0.0)
 
