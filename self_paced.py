@@ -96,6 +96,29 @@ def calibrate(args):
     return replace(args, thresholds=tuple(thresholds))
 
 
+def compute_advantages(reward, adv_clip_max):
+    """Rewards [P, G] -> advantages [P, G]: normalised within each group (population standard deviation), clamped.
+
+    A group whose rewards are all equal has advantage 0, exactly.
+    """
+    centred = reward - reward.mean(1, keepdim=True)
+    advantages = centred / (reward.std(1, keepdim=True, unbiased=False) + EPS)
+    return torch.where(zero_variance(reward), 0.0, advantages).clamp(-adv_clip_max, adv_clip_max)
+
+
+def zero_variance(reward):
+    """Rewards [P, G] -> [P, 1]: groups that have nothing to teach because all their rewards are equal."""
+    return reward.amax(1, keepdim=True) == reward.amin(1, keepdim=True)
+
+
+def keep_rows(reward, best_of):
+    """Rewards [P, G] -> rows to train on [P, G] bool: the best_of/2 highest and lowest of each group; 0: all."""
+    if not best_of:
+        return torch.ones_like(reward, dtype=torch.bool)
+    rank = reward.argsort(dim=1, stable=True).argsort(dim=1)
+    return (rank < best_of // 2) | (rank >= reward.shape[1] - best_of // 2)
+
+
 def main(args):
     # --- Setup ---
     arguments.check(args)
@@ -107,13 +130,13 @@ def main(args):
     reward_weights = check_stages(args, scorers, reward_weights)
     run = Runtime(args)
     model = models.load(args.model, run.dtype, prompts + eval_prompts, **arguments.of_model(args))
+    sigmas = model.sigmas(args.sampling_steps, args.shift)  # [T+1]
     if args.kl_coef:
         run.keep_initial(model)
     stateful = {"optimizer": run.prepare(model), **model.trainable}  # what a checkpoint holds
     start = run.resume(stateful)
     report = Report(run, start, curves=("weight", "competence"))
     P, G, B = args.prompts_per_step, args.group_size, args.prompts_per_step * args.group_size
-    sigmas = model.sigmas(args.sampling_steps, args.shift)  # [T+1]
     transition = sde.TRANSITIONS[args.sde]
     rows = run.rows(B)  # [b]
 

@@ -82,6 +82,7 @@ def main(args):
     scorers = rewards.load(reward_weights, prompts + eval_prompts)
     run = Runtime(args)
     model = models.load(args.model, run.dtype, prompts + eval_prompts, **arguments.of_model(args))
+    sigmas = model.sigmas(args.sampling_steps, args.shift)  # [T+1]
     if args.kl_coef:
         run.keep_initial(model)
     stateful = {"optimizer": run.prepare(model), **model.trainable}  # what a checkpoint holds
@@ -89,7 +90,6 @@ def main(args):
     start = run.resume(stateful)
     report = Report(run, start)
     P, G, B = args.prompts_per_step, args.group_size, args.prompts_per_step * args.group_size
-    sigmas = model.sigmas(args.sampling_steps, args.shift)  # [T+1]
     transition = sde.TRANSITIONS[args.sde]
     rows = run.rows(B)  # [b]
 

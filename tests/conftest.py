@@ -1,5 +1,9 @@
+import os
 import sys
 from pathlib import Path
+
+if workers := os.getenv("PYTEST_XDIST_WORKER_COUNT"):  # they share the cores; before torch is imported
+    os.environ["OMP_NUM_THREADS"] = str(max(1, os.cpu_count() // int(workers)))
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 

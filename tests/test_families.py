@@ -1,11 +1,15 @@
 """Every family of models against the diffusers pipeline that it wraps, on small random weights in the real classes."""
 
+import json
 from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pipelines
 import pytest
 import torch
+from conftest import metrics
 from diffusers import (
     FluxTransformer2DModel,
     HunyuanVideoTransformer3DModel,
@@ -14,12 +18,15 @@ from diffusers import (
 )
 from peft import get_peft_model_state_dict
 from PIL import Image
+from test_training import command, launch
 
-from common import models, sde
+from common import arguments, models, sde
+from common.errors import InputError
 from common.models.flux import Flux
 from common.models.hunyuan import HunyuanVideo
 from common.models.sd import StableDiffusion
 from common.models.wan import Wan, WanImageToVideo
+from common.runtime import Runtime
 
 CAPTIONS = ["a square", "four yellow triangles", "a black cross and a blue circle"]  # 2, 3 and 7 words
 CLIP = dict(height=32, width=32, frames=5)
@@ -285,6 +292,114 @@ def test_gradient_checkpointing_changes_no_number(train, tmp_path, picture):
     for row, other in zip(plain, again):
         assert row.keys() == other.keys()
         assert all(row[name] == pytest.approx(other[name], rel=1e-5, abs=1e-7) for name in row)
+
+
+def test_two_processes_train_both_experts_as_one(train, tmp_path, picture):
+    """Each expert's last use in an update is another backward pass; processes have to exchange gradients in both."""
+    settings = folder_of("wan, two experts", tmp_path, picture)
+    settings |= dict(prompts_per_step=3, group_size=4, micro_batch=4, steps=2, timestep_fraction=0.7)
+    _, one = train(**settings)
+    flags = [word for name, value in settings.items() if name != "reward" for word in flag(name, value)]
+    words = command(tmp_path / "two", *flags, "--reward", *settings["reward"])[1:]
+    done = launch(2, *words)
+    assert done.returncode == 0, done.stderr
+    for a, b in zip(one, metrics(tmp_path / "two"), strict=True):
+        assert a == pytest.approx(b, rel=1e-4, abs=1e-6)
+
+
+def flag(name, value):
+    return f"--{name.replace('_', '-')}", str(value)
+
+
+def test_processes_exchange_gradients_when_told_and_not_before(tmp_path):
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        network, exchanged = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(3, 1)), []
+
+        def hook(_, bucket):
+            exchanged.append(bucket.index())
+            future = torch.futures.Future()
+            future.set_result(bucket.buffer())
+            return future
+
+        network.register_comm_hook(None, hook)
+        run = SimpleNamespace(model=SimpleNamespace(trainable={"network": network}))
+        for number, now in enumerate((False, False, True), start=1):
+            Runtime.exchange_gradients(run, now)
+            network(torch.ones(2, 3)).sum().backward()
+            assert len(exchanged) == now
+            assert network.module.bias.grad.item() == 2 * number
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+# --- Bad input ---
+
+
+@pytest.mark.parametrize(
+    "family, settings, line",
+    [
+        ("sd", dict(frames=5), "--frames has no meaning"),
+        ("sd", dict(guidance_2=2.0), "--guidance-2 belongs to a model with two experts"),
+        ("sd", dict(height=30), "multiples of 8"),
+        ("wan", dict(guidance_2=2.0), "--guidance-2 belongs to a model with two experts"),
+        ("wan", dict(frames=4), "one more than a multiple of 2"),
+        ("wan", dict(width=36), "multiples of 8"),
+        ("hunyuan", dict(frames=6), "one more than a multiple of 4"),
+        ("hunyuan", dict(batched_guidance=True), "--batched-guidance has no meaning"),
+    ],
+)
+def test_settings_that_a_family_cannot_take_are_one_clear_line(family, settings, line, tmp_path, picture):
+    folder = folder_of(family, tmp_path, picture)["model"]
+    with pytest.raises(InputError, match=line):
+        models.load(folder, torch.float32, **{**FAMILIES[family][2], **settings})
+
+
+def test_prompts_that_a_family_cannot_take_are_one_clear_line(tmp_path, picture):
+    i2v = folder_of("i2v", tmp_path, picture)["model"]
+    for prompts, line in (
+        (["a red circle moving left"], "has no image; write lines IMAGE <tab> CAPTION"),
+        ([f"{tmp_path}/none.png\ta red circle moving left"], "there is no image .*none.png; paths count from"),
+    ):
+        with pytest.raises(InputError, match=line):
+            models.load(i2v, torch.float32, prompts, **CLIP)
+    models.load(i2v, torch.float32, [f"{picture}\ta red circle moving left"], **CLIP)
+    with pytest.raises(InputError, match="has an image, which this model does not take"):
+        models.load("tiny-flux", torch.float32, [f"{picture}\ta square"])
+
+
+def test_a_file_that_is_no_picture_is_one_clear_line(tmp_path, picture):
+    i2v = folder_of("i2v", tmp_path, picture)["model"]
+    (tmp_path / "words.png").write_text("no picture")
+    with pytest.raises(InputError, match="words.png is no picture"):
+        models.load(i2v, torch.float32, [f"{tmp_path}/words.png\ta red circle moving left"], **CLIP)
+
+
+def test_sds_schedule_takes_no_shift_and_ddim_no_eta_above_one():
+    with pytest.raises(InputError, match="--shift 3: this model has a schedule of its own"):
+        StableDiffusion(pipelines.sd(), height=32, width=32).sigmas(8, 3.0)
+    args = arguments.defaults(arguments.Args, sde="ddim", noise_level=1.5)
+    with pytest.raises(InputError, match="--noise-level 1.5: at most 1 with --sde ddim"):
+        arguments.check(args)
+
+
+def test_pipelines_of_other_classes_are_one_clear_line(tmp_path, picture):
+    folder = Path(folder_of("sd", tmp_path, picture)["model"])
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, "_class_name": "StableDiffusionXLPipeline"}))
+    with pytest.raises(InputError, match="StableDiffusionXLPipeline; supported are FluxPipeline, StableDiffusionPipel"):
+        models.load(str(folder), torch.float32)
+
+
+def test_the_table_of_models_names_sizes_lora_layers_and_blocks():
+    text = models.table()
+    for name, values in models.MODELS.items():
+        (line,) = (line for line in text.splitlines() if line.startswith(f"{name} "))
+        assert str(values["sampling_steps"]) in line and str(values["learning_rate"]) in line
+    for cls in (Flux, StableDiffusion, Wan, WanImageToVideo, HunyuanVideo):
+        assert cls.lora_targets in text and ", ".join(cls.blocks) in text
+    assert "image-to-video" in text and str(models.ASSETS) not in text
 
 
 # --- Full sizes ---

@@ -88,7 +88,7 @@ def test_lora_targets_are_every_linear_layer_of_the_blocks():
 @pytest.mark.parametrize("size", [(30, 32), (32, 100)])
 def test_a_size_that_the_latents_cannot_have_is_one_clear_line(size):
     with pytest.raises(InputError, match="multiples of 8"):
-        models.load("tiny-flux", torch.float32, *size)
+        models.load("tiny-flux", torch.float32, height=size[0], width=size[1])
 
 
 def test_asset_is_small_and_stored_in_half_precision():

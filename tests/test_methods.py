@@ -303,7 +303,7 @@ def test_two_processes_train_as_one(train, tmp_path, script, settings):
 
 
 def plain_model():
-    model = models.load("tiny-flux", torch.float32, 32, 32)
+    model = models.load("tiny-flux", torch.float32, height=32, width=32)
     for module in model.trainable.values():
         module.requires_grad_(False).eval()
     return model

@@ -126,7 +126,7 @@ def test_gradient_of_a_step_is_that_of_the_objective_written_out(train, settings
     train(steps=1, reward=("jpeg",), **settings)
     base = dict(prompts_per_step=2, group_size=4, sampling_steps=4)
     args = arguments.defaults(grpo_base.Args, **base, **{**dict(micro_batch=8), **settings})
-    model = models.load("tiny-flux", torch.float32, 32, 32)
+    model = models.load("tiny-flux", torch.float32, height=32, width=32)
     model.pipe.transformer.requires_grad_(True)
     objective(model, args, step=0).backward()
     expected = {name: p.grad for name, p in model.pipe.transformer.named_parameters()}
@@ -300,7 +300,7 @@ def test_export_of_a_lora_loads_into_plain_diffusers(train):
     after = images_of(base, PROMPTS)
     assert (after - before).abs().max() > 1e-2
 
-    trained = models.load("tiny-flux", torch.float32, 32, 32)
+    trained = models.load("tiny-flux", torch.float32, height=32, width=32)
     trained.pipe.transformer.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=trained.lora_targets))
     lora = weights(folder, 3)
     assert lora and all("lora" in name for name in lora), "the frozen base has no place in a LoRA's checkpoint"

@@ -13,6 +13,7 @@ A model is one class per diffusers pipeline family (common/models/family.py), wi
     pipe                                     the diffusers pipeline itself
 """
 
+import difflib
 import importlib
 import json
 from pathlib import Path
@@ -45,13 +46,13 @@ _MOTION = dict(
     prompts=str(ASSETS / "prompts/motion.txt"), eval_prompts=str(ASSETS / "prompts/motion_heldout.txt"),
     reward=("motion",), frames=5, fps=5.0,
 )  # fmt: skip
-# DanceGRPO (2505.07818) and the three papers train with these, FLUX to HunyuanVideo.
+# DanceGRPO (2505.07818), which the three papers follow.
 _PAPERS = dict(
     prompts_per_step=8, group_size=12, sampling_steps=16, sde="dance", timestep_fraction=0.6, same_noise=True,
     clip_range=1e-4, learning_rate=1e-5, micro_batch=1,
 )  # fmt: skip
-# Self-Paced GRPO (2511.19356, appendix A): Wan and HunyuanVideo, best 4 and worst 4 of 16.
-_SELF_PACED = dict(_PAPERS, group_size=16, best_of=8, shift=5.0, noise_level=0.5, learning_rate=5e-6, fps=15.0)
+# 2511.19356, appendix A: best 4 and worst 4 of 16.
+_VIDEO = dict(_PAPERS, group_size=16, best_of=8, shift=5.0, noise_level=0.5, learning_rate=5e-6, fps=15.0)
 
 # Settings by name; --model NAME makes them the defaults of the command line. Where the papers are silent about a
 # pair (prompts a step on another number of GPUs, guidance), it is the model's own default.
@@ -76,15 +77,15 @@ MODELS = {
         sampling_steps=50, sde="ddim", shift=1.0, noise_level=1.0, group_size=16,
     ),
     "wan2.1-1.3b": dict(
-        _SELF_PACED, source="Wan-AI/Wan2.1-T2V-1.3B-Diffusers", height=480, width=832, frames=53, guidance=5.0,
+        _VIDEO, source="Wan-AI/Wan2.1-T2V-1.3B-Diffusers", height=480, width=832, frames=53, guidance=5.0,
         steps=150,
     ),
     "wan2.1-14b": dict(
-        _SELF_PACED, source="Wan-AI/Wan2.1-T2V-14B-Diffusers", height=240, width=416, frames=53, guidance=5.0,
+        _VIDEO, source="Wan-AI/Wan2.1-T2V-14B-Diffusers", height=240, width=416, frames=53, guidance=5.0,
         steps=220, prompts_per_step=16,
     ),
-    "wan2.2-i2v": dict(  # BPGO (2511.18919): 8 samples a group, 16 prompts on 16 GPUs
-        _SELF_PACED, source="Wan-AI/Wan2.2-I2V-A14B-Diffusers", height=480, width=832, frames=53, guidance=3.5,
+    "wan2.2-i2v": dict(  # 2511.18919: 8 samples a group, 16 prompts on 16 GPUs
+        _VIDEO, source="Wan-AI/Wan2.2-I2V-A14B-Diffusers", height=480, width=832, frames=53, guidance=3.5,
         steps=200, prompts_per_step=16, group_size=8, best_of=0, learning_rate=1e-5,
     ),
     "hunyuan": dict(
@@ -154,10 +155,15 @@ def _index_file(source):
                 f"model: {source} has no model_index.json; --model takes the folder of a whole diffusers pipeline"
             )
         return index
+    if "/" not in source:
+        near = difflib.get_close_matches(source, MODELS, n=2, cutoff=0.4)
+        raise InputError(
+            f"model: there is no folder {source}{' (did you mean ' + ' or '.join(near) + '?)' if near else ''}; give a "
+            f"folder, a hub id OWNER/NAME, or one of {', '.join(MODELS)}"
+        )
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    names = f"named models: {', '.join(MODELS)}"
     try:
         return Path(hf_hub_download(source, "model_index.json"))
     except GatedRepoError:
@@ -165,9 +171,9 @@ def _index_file(source):
             f"model: {source} is gated: accept its licence on huggingface.co, run `hf auth login`, then start again"
         ) from None
     except HFValidationError:
-        raise InputError(f"model: there is no folder {source} and it is no hub id; {names}") from None
+        raise InputError(f"model: there is no folder {source} and it is no hub id OWNER/NAME") from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError):
         raise InputError(
             f"model: {source} is no folder here, not in the Hugging Face cache, and the hub does not give it; check "
-            f"the spelling and the network, run `hf auth login` for a gated model, or give --model PATH ({names})"
+            f"the spelling and the network, run `hf auth login` for a gated model, or give --model PATH"
         ) from None

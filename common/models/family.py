@@ -4,6 +4,7 @@ import contextlib
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 from common import sde
 from common.prompts import caption_of, image_of
@@ -61,6 +62,11 @@ class Family:
                 raise ValueError(f"prompt {prompt[:60]!r} has an image, which this model does not take")
             if image and not Path(image).is_file():
                 raise ValueError(f"there is no image {image}; paths count from the prompt file's folder")
+            if image:
+                try:
+                    Image.open(image).close()
+                except OSError:
+                    raise ValueError(f"{image} is no picture that can be read") from None
 
     @property
     def device(self):

@@ -11,6 +11,7 @@ so the ODE step is DDIM with eta = 0, `--sde ddim` is DDIM with eta (DDPO 2305.1
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 
+from common.errors import InputError
 from common.models.family import Family
 
 
@@ -40,7 +41,7 @@ class StableDiffusion(Family):
     def sigmas(self, steps, shift):
         """Those of DDIM's timesteps, and the last."""
         if shift != 1:
-            raise ValueError(f"--shift {shift:g}: this model has a schedule of its own; leave the shift at 1")
+            raise InputError(f"--shift {shift:g}: this model has a schedule of its own; leave the shift at 1")
         self.ddim.set_timesteps(steps)
         return torch.cat([self.table[self.ddim.timesteps], self.last[None]]).float()
 

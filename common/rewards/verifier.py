@@ -343,6 +343,7 @@ class Quality(Verifier):
     """Reward: the verifier's `quality`, whatever the caption says."""
 
     part = "quality"
+    scale = 0.11
 
 
 class Layout(Verifier):
