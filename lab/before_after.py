@@ -1,6 +1,7 @@
-"""Draws README's pictures from a finished run on tiny-flux: docs/before_after.png and docs/reward.png.
+"""Draws README's pictures from a finished run on an embedded model: docs/before_after.png and docs/reward.png.
 
 python -m lab.before_after runs/bpgo-tiny-flux-1
+python -m lab.before_after runs/bpgo-tiny-wan-1 --prefix wan_
 """
 
 import json
@@ -15,9 +16,8 @@ import matplotlib.pyplot as plt
 import torch
 import tyro
 
-from common import heldout, models, sde
-from common.prompts import read_prompts
-from common.rewards.verifier import verify
+from common import heldout, models, rewards
+from common.prompts import caption_of, read_prompts
 
 
 @dataclass
@@ -26,6 +26,8 @@ class Args:
     """The folder of the run."""
     output: str = "docs"
     """Where the pictures go."""
+    prefix: str = ""
+    """What their names begin with."""
     columns: int = 8
     """Prompts to show, the first of the held-out file."""
 
@@ -33,24 +35,30 @@ class Args:
 def main(args):
     config = json.loads((Path(args.run) / "config.json").read_text())
     prompts = read_prompts(config["eval_prompts"])[: args.columns]
-    sigmas = sde.shifted_sigmas(config["sampling_steps"], config["shift"])
-    figure, axes = plt.subplots(2, args.columns, figsize=(1.5 * args.columns, 4.0))
+    scorers = rewards.load([config["reward"][-1]], prompts)
+    settings = {name: config[name] for name in ("height", "width", "frames", "guidance", "guidance_2")}
+    figure, axes = plt.subplots(2, args.columns, figsize=(1.5 * args.columns, 4.0 if not config["frames"] else 14.0))
     for line, (name, source) in enumerate((("before", config["model"]), ("after", f"{args.run}/export"))):
-        model = models.load(source, torch.float32, config["height"], config["width"], config["guidance"])
-        images = heldout.sample(model, prompts, torch.arange(len(prompts)), sigmas, config["micro_batch"])
-        rewards = verify(images, prompts)["score"]
-        for axis, image, prompt, reward in zip(axes[line], images, prompts, rewards):
+        model = models.load(source, torch.float32, prompts, **settings)
+        sigmas = model.sigmas(config["sampling_steps"], config["shift"])
+        media = heldout.sample(model, prompts, torch.arange(len(prompts)), sigmas, config["micro_batch"])
+        (scores,) = rewards.score(scorers, media, prompts).values()
+        media = media if media.ndim == 4 else torch.cat(media.unbind(1), 2)  # a clip's frames, one under another
+        for axis, image, prompt, reward in zip(axes[line], media, map(caption_of, prompts), scores):
             axis.imshow(image.movedim(0, -1), interpolation="nearest")
             axis.set(xticks=[], yticks=[], xlabel=f"{reward:.2f}")
             if line == 0:
                 axis.set_title(
-                    prompt.replace(" and ", "\nand ").replace(" a ", "\na ", prompt.count(" of ")), fontsize=8
+                    prompt.replace(" and ", "\nand ")
+                    .replace(" moving ", "\nmoving ")
+                    .replace(" a ", "\na ", prompt.count(" of ")),
+                    fontsize=8,
                 )
         axes[line, 0].set_ylabel(name)
     figure.tight_layout()
     Path(args.output).mkdir(exist_ok=True)
-    figure.savefig(Path(args.output) / "before_after.png", dpi=100)
-    shutil.copy(Path(args.run) / "reward.png", Path(args.output) / "reward.png")
+    figure.savefig(Path(args.output) / f"{args.prefix}before_after.png", dpi=100)
+    shutil.copy(Path(args.run) / "reward.png", Path(args.output) / f"{args.prefix}reward.png")
 
 
 if __name__ == "__main__":
