@@ -129,11 +129,6 @@ def gaussian_log_prob(x, mean, std):
     return torch.where(std > 0, log_prob, 0.0).flatten(1).mean(1)
 
 
-def denoised(velocity, x, sigma):
-    """x0_hat = x - sigma * v: [B, ...]"""
-    return x - _per_row(sigma, x) * velocity
-
-
 def _per_row(value, x):
     """A scalar or [B] as a tensor that broadcasts against x [B, ...]."""
     value = torch.as_tensor(value, dtype=x.dtype, device=x.device)

@@ -180,13 +180,6 @@ def test_noise_and_sample_together_and_wrong_row_counts_are_refused():
         sde.sde_step(x, x, torch.full((3,), 0.7), 0.4, 0.3, noise=x)
 
 
-def test_denoised_recovers_the_data_from_the_true_velocity():
-    x0, eps = torch.randn(2, 3, 4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    sigma = torch.tensor([0.2, 0.5, 1.0], dtype=torch.float64)
-    x = (1 - sigma.view(3, 1, 1)) * x0 + sigma.view(3, 1, 1) * eps
-    np.testing.assert_allclose(sde.denoised(eps - x0, x, sigma).numpy(), x0.numpy(), atol=1e-12)
-
-
 def test_rounding_stored_latents_to_bf16_moves_log_prob_by_more_than_a_clip_range_of_1e_4():
     """The rounding error d has rms near 2^-8 |x| / sqrt(12), so log_prob falls by about mean(d^2) / (2 std^2)."""
     sigma, sigma_next = sigmas_of(16, 3.0)[:2]  # DanceGRPO's first step: std = 0.3 * sqrt(0.0217) = 0.044
@@ -323,6 +316,35 @@ def test_noise_is_standard_normal_and_uncorrelated_between_neighbours(axis):
     assert correlation.abs().max() < 5 / n**0.5
 
 
+# --- DDIM (the rest against diffusers' scheduler: tests/test_families.py) ---
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("steps, close", [(200, 0.02), (2000, 0.002)])
+def test_ddim_keeps_the_marginals_of_a_gaussian(eta, steps, close):
+    """Data N(m, c^2), whose posterior means of x0 and eps are known: followed in closed form, without samples."""
+    m, c = 0.7, 0.5
+    sigmas = sde.shifted_sigmas(steps, 1.0).double()
+    s = sde.diffusion_coefficients(sigmas, eta, "ddim").double()
+    mean, variance = 0.0, 1.0  # at sigma = 1
+    for t in range(steps):
+        sigma, sigma_next = sigmas[t], sigmas[t + 1]
+        spread = (1 - sigma) ** 2 * c**2 + sigma**2  # of x at sigma
+
+        def step(x, t=t, sigma=sigma, spread=spread):
+            x = torch.tensor([[x]], dtype=torch.float64)
+            slope = (1 - sigma) * c**2 / spread
+            x0 = m + slope * (x - (1 - sigma) * m)
+            eps = sigma / spread * (x - (1 - sigma) * m)
+            return sde.ddim_step(eps - x0, x, sigma, sigmas[t + 1], s[t])[2].item()
+
+        gain = step(1.0) - step(0.0)
+        mean, variance = step(0.0) + gain * mean, gain**2 * variance + sde.transition_std(sigma, sigma_next, s[t]) ** 2
+    assert mean == pytest.approx(m, abs=1e-6)
+    # a posterior's mean is narrower than its samples; what is lost shrinks with the steps
+    assert variance**0.5 == pytest.approx(c, rel=close)
+
+
 # --- The rollout ---
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_rollout_stores_float32_and_ends_at_the_last_x0_hat(dtype):
@@ -335,7 +357,7 @@ def test_rollout_stores_float32_and_ends_at_the_last_x0_hat(dtype):
     assert latents.shape == (3, 6, 4, 6) and log_probs.shape == (3, 5)
     assert latents.dtype == log_probs.dtype == torch.float32
     assert torch.equal(latents[:, 0], x.float())
-    assert torch.equal(latents[:, -1], sde.denoised(velocity(latents[:, -2], sigmas[-2]), latents[:, -2], sigmas[-2]))
+    assert torch.equal(latents[:, -1], latents[:, -2] - sigmas[-2] * velocity(latents[:, -2], sigmas[-2]).float())
     assert drawn == [(4, 6)] * 2  # noise is drawn for the two steps of the window alone
     assert torch.equal(log_probs == 0, torch.tensor([[True, False, False, True, True]] * 3))
 
