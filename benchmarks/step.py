@@ -5,7 +5,8 @@
 The step is grpo_base.py's own, whole: noise, text embeddings, T forwards, transitions, decoding, reward, advantages, n
 forwards and backwards, optimizer, log. The floor is T forwards without gradients and n forwards and backwards of the
 same rows in the same micro-batches, inputs prepared, nothing else. Steps and floors alternate in one process, so that
-both see the same machine; the median of their ratios counts.
+both see the same machine; the median of their ratios counts. The ratio of processor time stands beside it: other
+programs on the machine hardly disturb that.
 """
 
 import statistics
@@ -42,7 +43,7 @@ class Args:
 
 
 def floor(run, args):
-    """Seconds of the bare transformer's share of one step."""
+    """Seconds of the bare transformer's share of one step, by the clock and of the processor."""
     model, b = run.model, args.prompts_per_step * args.group_size // run.world
     cond = model.encode(["a red circle"] * b)
     x = torch.randn(b, *model.noise_shape, device=run.device)
@@ -63,7 +64,7 @@ def floor(run, args):
     transformer = model.trainable["transformer"]
     if run.device.type == "cuda":
         torch.cuda.synchronize()
-    started = time.perf_counter()
+    started, processor = time.perf_counter(), time.process_time()
     for inputs in batches:
         with torch.no_grad():
             for _ in range(args.sampling_steps):
@@ -72,21 +73,23 @@ def floor(run, args):
             transformer(**inputs)[0].sum().backward()
     if run.device.type == "cuda":
         torch.cuda.synchronize()
-    seconds = time.perf_counter() - started
+    seconds = time.perf_counter() - started, time.process_time() - processor
     run.optimizer.zero_grad()
     return seconds
 
 
 def measure(settings):
-    """Alternating [(step seconds, floor seconds)], the first pair (warm-up) dropped."""
+    """Alternating steps and floors: [((step s, floor s) by the clock, the same of the processor)]; the first (warm-up)
+    and the last, which saves a checkpoint as well, dropped."""
     pairs = []
 
     class Alternating(Report):
         def steps(self, start, stop):
             for step in super().steps(start, stop):
-                started = time.perf_counter()
+                started, processor = time.perf_counter(), time.process_time()
                 yield step
-                pairs.append((time.perf_counter() - started, floor(self.run, self.run.args)))
+                own = time.perf_counter() - started, time.process_time() - processor
+                pairs.append(list(zip(own, floor(self.run, self.run.args))))
 
     grpo_base.Report, honest = Alternating, grpo_base.Report
     try:
@@ -97,7 +100,6 @@ def measure(settings):
             grpo_base.main(args)
     finally:
         grpo_base.Report = honest
-    # the last step saves a checkpoint as well
     return pairs[1:-1]
 
 
@@ -121,14 +123,15 @@ def seventy_million(folder):
 
 
 def main(args):
-    lines = ["| case | step s | floor s | ratio, median (all) | target |", "| --- | --- | --- | --- | --- |"]
+    lines = ["| case | step s | floor s | ratio, median (all) | processor time | target |", "| --- " * 6 + "|"]
     for name, (target, settings) in CASES.items():
-        pairs = measure(settings)
-        ratios = [step / bare for step, bare in pairs]
-        step, bare = (statistics.median(column) for column in zip(*pairs))
+        clock, processor = zip(*measure(settings))
+        ratios = [step / bare for step, bare in clock]
+        step, bare = (statistics.median(column) for column in zip(*clock))
         lines.append(
             f"| {name} | {step:.2f} | {bare:.2f} | {statistics.median(ratios):.3f} "
-            f"({', '.join(f'{r:.2f}' for r in sorted(ratios))}) | {target} |"
+            f"({', '.join(f'{r:.2f}' for r in sorted(ratios))}) | "
+            f"{statistics.median(step / bare for step, bare in processor):.3f} | {target} |"
         )
         print(lines[-1], flush=True)
     if args.write:

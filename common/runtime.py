@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -94,7 +95,6 @@ class Runtime:
 
         model.trainable then holds the prepared modules.
         """
-        self._claim_output()
         args = self.args
         for name, module in model.pipe.components.items():
             if isinstance(module, torch.nn.Module):
@@ -108,12 +108,13 @@ class Runtime:
                 targets = args.lora_targets or model.lora_targets
                 try:
                     module.add_adapter(LoraConfig(r=args.lora_rank, lora_alpha=args.lora_rank, target_modules=targets))
-                except ValueError as error:
+                except (ValueError, re.error) as error:  # no layer of that name, or no regular expression
                     raise InputError(f"--lora-targets {targets!r}: {error}") from None
                 for weight in _trained(module):
                     weight.data = weight.data.float()
             else:
                 module.float().requires_grad_(True)
+        self._claim_output()
         model.trainable = {name: self.accelerator.prepare(module) for name, module in model.trainable.items()}
         self.model, weights = model, _trained(torch.nn.ModuleList(model.trainable.values()))
         optimizer = torch.optim.AdamW(weights, lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)

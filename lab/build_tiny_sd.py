@@ -33,7 +33,7 @@ class Args:
     """Folder of the pipeline; overwritten."""
     vae_from: str = "assets/tiny-flux"
     """Pipeline whose autoencoder it takes."""
-    steps: int = 2500
+    steps: int = 2000
     scenes: int = 40_000
     """Distinct scenes that the U-Net is trained on."""
     true_captions: float = 0.7

@@ -49,7 +49,7 @@ class Args:
     """Folder of the pipeline; overwritten. Default: assets/tiny-wan, or assets/tiny-wan-i2v."""
     vae_from: str = "assets/tiny-wan"
     """Pipeline whose autoencoder the image-to-video model takes."""
-    vae_steps: int = 900
+    vae_steps: int = 1300
     flow_steps: int = 2000
     scenes: int = 8000
     """Distinct clips that the flow is trained on."""
@@ -69,14 +69,15 @@ def train_vae(args):
     """
     torch.manual_seed(args.seed)
     vae = AutoencoderKLWan(
-        base_dim=8, z_dim=CHANNELS, dim_mult=[1, 2, 4], num_res_blocks=1, temperal_downsample=[False, True],
+        base_dim=16, z_dim=CHANNELS, dim_mult=[1, 2, 2], num_res_blocks=1, temperal_downsample=[False, True],
         scale_factor_spatial=4, scale_factor_temporal=2,
     )  # fmt: skip
     readout = torch.nn.Conv3d(CHANNELS, len(SHAPES) + 1 + len(COLOURS) + 1, 1)
-    scenes = moving.sample_scenes(moving.sample_captions(4000, args.seed + 1), args.seed + 1)
+    captions = moving.sample_captions(4000, args.seed + 1)
+    scenes = moving.sample_scenes(captions, args.seed + 1)
     clips, (kinds, colours) = moving.render(scenes), what_is_where(scenes, 8)
     parameters = [*vae.parameters(), *readout.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=2e-3, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(parameters, lr=4e-3, weight_decay=0.0)
     for step, rate in enumerate(schedule(optimizer, args.vae_steps)):
         rows = torch.randint(len(clips), (8,))
         batch = clips[rows].transpose(1, 2) * 2 - 1  # [b, 3, F, H, W]
@@ -96,6 +97,11 @@ def train_vae(args):
     latents = encode(vae, clips[:500])
     vae.register_to_config(
         latents_mean=latents.mean((0, 2, 3, 4)).tolist(), latents_std=latents.std((0, 2, 3, 4)).tolist()
+    )
+    rebuilt = motion.verify(decode(vae, latents), captions[:500])
+    print(
+        "clips through the autoencoder:",
+        {name: round(value.float().mean().item(), 3) for name, value in rebuilt.items()},
     )
     return vae
 
@@ -117,6 +123,13 @@ def encode(vae, clips):
     """[B, F, 3, H, W] in [0, 1] -> [B, C, F', h, w]"""
     parts = (clip.transpose(1, 2) * 2 - 1 for clip in clips.split(100))
     return torch.cat([vae.encode(part).latent_dist.mode() for part in parts])
+
+
+@torch.no_grad()
+def decode(vae, latents):
+    """[B, C, F', h, w] -> [B, F, 3, H, W] in [0, 1]"""
+    parts = (vae.decode(part).sample.transpose(1, 2) for part in latents.split(100))
+    return (torch.cat(list(parts)) / 2 + 0.5).clamp(0, 1)
 
 
 def normalised(vae, latents):

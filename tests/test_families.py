@@ -384,6 +384,19 @@ def test_sds_schedule_takes_no_shift_and_ddim_no_eta_above_one():
         arguments.check(args)
 
 
+@pytest.mark.parametrize("targets", ["no_such_layer", "(("])
+def test_lora_targets_that_name_no_layer_leave_no_folder_behind(train, tmp_path, targets):
+    with pytest.raises(InputError, match="--lora-targets"):
+        train(lora_rank=2, lora_targets=targets)
+    assert not (tmp_path / "run/config.json").exists()
+
+
+def test_lora_targets_choose_the_layers(train):
+    folder, _ = train(lora_rank=2, lora_targets=r".*attn\.to_q", steps=1)
+    saved = torch.load(folder / "checkpoints/step_000001/transformer.pt", weights_only=True)
+    assert saved and all(".attn.to_q." in name for name in saved)
+
+
 def test_pipelines_of_other_classes_are_one_clear_line(tmp_path, picture):
     folder = Path(folder_of("sd", tmp_path, picture)["model"])
     index = json.loads((folder / "model_index.json").read_text())
