@@ -119,12 +119,15 @@ def family_of(name):
 
 def load(name, dtype, prompts=(), **settings):
     """The model on the CPU, weights in `dtype`, having looked at the prompts that it will be given; settings: those of
-    Family. Raises InputError."""
+    Family, for a named model over the table's. Raises InputError."""
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     source, cls = MODELS.get(name, {}).get("source", name), family_of(name)
     try:
-        model = cls.load(source, dtype, **settings)
+        own = {
+            key: MODELS[name][key] for key in ("height", "width", "frames", "guidance") if key in MODELS.get(name, {})
+        }
+        model = cls.load(source, dtype, **{**own, **settings})
         model.check(prompts)
     except (OSError, ValueError) as error:  # a missing or broken weight file; a size or a prompt that does not fit
         raise InputError(f"model: {source} does not load: {error}") from None
