@@ -6,6 +6,7 @@ import open_clip
 import torch
 from PIL import Image
 
+from common.rewards import weights
 from common.rewards.weights import Source
 
 PROMPTS = [
@@ -93,3 +94,14 @@ def check_contract(make, media, prompts, reads_prompts=True, tolerance=1e-5):
     assert torch.equal(scorer.score(media.double(), prompts), scorer.score(media, prompts))
     wild = media + (media == 1) * 0.7 - (media == 0) * 0.7  # what a decoder may give
     assert torch.equal(scorer.score(wild, prompts), scorer.score(media, prompts))
+
+
+def check_half_precision(monkeypatch, make, media, prompts, tolerance):
+    """What runs on GPUs, half-precision weights under autocast; on a CPU it is only slower."""
+    expected, device = make(4).score(media, prompts), "cuda" if torch.cuda.is_available() else "cpu"
+    monkeypatch.setattr(weights, "precision", lambda device: torch.float16)
+    scorer = make(4)
+    ours = scorer.score(media.to(device), prompts)
+    assert ours.dtype == torch.float32 and ours.device.type == device
+    assert not torch.equal(ours.cpu(), expected), "it was not half precision"
+    torch.testing.assert_close(ours.cpu(), expected, atol=tolerance, rtol=0)

@@ -108,6 +108,8 @@ def test_zero_is_refused_where_it_makes_no_sense(name):
         ("height", 10**6),
         ("width", 10**6),
         ("kl_coef", 1e9),
+        ("reward_batch", 0),
+        ("reward_frames", 0),
         ("best_of", 3),
         ("best_of", 1),
         ("best_of", 14),  # of 12
@@ -167,6 +169,13 @@ def test_flags_win_over_the_named_model(monkeypatch):
     args = parsed(monkeypatch, "--clip-range", "0.2", "--reward", "verifier", "jpeg=0.5", "--model", "flux")
     assert args == defaults(Args, "flux", clip_range=0.2, reward=("verifier", "jpeg=0.5"))
     assert parsed(monkeypatch) == defaults(Args, "tiny-flux")
+
+
+@pytest.mark.parametrize("word, frames", [("first", "first"), ("middle", "middle"), ("all", "all"), ("3", 3)])
+def test_rewards_take_words_and_numbers(monkeypatch, word, frames):
+    flags = ["--watch", "verifier", "jpeg", "--reward-path", "clip=a", "hpsv2=b", "--reward-frames", word]
+    args = parsed(monkeypatch, *flags)
+    assert (args.watch, args.reward_path, args.reward_frames) == (("verifier", "jpeg"), ("clip=a", "hpsv2=b"), frames)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,19 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
-from learned import CONFIG, PROMPTS, SHAPES, as_pil, check_contract, clip_folder, loaded, photo, photos, randomised
+from learned import (
+    CONFIG,
+    PROMPTS,
+    SHAPES,
+    as_pil,
+    check_contract,
+    check_half_precision,
+    clip_folder,
+    loaded,
+    photo,
+    photos,
+    randomised,
+)
 from PIL import Image
 
 from common.rewards import pixels
@@ -104,14 +116,9 @@ def test_memory_of_prompts_is_bounded(tmp_path, monkeypatch):
     torch.testing.assert_close(scorer.score(media, ["a", "d"])[0], before[0], atol=1e-6, rtol=0)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="half precision is for GPUs")
-def test_half_precision_is_close(tmp_path):
-    scorer, media = loaded(Clip, "clip", clip_folder(tmp_path / "clip")), photos(6)
-    expected = scorer.score(media, PROMPTS)
-    scorer = loaded(Clip, "clip", tmp_path / "clip")
-    ours = scorer.score(media.cuda(), PROMPTS)
-    assert ours.dtype == torch.float32 and next(scorer.module.parameters()).dtype == torch.float16
-    torch.testing.assert_close(ours.cpu(), expected, atol=5e-3, rtol=0)
+def test_half_precision_is_close(tmp_path, monkeypatch):
+    folder = clip_folder(tmp_path / "clip")
+    check_half_precision(monkeypatch, lambda batch: loaded(Clip, "clip", folder, batch), photos(6), PROMPTS, 3e-3)
 
 
 # --- HPSv2 against the official scorer ---
@@ -223,3 +230,9 @@ def test_aesthetic_contract(aesthetic):
     check_contract(
         lambda batch: loaded(Aesthetic, "aesthetic", head, batch, clip=folder), photos(6), PROMPTS, reads_prompts=False
     )
+
+
+def test_aesthetic_in_half_precision(aesthetic, monkeypatch):
+    folder, head, _ = aesthetic
+    make = lambda batch: loaded(Aesthetic, "aesthetic", head, batch, clip=folder)  # noqa: E731
+    check_half_precision(monkeypatch, make, photos(6), PROMPTS, 3e-3)

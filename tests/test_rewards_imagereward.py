@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from learned import PROMPTS, SHAPES, as_pil, check_contract, loaded, photo, photos
+from learned import PROMPTS, SHAPES, as_pil, check_contract, check_half_precision, loaded, photo, photos
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, Resize, ToTensor
 from transformers import BertTokenizer
 
@@ -147,3 +147,9 @@ def test_imagereward_is_the_official_model(checkpoint):
 
 def test_contract(checkpoint):
     check_contract(lambda batch: loaded(Small, "imagereward", checkpoint[0], batch), photos(6), PROMPTS)
+
+
+def test_half_precision_is_close(checkpoint, monkeypatch):
+    check_half_precision(
+        monkeypatch, lambda batch: loaded(Small, "imagereward", checkpoint[0], batch), photos(6), PROMPTS, 0.02
+    )

@@ -8,9 +8,8 @@ import huggingface_hub
 import open_clip
 import pytest
 import torch
-from conftest import metrics
-from learned import CONFIG, PROMPTS, clip_folder, photos
-from test_training import command, launch
+from conftest import ROOT
+from learned import CONFIG, PROMPTS, as_pil, clip_folder, photos
 
 import bpgo
 import grpo_base
@@ -21,6 +20,7 @@ from common.errors import InputError
 from common.prompts import HPSV2, read_prompts
 from common.rewards.clip import HPSv2
 from common.rewards.weights import Source
+from lab import build_tiny_clip
 
 LEARNED = ("hpsv2", "hpsv2.1", "clip", "clip-h", "pickscore", "aesthetic", "imagereward", "videoclip-xl")
 
@@ -131,9 +131,13 @@ def test_a_file_that_is_no_checkpoint_is_refused(tmp_path, content, file):
 
 def test_a_broken_configuration_is_refused(tmp_path):
     folder = clip_folder(tmp_path / "clip")
-    for text in ("{", "[]", '{"model": 1}'):
+    config = json.loads((folder / "open_clip_config.json").read_text())
+    strange = [{**config, "model_cfg": {**CONFIG, "custom_text": True}}]
+    strange += [{**config, "preprocess_cfg": {"resize_mode": "x"}}]
+    for text in ("{", "[]", '{"model": 1}', *map(json.dumps, strange)):
         (folder / "open_clip_config.json").write_text(text)
-        assert "no open_clip configuration" in refused(["clip"], [], [f"clip={folder}"])
+        message = refused(["clip"], [], [f"clip={folder}"])
+        assert f"{folder}/open_clip_config.json describes no plain open_clip CLIP" in message
 
 
 def test_names_are_looked_at_before_weights(hub):
@@ -183,16 +187,12 @@ def test_a_clip_scores_the_mean_of_its_chosen_frames(tmp_path, which):
 # --- In a run ---
 
 
-def test_a_learned_reward_trains_with_its_flags(tmp_path):
-    """Through the command line, with a file of weights, beside a verifier that is only watched."""
+def test_a_learned_reward_trains_with_its_flags(train, tmp_path):
+    """With weights of one's own, beside a verifier that is only watched; trained, logged and examined."""
     (tmp_path / "held.txt").write_text("a red circle\na blue square\n")
-    flags = ["--reward", "clip=2", "--reward-path", f"clip={clip_folder(tmp_path / 'clip')}", "--reward-batch", "3"]
-    flags += ["--watch", "verifier", "jpeg", "--eval-prompts", str(tmp_path / "held.txt"), "--eval-every", "1"]
-    flags += ["--steps", "1", "--prompts-per-step", "2", "--group-size", "4", "--sampling-steps", "3"]
-    words = command(tmp_path / "run", *flags)[1:]
-    done = launch(2, grpo_base.__file__, *words[1:])
-    assert done.returncode == 0, done.stderr
-    row, final = metrics(tmp_path / "run")
+    settings = dict(reward=("clip=2",), reward_path=(f"clip={clip_folder(tmp_path / 'clip')}",), reward_batch=3)
+    settings |= dict(watch=("verifier", "jpeg"), eval_prompts=str(tmp_path / "held.txt"), eval_every=1)
+    _, (row, final) = train(steps=1, learning_rate=1e-3, **settings)
     assert row["reward_mean"] == pytest.approx(2 * row["clip_mean"], abs=1e-5)
     for one in (row, final):
         assert one["eval_reward"] == pytest.approx(2 * one["eval_clip"], abs=1e-5)
@@ -260,3 +260,28 @@ def test_official_prompts_without_a_network_or_style(tmp_path, hub, monkeypatch)
         with pytest.raises(InputError, match=words) as error:
             read_prompts(name)
         assert "\n" not in str(error.value)
+
+
+# --- The proxy of the shapes world ---
+
+
+def test_tiny_clip_is_built_and_reached_as_clip(tmp_path):
+    """Its builder at a few steps: the folder's layout, its size, and the check against the verifier."""
+    folder = tmp_path / "tiny-clip"
+    build_tiny_clip.main(build_tiny_clip.Args(output=str(folder), steps=3, batch=16, scenes=64))
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 4e6
+    scorers = rewards.load(["clip"], [], [f"clip={folder}"])
+    model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+    image, caption = photos(1, 32, 32), "a yellow triangle right of a black circle"
+    words = open_clip.get_tokenizer(f"local-dir:{folder}")([caption])
+    assert words.tolist()[0][0] == 0 and words.tolist()[0][-1] == 1  # nothing is cut off
+    with torch.no_grad():
+        seen = model.eval().encode_image(transform(as_pil(image[0]))[None], normalize=True)
+        expected = (seen @ model.encode_text(words, normalize=True).T).item()
+    assert rewards.score(scorers, image, [caption])["clip"].item() == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.skipif(not (ROOT / "assets/tiny-clip").is_dir(), reason="assets/tiny-clip is not built")
+def test_tiny_clip_agrees_with_the_verifier_but_not_quite():
+    correlation = build_tiny_clip.check(ROOT / "assets/tiny-clip", seed=1)
+    assert 0.4 < correlation["within a group"] < 0.95

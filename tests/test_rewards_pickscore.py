@@ -5,7 +5,7 @@ import json
 import open_clip
 import pytest
 import torch
-from learned import PROMPTS, SHAPES, as_pil, check_contract, loaded, photo, photos, randomised
+from learned import PROMPTS, SHAPES, as_pil, check_contract, check_half_precision, loaded, photo, photos, randomised
 from safetensors.torch import save_file
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -81,3 +81,9 @@ def test_a_broken_configuration_is_one_line(folder, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(about))
     with pytest.raises(InputError, match=r"its \w+_projection.weight is \[48, 32\], not \[40, 32\]"):
         loaded(PickScore, "pickscore", tmp_path)
+
+
+def test_half_precision_is_close(folder, monkeypatch):
+    check_half_precision(
+        monkeypatch, lambda batch: loaded(PickScore, "pickscore", folder, batch), photos(6), PROMPTS, 0.3
+    )

@@ -6,7 +6,7 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
-from learned import PROMPTS, check_contract, loaded, photos
+from learned import PROMPTS, check_contract, check_half_precision, loaded, photos
 
 from common import rewards
 from common.errors import InputError
@@ -161,3 +161,10 @@ def test_too_few_frames_and_image_models_are_refused(checkpoint):
         scorer.score(torch.rand(1, 5, 3, 28, 28), ["a"])
     with pytest.raises(InputError, match="videoclip-xl scores clips, and this --model makes images"):
         rewards.load(["videoclip-xl"], [], [f"videoclip-xl={checkpoint[0]}"], clips=False)
+
+
+def test_half_precision_is_close(checkpoint, monkeypatch):
+    clips = photos(48, 30, 40).view(6, 8, 3, 30, 40)
+    check_half_precision(
+        monkeypatch, lambda batch: loaded(Small, "videoclip-xl", checkpoint[0], batch), clips, PROMPTS, 3e-3
+    )

@@ -28,19 +28,22 @@ class OpenClip(Cosine):
 
     def build(self, source):
         config, tokens, file = open_clip.get_model_config(self.architecture), self.architecture, self.file
-        self.mean_std, interpolation = pixels.OPENAI, "bicubic"
-        if source.given and (source.given / "open_clip_config.json").is_file():
-            config, about = read_config(source.given)
+        about = dict(mean=pixels.OPENAI[0], std=pixels.OPENAI[1], resize_mode=self.resize, interpolation="bicubic")
+        local = source.given and source.given / "open_clip_config.json"
+        if local and local.is_file():
             tokens, file = f"local-dir:{source.given}", "open_clip_model.safetensors"
-            self.mean_std = about.get("mean", pixels.OPENAI[0]), about.get("std", pixels.OPENAI[1])
-            self.resize, interpolation = about.get("resize_mode", self.resize), about.get("interpolation", "bicubic")
-        self.tokens = open_clip.get_tokenizer(tokens)
-        size = config["vision_cfg"]["image_size"]
-        # the longest side is always bicubic
-        kwargs = {} if self.resize == "longest" else {"mode": interpolation}
-        self.resized = partial(RESIZES[self.resize], size=size, **kwargs)
-        path = source.find(self.repo, file)
-        return weights.fill(source.name, open_clip.CLIP(**config), weights.read(source.name, path), path)
+        path = source.find(self.repo, file)  # before the model is built, which takes a while
+        try:
+            if local and local.is_file():
+                config = json.loads(local.read_text())
+                config, about = config["model_cfg"], {**about, **config.get("preprocess_cfg", {})}
+            self.mean_std, resize = (about["mean"], about["std"]), RESIZES[about["resize_mode"]]
+            kwargs = {"mode": about["interpolation"]} if resize is not pixels.longest_side else {}  # always bicubic
+            self.resized = partial(resize, size=config["vision_cfg"]["image_size"], **kwargs)
+            self.tokens, module = open_clip.get_tokenizer(tokens), open_clip.CLIP(**config)
+        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+            raise InputError(f"reward {source.name}: {local} describes no plain open_clip CLIP ({error!r})") from None
+        return weights.fill(source.name, module, weights.read(source.name, path), path)
 
     def media(self, images):
         images = self.resized(pixels.levels(images))
@@ -48,15 +51,6 @@ class OpenClip(Cosine):
 
     def texts(self, prompts, device):
         return self.module.encode_text(self.tokens(prompts).to(device))
-
-
-def read_config(folder):
-    """A folder's open_clip_config.json -> the model's settings and the preprocessing's; raises InputError."""
-    try:
-        config = json.loads((folder / "open_clip_config.json").read_text())
-        return config["model_cfg"], config.get("preprocess_cfg", {})
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"reward: {folder}/open_clip_config.json is no open_clip configuration ({error!r})") from None
 
 
 class Clip(OpenClip):

@@ -31,26 +31,23 @@ RENAMED = [
 
 
 class Blip(torch.nn.Module):
-    """Image encoder, text encoder that reads the image, linear head; settings over those of ImageReward."""
+    """Image encoder, and text encoder that looks at the image; settings over those of ImageReward."""
 
     def __init__(self, vision=None, text=None):
         super().__init__()
         self.vision = BlipVisionModel(BlipVisionConfig(**{**VISION, **(vision or {})}))
         text = BlipTextConfig(is_decoder=True, **{**TEXT, **(text or {})})  # a decoder has the layers that look across
         self.text = BlipTextModel(text, add_pooling_layer=False)
-        self.head = linear_head(text.hidden_size)
 
     def forward(self, images, ids, mask):
-        """Images [b, 3, H, W] and their own prompts' tokens and which of them count [b, S] -> [b]"""
+        """Images [b, 3, H, W] and their own prompts' tokens and which of them count [b, S] -> [b, D]"""
         seen = self.vision(images).last_hidden_state
-        read = self.text(ids, attention_mask=mask, encoder_hidden_states=seen).last_hidden_state
-        with torch.autocast(images.device.type, enabled=False):  # a hundredth of the output matters
-            return self.head.float()(read[:, 0].float())[:, 0]
+        return self.text(ids, attention_mask=mask, encoder_hidden_states=seen).last_hidden_state[:, 0]
 
 
 def renamed(state):
     """ImageReward.pt's weights under the names of Blip; its two projections for retrieval are left out."""
-    named = {f"head.{key}": value for key, value in head_weights(state, "mlp.").items()}
+    named = {}
     for key, value in state.items():
         if key.startswith("blip.visual_encoder."):
             key = key.removeprefix("blip.visual_encoder.")
@@ -81,9 +78,10 @@ class ImageReward:
         path = source.find(self.repo, self.file)
         vocabulary = source.find("google-bert/bert-base-uncased", "vocab.txt", beside=True)
         self.tokenizer, self.batch = BertTokenizer(str(vocabulary)), batch
-        module = Blip(self.vision, self.text)
-        self.module = weights.fill(source.name, module, renamed(weights.read(source.name, path)), path)
-        self.size = self.module.vision.config.image_size
+        state, module = weights.read(source.name, path), Blip(self.vision, self.text)
+        self.size, head = module.vision.config.image_size, linear_head(module.text.config.hidden_size)
+        self.module = weights.fill(source.name, module, renamed(state), path)
+        self.head = weights.fill(source.name, head, head_weights(state, "mlp."), path)
 
     @torch.no_grad()
     def score(self, media, prompts):
@@ -95,8 +93,9 @@ class ImageReward:
         ).to(media.device)
         with weights.autocast(media.device):
             parts = zip(media.split(self.batch), *(words[k].split(self.batch) for k in ("input_ids", "attention_mask")))
-            scores = torch.cat([self.module(self.pixels(images), ids, mask) for images, ids, mask in parts])
-        return (scores - MEAN) / STD
+            read = torch.cat([self.module(self.pixels(images), ids, mask).float() for images, ids, mask in parts])
+        self.head = self.head.to(media.device)  # stays in float32, as that of `aesthetic`
+        return (self.head(read)[:, 0] - MEAN) / STD
 
     def pixels(self, images):
         return pixels.normalised(pixels.shortest_side(pixels.levels(images), self.size))

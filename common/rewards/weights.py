@@ -86,8 +86,8 @@ def fill(name, module, state, path):
 
 def placed(module, device):
     """The module on the device of the media, at the first call: in half precision on a GPU, in float32 elsewhere."""
-    weight = next(module.parameters())
-    return module if weight.device == device else module.to(device, precision(device))
+    weight, dtype = next(module.parameters()), precision(device)
+    return module if (weight.device, weight.dtype) == (device, dtype) else module.to(device, dtype)
 
 
 def precision(device):
@@ -96,4 +96,5 @@ def precision(device):
 
 def autocast(device):
     """Half precision on GPUs with float32 where it matters (norms, softmax); on a CPU float32 whatever is around."""
-    return torch.autocast(device.type, precision(device), enabled=device.type != "cpu")
+    dtype = precision(device)
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
