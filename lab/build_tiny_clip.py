@@ -90,11 +90,11 @@ def save(model, config, tokenizer, folder):
     save_file(weights, folder / "open_clip_model.safetensors")
 
 
-def check(folder, seed):
-    """Correlation of the reward `clip` with the verifier on held-out captions, GROUP scenes of each, four attributes in
-    ten of them wrong: {name: (over all, within groups)}"""
+def check(folder, seed, number=None):
+    """Correlation of the reward `clip` with the verifier on held-out captions (all, or `number`), GROUP scenes of each,
+    four attributes in ten of them wrong: {over all, within a group}"""
     rng = random.Random(seed)
-    captions = [caption for caption in shapes.split_captions()[1] for _ in range(GROUP)]
+    captions = [caption for caption in shapes.split_captions()[1][:number] for _ in range(GROUP)]
     images = shapes.render(shapes.sample_scenes([shapes.corrupt(c, 0.4, rng) for c in captions], seed + 9))
     scorers = rewards.load(["clip", "verifier"], captions, [f"clip={folder}"], reward_batch=128)
     proxy, exact = (scores.view(-1, GROUP) for scores in rewards.score(scorers, images, captions).values())
