@@ -79,10 +79,10 @@ def stage_weights(rewards, thresholds, alpha, beta, slope, saturation="hoyer", o
 
 def check_stages(args, scorers, weights):
     """Raises InputError for stages that cannot be mixed; returns the weights of the exam: the last stage's alone."""
-    if len(args.thresholds) != len(scorers) - 1 or args.only_stage > len(scorers) or set(weights.values()) != {1.0}:
-        raise errors.InputError(f"{len(scorers)} stages take one threshold less, no =WEIGHT and no later --only-stage")
-    rewards.require_range(scorers)
-    return {list(scorers)[-1]: 1.0}
+    if len(args.thresholds) != len(weights) - 1 or args.only_stage > len(weights) or set(weights.values()) != {1.0}:
+        raise errors.InputError(f"{len(weights)} stages take one threshold less, no =WEIGHT and no later --only-stage")
+    rewards.require_range({name: scorers[name] for name in weights})
+    return {list(weights)[-1]: 1.0}
 
 
 def calibrate(args):
@@ -126,7 +126,7 @@ def main(args):
         args = calibrate(replace(args, calibrate=False))
     prompts, reward_weights = read_prompts(args.prompts), rewards.parse(args.reward)
     eval_prompts = read_prompts(args.eval_prompts) if args.eval_prompts else []
-    scorers = rewards.load(reward_weights, prompts + eval_prompts)
+    scorers = rewards.load([*reward_weights, *args.watch], prompts + eval_prompts, **arguments.of_rewards(args))
     reward_weights = check_stages(args, scorers, reward_weights)
     run = Runtime(args)
     model = models.load(args.model, run.dtype, prompts + eval_prompts, **arguments.of_model(args))
@@ -171,7 +171,7 @@ def main(args):
         metrics["reward_seconds"] = clock.lap()
 
         # --- Advantage ---
-        stages = rewards.on_unit_interval(scores, scorers)  # K times [P, G]
+        stages = rewards.on_unit_interval(scores, scorers, rewards.parse(args.reward))  # K times [P, G]
         pace = (args.thresholds, args.alpha, args.beta, args.slope, args.saturation, args.only_stage)
         w = stage_weights(torch.stack(list(stages.values())), *pace)  # [K, P]
         reward = combine_scores(stages, dict(zip(stages, w[:, :, None])))  # [P, G]

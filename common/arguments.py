@@ -39,9 +39,18 @@ class Args:
     model: str = "tiny-flux"
     """A named model (--list-models), the folder of a diffusers pipeline, or a hub id."""
     reward: tuple[str, ...] = ()
-    """Rewards to train on, NAME or NAME=WEIGHT, several separated by spaces: verifier, jpeg."""
+    """Rewards to train on, NAME or NAME=WEIGHT, several separated by spaces; common/rewards/README.md lists them."""
+    watch: tuple[str, ...] = ()
+    """Rewards to score and log beside those, without training on them."""
+    reward_path: tuple[str, ...] = ()
+    """Weights of rewards that do not come from the hub: NAME=FILE, several separated by spaces."""
+    reward_batch: Annotated[int, From(1, 1e6)] = 16
+    """Images or clips that a reward model looks at at once."""
+    reward_frames: Annotated[int | Literal["first", "middle", "all"], From(1, 1e6)] = "all"
+    """Frames of a clip that a reward for images scores, as their mean: one, all, or so many, evenly spaced."""
     prompts: str = ""
-    """Text file with one prompt a line; for image-to-video models IMAGE <tab> PROMPT."""
+    """Text file with one prompt a line; for image-to-video models IMAGE <tab> PROMPT. Or the official prompts of
+    HPSv2: hpsv2:anime, hpsv2:concept-art, hpsv2:paintings, hpsv2:photo, hpsv2:all."""
     eval_prompts: str = ""
     """Text file with held-out prompts for --eval-every and --sample-every; none: neither happens."""
     height: Annotated[int, From(0, 1e5)] = 0
@@ -140,6 +149,12 @@ def of_model(args):
     """What models.load takes besides name, dtype and prompts."""
     names = ("height", "width", "frames", "guidance", "guidance_2", "batched_guidance", "decode_batch")
     return {name: getattr(args, name) for name in (*names, "offload_encoders")}
+
+
+def of_rewards(args):
+    """What rewards.load takes besides names and prompts."""
+    names = ("reward_path", "reward_batch", "reward_frames")
+    return {**{name: getattr(args, name) for name in names}, "clips": models.family_of(args.model).video}
 
 
 def parse(cls, description):

@@ -38,6 +38,7 @@ def exam(run, model, scorers, prompts):
 def initial_reward(run, model, scorers, weights, prompts):
     """Mean reward of --group-size noise-free samples of each of n prompts by the weights before training: [n]"""
     samples = [prompt for prompt in prompts for _ in range(run.args.group_size)]
+    scorers = {name: scorers[name] for name in weights}  # not those that are only watched
     with run.initial_weights():
         scores, _ = exam(run, model, scorers, samples)
     return weighted_sum(scores, weights).view(len(prompts), -1).mean(1)
@@ -45,6 +46,7 @@ def initial_reward(run, model, scorers, weights, prompts):
 
 def still_reward(run, model, scorers, weights, prompts):
     """Reward of each of n prompts' conditioning images, shown as a still video: [n]"""
+    scorers = {name: scorers[name] for name in weights}
     return weighted_sum(score(scorers, model.still(prompts), prompts), weights)
 
 

@@ -19,7 +19,7 @@ from peft import LoraConfig, get_peft_model_state_dict
 from common.errors import InputError, RunError
 
 # Settings that may change when a run goes on; any other difference makes it another run.
-FREE = ("output", "resume", "steps", "save_every", "sample_every", "eval_every", "tracker")
+FREE = ("output", "resume", "steps", "save_every", "sample_every", "eval_every", "tracker", "watch", "reward_batch")
 
 # Largest |rho - 1| before the first update that is still rounding: float32, and bf16 autocast.
 RATIO_LIMIT = {"no": 1e-4, "bf16": 0.05}

@@ -108,6 +108,8 @@ def test_zero_is_refused_where_it_makes_no_sense(name):
         ("height", 10**6),
         ("width", 10**6),
         ("kl_coef", 1e9),
+        ("reward_batch", 0),
+        ("reward_frames", 0),
         ("best_of", 3),
         ("best_of", 1),
         ("best_of", 14),  # of 12
@@ -169,6 +171,13 @@ def test_flags_win_over_the_named_model(monkeypatch):
     assert parsed(monkeypatch) == defaults(Args, "tiny-flux")
 
 
+@pytest.mark.parametrize("word, frames", [("first", "first"), ("middle", "middle"), ("all", "all"), ("3", 3)])
+def test_rewards_take_words_and_numbers(monkeypatch, word, frames):
+    flags = ["--watch", "verifier", "jpeg", "--reward-path", "clip=a", "hpsv2=b", "--reward-frames", word]
+    args = parsed(monkeypatch, *flags)
+    assert (args.watch, args.reward_path, args.reward_frames) == (("verifier", "jpeg"), ("clip=a", "hpsv2=b"), frames)
+
+
 @pytest.mark.parametrize(
     "argv, resume",
     [
@@ -201,7 +210,9 @@ def test_what_is_no_setting_ends_the_program(monkeypatch, capsys, argv):
 
 def test_every_flag_is_read_and_every_flag_read_exists():
     sources = [*ROOT.glob("common/**/*.py"), ROOT / "grpo_base.py"]
-    read = set(arguments.of_model(Args()))  # Family raises for one that it does not know
+    read = {*arguments.of_model(Args()), *arguments.of_rewards(Args())} - {
+        "clips"
+    }  # they raise for one they don't know
     for path in sources:
         if path.name != "arguments.py":
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

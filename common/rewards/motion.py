@@ -207,7 +207,7 @@ class Motion:
     """Reward: the motion verifier's `score` in [0, 1]. Checked against the renderer itself (tests/test_motion.py)."""
 
     part = "score"
-    video = True
+    video, image = True, False
     scale = 0.25  # standard deviation within groups of clean renders with 30% of the attributes wrong: 0.26
     range = (0.0, 1.0)
 

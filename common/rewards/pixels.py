@@ -1,0 +1,101 @@
+"""Images as the learned rewards want them: 8-bit levels, resized as the official code does it, cropped or padded.
+
+Images are [b, 3, H, W] float on any device. The official scorers read picture files, so every image is first rounded
+to the 8 bits a channel that a file of it would hold; values are levels 0 to 255 until `normalised`.
+
+Most official code resizes with PIL, which computes in whole numbers and rounds after the rows and again after the
+columns. `resize_as_pil` is that arithmetic as two matrix products, batched, on any device: every pixel comes out the
+same (tests/test_rewards_clip.py). torchvision's own resize of a tensor rounds once and is up to 24 levels away.
+"""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+
+OPENAI = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))  # CLIP's mean and std of RGB
+ONE = 2.0**22  # PIL's fixed-point one
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+def levels(images):
+    """[..., H, W] in [0, 1] -> whole numbers 0 to 255, float32."""
+    return (images.float().clamp(0, 1) * 255).round()
+
+
+def normalised(images, mean_std=OPENAI):
+    """Levels [..., 3, H, W] -> (images / 255 - mean) / std"""
+    mean, std = (images.new_tensor(value)[:, None, None] for value in mean_std)
+    return (images / 255 - mean) / std
+
+
+def resize_as_pil(images, height, width, mode="bicubic"):
+    """Levels [b, 3, H, W] -> levels [b, 3, height, width]: the width first, then the height; the other way round where
+    the height shrinks and the width grows, as Pillow 13 does (older ones: always the width first)."""
+    before = images.shape[-2:]
+    for side in (0, 1) if height < before[0] and width > before[1] else (1, 0):
+        if before[side] != (height, width)[side]:
+            weights = pil_weights(before[side], (height, width)[side], mode).to(images.device)
+            sums = images.double() @ weights.T if side else weights @ images.double()
+            images = ((sums + ONE / 2) / ONE).floor().clamp(0, 255)
+    return images.float()
+
+
+@functools.lru_cache(maxsize=16)
+def pil_weights(before, after, mode):
+    """PIL's weights of `before` pixels in each of `after`: [after, before] float64, whole numbers of 1 / ONE.
+
+    The filter grows with the factor when an image gets smaller (antialiasing). Pillow, src/libImaging/Resample.c.
+    """
+    support, kernel = {"bicubic": (2.0, _cubic), "bilinear": (1.0, _triangle)}[mode]
+    scale = before / after
+    stretch = max(scale, 1.0)
+    centre = (torch.arange(after, dtype=torch.float64) + 0.5)[:, None] * scale
+    place = torch.arange(before, dtype=torch.float64)
+    first = (centre - support * stretch + 0.5).trunc().clamp(min=0)
+    last = (centre + support * stretch + 0.5).trunc().clamp(max=before)
+    weights = kernel(((place - centre + 0.5) / stretch).abs()) * ((place >= first) & (place < last))
+    weights = weights / weights.sum(1, keepdim=True) * ONE
+    return (weights + 0.5 * weights.sign()).trunc()
+
+
+def _cubic(x, a=-0.5):
+    """Keys' cubic convolution at distances x >= 0."""
+    near, far = ((a + 2) * x - (a + 3)) * x * x + 1, (((x - 5) * x + 8) * x - 4) * a
+    return torch.where(x < 1, near, torch.where(x < 2, far, 0.0))
+
+
+def _triangle(x):
+    return (1 - x).clamp(min=0)
+
+
+def shortest_side(images, size, mode="bicubic", crop=round):
+    """Levels [b, 3, H, W] -> [b, 3, size, size]: the shortest side becomes `size`, the middle is cut out.
+
+    Where the crop lies between two pixels torchvision rounds half to even (crop=round), transformers down (crop=int).
+    """
+    height, width = images.shape[-2:]
+    short = min(height, width)
+    height, width = (size if side == short else int(size * side / short) for side in (height, width))
+    images = resize_as_pil(images, height, width, mode)
+    top, left = crop((height - size) / 2), crop((width - size) / 2)
+    return images[..., top : top + size, left : left + size]
+
+
+def squashed(images, size, mode="bicubic"):
+    """Levels [b, 3, H, W] -> [b, 3, size, size], whatever that does to the proportions."""
+    return resize_as_pil(images, size, size, mode)
+
+
+def longest_side(images, size):
+    """Levels [b, 3, H, W] -> [b, 3, size, size]: the longest side becomes `size`, black fills the rest evenly.
+
+    HPSv2's transform: it resizes the tensor in one pass and does not round, so values leave [0, 255] a little.
+    """
+    height, width = images.shape[-2:]
+    scale = size / max(height, width)
+    if scale != 1:
+        height, width = round(height * scale), round(width * scale)
+        images = F.interpolate(images, (height, width), mode="bicubic", antialias=True)
+    top, left = (size - height) // 2, (size - width) // 2
+    return F.pad(images, (left, size - width - left, top, size - height - top))

@@ -1,0 +1,100 @@
+"""VideoCLIP-XL (arXiv 2410.00741): whether a clip shows what a long description says.
+
+The image encoder is ViCLIP's (arXiv 2307.06942): CLIP's ViT-L/14 in which the patches of all frames attend to each
+other. The text encoder is CLIP's with 248 positions, the first 20 of which are CLIP's own (Long-CLIP, 2403.15378).
+Both are put together here from open_clip's transformer, whose names for the weights are the checkpoint's.
+"""
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from open_clip.transformer import QuickGELU, TextTransformer, Transformer
+
+from common.errors import InputError
+from common.rewards import pixels, weights
+from common.rewards.cosine import Cosine
+
+FRAMES = 8  # of a clip are looked at
+CONTEXT = 248  # tokens of a prompt
+KEPT = 20  # positions whose embedding is CLIP's own
+
+
+class ClipOfFrames(torch.nn.Module):
+    """ViCLIP's image encoder: [b, F, 3, H, W] -> [b, D], patches of all frames in one sequence."""
+
+    def __init__(self, size, patch, width, layers, heads, output):
+        super().__init__()
+        self.conv1 = torch.nn.Conv3d(3, width, (1, patch, patch), (1, patch, patch), bias=False)
+        self.class_embedding = torch.nn.Parameter(torch.zeros(width))
+        self.positional_embedding = torch.nn.Parameter(torch.zeros((size // patch) ** 2 + 1, width))
+        self.temporal_positional_embedding = torch.nn.Parameter(torch.zeros(1, FRAMES, width))
+        self.ln_pre, self.ln_post = torch.nn.LayerNorm(width), torch.nn.LayerNorm(width)
+        self.transformer = Transformer(width, layers, heads, act_layer=QuickGELU)
+        self.proj = torch.nn.Parameter(torch.zeros(width, output))
+
+    def forward(self, clips):
+        x = self.conv1(clips.transpose(1, 2)).flatten(3)  # [b, W, F, N]
+        x = x.permute(0, 2, 3, 1) + self.positional_embedding[1:] + self.temporal_positional_embedding[:, :, None]
+        first = (self.class_embedding + self.positional_embedding[0]).expand(len(x), 1, -1)
+        x = self.transformer(self.ln_pre(torch.cat([first, x.flatten(1, 2)], dim=1)))
+        return self.ln_post(x[:, 0]) @ self.proj
+
+
+class TwoEncoders(torch.nn.Module):
+    """Both encoders: `text` and `video`."""
+
+    def __init__(self, size=224, patch=14, video=(1024, 24, 16), text=(768, 12, 12), output=768, vocabulary=49408):
+        """video, text: width, layers, heads."""
+        super().__init__()
+        self.video, (width, layers, heads) = ClipOfFrames(size, patch, *video, output), text
+        self.text = TextTransformer(CONTEXT, vocabulary, width, heads, layers, output_dim=output, act_layer=QuickGELU)
+
+
+def renamed(state):
+    """VideoCLIP-XL.bin's weights under the names of TwoEncoders. The two tables of positions become one: CLIP's own
+    for the first 20, the new ones after them. Its temperatures belong to the training."""
+    named = {}
+    for key, value in state.items():
+        if key.startswith("vision_model.vision_encoder."):
+            named["video." + key.removeprefix("vision_model.vision_encoder.")] = value
+        elif key.startswith("text_model.") and not key.endswith((".logit_scale", ".positional_embedding_res")):
+            named["text." + key.removeprefix("text_model.")] = value
+    old, new = named.get("text.positional_embedding"), state.get("text_model.positional_embedding_res")
+    if old is not None and new is not None:
+        named["text.positional_embedding"] = torch.cat([old[:KEPT], new[KEPT:]])
+    return named
+
+
+class VideoClipXL(Cosine):
+    """Reward: the cosine of clip and prompt, typically 0.1 to 0.35. Needs clips of at least 8 frames.
+
+    `alibaba-pai/VideoCLIP-XL` (VideoCLIP-XL.bin), CC BY-NC-SA 4.0: not for commercial use. Of n frames it takes
+    `frames[:: n // 8][:8]`, each squashed to 224x224 without antialiasing, ImageNet mean and std, as its demo does with
+    OpenCV (whose bilinear weights are fixed-point numbers: a level of difference here and there). Prompts are cut at
+    248 tokens. Checked against a float32 transcription of the official model (tests/test_rewards_videoclip_xl.py).
+    Scale: an estimate.
+    """
+
+    repo, file = "alibaba-pai/VideoCLIP-XL", "VideoCLIP-XL.bin"
+    settings = {}  # of another size, over TwoEncoders' defaults
+    video, image = True, False
+    scale = 0.02
+
+    def build(self, source):
+        path = source.find(self.repo, self.file)
+        self.size = self.settings.get("size", 224)
+        self.tokens = open_clip.SimpleTokenizer(context_length=CONTEXT)
+        state = renamed(weights.read(source.name, path))
+        return weights.fill(source.name, TwoEncoders(**self.settings), state, path)
+
+    def media(self, clips):
+        if clips.shape[1] < FRAMES:
+            raise InputError(
+                f"reward videoclip-xl looks at {FRAMES} frames of a clip, these have {clips.shape[1]}; give --frames"
+            )
+        clips = pixels.levels(clips[:, :: clips.shape[1] // FRAMES][:, :FRAMES])
+        frames = F.interpolate(clips.flatten(0, 1), (self.size, self.size), mode="bilinear").round()
+        return self.module.video(pixels.normalised(frames.unflatten(0, clips.shape[:2]), pixels.IMAGENET))
+
+    def texts(self, prompts, device):
+        return self.module.text(self.tokens(prompts).to(device))

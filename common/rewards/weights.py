@@ -1,0 +1,100 @@
+"""Weights of the learned rewards: found by --reward-path, in the Hugging Face cache or on the hub, and loaded whole."""
+
+from pathlib import Path
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from safetensors.torch import load_file
+
+from common.errors import InputError
+
+
+class Source:
+    """Where the weights of one reward come from: what --reward-path says {name: path}, or else the hub."""
+
+    def __init__(self, name, paths=None):
+        self.name, self.paths = name, paths or {}
+        self.given = Path(self.paths[name]) if name in self.paths else None  # a file, or a folder
+
+    def of(self, name):
+        """That of another reward."""
+        return Source(name, self.paths)
+
+    def find(self, repo, file, beside=False):
+        """The path of a file; beside: of one that belongs to the weights and is looked for next to them first.
+
+        Raises InputError with the file, the hub id and the flag.
+        """
+        if self.given:
+            folder = self.given if self.given.is_dir() else self.given.parent
+            path = folder / file if beside or self.given.is_dir() else self.given
+            if path.is_file():
+                return path
+            if not beside:
+                raise InputError(
+                    f"reward {self.name}: there is no file {path} (--reward-path {self.name}={self.given})"
+                )
+        return self._from_hub(repo, file)
+
+    def _from_hub(self, repo, file):
+        try:
+            return Path(hf_hub_download(repo, file, local_files_only=True))  # what is there is not looked up again
+        except LocalEntryNotFoundError:
+            pass
+        try:
+            return Path(hf_hub_download(repo, file))
+        except (HfHubHTTPError, OSError):
+            raise InputError(
+                f"reward {self.name}: {file} of {repo} is not in the Hugging Face cache, and the hub does not give it; "
+                f"run `hf download {repo} {file}` where there is a network, or give --reward-path {self.name}=FILE"
+            ) from None
+
+
+def read(name, path):
+    """A checkpoint's weights {name: tensor} on the CPU; raises InputError for a file that holds none."""
+    try:
+        if Path(path).suffix == ".safetensors":
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = state.get("state_dict", state)
+        return {key.removeprefix("module."): value for key, value in state.items() if torch.is_tensor(value)}
+    except Exception as error:  # whatever a broken file makes torch say
+        raise InputError(
+            f"reward {name}: {path} is no checkpoint: {(str(error) or repr(error)).splitlines()[0]}"
+        ) from None
+
+
+def fill(name, module, state, path):
+    """Puts `state` {name: tensor} into the module, every weight of it, ready to score; raises InputError for a
+    checkpoint of another shape. Weights on top of those are an error too: they are another model's."""
+    expected = {key: value.shape for key, value in module.state_dict().items()}
+    state = {key: value for key, value in state.items() if not key.endswith("position_ids")}  # numbers 0, 1, 2, ...
+    wrong = [key for key in expected if key in state and state[key].shape != expected[key]]
+    missing, extra = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
+    if wrong or missing or extra:
+        reasons = [f"it lacks {missing[0]}"] if missing else []
+        reasons += [f"it also has {extra[0]}"] if extra else []
+        reasons += [f"its {key} is {list(state[key].shape)}, not {list(expected[key])}" for key in wrong[:1]]
+        raise InputError(
+            f"reward {name}: {path} is the checkpoint of another model: {', '.join(reasons)} (of {len(expected)} "
+            f"weights {len(missing)} are missing and {len(wrong)} have another shape; {len(extra)} are unknown)"
+        )
+    module.load_state_dict(state)
+    return module.eval().requires_grad_(False)
+
+
+def placed(module, device):
+    """The module on the device of the media, at the first call: in half precision on a GPU, in float32 elsewhere."""
+    weight, dtype = next(module.parameters()), precision(device)
+    return module if (weight.device, weight.dtype) == (device, dtype) else module.to(device, dtype)
+
+
+def precision(device):
+    return torch.float32 if device.type == "cpu" else torch.float16
+
+
+def autocast(device):
+    """Half precision on GPUs with float32 where it matters (norms, softmax); on a CPU float32 whatever is around."""
+    dtype = precision(device)
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
