@@ -384,6 +384,12 @@ def test_sds_schedule_takes_no_shift_and_ddim_no_eta_above_one():
         arguments.check(args)
 
 
+def test_an_embedded_model_that_is_not_there_is_one_clear_line(monkeypatch, tmp_path):
+    monkeypatch.setattr(models, "ASSETS", tmp_path)
+    with pytest.raises(InputError, match="tiny-none is not there; a script in lab/ builds it"):
+        models.load(str(tmp_path / "tiny-none"), torch.float32)
+
+
 @pytest.mark.parametrize("targets", ["no_such_layer", "(("])
 def test_lora_targets_that_name_no_layer_leave_no_folder_behind(train, tmp_path, targets):
     with pytest.raises(InputError, match="--lora-targets"):

@@ -158,6 +158,8 @@ def _index_file(source):
                 f"model: {source} has no model_index.json; --model takes the folder of a whole diffusers pipeline"
             )
         return index
+    if Path(source).parent == ASSETS:
+        raise InputError(f"model: {source} is not there; a script in lab/ builds it (assets/README.md)")
     if "/" not in source:
         near = difflib.get_close_matches(source, MODELS, n=2, cutoff=0.4)
         raise InputError(

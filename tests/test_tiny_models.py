@@ -1,0 +1,66 @@
+"""The other embedded models: where they start, and where the methods take them."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, metrics
+from safetensors import safe_open
+
+from common import models
+from lab import build_tiny_sd, build_tiny_wan, shapes
+
+GAIN = 0.10
+JOBS = [  # each from its defaults
+    ("grpo_base.py", "tiny-wan", ""),
+    ("bpgo.py", "tiny-wan", ""),
+    ("slas.py", "tiny-wan", ""),
+    ("self_paced.py", "tiny-wan", ""),
+    ("bpgo.py", "tiny-wan", "--prior sft"),
+    ("bpgo.py", "tiny-wan-i2v", "--prior first-frame"),
+    ("slas.py", "tiny-sd", ""),
+]
+
+embedded = pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.skipif(not (models.ASSETS / name).is_dir(), reason="not built yet"))
+        for name in ("tiny-sd", "tiny-wan", "tiny-wan-i2v")
+    ],
+)
+
+
+@embedded
+def test_base_model_chooses_badly_with_a_wide_spread(name):
+    folder = str(models.ASSETS / name)
+    if name == "tiny-sd":
+        score = build_tiny_sd.exam(folder, shapes.split_captions()[1], group=8, seed=0)["score"]
+    else:
+        score = build_tiny_wan.exam(name, folder, group=4, seed=0)["score"]
+    assert score.shape[0] == 128
+    assert 0.35 <= score.mean() <= 0.65
+    assert score.std(1, unbiased=False).mean() >= 0.15
+
+
+@embedded
+def test_asset_is_small_and_stored_in_half_precision(name):
+    files = [file for file in (models.ASSETS / name).rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) <= 8e6
+    for file in files:
+        if file.suffix == ".safetensors":
+            with safe_open(file, "pt") as tensors:
+                assert {tensors.get_tensor(key).dtype for key in tensors.keys()} == {torch.float16}, file
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script, model, flags", JOBS)
+def test_a_method_lifts_the_held_out_reward_within_ten_minutes(script, model, flags, tmp_path):
+    words = [sys.executable, str(ROOT / script), "--model", model, *flags.split(), "--output", str(tmp_path / "run")]
+    started = time.time()
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert time.time() - started <= 600
+    exams = [row["eval_reward"] for row in metrics(tmp_path / "run") if "eval_reward" in row]
+    assert exams[-1] - exams[0] >= GAIN
