@@ -116,7 +116,8 @@ class Runtime:
                 module.float().requires_grad_(True)
         self._claim_output()
         model.trainable = {name: self.accelerator.prepare(module) for name, module in model.trainable.items()}
-        self.model, weights = model, _trained(torch.nn.ModuleList(model.trainable.values()))
+        self.model = model
+        weights = self.weights()
         optimizer = torch.optim.AdamW(weights, lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
         self.optimizer = self.accelerator.prepare(optimizer)
         self.print(

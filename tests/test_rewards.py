@@ -213,7 +213,7 @@ def test_jpeg_of_every_grey_level_equals_pil():
 def test_jpeg_of_a_video_is_the_mean_over_its_frames(pixels):
     video = pixels.view(2, 4, 3, 24, 40).float() / 255
     frames = JpegSize().score(pixels.float() / 255, [""] * 8)
-    score = JpegSize().score(video, ["", ""])
+    score = rewards.score({"jpeg": JpegSize()}, video, ["", ""])["jpeg"]
     assert score.shape == (2,)
     torch.testing.assert_close(score, frames.view(2, 4).mean(1), atol=1e-6, rtol=0)
 

@@ -137,13 +137,13 @@ class Family:
         return away + scale * (towards - away)
 
     def _size(self, unit, height, width):
-        """The size in pixels that was asked for, or else the given one; a multiple of `unit`."""
+        """(height, width) in pixels, once they are known to be multiples of `unit`."""
         if height % unit or width % unit or not height or not width:
             raise ValueError(f"height and width must be multiples of {unit} for this model, not {height}x{width}")
         return height, width
 
     def _length(self, factor, frames):
-        """The number of frames that was asked for; one more than a multiple of `factor`."""
+        """The number of frames, once it is known to be one more than a multiple of `factor`."""
         if frames % factor != 1:
             raise ValueError(f"frames must be one more than a multiple of {factor} for this model, not {frames}")
         return frames

@@ -9,21 +9,20 @@ from torchvision.transforms.functional import to_pil_image
 class JpegSize:
     """Minus the bytes per pixel of the image as a JPEG of quality 95: 0 is nothing at all, -3 is no compression.
 
-    DDPO's reward is minus the whole size in kilobytes; per pixel, one scale fits 32x32 and 1024x1024. A video scores
-    the mean of its frames. `--reward jpeg=-1` rewards incompressibility.
+    DDPO's reward is minus the whole size in kilobytes; per pixel, one scale fits 32x32 and 1024x1024.
+    `--reward jpeg=-1` rewards incompressibility.
     """
 
-    video = True  # and images
+    video = False
     scale = 0.05
     range = (None, 0.0)
 
     def score(self, media, prompts):
-        """media [b, C, H, W] or [b, F, C, H, W] in [0, 1] -> [b] float32"""
+        """media [b, C, H, W] in [0, 1] -> [b] float32"""
         assert len(media) == len(prompts)
-        clips = (media if media.ndim == 5 else media[:, None]).float().clamp(0, 1).cpu()
         pixels = media.shape[-1] * media.shape[-2]
-        sizes = [[self._bytes(frame) for frame in clip] for clip in clips]
-        return -torch.tensor(sizes, dtype=torch.float32).mean(1).to(media.device) / pixels
+        sizes = [self._bytes(image) for image in media.float().clamp(0, 1).cpu()]
+        return -torch.tensor(sizes, dtype=torch.float32).to(media.device) / pixels
 
     def _bytes(self, frame):
         file = io.BytesIO()
