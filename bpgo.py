@@ -65,24 +65,26 @@ def combine_scores(scores, weights):
 def compute_advantages(reward, adv_clip_max):
     """Rewards [P, G] -> advantages [P, G]: normalised within each group (population standard deviation), clamped.
 
-    A group whose rewards are all equal has advantage 0, exactly.
+    A group whose rewards are all equal has advantage 0, exactly, as has a sample without a score (NaN).
     """
-    centred = reward - reward.mean(1, keepdim=True)
-    advantages = centred / (reward.std(1, keepdim=True, unbiased=False) + EPS)
-    return torch.where(zero_variance(reward), 0.0, advantages).clamp(-adv_clip_max, adv_clip_max)
+    centred = reward - reward.nanmean(1, keepdim=True)
+    advantages = centred / (centred.square().nanmean(1, keepdim=True).sqrt() + EPS)
+    return torch.where(zero_variance(reward) | reward.isnan(), 0.0, advantages).clamp(-adv_clip_max, adv_clip_max)
 
 
 def zero_variance(reward):
-    """Rewards [P, G] -> [P, 1]: groups that have nothing to teach because all their rewards are equal."""
-    return reward.amax(1, keepdim=True) == reward.amin(1, keepdim=True)
+    """Rewards [P, G] -> [P, 1]: groups that have nothing to teach: all their scores are equal, or fewer than two."""
+    return reward.nan_to_num(-torch.inf).amax(1, keepdim=True) <= reward.nan_to_num(torch.inf).amin(1, keepdim=True)
 
 
 def keep_rows(reward, best_of):
-    """Rewards [P, G] -> rows to train on [P, G] bool: the best_of/2 highest and lowest of each group; 0: all."""
-    if not best_of:
-        return torch.ones_like(reward, dtype=torch.bool)
-    rank = reward.argsort(dim=1, stable=True).argsort(dim=1)
-    return (rank < best_of // 2) | (rank >= reward.shape[1] - best_of // 2)
+    """Rewards [P, G] -> rows to train on [P, G] bool: those with a score (not NaN) in groups with two or more of them;
+    of these the best_of/2 highest and lowest of each group; 0: all."""
+    valid = ~reward.isnan()
+    number = valid.sum(1, keepdim=True)  # [P, 1]
+    rank = reward.argsort(dim=1, stable=True).argsort(dim=1)  # NaN comes last
+    half = best_of // 2 if best_of else reward.shape[1]
+    return valid & (number > 1) & ((rank < half) | (rank >= number - half))
 
 
 def reliability_weights(group_mean, prior, alpha, k):
@@ -115,7 +117,7 @@ class Prior:
             known.update(zip(new, self.ask(new).tolist()) if new else ())
             return reward.new_tensor([known[prompt] for prompt in prompts])[:, None]
         if self.run.args.prior == "running-mean":
-            own = reward.mean().item()
+            own = reward.nanmean().item()
             self.state |= {"mean": mean + (own - mean) / min(steps + 1, MEMORY), "steps": steps + 1}
             mean = mean if steps else own  # the first step has no past
         return torch.full_like(reward[:, :1], mean)
@@ -134,6 +136,7 @@ def main(args):
         run.keep_initial(model)
     prior = Prior(run, model, scorers, reward_weights)
     stateful = {"optimizer": run.prepare(model), **model.trainable, "prior": prior.state}  # what a checkpoint holds
+    rewards.try_out(scorers, model, prompts[0])
     start = run.resume(stateful)
     report = Report(run, start)
     P, G, B = args.prompts_per_step, args.group_size, args.prompts_per_step * args.group_size
@@ -167,7 +170,7 @@ def main(args):
         for mb in torch.arange(len(rows)).split(args.micro_batch):
             scores.append(rewards.score(scorers, model.decode(latents[mb, -1]), [captions[i] for i in mb]))
         scores = {name: run.gather(torch.cat([part[name] for part in scores])).view(P, G) for name in scorers}
-        rewards.check_finite(scores, batch)
+        rewards.check_finite(scores, scorers, batch)
         metrics["reward_seconds"] = clock.lap()
 
         # --- Advantage ---
@@ -175,7 +178,7 @@ def main(args):
         advantages = compute_advantages(reward, args.adv_clip_max)
         expected = prior.expect(batch, reward)  # [P, 1]
         deviation = (reward - expected) / (args.reward_scale or rewards.scale(scorers, reward_weights))
-        trust = reliability_weights(deviation.mean(1, keepdim=True), 0, args.alpha, args.k)  # [P, 1]
+        trust = reliability_weights(deviation.nanmean(1, keepdim=True), 0, args.alpha, args.k)  # [P, 1]
         contrast = compute_advantages(contrastive_rewards(deviation, 0, args.lam), args.adv_clip_max)
         kept = keep_rows(reward, args.best_of)
         trained_rows = kept.sum().item()
@@ -214,12 +217,14 @@ def main(args):
         metrics |= run.summarise(diagnostics, args.updates_per_step)
         run.check_ratio(metrics["ratio_error"])
         metrics |= {
-            "reward_mean": reward.mean(),
-            "reward_std": reward.std(1, unbiased=False).mean(),
+            "reward_mean": reward.nanmean(),
+            "reward_std": (reward - reward.nanmean(1, keepdim=True)).square().nanmean(1).sqrt().nanmean(),
             "advantage_abs_mean": advantages.abs().mean(),
+            "masked_samples": reward.isnan().sum(),
+            "skipped_groups": (reward.isfinite().sum(1) < 2).sum(),
         }
         metrics |= {"prior": expected.mean(), **{f"trust_{n}": getattr(trust, n)() for n in ("mean", "min", "max")}}
-        metrics |= {f"{name}_mean": score.mean() for name, score in scores.items()}
+        metrics |= {f"{name}_mean": score.nanmean() for name, score in scores.items()}
         metrics["samples_per_second"] = B / sum(metrics[f"{part}_seconds"] for part in ("rollout", "reward", "update"))
         report.log(step, metrics)
 

@@ -62,16 +62,16 @@ def combine_scores(scores, weights):
 
 
 def hoyer_sparsity(rewards):
-    """Rewards [..., G] -> [...] in [0, 1] (eq 8): 0 if they are all equal, 1 if one alone is not 0."""
-    size, root = rewards.norm(dim=-1), rewards.shape[-1] ** 0.5
-    return torch.where(size > 0, (root - rewards.abs().sum(-1) / size) / (root - 1), 0.0)
+    """Rewards [..., G] -> [...] in [0, 1] (eq 8): 0 if they are all equal, 1 if one alone is not 0. NaN: none."""
+    size, root = rewards.square().nansum(-1).sqrt(), rewards.isfinite().to(rewards).sum(-1).sqrt()
+    return torch.where(size > 0, (root - rewards.abs().nansum(-1) / size) / (root - 1).clamp(min=EPS), 0.0)
 
 
 def stage_weights(rewards, thresholds, alpha, beta, slope, saturation="hoyer", only=0):
     """Rewards [K, P, G] of K stages, K - 1 thresholds -> weights [K, P] (eq 6, 9). The first gate stands half open."""
     saturated = hoyer_sparsity(rewards) if saturation == "hoyer" else 1 - hoyer_sparsity(rewards)  # [K, P]
     gates = torch.full_like(saturated, 0.5)
-    gates[1:] = torch.sigmoid(slope * (rewards[1:].mean(-1) - rewards.new_tensor(thresholds)[:, None]))
+    gates[1:] = torch.sigmoid(slope * (rewards[1:].nanmean(-1) - rewards.new_tensor(thresholds)[:, None]))
     gates[1:] += beta * (saturated[:-1] - saturated[1:])
     alone = torch.eye(len(gates)).to(gates)[:, only - 1, None].expand_as(gates)
     return alone if only else torch.softmax(alpha * gates, dim=0)
@@ -99,24 +99,26 @@ def calibrate(args):
 def compute_advantages(reward, adv_clip_max):
     """Rewards [P, G] -> advantages [P, G]: normalised within each group (population standard deviation), clamped.
 
-    A group whose rewards are all equal has advantage 0, exactly.
+    A group whose rewards are all equal has advantage 0, exactly, as has a sample without a score (NaN).
     """
-    centred = reward - reward.mean(1, keepdim=True)
-    advantages = centred / (reward.std(1, keepdim=True, unbiased=False) + EPS)
-    return torch.where(zero_variance(reward), 0.0, advantages).clamp(-adv_clip_max, adv_clip_max)
+    centred = reward - reward.nanmean(1, keepdim=True)
+    advantages = centred / (centred.square().nanmean(1, keepdim=True).sqrt() + EPS)
+    return torch.where(zero_variance(reward) | reward.isnan(), 0.0, advantages).clamp(-adv_clip_max, adv_clip_max)
 
 
 def zero_variance(reward):
-    """Rewards [P, G] -> [P, 1]: groups that have nothing to teach because all their rewards are equal."""
-    return reward.amax(1, keepdim=True) == reward.amin(1, keepdim=True)
+    """Rewards [P, G] -> [P, 1]: groups that have nothing to teach: all their scores are equal, or fewer than two."""
+    return reward.nan_to_num(-torch.inf).amax(1, keepdim=True) <= reward.nan_to_num(torch.inf).amin(1, keepdim=True)
 
 
 def keep_rows(reward, best_of):
-    """Rewards [P, G] -> rows to train on [P, G] bool: the best_of/2 highest and lowest of each group; 0: all."""
-    if not best_of:
-        return torch.ones_like(reward, dtype=torch.bool)
-    rank = reward.argsort(dim=1, stable=True).argsort(dim=1)
-    return (rank < best_of // 2) | (rank >= reward.shape[1] - best_of // 2)
+    """Rewards [P, G] -> rows to train on [P, G] bool: those with a score (not NaN) in groups with two or more of them;
+    of these the best_of/2 highest and lowest of each group; 0: all."""
+    valid = ~reward.isnan()
+    number = valid.sum(1, keepdim=True)  # [P, 1]
+    rank = reward.argsort(dim=1, stable=True).argsort(dim=1)  # NaN comes last
+    half = best_of // 2 if best_of else reward.shape[1]
+    return valid & (number > 1) & ((rank < half) | (rank >= number - half))
 
 
 def main(args):
@@ -134,6 +136,7 @@ def main(args):
     if args.kl_coef:
         run.keep_initial(model)
     stateful = {"optimizer": run.prepare(model), **model.trainable}  # what a checkpoint holds
+    rewards.try_out(scorers, model, prompts[0])
     start = run.resume(stateful)
     report = Report(run, start, curves=("weight", "competence"))
     P, G, B = args.prompts_per_step, args.group_size, args.prompts_per_step * args.group_size
@@ -167,7 +170,7 @@ def main(args):
         for mb in torch.arange(len(rows)).split(args.micro_batch):
             scores.append(rewards.score(scorers, model.decode(latents[mb, -1]), [captions[i] for i in mb]))
         scores = {name: run.gather(torch.cat([part[name] for part in scores])).view(P, G) for name in scorers}
-        rewards.check_finite(scores, batch)
+        rewards.check_finite(scores, scorers, batch)
         metrics["reward_seconds"] = clock.lap()
 
         # --- Advantage ---
@@ -211,13 +214,15 @@ def main(args):
         metrics |= run.summarise(diagnostics, args.updates_per_step)
         run.check_ratio(metrics["ratio_error"])
         metrics |= {
-            "reward_mean": reward.mean(),
-            "reward_std": reward.std(1, unbiased=False).mean(),
+            "reward_mean": reward.nanmean(),
+            "reward_std": (reward - reward.nanmean(1, keepdim=True)).square().nanmean(1).sqrt().nanmean(),
             "advantage_abs_mean": advantages.abs().mean(),
+            "masked_samples": reward.isnan().sum(),
+            "skipped_groups": (reward.isfinite().sum(1) < 2).sum(),
         }
-        metrics |= {f"weight_{n}": x.mean() for n, x in zip(stages, w)}
-        metrics |= {f"competence_{n}": x.mean() for n, x in stages.items()}
-        metrics |= {f"{name}_mean": score.mean() for name, score in scores.items()}
+        metrics |= {f"weight_{n}": x.nanmean() for n, x in zip(stages, w)}
+        metrics |= {f"competence_{n}": x.nanmean() for n, x in stages.items()}
+        metrics |= {f"{name}_mean": score.nanmean() for name, score in scores.items()}
         metrics["samples_per_second"] = B / sum(metrics[f"{part}_seconds"] for part in ("rollout", "reward", "update"))
         report.log(step, metrics)
 

@@ -21,7 +21,7 @@ Shapes: P prompts a step, G samples a prompt (the group), B = P * G rows, b rows
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 
@@ -42,6 +42,7 @@ class Args(arguments.Args):
     """Divide by the batch's standard deviation before the power is taken, or after."""
     kl_limit: Annotated[float, arguments.Above(0, 1e6)] = 1e-4
     """zeta of --gamma auto: the KL that one update may cost, averaged over rows and dimensions."""
+    SETTINGS: ClassVar = {"sd1.4": dict(reward=("hpsv2.1", "clip")), "flux": dict(reward=("hpsv2.1=0.7", "clip=1.4"))}
 
 
 def combine_scores(scores, weights):
@@ -52,26 +53,28 @@ def combine_scores(scores, weights):
 def compute_advantages(reward, gamma, adv_clip_max, normalize="before"):
     """Rewards [P, G] -> advantages [P, G]: the power 1 + gamma of the deviations, with their sign (eq 20), clamped.
 
-    A group whose rewards are all equal has advantage 0, exactly.
+    A group whose rewards are all equal has advantage 0, exactly, as has a sample without a score (NaN).
     """
-    centred = reward - reward.mean(1, keepdim=True)
-    std = reward.view(1, -1).std(1, unbiased=False) + EPS  # of the whole batch
+    centred = reward - reward.nanmean(1, keepdim=True)
+    std = (reward - reward.nanmean()).square().nanmean().sqrt() + EPS  # of the whole batch
     z = centred / std
     advantages = z.sign() * z.abs() ** (1 + gamma) * (std**gamma if normalize == "after" else 1)
-    return torch.where(zero_variance(reward), 0.0, advantages).clamp(-adv_clip_max, adv_clip_max)
+    return torch.where(zero_variance(reward) | reward.isnan(), 0.0, advantages).clamp(-adv_clip_max, adv_clip_max)
 
 
 def zero_variance(reward):
-    """Rewards [P, G] -> [P, 1]: groups that have nothing to teach because all their rewards are equal."""
-    return reward.amax(1, keepdim=True) == reward.amin(1, keepdim=True)
+    """Rewards [P, G] -> [P, 1]: groups that have nothing to teach: all their scores are equal, or fewer than two."""
+    return reward.nan_to_num(-torch.inf).amax(1, keepdim=True) <= reward.nan_to_num(torch.inf).amin(1, keepdim=True)
 
 
 def keep_rows(reward, best_of):
-    """Rewards [P, G] -> rows to train on [P, G] bool: the best_of/2 highest and lowest of each group; 0: all."""
-    if not best_of:
-        return torch.ones_like(reward, dtype=torch.bool)
-    rank = reward.argsort(dim=1, stable=True).argsort(dim=1)
-    return (rank < best_of // 2) | (rank >= reward.shape[1] - best_of // 2)
+    """Rewards [P, G] -> rows to train on [P, G] bool: those with a score (not NaN) in groups with two or more of them;
+    of these the best_of/2 highest and lowest of each group; 0: all."""
+    valid = ~reward.isnan()
+    number = valid.sum(1, keepdim=True)  # [P, 1]
+    rank = reward.argsort(dim=1, stable=True).argsort(dim=1)  # NaN comes last
+    half = best_of // 2 if best_of else reward.shape[1]
+    return valid & (number > 1) & ((rank < half) | (rank >= number - half))
 
 
 def main(args):
@@ -87,6 +90,7 @@ def main(args):
         run.keep_initial(model)
     stateful = {"optimizer": run.prepare(model), **model.trainable}  # what a checkpoint holds
     region = stateful["region"] = TrustRegion(run, args.kl_limit)
+    rewards.try_out(scorers, model, prompts[0])
     start = run.resume(stateful)
     report = Report(run, start)
     P, G, B = args.prompts_per_step, args.group_size, args.prompts_per_step * args.group_size
@@ -120,7 +124,7 @@ def main(args):
         for mb in torch.arange(len(rows)).split(args.micro_batch):
             scores.append(rewards.score(scorers, model.decode(latents[mb, -1]), [captions[i] for i in mb]))
         scores = {name: run.gather(torch.cat([part[name] for part in scores])).view(P, G) for name in scorers}
-        rewards.check_finite(scores, batch)
+        rewards.check_finite(scores, scorers, batch)
         metrics["reward_seconds"] = clock.lap()
 
         # --- Advantage ---
@@ -164,12 +168,14 @@ def main(args):
         metrics |= run.summarise(diagnostics, args.updates_per_step)
         run.check_ratio(metrics["ratio_error"])
         metrics |= {
-            "reward_mean": reward.mean(),
-            "reward_std": reward.std(1, unbiased=False).mean(),
+            "reward_mean": reward.nanmean(),
+            "reward_std": (reward - reward.nanmean(1, keepdim=True)).square().nanmean(1).sqrt().nanmean(),
             "advantage_abs_mean": advantages.abs().mean(),
+            "masked_samples": reward.isnan().sum(),
+            "skipped_groups": (reward.isfinite().sum(1) < 2).sum(),
         }
-        metrics |= {"gamma": gamma, "batch_std": reward.std(unbiased=False), **region.measured}
-        metrics |= {f"{name}_mean": score.mean() for name, score in scores.items()}
+        metrics |= {"gamma": gamma, "batch_std": reward[reward.isfinite()].std(unbiased=False), **region.measured}
+        metrics |= {f"{name}_mean": score.nanmean() for name, score in scores.items()}
         metrics["samples_per_second"] = B / sum(metrics[f"{part}_seconds"] for part in ("rollout", "reward", "update"))
         report.log(step, metrics)
 

@@ -48,6 +48,20 @@ class Args:
     """Images or clips that a reward model looks at at once."""
     reward_frames: Annotated[int | Literal["first", "middle", "all"], From(1, 1e6)] = "all"
     """Frames of a clip that a reward for images scores, as their mean: one, all, or so many, evenly spaced."""
+    judge_url: str = ""
+    """OpenAI-compatible server of the judge, http://HOST:PORT/v1; none: the judge is loaded into this process."""
+    judge_model: str = "Qwen/Qwen2.5-VL-7B-Instruct"
+    """The judge: a name that the server knows, or a hub id or folder."""
+    judge_fps: Annotated[float, Above(0, 1000)] = 2.0
+    """Frames a second of a clip that the judge sees."""
+    judge_expected: bool = False
+    """Score by the judge's probabilities of the digits 0 to 9 instead of by the number that it writes: finer."""
+    judge_timeout: Annotated[float, Above(0, 1e5)] = 120.0
+    """Seconds that the server has for an answer."""
+    judge_retries: Annotated[int, From(0, 1000)] = 5
+    """Times that a request is repeated, after 0.5 seconds at first and 8 at last, before it counts as failed."""
+    judge_concurrency: Annotated[int, From(1, 1000)] = 16
+    """Requests that each process has under way at once."""
     prompts: str = ""
     """Text file with one prompt a line; for image-to-video models IMAGE <tab> PROMPT. Or the official prompts of
     HPSv2: hpsv2:anime, hpsv2:concept-art, hpsv2:paintings, hpsv2:photo, hpsv2:all."""
@@ -153,8 +167,13 @@ def of_model(args):
 
 def of_rewards(args):
     """What rewards.load takes besides names and prompts."""
-    names = ("reward_path", "reward_batch", "reward_frames")
-    return {**{name: getattr(args, name) for name in names}, "clips": models.family_of(args.model).video}
+    names = ("reward_path", "reward_batch", "reward_frames", "fps")
+    judge = {name[len("judge_") :]: value for name, value in vars(args).items() if name.startswith("judge_")}
+    return {
+        **{name: getattr(args, name) for name in names},
+        "judge": judge,
+        "clips": models.family_of(args.model).video,
+    }
 
 
 def parse(cls, description):

@@ -11,10 +11,19 @@ class RunError(RuntimeError):
     """A run that cannot go on (a NaN reward, a full disk): one line, exit code 1; the last checkpoint is intact."""
 
 
+class RewardError(RunError):
+    """A reward failed. Raised on every process, and before the step has changed anything: the work can be saved."""
+
+
+rescues = []  # what to call after a RewardError; the Runtime of the run puts its own there
+
+
 def run(main, args):
     """main(args); an InputError or RunError ends it with one line on stderr. Tracebacks are for our own bugs."""
     try:
         main(args)
     except (InputError, RunError) as error:
+        for rescue in rescues if isinstance(error, RewardError) else ():
+            rescue()
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)

@@ -5,7 +5,8 @@ from functools import partial
 import torch
 
 from common import models, sde
-from common.rewards import score, weighted_sum
+from common.errors import RewardError
+from common.rewards import check_finite, score, weighted_sum
 
 NOISE = 2**31 - 1  # the "step" whose noise the exam starts from; no training step has it
 
@@ -32,7 +33,9 @@ def exam(run, model, scorers, prompts):
     sigmas = model.sigmas(run.args.sampling_steps, run.args.shift)
     images = sample(model, mine, numbers, sigmas, run.args.micro_batch, run.device)
     scores = score(scorers, images, mine)
-    return {name: run.gather(value)[: len(prompts)] for name, value in scores.items()}, images
+    scores = {name: run.gather(value)[: len(prompts)] for name, value in scores.items()}
+    check_finite({name: value[:, None] for name, value in scores.items()}, scorers, prompts)
+    return scores, images
 
 
 def initial_reward(run, model, scorers, weights, prompts):
@@ -41,13 +44,23 @@ def initial_reward(run, model, scorers, weights, prompts):
     scorers = {name: scorers[name] for name in weights}  # not those that are only watched
     with run.initial_weights():
         scores, _ = exam(run, model, scorers, samples)
-    return weighted_sum(scores, weights).view(len(prompts), -1).mean(1)
+    return expected(weighted_sum(scores, weights).view(len(prompts), -1).nanmean(1), prompts)
 
 
 def still_reward(run, model, scorers, weights, prompts):
     """Reward of each of n prompts' conditioning images, shown as a still video: [n]"""
     scorers = {name: scorers[name] for name in weights}
-    return weighted_sum(score(scorers, model.still(prompts), prompts), weights)
+    scores = score(scorers, model.still(prompts), prompts)
+    check_finite({name: value[:, None] for name, value in scores.items()}, scorers, prompts)
+    return expected(weighted_sum(scores, weights), prompts)
+
+
+def expected(rewards, prompts):
+    """Rewards [n] of n prompts, as they are; raises RewardError if one has none (NaN): a prior cannot do without."""
+    for reward, prompt in zip(rewards.tolist(), prompts):
+        if reward != reward:
+            raise RewardError(f"the prompt {prompt!r} got no score for its prior; start again, or take another --prior")
+    return rewards
 
 
 def evaluate(run, report, model, scorers, weights, prompts, step, last=False):
@@ -64,4 +77,4 @@ def evaluate(run, report, model, scorers, weights, prompts, step, last=False):
         report.samples(step, images, prompts, reward)
     if not due:
         return {}
-    return {"eval_reward": reward.mean(), **{f"eval_{name}": value.mean() for name, value in scores.items()}}
+    return {"eval_reward": reward.nanmean(), **{f"eval_{name}": value.nanmean() for name, value in scores.items()}}

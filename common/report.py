@@ -38,7 +38,10 @@ class Report:
         self.bar = tqdm(
             range(start, stop), initial=start, total=stop, disable=not self.run.is_main, dynamic_ncols=True, unit="step"
         )
-        return self.bar
+        for step in self.bar:
+            self.run.step = step
+            yield step
+        self.run.step = stop
 
     def log(self, step, metrics):
         """Appends a row to metrics.jsonl and sends it to the tracker: {name: number or tensor of one element}."""

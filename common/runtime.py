@@ -16,10 +16,12 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list
 from peft import LoraConfig, get_peft_model_state_dict
 
+from common import errors
 from common.errors import InputError, RunError
 
 # Settings that may change when a run goes on; any other difference makes it another run.
 FREE = ("output", "resume", "steps", "save_every", "sample_every", "eval_every", "tracker", "watch", "reward_batch")
+FREE += ("judge_url", "judge_timeout", "judge_retries", "judge_concurrency")
 
 # Largest |rho - 1| before the first update that is still rounding: float32, and bf16 autocast.
 RATIO_LIMIT = {"no": 1e-4, "bf16": 0.05}
@@ -51,6 +53,7 @@ class Runtime:
             project_dir=self.output,
         )
         self.frozen = {}
+        self.step = self.saved = 0  # finished steps, and those that a checkpoint holds
         self._check_output()
         self.checkpoint = self._find_checkpoint()
 
@@ -231,7 +234,14 @@ class Runtime:
                 raise RunError(
                     f"cannot save {final} ({error}); is the disk full? Earlier checkpoints are intact"
                 ) from None
+        self.saved = step
         self.accelerator.wait_for_everyone()
+
+    def rescue(self):
+        """Saves the steps that are finished, if no checkpoint holds them yet."""
+        if self.step > self.saved:
+            self.save(self.step, self.stateful)
+            self.print(f"saved {self.step} steps in {self.output}/checkpoints; go on with --resume latest")
 
     def _find_checkpoint(self):
         """(folder, what its checkpoint.json says) of --resume; None without one, or before the first save."""
@@ -256,6 +266,8 @@ class Runtime:
 
     def resume(self, stateful):
         """Loads the checkpoint of --resume into `stateful` and returns its step; 0 without one."""
+        self.stateful = stateful
+        errors.rescues[:] = [self.rescue]
         if self.checkpoint is None:
             return 0
         folder, about = self.checkpoint
@@ -273,7 +285,8 @@ class Runtime:
             except Exception as error:  # whatever a broken file makes torch say
                 raise InputError(f"--resume: {folder}/{name}.pt does not load: {str(error).splitlines()[0]}") from None
         self.print(f"resuming {self.output} at step {about['step']}")
-        return about["step"]
+        self.saved = self.step = about["step"]
+        return self.step
 
     def _state(self, thing):
         """What is saved of a thing; of a module the weights that are trained and no others: a LoRA's base stays out."""

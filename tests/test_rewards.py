@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from common import rewards
-from common.errors import InputError, RunError
+from common.errors import InputError, RewardError
 from common.rewards.jpeg import JpegSize
 from lab.shapes import render, sample_captions, sample_scenes
 
@@ -140,8 +140,27 @@ def test_a_score_per_pair_is_required():
         def score(self, media, prompts):
             return torch.zeros(len(media), len(prompts))
 
-    with pytest.raises(AssertionError, match="square"):
-        rewards.score({"square": Square()}, torch.zeros(2, 3, 8, 8), ["a", "b"])
+    with pytest.raises(RewardError, match=r"reward square raised ValueError: it returned \(2, 2\) for 2 samples"):
+        check({"square": Square()}, torch.zeros(2, 3, 8, 8), ["a", "b"])
+
+
+def check(scorers, media, prompts):
+    scores = rewards.score(scorers, media, prompts)
+    rewards.check_finite({name: value[:, None] for name, value in scores.items()}, scorers, prompts)
+
+
+def test_a_reward_that_raises_is_named_with_the_place_once_all_processes_have_met():
+    class Broken:
+        def score(self, media, prompts):
+            raise KeyError("no such thing")
+
+    scorers = {"broken": Broken(), "fine": JpegSize()}
+    scores = rewards.score(scorers, torch.zeros(2, 3, 8, 8), ["a", "b"])  # no error yet: other processes wait
+    assert scores["fine"].isfinite().all() and scores["broken"].isinf().all()
+    with pytest.raises(
+        RewardError, match=r"reward broken raised KeyError: 'no such thing' .*test_rewards.py, line \d+"
+    ):
+        check(scorers, torch.zeros(2, 3, 8, 8), ["a", "b"])
 
 
 # --- Every score is a number ---
@@ -151,14 +170,14 @@ def test_a_score_per_pair_is_required():
 def test_a_score_that_is_no_number_stops_the_run(bad, text):
     scores = {"fine": torch.zeros(3, 4), "verifier": torch.zeros(3, 4)}
     scores["verifier"][1, 2] = scores["verifier"][2, 0] = float(bad)
-    with pytest.raises(RunError) as error:
-        rewards.check_finite(scores, ["a circle", "a square", "a cross"])
+    with pytest.raises(RewardError) as error:
+        rewards.check_finite(scores, dict.fromkeys(scores), ["a circle", "a square", "a cross"])
     message = str(error.value)
     assert f"reward verifier is {text} for the prompt 'a square' (2 of 12 samples" in message and "\n" not in message
 
 
 def test_finite_scores_pass():
-    assert rewards.check_finite({"a": torch.tensor([[-1e30, 0.0, 1e30]])}, ["p"]) is None
+    assert rewards.check_finite({"a": torch.tensor([[-1e30, 0.0, 1e30]])}, {"a": None}, ["p"]) is None
 
 
 def test_an_image_of_nan_never_gets_a_number(pairs, scorers):
@@ -166,8 +185,8 @@ def test_an_image_of_nan_never_gets_a_number(pairs, scorers):
     images[2, 1, 5, 5] = float("nan")
     score = rewards.score({"verifier": scorers["verifier"]}, images, captions)["verifier"]
     assert score.isnan().tolist() == [False, False, True, False]
-    with pytest.raises(RunError, match="1 of 4"):
-        rewards.check_finite({"verifier": score.view(2, 2)}, ["first", "second"])
+    with pytest.raises(RewardError, match="1 of 4"):
+        rewards.check_finite({"verifier": score.view(2, 2)}, scorers, ["first", "second"])
 
 
 def test_weighted_sum():

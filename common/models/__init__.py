@@ -61,7 +61,7 @@ MODELS = {
     "tiny-sd": dict(
         _TINY, **_SHAPES, source=str(ASSETS / "tiny-sd"), guidance=1.0, sde="ddim", noise_level=1.0,
     ),
-    "tiny-wan": dict(_TINY, **_MOTION, source=str(ASSETS / "tiny-wan"), guidance=1.0),
+    "tiny-wan": dict(_TINY, **_MOTION, source=str(ASSETS / "tiny-wan"), guidance=1.0, shift=3.0),
     "tiny-wan-i2v": dict(
         _TINY, **dict(
             _MOTION, prompts=str(ASSETS / "prompts/motion_i2v.txt"),
@@ -70,11 +70,11 @@ MODELS = {
     ),
     "flux": dict(
         _PAPERS, source="black-forest-labs/FLUX.1-dev", height=720, width=720, guidance=3.5, steps=200, shift=3.0,
-        noise_level=0.3,
+        noise_level=0.3, reward=("hpsv2.1",),
     ),
     "sd1.4": dict(
         _PAPERS, source="CompVis/stable-diffusion-v1-4", height=512, width=512, guidance=5.0, steps=300,
-        sampling_steps=50, sde="ddim", shift=1.0, noise_level=1.0, group_size=16,
+        sampling_steps=50, sde="ddim", shift=1.0, noise_level=1.0, group_size=16, reward=("hpsv2.1",),
     ),
     "wan2.1-1.3b": dict(
         _VIDEO, source="Wan-AI/Wan2.1-T2V-1.3B-Diffusers", height=480, width=832, frames=53, guidance=5.0,

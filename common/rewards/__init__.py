@@ -2,6 +2,8 @@
 
 A reward is a class with
     score(media, prompts) -> [b] float32    media [b, C, H, W] (video [b, F, C, H, W]) in [0, 1], one prompt a row
+    masks                                   optional: True if a score may be NaN, for a sample that it failed to judge,
+                                            which then counts nowhere in its group
     video                                   whether it scores clips; if not, a clip's score is the mean of some frames'
     image                                   optional: False if it scores nothing but clips
     scale                                   typical standard deviation within a group
@@ -14,11 +16,12 @@ What each is good for, and its licence: README.md beside this file.
 import difflib
 import importlib
 import math
+import traceback
 from pathlib import Path
 
 import torch
 
-from common.errors import InputError, RunError
+from common.errors import InputError, RewardError
 from common.prompts import caption_of
 from common.rewards.weights import Source
 
@@ -37,6 +40,13 @@ REWARDS = {
     "pickscore": ("common.rewards.pickscore", "PickScore"),
     "aesthetic": ("common.rewards.aesthetic", "Aesthetic"),
     "imagereward": ("common.rewards.imagereward", "ImageReward"),
+    "judge:quality": ("common.rewards.judge", "JudgeQuality"),
+    "judge:smoothness": ("common.rewards.judge", "JudgeSmoothness"),
+    "judge:alignment": ("common.rewards.judge", "JudgeAlignment"),
+    "videoalign": ("common.rewards.videoalign", "VideoAlign"),
+    "videoalign:vq": ("common.rewards.videoalign", "VisualQuality"),
+    "videoalign:mq": ("common.rewards.videoalign", "MotionQuality"),
+    "videoalign:ta": ("common.rewards.videoalign", "TextAlignment"),
     "videoclip-xl": ("common.rewards.videoclip_xl", "VideoClipXL"),
 }
 
@@ -62,11 +72,12 @@ def parse(specs):
     return weights
 
 
-def load(names, prompts, reward_path=(), reward_batch=16, reward_frames="all", clips=None):
+def load(names, prompts, reward_path=(), reward_batch=16, reward_frames="all", fps=15.0, judge=None, clips=None):
     """The scorers by name, with their weights, each having looked at the prompts that it will be asked about.
 
     reward_path: "NAME=FILE" of weights that do not come from the hub. reward_batch: media that a model looks at at
-    once. reward_frames: see `chosen_frames`. clips: whether the model to train makes clips; None: unknown.
+    once. reward_frames: see `chosen_frames`. fps: frames a second of the clips. judge: the flags --judge-..., by what
+    follows the hyphen. clips: whether the model to train makes clips; None: unknown.
     Returns {name: scorer}; raises InputError for what is wrong with any of this.
     """
     names, scorers, paths = list(dict.fromkeys(names)), {}, parse_paths(reward_path)
@@ -81,7 +92,7 @@ def load(names, prompts, reward_path=(), reward_batch=16, reward_frames="all", c
         except ValueError as error:
             raise InputError(f"reward {name}: {error}") from None
     for name, scorer in scorers.items():  # gigabytes, so after everything that can be wrong without them
-        scorer.frames = reward_frames
+        scorer.frames, scorer.fps, scorer.judge = reward_frames, fps, judge
         if hasattr(scorer, "load"):
             scorer.load(Source(name, paths), reward_batch)
     return scorers
@@ -119,31 +130,64 @@ def chosen_frames(which, number):
 
 
 def score(scorers, media, prompts):
-    """Every scorer on every sample: media [b, ...], b prompts -> {name: [b] float32}"""
+    """Every scorer on every sample: media [b, ...], b prompts -> {name: [b] float32}
+
+    A scorer that raises gets infinite scores and its error is kept, for `check_finite` to raise on every process: one
+    process that stopped here would leave the others waiting for it.
+    """
     scores, captions = {}, [caption_of(prompt) for prompt in prompts]
     for name, scorer in scorers.items():
-        if media.ndim == 5 and not scorer.video:  # the mean of the chosen frames' scores
-            chosen = media[:, chosen_frames(getattr(scorer, "frames", "all"), media.shape[1])]
-            b, f = chosen.shape[:2]
-            frames = scorer.score(chosen.flatten(0, 1), [caption for caption in captions for _ in range(f)])
-            scores[name] = frames.float().view(b, f).mean(1)
-        else:
-            scores[name] = scorer.score(media, captions).float()
-        assert scores[name].shape == (len(prompts),), (
-            f"reward {name} returned {tuple(scores[name].shape)} for {len(prompts)} samples"
-        )
+        try:
+            scores[name] = score_one(scorer, media, captions).float()
+            if scores[name].shape != (len(prompts),):
+                raise ValueError(f"it returned {tuple(scores[name].shape)} for {len(prompts)} samples")
+        except Exception as error:  # a reward is anybody's code
+            scorer.error, scores[name] = error, torch.full((len(prompts),), torch.inf, device=media.device)
     return scores
 
 
-def check_finite(scores, prompts):
-    """{name: [P, G]} of P prompts; raises RunError for a NaN or infinite score: it never becomes a number."""
+def try_out(scorers, model, prompt):
+    """Scores one sample of nothing, so that what would fail after the first rollout (too few frames, a server that
+    takes no pictures) fails before it; raises InputError."""
+    nothing = torch.zeros(1, *model.noise_shape, device=model.device)
+    score(scorers, model.decode(nothing), [prompt])
+    for name, scorer in scorers.items():
+        if getattr(scorer, "error", None) is not None:
+            try:
+                check_finite({name: torch.full((1, 1), torch.inf)}, scorers, [prompt])
+            except RewardError as error:
+                raise InputError(str(error)) from error.__cause__
+
+
+def score_one(scorer, media, captions):
+    """The scores [b] of media [b, ...]; of a clip, by a scorer of images, the mean of the chosen frames' scores."""
+    if media.ndim == 4 or scorer.video:
+        return scorer.score(media, captions)
+    chosen = media[:, chosen_frames(getattr(scorer, "frames", "all"), media.shape[1])]
+    b, f = chosen.shape[:2]
+    return scorer.score(chosen.flatten(0, 1), [caption for caption in captions for _ in range(f)]).view(b, f).mean(1)
+
+
+def check_finite(scores, scorers, prompts):
+    """{name: [P, G]} of P prompts, from all processes; raises RewardError on all of them for a scorer that raised, an
+    infinite score, a NaN where `masks` does not allow it, and if nothing has a score."""
     for name, values in scores.items():
-        wrong = (~torch.isfinite(values)).nonzero().tolist()
+        error, masks = getattr(scorers[name], "error", None), getattr(scorers[name], "masks", False)
+        if isinstance(error, (InputError, RewardError)):
+            raise RewardError(str(error)) from error
+        if error is not None:
+            *_, place = traceback.extract_tb(error.__traceback__)
+            raise RewardError(
+                f"reward {name} raised {type(error).__name__}: {error} ({place.filename}, line {place.lineno})"
+            ) from error
+        if masks and values.isnan().all():
+            raise RewardError(f"reward {name} has no score for any of {values.numel()} samples")
+        wrong = (~torch.isfinite(values) & ~(values.isnan() & masks)).nonzero().tolist()
         if wrong:
             row, sample = wrong[0]
-            raise RunError(
+            raise RewardError(
                 f"reward {name} is {values[row, sample].item()} for the prompt {prompts[row]!r} "
-                f"({len(wrong)} of {values.numel()} samples of the step)"
+                f"({len(wrong)} of {values.numel()} samples), or it failed in another process"
             )
 
 
@@ -155,9 +199,14 @@ def require_range(scorers):
 
 
 def on_unit_interval(scores, scorers, names):
-    """{name: [...]} -> {name: [...]} of `names` on [0, 1], by the ranges that the scorers declare."""
+    """{name: [...]} -> {name: [...]} of `names` on [0, 1], by the ranges that the scorers declare; a sample without one
+    of these scores (NaN) has none of them."""
     bounds = {name: scorers[name].range for name in names}
-    return {name: (scores[name] - low) / (high - low) for name, (low, high) in bounds.items()}
+    masked = sum(scores[name] for name in names).isnan()
+    return {
+        name: ((scores[name] - low) / (high - low)).masked_fill(masked, torch.nan)
+        for name, (low, high) in bounds.items()
+    }
 
 
 def scale(scorers, weights):

@@ -1,0 +1,194 @@
+"""Samples that a reward could not judge (NaN): they have advantage 0 and count nowhere, in every method."""
+
+import math
+
+import pytest
+import torch
+
+import bpgo
+import grpo_base
+import self_paced
+import slas
+from common import rewards
+from common.errors import RewardError
+
+NAN = math.nan
+METHODS = (grpo_base, bpgo, slas, self_paced)
+
+
+class Flaky:
+    """Reward: the mean of the red channel; NaN where the first pixel's green level is divisible by four."""
+
+    video, masks, scale, range = False, True, 0.1, (0.0, 1.0)
+
+    def score(self, media, prompts):
+        red = media[:, 0].mean((1, 2))
+        return torch.where((media[:, 1, 0, 0] * 255).round() % 4 == 0, NAN, red)
+
+
+class Silent(Flaky):
+    """The same, NaN everywhere."""
+
+    def score(self, media, prompts):
+        return torch.full((len(media),), NAN)
+
+
+@pytest.fixture
+def flaky(monkeypatch):
+    for name in ("Flaky", "Silent"):
+        monkeypatch.setitem(rewards.REWARDS, name.lower(), ("test_masking", name))
+
+
+def advantages(method, reward):
+    return method.compute_advantages(reward, 0.5, 5.0) if method is slas else method.compute_advantages(reward, 5.0)
+
+
+def scores(p=3, g=6, seed=0):
+    return torch.rand(p, g, generator=torch.Generator().manual_seed(seed))
+
+
+# --- Equations ---
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_masked_sample_changes_nothing_else_in_its_group(method):
+    reward = scores(p=1)
+    masked = reward.clone()
+    masked[0, 2] = NAN
+    others = [0, 1, 3, 4, 5]
+    found = advantages(method, masked)
+    torch.testing.assert_close(found[:, others], advantages(method, reward[:, others]), atol=1e-6, rtol=1e-6)
+    assert found[0, 2] == 0 and torch.isfinite(found).all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_masked_sample_leaves_the_other_groups_alone(method):
+    reward = scores()
+    masked = reward.clone()
+    masked[1, 0] = NAN
+    found, before = advantages(method, masked), advantages(method, reward)
+    if method is slas:  # whose unit is the spread of the whole batch, here of one sample less
+        std = [values[values.isfinite()].double().std(unbiased=False) for values in (reward, masked)]
+        before = before * (std[0] / std[1]) ** 1.5
+    torch.testing.assert_close(found[[0, 2]], before[[0, 2]].float(), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("group", [[NAN, NAN, NAN, NAN], [NAN, 0.4, NAN, NAN], [0.4, 0.4, NAN, 0.4]])
+def test_groups_without_two_different_scores_have_no_advantage(method, group):
+    reward = torch.tensor([group, [0.1, 0.2, 0.3, 0.4]])
+    assert method.zero_variance(reward).flatten().tolist() == [True, False]
+    found = advantages(method, reward)
+    assert (found[0] == 0).all() and torch.isfinite(found).all() and found[1].abs().min() > 0
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "group, best_of, kept",
+    [
+        ([0.5, NAN, 0.1, 0.9], 0, "1011"),
+        ([0.5, NAN, 0.1, 0.9], 2, "0011"),
+        ([0.5, NAN, 0.1, 0.9], 4, "1011"),
+        ([NAN, NAN, 0.1, 0.9], 2, "0011"),
+        ([NAN, NAN, 0.1, NAN], 0, "0000"),
+        ([NAN, NAN, 0.1, NAN], 2, "0000"),
+        ([NAN, NAN, NAN, NAN], 2, "0000"),
+        ([0.3, 0.2, 0.1, 0.4], 2, "0011"),
+    ],
+)
+def test_rows_to_train_on_have_a_score_and_another_one_beside_it(method, group, best_of, kept):
+    found = method.keep_rows(torch.tensor([group]), best_of)
+    assert "".join(str(int(x)) for x in found[0]) == kept
+
+
+def test_hoyer_index_and_stage_weights_are_those_of_the_samples_with_scores():
+    stages = torch.stack([scores(seed=1), scores(seed=2), scores(seed=3)])  # [K, P, G]
+    masked = stages.clone()
+    masked[:, 1, 4] = NAN
+    less = stages[:, 1:2, [0, 1, 2, 3, 5]]
+    pace = ((0.5, 0.6), 4.0, 0.5, 10.0)
+    torch.testing.assert_close(self_paced.hoyer_sparsity(masked)[:, 1:2], self_paced.hoyer_sparsity(less))
+    torch.testing.assert_close(self_paced.stage_weights(masked, *pace)[:, 1:2], self_paced.stage_weights(less, *pace))
+    whole = self_paced.stage_weights(stages, *pace)
+    torch.testing.assert_close(self_paced.stage_weights(masked, *pace)[:, [0, 2]], whole[:, [0, 2]])
+
+
+def test_a_sample_without_one_of_the_stages_has_none():
+    found = {
+        "a": torch.tensor([[0.2, NAN, 0.4]]),
+        "b": torch.tensor([[5.0, 6.0, NAN]]),
+        "watched": torch.full((1, 3), NAN),
+    }
+    scorers = {name: Flaky() for name in found}
+    scorers["b"].range = (0.0, 10.0)
+    stages = rewards.on_unit_interval(found, scorers, ["a", "b"])
+    assert [str(round(x, 3)) for x in stages["a"][0].tolist()] == ["0.2", "nan", "nan"]
+    assert [str(round(x, 3)) for x in stages["b"][0].tolist()] == ["0.5", "nan", "nan"]
+
+
+def test_a_masked_sample_stretches_no_other_reward_around_the_prior():
+    reward = torch.tensor([[0.3, NAN, 0.8]])
+    found = bpgo.contrastive_rewards(reward, torch.tensor([[0.5]]), 1.0)
+    torch.testing.assert_close(
+        found[:, [0, 2]], bpgo.contrastive_rewards(reward[:, [0, 2]], torch.tensor([[0.5]]), 1.0)
+    )
+
+
+# --- What may be NaN ---
+
+
+def test_only_a_reward_that_masks_may_be_nan():
+    nan = {"flaky": torch.tensor([[NAN, 0.5]])}
+    rewards.check_finite(nan, {"flaky": Flaky()}, ["p"])
+    strict = Flaky()
+    strict.masks = False
+    with pytest.raises(RewardError, match="reward flaky is nan for the prompt 'p' .1 of 2"):
+        rewards.check_finite(nan, {"flaky": strict}, ["p"])
+    with pytest.raises(RewardError, match="is inf"):
+        rewards.check_finite({"flaky": torch.tensor([[math.inf, 0.5]])}, {"flaky": Flaky()}, ["p"])
+    with pytest.raises(RewardError, match="no score for any of 2 samples"):
+        rewards.check_finite({"flaky": torch.tensor([[NAN, NAN]])}, {"flaky": Flaky()}, ["p"])
+
+
+# --- Whole runs ---
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_runs_go_on_with_masked_samples_and_count_them(train, flaky, method):
+    stages = dict(reward=("flaky", "verifier"), thresholds=(0.5,)) if method is self_paced else dict(reward=("flaky",))
+    _, rows = train(method, prompts_per_step=2, group_size=4, steps=3, eval_every=3, watch=("jpeg",), **stages)
+    trained = [row for row in rows if "reward_mean" in row]
+    assert sum(row["masked_samples"] for row in trained) > 0
+    assert all(0 <= row["skipped_groups"] <= 2 for row in trained)
+    for row in trained:
+        for name in ("reward_mean", "reward_std", "grad_norm", "ratio_error", "flaky_mean", "jpeg_mean"):
+            assert math.isfinite(row[name]), name
+    assert math.isfinite(rows[-1]["eval_reward"])
+
+
+def test_a_skipped_group_trains_nothing(train, flaky, monkeypatch):
+    """Groups of two with one masked sample each: nothing is left to learn from, with the KL term or without."""
+    every_other = torch.tensor([0.5, NAN]).repeat(2)
+    monkeypatch.setattr(Flaky, "score", lambda self, media, prompts: every_other[: len(media)])
+    for kl in (0.0, 0.1):
+        _, rows = train(prompts_per_step=2, group_size=2, steps=1, reward=("flaky",), kl_coef=kl, output=f"kl{kl}")
+        assert rows[0]["skipped_groups"] == 2 and rows[0]["masked_samples"] == 2
+        assert rows[0]["grad_norm"] == 0 and rows[0]["loss"] == 0
+
+
+def test_a_step_without_any_score_stops_the_run(train, flaky):
+    with pytest.raises(RewardError, match="reward silent has no score for any of 8 samples"):
+        train(reward=("silent",))
+
+
+def test_a_prior_needs_a_score(train, flaky):
+    with pytest.raises(RewardError, match="has no score for any"):
+        train(bpgo, reward=("silent",), prior="sft")
+
+
+def test_a_prior_without_a_score_names_its_prompt():
+    from common.heldout import expected
+
+    assert expected(torch.tensor([0.5, 0.6]), ["a", "b"]).tolist() == pytest.approx([0.5, 0.6])
+    with pytest.raises(RewardError, match="'b' got no score for its prior"):
+        expected(torch.tensor([0.5, NAN]), ["a", "b"])

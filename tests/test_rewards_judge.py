@@ -1,0 +1,503 @@
+"""The judge: what it is told and how its answers are read, in this process and by real servers on localhost."""
+
+import base64
+import io
+import json
+import math
+import os
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+from vlm import clips, save_judge
+
+from common import rewards
+from common.errors import InputError, RewardError
+from common.rewards import judge
+
+ROOT = Path(__file__).resolve().parents[1]
+STAGES = ("judge:quality", "judge:smoothness", "judge:alignment")
+PROMPTS = ["a red circle", 'a "quoted" prompt, with {braces} and <|im_end|>', "🦊 ثعلب", "x " * 500]
+SETTINGS = dict(url="", model="m", fps=2.0, expected=False, timeout=10.0, retries=3, concurrency=4)
+
+
+def scorer(name="judge:alignment", fps=4.0, **settings):
+    loaded = rewards.load([name], PROMPTS, reward_batch=3, fps=fps, judge={**SETTINGS, **settings})
+    return loaded[name]
+
+
+# --- A server whose behaviour a test chooses ---
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if body["model"] != "m":
+            return self.fail(404)
+        if body["messages"][0]["content"] == "Hello":
+            return self.say("Hi") if self.server.alive() else self.fail(503)
+        with self.server.lock:
+            self.server.asked.append((self.headers, body))
+            number = len(self.server.asked)
+            self.server.now += 1
+            self.server.most = max(self.server.most, self.server.now)
+        try:
+            self.server.behave(self, number, body)
+        finally:
+            with self.server.lock:
+                self.server.now -= 1
+
+    def reply(self, status, content):
+        data = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def say(self, text, likely=None):
+        choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
+        if likely:
+            top = [{"token": token, "logprob": math.log(p), "bytes": None} for token, p in likely.items()]
+            choice["logprobs"] = {"content": [{**top[0], "top_logprobs": top}]}
+        self.reply(200, {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]})
+
+    def fail(self, status=500):
+        self.reply(status, {"error": {"message": "something went wrong", "type": "server_error"}})
+
+    def hang_up(self):
+        self.connection.shutdown(socket.SHUT_RDWR)
+        self.connection.close()
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def serve():
+    """serve(behave) -> (url, server); behave(handler, number of the request, its body) answers a request."""
+    servers = []
+
+    def start(behave):
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        server.daemon_threads = True
+        server.behave, server.asked, server.lock, server.now, server.most = behave, [], threading.Lock(), 0, 0
+        server.alive = lambda: True
+        threading.Thread(target=server.serve_forever, kwargs=dict(poll_interval=0.05), daemon=True).start()
+        servers.append(server)
+        return f"http://127.0.0.1:{server.server_port}/v1", server
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """The client's pauses between attempts, a hundredth of themselves."""
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.005)
+    monkeypatch.setattr("openai._base_client.MAX_RETRY_DELAY", 0.08)
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+
+
+def words_of(body):
+    return [part["text"] for part in body["messages"][0]["content"] if part["type"] == "text"]
+
+
+def pictures_of(body):
+    urls = [part["image_url"]["url"] for part in body["messages"][0]["content"] if part["type"] == "image_url"]
+    return [Image.open(io.BytesIO(base64.b64decode(url.removeprefix("data:image/jpeg;base64,")))) for url in urls]
+
+
+def colour_score(body):
+    """A number from 1 to 10 out of the first frame's red level, as a server that looked would give."""
+    return f"{1 + 9 * pictures_of(body)[0].getpixel((5, 5))[0] / 255:.2f}"
+
+
+# --- What a number is ---
+
+
+@pytest.mark.parametrize(
+    "answer, score",
+    [("5.80", 5.8), ("10", 10), ("10.00", 10), ("1", 1), (" 7.25\n", 7.25), ("**8.5**", 8.5), ('"9"', 9), ("6.", 6)],
+)
+def test_a_number_from_1_to_10_is_a_score(answer, score):
+    assert judge.score_of(answer, expected=False) == score
+
+
+@pytest.mark.parametrize(
+    "answer",
+    ["", None, "0.99", "10.01", "11", "-3", "8/10", "8.5 out of 10", "I cannot rate this.", "Score: good", "5 6", "nan",
+     "inf", "1e1", "5,8", "7.2.1", "٧"],
+)  # fmt: skip
+def test_anything_else_is_none(answer):
+    assert math.isnan(judge.score_of(answer, expected=False))
+
+
+def test_the_expected_score_is_that_of_the_digits():
+    likely = {0: 0.1, 4: 0.2, 9: 0.5}
+    assert judge.score_of(likely, expected=True) == pytest.approx(1 + (4 * 0.2 + 9 * 0.5) / 0.8)
+    assert judge.score_of({9: 1.0}, expected=True) == 10 and judge.score_of({0: 0.6}, expected=True) == 1
+    assert math.isnan(judge.score_of({}, expected=True))
+    assert judge.digits([("7", 0.5), (" 7", 0.2), ("no", 0.1), ("10", 0.1)]) == {7: pytest.approx(0.7)}
+    assert judge.digits([("I", 0.6), ("7", 0.4)]) == {}
+
+
+# --- What the judge is told ---
+
+
+def test_questions_are_cumulative_and_carry_the_prompt():
+    told = {}
+    for name in STAGES:
+        (message,) = question(name, clips(1)[0], PROMPTS[1])
+        told[name] = message["content"][-1]["text"]
+        assert PROMPTS[1] in told[name] and told[name].endswith("5.80.")
+    for part, names in ((judge.QUALITY, STAGES), (judge.SMOOTHNESS, STAGES[1:]), (judge.ALIGNMENT, STAGES[2:])):
+        assert all((part in told[name]) == (name in names) for name in STAGES)
+
+
+def question(name, sample, prompt, fps=4.0, **settings):
+    module, attribute = rewards.REWARDS[name]
+    made = getattr(judge, attribute)()
+    made.judge, made.fps = {**SETTINGS, **settings}, fps
+    return made.question(sample, prompt)
+
+
+def test_an_image_is_not_asked_about_smoothness():
+    (message,) = question("judge:alignment", clips(1)[0, 0], "p")
+    *pictures, words = message["content"]
+    assert len(pictures) == 1 and judge.SMOOTHNESS not in words["text"] and "This image" in words["text"]
+    assert judge.ALIGNMENT in words["text"] and judge.QUALITY in words["text"]
+
+
+@pytest.mark.parametrize(
+    "rate, fps, number, at",
+    [(2, 4, 8, [0, 2, 5, 7]), (4, 4, 8, list(range(8))), (100, 4, 3, [0, 1, 2]), (0.1, 4, 8, [0, 7]), (2, 16, 53, 7)],
+)
+def test_frames_are_sampled_at_the_rate(rate, fps, number, at):
+    found = judge.frames_at(rate, fps, number)
+    assert found == at if isinstance(at, list) else len(found) == at
+    assert found[0] == 0 and found[-1] == number - 1
+
+
+def test_frames_reach_the_model_as_they_are():
+    sample = clips(1)[0]
+    (message,) = question("judge:quality", sample, "p")
+    pictures = [part["image"] for part in message["content"] if part["type"] == "image"]
+    for picture, frame in zip(pictures, sample[[0, 2, 5, 7]]):
+        assert picture.size == (64, 64)
+        assert picture.getpixel((3, 60)) == tuple((frame[:, 60, 3] * 255).round().int().tolist())
+
+
+# --- Servers ---
+
+
+def test_the_happy_path(serve):
+    url, server = serve(lambda handler, number, body: handler.say(colour_score(body)))
+    media, prompts = clips(6), [PROMPTS[i % 4] for i in range(6)]
+    for name in STAGES:
+        server.asked.clear()
+        score = scorer(name, url=url).score(media, prompts)
+        expected = 1 + 9 * media[:, 0, 0, 0, 0]
+        torch.testing.assert_close(score, expected, atol=0.06, rtol=0)  # JPEG, and two decimals
+        assert score.dtype == torch.float32 and len(server.asked) == 6
+        for _, body in server.asked:
+            assert body["model"] == "m" and body["temperature"] == 0 and body["max_tokens"] == judge.TOKENS
+            assert len(pictures_of(body)) == 4 and pictures_of(body)[0].size == (64, 64)
+            assert sum(prompt in words_of(body)[0] for prompt in prompts[:4]) >= 1
+
+
+def test_scores_do_not_depend_on_order_or_company(serve):
+    url, _ = serve(lambda handler, number, body: (time.sleep(0.01 * (number % 3)), handler.say(colour_score(body))))
+    media, prompts = clips(6), [f"prompt {i}" for i in range(6)]
+    made = scorer(url=url)
+    together = made.score(media, prompts)
+    order = [3, 1, 5, 0, 2, 4]
+    assert torch.equal(made.score(media[order], [prompts[i] for i in order]), together[order])
+    assert torch.equal(torch.cat([made.score(media[i : i + 1], prompts[i : i + 1]) for i in range(6)]), together)
+
+
+def test_requests_run_concurrently_but_no_more_than_allowed(serve):
+    url, server = serve(lambda handler, number, body: (time.sleep(0.1), handler.say("5")))
+    started = time.perf_counter()
+    scorer(url=url, concurrency=4).score(clips(8), ["p"] * 8)
+    assert server.most == 4 and time.perf_counter() - started < 0.7
+
+
+def test_a_slow_answer_is_waited_for_and_one_too_slow_is_asked_again(serve):
+    url, server = serve(lambda handler, number, body: (time.sleep(0.2 if number == 1 else 0), handler.say("7.5")))
+    assert scorer(url=url, timeout=5.0).score(clips(1), ["p"]).tolist() == [7.5] and len(server.asked) == 1
+    url, server = serve(lambda handler, number, body: (time.sleep(1.5 if number == 1 else 0), handler.say("7.5")))
+    assert scorer(url=url, timeout=0.5).score(clips(1), ["p"]).tolist() == [7.5] and len(server.asked) == 2
+
+
+@pytest.mark.parametrize("trouble", ["fail", "hang_up", "busy"])
+def test_errors_and_disconnects_are_repeated(serve, trouble):
+    def behave(handler, number, body):
+        if number > 2:
+            return handler.say("6.25")
+        return handler.fail(429) if trouble == "busy" else getattr(handler, trouble)()
+
+    url, server = serve(behave)
+    assert scorer(url=url).score(clips(1), ["p"]).tolist() == [6.25] and len(server.asked) == 3
+
+
+def test_half_an_answer_is_repeated(serve):
+    def behave(handler, number, body):
+        if number == 1:
+            handler.send_response(200)
+            handler.send_header("Content-Length", "1000")
+            handler.end_headers()
+            handler.wfile.write(b'{"choices": [')
+            return handler.hang_up()
+        return handler.say("4")
+
+    url, server = serve(behave)
+    assert scorer(url=url).score(clips(1), ["p"]).tolist() == [4.0] and len(server.asked) == 2
+
+
+def test_garbage_is_asked_again_with_what_was_said(serve):
+    said = ["A lovely clip!", "8/10", "8.0"]
+    url, server = serve(lambda handler, number, body: handler.say(said[number - 1]))
+    assert scorer(url=url).score(clips(1), ["p"]).tolist() == [8.0]
+    messages = server.asked[-1][1]["messages"]
+    assert [message["role"] for message in messages] == ["user", "assistant", "user", "assistant", "user"]
+    assert [m["content"][0]["text"] for m in messages[1::2]] == said[:2]
+    assert messages[2]["content"][0]["text"] == judge.AGAIN + judge.NUMBER
+    assert len(pictures_of(server.asked[-1][1])) == 4
+
+
+def test_a_sample_that_gets_no_number_is_masked_and_no_other(serve):
+    def behave(handler, number, body):
+        handler.say("I would rather not." if "the third" in words_of(body)[0] else "5")
+
+    url, server = serve(behave)
+    score = scorer(url=url).score(clips(4), ["p", "p", "the third", "p"])
+    assert score.isnan().tolist() == [False, False, True, False]
+    assert len(server.asked) == 3 + judge.ASKED
+    rewards.check_finite({"judge:alignment": score[None]}, {"judge:alignment": judge.JudgeAlignment()}, ["p"])
+
+
+def test_a_sample_whose_requests_fail_is_masked_as_long_as_the_server_lives(serve):
+    def behave(handler, number, body):
+        return handler.fail() if "poison" in words_of(body)[0] else handler.say("5")
+
+    url, server = serve(behave)
+    score = scorer(url=url, retries=2).score(clips(3), ["p", "poison", "p"])
+    assert score.isnan().tolist() == [False, True, False] and len(server.asked) == 2 + 3
+
+
+def test_a_server_that_goes_away_stops_the_run_with_one_line(serve):
+    url, server = serve(lambda handler, number, body: handler.say("5"))
+    made = scorer(url=url, retries=2)
+    server.shutdown(), server.server_close()
+    with pytest.raises(RewardError, match=r"judge:alignment: the server at http\S+ is gone .*--resume latest") as error:
+        made.score(clips(5), ["p"] * 5)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("status", [400, 401, 404, 422])
+def test_a_refusal_stops_the_run_at_once(serve, status):
+    url, server = serve(lambda handler, number, body: handler.fail(status))
+    with pytest.raises(RewardError, match="refuses to judge .*something went wrong"):
+        scorer(url=url).score(clips(1), ["p"])
+    assert len(server.asked) == 1
+
+
+def test_the_key_is_sent(serve, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    url, server = serve(lambda handler, number, body: handler.say("5"))
+    scorer(url=url).score(clips(1), ["p"])
+    assert server.asked[0][0]["Authorization"] == "Bearer secret"
+
+
+def test_expected_scores_of_a_server(serve):
+    url, server = serve(lambda handler, number, body: handler.say("7", {"7": 0.5, "8": 0.3, "no": 0.1}))
+    score = scorer(url=url, expected=True).score(clips(2), ["p", "q"])
+    assert score.tolist() == pytest.approx([1 + (7 * 0.5 + 8 * 0.3) / 0.8] * 2)
+    body = server.asked[0][1]
+    assert body["logprobs"] is True and body["top_logprobs"] == 20 and body["max_tokens"] == 1
+    assert words_of(body)[0].endswith(judge.DIGIT)
+    url, _ = serve(lambda handler, number, body: handler.say("7"))
+    with pytest.raises(RewardError, match="gives no probabilities; leave --judge-expected"):
+        scorer(url=url, expected=True).score(clips(1), ["p"])
+
+
+def free_url():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{taken.getsockname()[1]}/v1"
+
+
+def test_no_server_at_the_url_is_said_before_any_rollout():
+    with pytest.raises(InputError, match="no server answers at --judge-url http"):
+        scorer(url=free_url(), retries=0)
+
+
+def test_a_model_that_is_not_served_is_said_before_any_rollout(serve):
+    url, _ = serve(None)
+    with pytest.raises(InputError, match="does not take --judge-model Qwen .*something went wrong"):
+        scorer(url=url, model="Qwen")
+
+
+def test_smoothness_of_images_is_refused(serve):
+    url, _ = serve(None)
+    with pytest.raises(InputError, match="judge:smoothness scores clips"):
+        rewards.load(["judge:smoothness"], [], judge={**SETTINGS, "url": url}, clips=False)
+
+
+# --- A small random Qwen2.5-VL, in this process and behind transformers' own server ---
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Its last layer tells nine clips and their prompts apart: the i-th makes it say i."""
+    judge.local.cache_clear()
+    folder = str(save_judge(tmp_path_factory.mktemp("judge")))
+    model = AutoModelForImageTextToText.from_pretrained(folder)
+    talks = [question("judge:alignment", clip, prompt) for clip, prompt in zip(clips(9), PROMPTS * 3)]
+    states = torch.cat([by_hand(folder, talk, model, states=True) for talk in talks])  # [9, D]
+    digits = AutoProcessor.from_pretrained(folder).tokenizer.convert_tokens_to_ids(list("123456789"))
+    model.lm_head.weight.data[digits] = torch.linalg.pinv(states.double()).T.float()
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_a_model_in_this_process_says_what_it_finds_likeliest(folder):
+    """Against one forward pass for each sample alone, put together by hand."""
+    media, prompts = clips(9), (PROMPTS * 3)[:9]
+    found = scorer(model=folder).score(media, prompts)
+    talks = [question("judge:alignment", clip, prompt) for clip, prompt in zip(media, prompts)]
+    expected = [by_hand(folder, talk).argmax().item() + 1 for talk in talks]
+    assert found.tolist() == expected and len(set(expected)) > 4
+
+
+def test_expected_scores_of_a_model_in_this_process(folder):
+    media, prompts = clips(5), [PROMPTS[i % 4] for i in range(5)]
+    judge.local.cache_clear()
+    try:
+        made = scorer(model=folder, expected=True)
+        head = made.backend.model.lm_head.weight.data  # a random model seldom answers with a digit, this one often
+        digits = made.backend.processor.tokenizer.convert_tokens_to_ids(list("0123456789"))
+        head.zero_()
+        head[digits] = torch.randn(10, head.shape[1], generator=torch.Generator().manual_seed(0))
+        found = made.score(media, prompts)
+        for score, clip, prompt in zip(found.tolist(), media, prompts):
+            talk = question("judge:alignment", clip, prompt, expected=True)
+            logits = by_hand(folder, talk, made.backend.model, "0123456789")
+            p = logits.softmax(0)
+            if not math.isnan(score):
+                assert score == pytest.approx(1 + (p * torch.arange(10)).sum().item(), abs=1e-3)
+        assert found.isfinite().sum() > 1 and found[found.isfinite()].std() > 0.1
+    finally:
+        judge.local.cache_clear()
+
+
+def by_hand(folder, talk, model=None, digits="123456789", states=False):
+    """Logits of the digits after a conversation, [len(digits)]: the text written out, the pictures put in one by one.
+    states: the last hidden state instead, [1, D]."""
+    processor = AutoProcessor.from_pretrained(folder)
+    model = model or AutoModelForImageTextToText.from_pretrained(folder)
+    *pictures, words = talk[0]["content"]
+    text = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+    text += "<|vision_start|><|image_pad|><|vision_end|>" * len(pictures) + "{}<|im_end|>\n<|im_start|>assistant\n"
+    inputs = processor(text=[text.format("")], images=[part["image"] for part in pictures], return_tensors="pt")
+    # the words as plain letters, whatever control tokens they spell
+    plain = torch.tensor([processor.tokenizer.convert_tokens_to_ids(letters(words["text"]))])
+    ids, end = inputs["input_ids"], len(processor.tokenizer("<|im_end|>\n<|im_start|>assistant\n").input_ids)
+    ids = torch.cat([ids[:, :-end], plain, ids[:, -end:]], 1)
+    with torch.no_grad():
+        output = model(
+            input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=inputs["pixel_values"],
+            image_grid_thw=inputs["image_grid_thw"], mm_token_type_ids=(ids == model.config.image_token_id).int(),
+            output_hidden_states=True,
+        )  # fmt: skip
+    if states:
+        return output.hidden_states[-1][:, -1]
+    return output.logits[0, -1][processor.tokenizer.convert_tokens_to_ids(list(digits))]
+
+
+def letters(text):
+    """The byte-level letters of a text."""
+    from tokenizers import normalizers, pre_tokenizers
+
+    pairs = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(
+        normalizers.NFC().normalize_str(text)
+    )
+    return [letter for part, _ in pairs for letter in part]
+
+
+def test_a_model_that_is_not_there_is_said_before_any_rollout(tmp_path):
+    judge.local.cache_clear()
+    with pytest.raises(InputError, match="--judge-model .* cannot be loaded .*--judge-url"):
+        scorer(model=str(tmp_path / "nothing"))
+
+
+def test_transformers_own_server(folder):
+    """`transformers serve` with the small model: what it answers is what the model in this process says."""
+    port = free_url().rpartition(":")[2].removesuffix("/v1")
+    command = ["-c", "from transformers.cli.transformers import main; main()", "serve", folder, "--port", port]
+    process = subprocess.Popen(
+        [sys.executable, *command, "--device", "cpu"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"},
+    )  # fmt: skip
+    try:
+        media, prompts = clips(3), ["a red circle", "b", "c"]
+        deadline = time.time() + 120
+        while True:
+            try:
+                served = scorer(url=f"http://localhost:{port}/v1", model=folder, retries=0)
+                break
+            except InputError as error:
+                assert process.poll() is None and time.time() < deadline, error
+                time.sleep(0.5)
+        score = served.score(media, prompts)
+        judge.local.cache_clear()
+        assert torch.equal(score, scorer(model=folder).score(media, prompts)) and score.isfinite().all()
+    finally:
+        process.kill()
+        process.wait()
+
+
+# --- A whole run ---
+
+
+def launch(folder, *flags):
+    command = [sys.executable, "self_paced.py", "--output", str(folder), "--steps", "6", "--save-every", "100",
+               "--reward", "judge:quality", "judge:alignment", "--thresholds", "0.5", "--prompts-per-step", "2",
+               "--group-size", "3", "--sampling-steps", "3", "--tracker", "none", "--eval-every", "0",
+               "--sample-every", "0", "--judge-model", "m", *flags]  # fmt: skip
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def test_a_run_whose_server_dies_ends_with_one_line_and_a_checkpoint_and_goes_on(serve, tmp_path):
+    def behave(handler, number, body):
+        return handler.say(colour_score(body)) if number <= 30 else handler.fail(503)  # the third step of 12 requests
+
+    url, server = serve(behave)
+    server.alive = lambda: len(server.asked) <= 30
+    died = launch(tmp_path / "run", "--judge-url", url, "--judge-retries", "1")
+    assert died.returncode == 1 and "Traceback" not in died.stderr
+    (line,) = [line for line in died.stderr.splitlines() if line.startswith("error:")]
+    assert re.search(r"judge:\w+: the server at .* is gone", line) and "--resume latest" in line
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_000002"]
+
+    url, _ = serve(lambda handler, number, body: handler.say(colour_score(body)))
+    resumed = launch(tmp_path / "run", "--judge-url", url, "--resume", "latest")
+    whole = launch(tmp_path / "whole", "--judge-url", url)
+    assert resumed.returncode == 0 == whole.returncode, resumed.stderr[-500:]
+    rows = [
+        [{k: v for k, v in json.loads(line).items() if "second" not in k} for line in text.splitlines()]
+        for text in ((tmp_path / name / "metrics.jsonl").read_text() for name in ("run", "whole"))
+    ]
+    assert rows[0] == rows[1] and len(rows[0]) == 6
