@@ -9,6 +9,7 @@ then WanTransformer3DModel and its text encoder by flow matching, on true captio
 the last steps.
 """
 
+import copy
 import random
 import time
 from dataclasses import dataclass
@@ -50,7 +51,12 @@ class Args:
     vae_from: str = "assets/tiny-wan"
     """Pipeline whose autoencoder the image-to-video model takes."""
     vae_steps: int = 1300
+    decoder_steps: int = 1500
+    """Steps of the decoder alone after those of the whole autoencoder."""
     flow_steps: int = 2000
+    guidance: float = 3.0
+    """Scale of the guidance that goes into the weights."""
+    guidance_steps: int = 400
     scenes: int = 8000
     """Distinct clips that the flow is trained on."""
     true_captions: float = 0.7
@@ -93,17 +99,40 @@ def train_vae(args):
         optimizer.zero_grad()
         if step % 100 == 0:
             print(f"vae {step}: loss {loss.item():.5f} + {told.item():.3f}, learning rate {rate:.1e}", flush=True)
-    vae.eval()
-    latents = encode(vae, clips[:500])
+    latents = encode(vae, clips)
     vae.register_to_config(
         latents_mean=latents.mean((0, 2, 3, 4)).tolist(), latents_std=latents.std((0, 2, 3, 4)).tolist()
     )
-    rebuilt = motion.verify(decode(vae, latents), captions[:500])
-    print(
-        "clips through the autoencoder:",
-        {name: round(value.float().mean().item(), 3) for name, value in rebuilt.items()},
-    )
-    return vae
+    train_decoder(vae, latents, clips, args.decoder_steps)
+    return vae.eval()
+
+
+def train_decoder(vae, latents, clips, steps):
+    """The decoder alone, further, on latents a little off, as those that the flow will make. The encoder's latents stay
+    what they are: a flow that has learned them need not learn again."""
+    spread = torch.tensor(vae.config.latents_std)[:, None, None, None]
+    parameters = [*vae.post_quant_conv.parameters(), *vae.decoder.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=2e-3, weight_decay=0.0)
+    for step, rate in enumerate(schedule(optimizer, steps)):
+        rows = torch.randint(len(clips), (8,))
+        batch = clips[rows].transpose(1, 2) * 2 - 1  # [b, 3, F, H, W]
+        rebuilt = vae.decode(latents[rows] + 0.1 * spread * torch.randn_like(latents[rows])).sample
+        loss = F.mse_loss(rebuilt, batch) + 0.5 * F.l1_loss(rebuilt, batch)  # the second for sharp corners
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 100 == 0:
+            print(f"decoder {step}: loss {loss.item():.5f}, learning rate {rate:.1e}", flush=True)
+
+
+def report_vae(vae):
+    """How much of the verifier's scores of clips nobody was trained on survives the autoencoder."""
+    captions = moving.sample_captions(500, 99)
+    clips = moving.render(moving.sample_scenes(captions, 99))
+    rebuilt = motion.verify(decode(vae, encode(vae, clips)), captions)
+    scores = {name: round(value.float().mean().item(), 3) for name, value in rebuilt.items()}
+    print("clips through the autoencoder:", scores, flush=True)
 
 
 def what_is_where(scenes, side):
@@ -204,33 +233,44 @@ def noise_levels(number, low, high):
     return 3 * u / (1 + 2 * u)
 
 
-def train_flow(pipe, args):
+def experts_of(pipe):
+    """[(transformer, the lowest sigma that it sees, the highest)]"""
+    if pipe.transformer_2 is None:
+        return [(pipe.transformer, 0.0, 1.0)]
+    return [(pipe.transformer, BOUNDARY, 1.0), (pipe.transformer_2, 0.0, BOUNDARY)]
+
+
+def noisy_batch(latents, still, low, high):
+    """Random rows [b] with noise between two sigmas: the transformer's input, sigma [b], the velocity to learn."""
+    rows = torch.randint(len(latents), (BATCH,))
+    clean, noise, sigma = latents[rows], torch.randn(BATCH, *latents.shape[1:]), noise_levels(BATCH, low, high)
+    spread = sigma[:, None, None, None, None]
+    x = (1 - spread) * clean + spread * noise
+    return rows, x if still is None else torch.cat([x, still[rows]], 1), sigma, noise - clean
+
+
+def velocity(transformer, x, sigma, text):
+    return transformer(hidden_states=x, timestep=1000 * sigma, encoder_hidden_states=text, return_dict=False)[0]
+
+
+def train_flow(pipe, captions, latents, still, args):
     """Flow matching of the transformers and the text encoder; the averaged weights are kept."""
     rng = random.Random(args.seed)
     torch.manual_seed(args.seed + 2)
-    captions, latents, still = scenes(pipe, args)
-    known = tokens(pipe, every_caption())
-    experts = [pipe.transformer, pipe.transformer_2] if args.images else [pipe.transformer]
-    ranges = [(BOUNDARY, 1.0), (0.0, BOUNDARY)] if args.images else [(0.0, 1.0)]
+    known, experts = tokens(pipe, every_caption()), experts_of(pipe)
     only = ("direction", "speed") if args.images else tuple(moving.ATTRIBUTES)
-    modules = torch.nn.ModuleList([*experts, pipe.text_encoder]).train()
+    modules = torch.nn.ModuleList([*(expert for expert, *_ in experts), pipe.text_encoder]).train()
     average = torch.optim.swa_utils.AveragedModel(
         modules, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.998)
     )
     optimizer = torch.optim.AdamW(modules.parameters(), lr=3e-3, weight_decay=1e-4, betas=(0.9, 0.98))
     started = time.time()
     for step, rate in enumerate(schedule(optimizer, args.flow_steps)):
-        expert, (low, high) = experts[step % len(experts)], ranges[step % len(experts)]
-        rows = torch.randint(len(latents), (BATCH,))
+        expert, low, high = experts[step % len(experts)]
+        rows, x, sigma, wanted = noisy_batch(latents, still, low, high)
         wrong = args.wrong if step >= args.flow_steps * args.true_captions else 0.0
         told = [known[moving.corrupt(captions[row], wrong, rng, only)] for row in rows]
-        clean, noise, sigma = latents[rows], torch.randn(BATCH, *latents.shape[1:]), noise_levels(BATCH, low, high)
-        spread = sigma[:, None, None, None, None]
-        x = (1 - spread) * clean + spread * noise
-        x = x if still is None else torch.cat([x, still[rows]], 1)
-        text = embed(pipe, torch.stack(told))
-        velocity = expert(hidden_states=x, timestep=1000 * sigma, encoder_hidden_states=text, return_dict=False)[0]
-        loss = F.mse_loss(velocity, noise - clean)
+        loss = F.mse_loss(velocity(expert, x, sigma, embed(pipe, torch.stack(told))), wanted)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(modules.parameters(), 1.0)
         optimizer.step()
@@ -243,6 +283,31 @@ def train_flow(pipe, args):
             )
     modules.load_state_dict(average.module.state_dict())
     modules.eval()
+
+
+def distil_guidance(pipe, captions, latents, still, args):
+    """Classifier-free guidance goes into the weights: the transformers learn what they themselves say at a scale of
+    --guidance, so that a scale of 1, one forward pass instead of two, follows the captions as closely."""
+    torch.manual_seed(args.seed + 3)
+    known, students = tokens(pipe, [*every_caption(), ""]), experts_of(pipe)
+    teachers = [copy.deepcopy(student) for student, *_ in students]
+    parameters = [weight for student, *_ in students for weight in student.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=5e-4, weight_decay=0.0)
+    for step, rate in enumerate(schedule(optimizer, args.guidance_steps)):
+        i = step % len(students)
+        student, low, high = students[i]
+        rows, x, sigma, _ = noisy_batch(latents, still, low, high)
+        with torch.no_grad():
+            text = embed(pipe, torch.stack([known[captions[row]] for row in rows]))
+            nothing = embed(pipe, known[""].expand(BATCH, -1))
+            towards, away = velocity(teachers[i], x, sigma, text), velocity(teachers[i], x, sigma, nothing)
+        loss = F.mse_loss(velocity(student, x, sigma, text), away + args.guidance * (towards - away))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 100 < len(students):
+            print(f"guidance {step}: loss {loss.item():.4f}, learning rate {rate:.1e}", flush=True)
 
 
 def tokens(pipe, captions):
@@ -276,9 +341,12 @@ def main(args):
     started, name = time.time(), "tiny-wan-i2v" if args.images else "tiny-wan"
     output = args.output or f"assets/{name}"
     vae = AutoencoderKLWan.from_pretrained(args.vae_from, subfolder="vae").eval() if args.images else train_vae(args)
+    report_vae(vae)
     print(f"autoencoder: {time.time() - started:.0f} s", flush=True)
     pipe = new_pipeline(vae, args)
-    train_flow(pipe, args)
+    data = scenes(pipe, args)
+    train_flow(pipe, *data, args)
+    distil_guidance(pipe, *data, args)
     pipe.to(torch.float16).save_pretrained(output)
     size = sum(file.stat().st_size for file in Path(output).rglob("*") if file.is_file())
     print(f"{output}: {size / 1e6:.1f} MB, {time.time() - started:.0f} s")
