@@ -8,6 +8,8 @@ if workers := os.getenv("PYTEST_XDIST_WORKER_COUNT"):  # they share the cores; b
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import json
+import socket
+import subprocess
 
 import pytest
 import torch
@@ -41,3 +43,15 @@ def metrics(folder):
 
 def weights(folder, step, name="transformer"):
     return torch.load(folder / "checkpoints" / f"step_{step:06d}" / f"{name}.pt", weights_only=True)
+
+
+def launch(processes, *words):
+    """accelerate launch, as a user does it; on a machine without GPUs its processes meet over gloo."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    flags = f"--multi_gpu --num_processes {processes} --num_machines 1 --mixed_precision no --dynamo_backend no"
+    accelerate = [sys.executable, "-m", "accelerate.commands.launch", *flags.split(), "--main_process_port", str(port)]
+    return subprocess.run(
+        [*accelerate, *words], capture_output=True, text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    )

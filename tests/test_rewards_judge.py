@@ -12,10 +12,10 @@ import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT, launch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from vlm import clips, save_judge
@@ -24,7 +24,6 @@ from common import rewards
 from common.errors import InputError, RewardError
 from common.rewards import judge
 
-ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("judge:quality", "judge:smoothness", "judge:alignment")
 PROMPTS = ["a red circle", 'a "quoted" prompt, with {braces} and <|im_end|>', "🦊 ثعلب", "x " * 500]
 SETTINGS = dict(url="", model="m", fps=2.0, expected=False, timeout=10.0, retries=3, concurrency=4)
@@ -472,11 +471,14 @@ def test_transformers_own_server(folder):
 # --- A whole run ---
 
 
-def launch(folder, *flags):
-    command = [sys.executable, "self_paced.py", "--output", str(folder), "--steps", "6", "--save-every", "100",
-               "--reward", "judge:quality", "judge:alignment", "--thresholds", "0.5", "--prompts-per-step", "2",
-               "--group-size", "3", "--sampling-steps", "3", "--tracker", "none", "--eval-every", "0",
-               "--sample-every", "0", "--judge-model", "m", *flags]  # fmt: skip
+RUN = (
+    "--steps 6 --save-every 100 --reward judge:quality judge:alignment --thresholds 0.5 --prompts-per-step 2 "
+    "--group-size 3 --sampling-steps 3 --tracker none --eval-every 0 --sample-every 0 --judge-model m"
+).split()
+
+
+def train(folder, *flags):
+    command = [sys.executable, "self_paced.py", *RUN, "--output", str(folder), *flags]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
@@ -486,18 +488,31 @@ def test_a_run_whose_server_dies_ends_with_one_line_and_a_checkpoint_and_goes_on
 
     url, server = serve(behave)
     server.alive = lambda: len(server.asked) <= 30
-    died = launch(tmp_path / "run", "--judge-url", url, "--judge-retries", "1")
+    died = train(tmp_path / "run", "--judge-url", url, "--judge-retries", "1")
     assert died.returncode == 1 and "Traceback" not in died.stderr
     (line,) = [line for line in died.stderr.splitlines() if line.startswith("error:")]
     assert re.search(r"judge:\w+: the server at .* is gone", line) and "--resume latest" in line
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_000002"]
 
     url, _ = serve(lambda handler, number, body: handler.say(colour_score(body)))
-    resumed = launch(tmp_path / "run", "--judge-url", url, "--resume", "latest")
-    whole = launch(tmp_path / "whole", "--judge-url", url)
+    resumed = train(tmp_path / "run", "--judge-url", url, "--resume", "latest")
+    whole = train(tmp_path / "whole", "--judge-url", url)
     assert resumed.returncode == 0 == whole.returncode, resumed.stderr[-500:]
     rows = [
         [{k: v for k, v in json.loads(line).items() if "second" not in k} for line in text.splitlines()]
         for text in ((tmp_path / name / "metrics.jsonl").read_text() for name in ("run", "whole"))
     ]
     assert rows[0] == rows[1] and len(rows[0]) == 6
+
+
+def test_an_error_of_one_process_ends_both_with_a_checkpoint(serve, tmp_path):
+    def behave(handler, number, body):  # each process tries the rewards out, then has six requests a step
+        return handler.fail(400) if number == 20 else handler.say(colour_score(body))
+
+    url, _ = serve(behave)
+    started = time.time()
+    died = launch(2, str(ROOT / "self_paced.py"), *RUN, "--output", str(tmp_path / "run"), "--judge-url", url)
+    assert died.returncode != 0 and time.time() - started < 60
+    lines = [line for line in died.stderr.splitlines() if "error: reward judge" in line]
+    assert any("refuses to judge" in line for line in lines) and any("in another process" in line for line in lines)
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_000001"]

@@ -2,11 +2,9 @@
 
 import json
 import math
-import os
 import re
 import resource
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -14,7 +12,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import ROOT, metrics, weights
+from conftest import ROOT, launch, metrics, weights
 from diffusers import FluxPipeline, FluxTransformer2DModel
 from peft import LoraConfig
 
@@ -253,18 +251,6 @@ def test_samples_that_cannot_be_dealt_evenly_are_one_clear_line(tmp_path):
         "error: --prompts-per-step 1 x --group-size 3 = 3 samples cannot be dealt evenly to 2 processes" in done.stderr
     )
     assert not (tmp_path / "odd").exists()
-
-
-def launch(processes, *words):
-    """accelerate launch, as a user does it; on a machine without GPUs its processes meet over gloo."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    flags = f"--multi_gpu --num_processes {processes} --num_machines 1 --mixed_precision no --dynamo_backend no"
-    accelerate = [sys.executable, "-m", "accelerate.commands.launch", *flags.split(), "--main_process_port", str(port)]
-    return subprocess.run(
-        [*accelerate, *words], capture_output=True, text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    )
 
 
 # --- What a run leaves ---
