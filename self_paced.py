@@ -1,7 +1,6 @@
 """Self-Paced GRPO (arXiv 2511.19356), whose reward grows with the generator. Against grpo_base.py:
 
-  1. --reward names ordered stages, easy to hard, each score on [0, 1];
-  2. each group mixes them with weights of its own, moving on past thresholds that --calibrate measures (appendix A).
+  --reward names ordered stages, easy to hard; each group mixes them, moving on past thresholds (appendix A).
 
 The sampler of a flow model becomes a stochastic policy (common/sde.py): each denoising step is a Gaussian with an
 exact log-probability. A step samples G images for each of P prompts, scores them, and raises the probability of those
@@ -53,7 +52,8 @@ class Args(arguments.Args):
     SETTINGS: ClassVar = {"wan2.1-1.3b": dict(thresholds=(0.75, 0.75)), "wan2.1-14b": dict(thresholds=(0.75, 0.73))}
     SETTINGS["hunyuan"] = dict(thresholds=(0.7, 0.68), height=240, width=416, group_size=16, learning_rate=2e-6)
     SETTINGS["tiny-flux"] = SETTINGS["tiny-sd"] = dict(reward=("verifier:quality", "verifier:layout", "verifier"))
-    SETTINGS["tiny-wan"] = SETTINGS["tiny-wan-i2v"] = dict(reward=("motion:quality", "motion:smooth", "motion"))
+    SETTINGS["tiny-wan"] = dict(reward=("motion:quality", "motion:smooth", "motion"), thresholds=(0.5, 0.45))
+    SETTINGS["tiny-wan-i2v"] = SETTINGS["tiny-wan"]
 
 
 def combine_scores(scores, weights):
