@@ -141,6 +141,8 @@ class Args:
     """Folder of the run; default: runs/SCRIPT-MODEL-N with the next free N."""
     resume: str = ""
     """`latest`, or the folder of a checkpoint of this run: go on from there."""
+    keep_checkpoints: Annotated[int, From(0, 1e9)] = 0
+    """Keep this many of the latest checkpoints; 0: all."""
     save_every: Annotated[int, From(0, 1e9)] = 20
     """Steps between checkpoints; the last step always saves. 0: only the last."""
     sample_every: Annotated[int, From(0, 1e9)] = 20

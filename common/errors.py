@@ -1,4 +1,4 @@
-"""The two errors that a person can cause, and the line that they get instead of a traceback."""
+"""The errors that a person can cause, and the line that they get instead of a traceback."""
 
 import sys
 
@@ -15,6 +15,14 @@ class RewardError(RunError):
     """A reward failed. Raised on every process, and before the step has changed anything: the work can be saved."""
 
 
+class Stopped(RuntimeError):
+    """A signal asked the run to stop, and its work is saved: one line, exit code 128 + the signal's number."""
+
+    def __init__(self, number, line):
+        super().__init__(line)
+        self.number = number
+
+
 rescues = []  # what to call after a RewardError; the Runtime of the run puts its own there
 
 
@@ -27,3 +35,6 @@ def run(main, args):
             rescue()
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)
+    except Stopped as stopped:
+        print(f"stopped: {stopped}", file=sys.stderr)
+        sys.exit(128 + stopped.number)

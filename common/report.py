@@ -13,7 +13,7 @@ from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from common.prompts import caption_of
-from common.runtime import write_text
+from common.run_folder import write_text
 
 
 class Report:
@@ -38,10 +38,12 @@ class Report:
         self.bar = tqdm(
             range(start, stop), initial=start, total=stop, disable=not self.run.is_main, dynamic_ncols=True, unit="step"
         )
-        for step in self.bar:
-            self.run.step = step
-            yield step
-        self.run.step = stop
+        with self.run.signals_end_the_step():
+            for step in self.bar:
+                yield step
+                self.run.step = step + 1
+                if self.run.step < stop:
+                    self.run.check_signals()
 
     def log(self, step, metrics):
         """Appends a row to metrics.jsonl and sends it to the tracker: {name: number or tensor of one element}."""

@@ -2,13 +2,9 @@
 
 import contextlib
 import copy
-import dataclasses
-import json
 import math
-import os
 import re
-import shutil
-import sys
+import signal
 from pathlib import Path
 
 import torch
@@ -16,12 +12,8 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list
 from peft import LoraConfig, get_peft_model_state_dict
 
-from common import errors
+from common import checkpoints, errors, run_folder
 from common.errors import InputError, RunError
-
-# Settings that may change when a run goes on; any other difference makes it another run.
-FREE = ("output", "resume", "steps", "save_every", "sample_every", "eval_every", "tracker", "watch", "reward_batch")
-FREE += ("judge_url", "judge_timeout", "judge_retries", "judge_concurrency")
 
 # Largest |rho - 1| before the first update that is still rounding: float32, and bf16 autocast.
 RATIO_LIMIT = {"no": 1e-4, "bf16": 0.05}
@@ -45,7 +37,7 @@ class Runtime:
                 f"--prompts-per-step {args.prompts_per_step} x --group-size {args.group_size} = {rows} samples "
                 f"cannot be dealt evenly to {self.world} processes"
             )
-        self.output = Path(broadcast_object_list([_output_folder(args) if self.is_main else None])[0])
+        self.output = Path(broadcast_object_list([run_folder.choose(args) if self.is_main else None])[0])
         self.accelerator = Accelerator(
             mixed_precision=self.precision,
             cpu=not on_gpu,
@@ -54,7 +46,8 @@ class Runtime:
         )
         self.frozen = {}
         self.step = self.saved = 0  # finished steps, and those that a checkpoint holds
-        self._check_output()
+        self.signal = 0  # the number of the one that asked this process to stop
+        run_folder.check(self.output, args)
         self.checkpoint = self._find_checkpoint()
 
     # --- Rows ---
@@ -117,7 +110,9 @@ class Runtime:
                     weight.data = weight.data.float()
             else:
                 module.float().requires_grad_(True)
-        self._claim_output()
+        if self.is_main:
+            run_folder.claim(self.output, args)
+        self.accelerator.wait_for_everyone()
         model.trainable = {name: self.accelerator.prepare(module) for name, module in model.trainable.items()}
         self.model = model
         weights = self.weights()
@@ -214,55 +209,79 @@ class Runtime:
     # --- Checkpoints ---
 
     def save(self, step, stateful):
-        """checkpoints/step_NNNNNN with all of `stateful`, written beside and renamed.
-
-        stateful: {name: module, or other object with state_dict and load_state_dict, or dictionary}
-        """
+        """checkpoints/step_NNNNNN with all of `stateful`: {name: module, or other object with state_dict and
+        load_state_dict, or dictionary}."""
         if self.is_main:
-            final = self.output / "checkpoints" / f"step_{step:06d}"
-            beside = final.with_name(f".{final.name}.tmp")
-            shutil.rmtree(beside, ignore_errors=True)
+            states = {name: self._state(thing) for name, thing in stateful.items()}
             try:
-                beside.mkdir(parents=True)
-                for name, thing in stateful.items():
-                    torch.save(self._state(thing), beside / f"{name}.pt")
-                (beside / "checkpoint.json").write_text(json.dumps({"step": step, "names": sorted(stateful)}))
-                shutil.rmtree(final, ignore_errors=True)
-                os.replace(beside, final)
-            except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-                shutil.rmtree(beside, ignore_errors=True)
+                checkpoints.write(self.output, step, states, self.args.keep_checkpoints)
+            except (OSError, RuntimeError) as error:
                 raise RunError(
-                    f"cannot save {final} ({error}); is the disk full? Earlier checkpoints are intact"
+                    f"cannot save step {step} in {self.output}/checkpoints ({error}); is the disk full? Earlier "
+                    "checkpoints are intact"
                 ) from None
         self.saved = step
         self.accelerator.wait_for_everyone()
 
+    @contextlib.contextmanager
+    def signals_end_the_step(self):
+        """Inside, SIGTERM and SIGINT let the step finish, then `check_signals` ends the run; a second one ends it at
+        once."""
+        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+        def note(number, frame):
+            self.signal = number
+            signal.signal(number, before[number])
+            self.print(f"\n{signal.Signals(number).name}: finishing the step, then saving")
+
+        try:
+            for number in before:
+                signal.signal(number, note)
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def check_signals(self):
+        """Between steps: if a process got a signal, saves on all of them and raises Stopped."""
+        caught = torch.tensor([self.signal], device=self.device)
+        number = int(self.gather(caught).max()) if self.world > 1 else self.signal
+        if number:
+            self.rescue()
+            raise errors.Stopped(number, f"{signal.Signals(number).name}: stopped after {self.step} steps")
+
     def rescue(self):
-        """Saves the steps that are finished, if no checkpoint holds them yet."""
+        """Saves the steps that are finished, if no checkpoint holds them yet, and says how to go on."""
         if self.step > self.saved:
             self.save(self.step, self.stateful)
-            self.print(f"saved {self.step} steps in {self.output}/checkpoints; go on with --resume latest")
+        if self.saved:
+            self.print(f"{self.saved} steps are saved; go on with --output {self.output} --resume latest")
 
     def _find_checkpoint(self):
-        """(folder, what its checkpoint.json says) of --resume; None without one, or before the first save."""
+        """(folder, step, states) of --resume; None without one, or before the first save. Of the latest ones that are
+        broken (a machine that died while it wrote) it says so and takes the one before."""
         if not self.args.resume:
             return None
-        if self.args.resume == "latest":
-            folder = max(self.output.glob("checkpoints/step_*"), default=None)
-            if folder is None:
-                self.print(f"{self.output} has no checkpoint yet: starting from the beginning")
-                return None
-        else:
-            folder = Path(self.args.resume)
-        try:
-            about = json.loads((folder / "checkpoint.json").read_text())
-        except (OSError, ValueError):
-            raise InputError(
-                f"--resume: {folder} is no checkpoint; give `latest` or a {self.output}/checkpoints/step_NNNNNN"
-            ) from None
-        if about["step"] > self.args.steps:
-            raise InputError(f"--steps {self.args.steps}: {folder} is already at step {about['step']}")
-        return folder, about
+        latest = self.args.resume == "latest"
+        folders = checkpoints.newest_first(self.output) if latest else [Path(self.args.resume)]
+        for folder in folders:
+            try:
+                step, states = checkpoints.read(folder)
+            except checkpoints.Broken as error:
+                if not latest:
+                    raise InputError(
+                        f"--resume: {folder} is no checkpoint ({error}); give `latest` or a "
+                        f"{self.output}/checkpoints/step_NNNNNN"
+                    ) from None
+                self.print(f"passing over {folder}: {error}")
+                continue
+            if step > self.args.steps:
+                raise InputError(f"--steps {self.args.steps}: {folder} is already at step {step}")
+            return folder, step, states
+        if folders:
+            raise InputError(f"--resume: none of the {len(folders)} checkpoints in {self.output} can be read")
+        self.print(f"{self.output} has no checkpoint yet: starting from the beginning")
+        return None
 
     def resume(self, stateful):
         """Loads the checkpoint of --resume into `stateful` and returns its step; 0 without one."""
@@ -270,23 +289,21 @@ class Runtime:
         errors.rescues[:] = [self.rescue]
         if self.checkpoint is None:
             return 0
-        folder, about = self.checkpoint
-        for names, verb in (
-            (set(stateful) - set(about["names"]), "lacks"),
-            (set(about["names"]) - set(stateful), "also has"),
-        ):
+        folder, step, states = self.checkpoint
+        self.checkpoint = None  # gigabytes
+        for names, verb in ((set(stateful) - set(states), "lacks"), (set(states) - set(stateful), "also has")):
             if names:
                 raise InputError(
                     f"--resume: {folder} {verb} {', '.join(sorted(names))}: it is another script's checkpoint"
                 )
         for name, thing in stateful.items():
             try:
-                self._load_state(thing, torch.load(folder / f"{name}.pt", map_location="cpu", weights_only=True))
-            except Exception as error:  # whatever a broken file makes torch say
-                raise InputError(f"--resume: {folder}/{name}.pt does not load: {str(error).splitlines()[0]}") from None
-        self.print(f"resuming {self.output} at step {about['step']}")
-        self.saved = self.step = about["step"]
-        return self.step
+                self._load_state(thing, states[name])
+            except (ValueError, RuntimeError, KeyError) as error:
+                raise InputError(f"--resume: {folder}/{name}.pt does not fit: {str(error).splitlines()[0]}") from None
+        self.print(f"resuming {self.output} at step {step}")
+        self.saved = self.step = step
+        return step
 
     def _state(self, thing):
         """What is saved of a thing; of a module the weights that are trained and no others: a LoRA's base stays out."""
@@ -331,65 +348,6 @@ class Runtime:
         if self.is_main:
             print(*words, flush=True)
 
-    # --- The output folder ---
-
-    def _check_output(self):
-        """An output folder that holds a run needs --resume, and the same settings as before."""
-        config = self.output / "config.json"
-        if config.exists() and not self.args.resume:
-            raise InputError(
-                f"--output {self.output} already holds a run: go on with --resume latest, or choose another folder"
-            )
-        now = self._settings()
-        try:
-            before = json.loads(config.read_text()) if config.exists() else now
-        except (OSError, ValueError):
-            raise InputError(f"--output {self.output}: its config.json cannot be read; choose another folder") from None
-        for name in sorted({*before, *now} - set(FREE)):
-            if before.get(name) != now.get(name):
-                raise InputError(
-                    f"--resume: {self.output} was started with {name} {before.get(name)!r}, now it is {now.get(name)!r}"
-                )
-
-    def _claim_output(self):
-        """Writes config.json: from here on the folder is this run's."""
-        if self.is_main:
-            try:
-                self.output.mkdir(parents=True, exist_ok=True)
-                write_text(self.output / "config.json", json.dumps(self._settings(), indent=2) + "\n")
-            except OSError as error:
-                raise InputError(f"--output {self.output}: cannot write there ({error.strerror})") from None
-        self.accelerator.wait_for_everyone()
-
-    def _settings(self):
-        return {"script": _script(), **json.loads(json.dumps(dataclasses.asdict(self.args)))}
-
-
-def write_text(path, text):
-    """Writes beside and renames: a killed process leaves the old file or the new one, never half of one."""
-    beside = path.with_name(f".{path.name}.tmp")
-    beside.write_text(text)
-    os.replace(beside, path)
-
 
 def _trained(module):
     return [weight for weight in module.parameters() if weight.requires_grad]
-
-
-def _script():
-    return Path(sys.argv[0]).stem
-
-
-def _output_folder(args):
-    """--output, or runs/SCRIPT-MODEL-N: the next free N, and with --resume the newest that exists."""
-    if args.output:
-        return args.output
-    name = f"{_script()}-{Path(args.model).name}"
-    taken = [
-        int(path.name.rpartition("-")[2])
-        for path in Path("runs").glob(f"{name}-*")
-        if path.name.rpartition("-")[2].isdigit()
-    ]
-    if args.resume and not taken:
-        raise InputError(f"--resume: there is no runs/{name}-N; name the run with --output")
-    return f"runs/{name}-{max(taken, default=0) + (not args.resume)}"

@@ -1,0 +1,160 @@
+"""What a run survives: signals, broken checkpoints, a full disk."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, metrics, weights
+
+from common import checkpoints
+from common.errors import InputError, RunError
+
+SMALL = (
+    "--prompts-per-step 2 --group-size 4 --sampling-steps 4 --tracker none --eval-every 0 --sample-every 0 --steps 8 "
+    "--save-every 3"
+).split()
+
+
+def start(folder, *flags, script="grpo_base.py"):
+    command = [sys.executable, script, "--output", str(folder), *SMALL, *flags]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for_steps(folder, number, process):
+    while not (folder / "metrics.jsonl").exists() or len((folder / "metrics.jsonl").read_text().splitlines()) < number:
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The run that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    process = start(folder)
+    assert process.wait() == 0, process.communicate()[0]
+    return folder
+
+
+def same(left, right):
+    """Metrics and weights of two finished runs, bit for bit."""
+    assert metrics(left) == metrics(right)
+    for name in ("transformer", "optimizer"):
+        ours, theirs = weights(left, 8, name), weights(right, 8, name)
+        flat = [value for value in torch.utils._pytree.tree_leaves(ours)]
+        for a, b in zip(flat, torch.utils._pytree.tree_leaves(theirs), strict=True):
+            assert torch.equal(a, b) if torch.is_tensor(a) else a == b
+
+
+# --- Signals ---
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(whole, tmp_path, number):
+    folder = tmp_path / "run"
+    process = start(folder)
+    wait_for_steps(folder, 1, process)
+    process.send_signal(number)
+    said = process.communicate(timeout=120)[0]
+    assert process.returncode == 128 + number and "Traceback" not in said
+    steps = len(metrics(folder))
+    assert f"stopped: {number.name}: stopped after {steps} steps" in said and 1 <= steps < 8
+    assert f"{steps} steps are saved; go on with --output {folder} --resume latest" in said
+    assert checkpoints.read(checkpoints.newest_first(folder)[0])[0] == steps
+    resumed = start(folder, "--resume", "latest")
+    assert resumed.wait() == 0, resumed.communicate()[0]
+    same(folder, whole)
+
+
+def test_a_second_signal_ends_at_once(tmp_path):
+    process = start(tmp_path / "run", "--steps", "1000", "--group-size", "64")
+    wait_for_steps(tmp_path / "run", 1, process)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=10) == -signal.SIGTERM
+
+
+def test_signals_are_as_before_after_a_run(train):
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    train()
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+# --- Checkpoints ---
+
+
+def test_only_the_latest_checkpoints_are_kept(train):
+    folder, _ = train(steps=5, save_every=1, keep_checkpoints=2)
+    assert [path.name for path in checkpoints.newest_first(folder)] == ["step_000005", "step_000004"]
+    folder, _ = train(steps=5, save_every=2, output="all")
+    assert [path.name for path in checkpoints.newest_first(folder)] == ["step_000005", "step_000004", "step_000002"]
+
+
+BREAK = {
+    "cut short": lambda folder: os.truncate(folder / "transformer.pt", 5000),
+    "emptied": lambda folder: (folder / "optimizer.pt").write_bytes(b""),
+    "overwritten": lambda folder: (folder / "transformer.pt").write_bytes(b"nonsense" * 100),
+    "without a file": lambda folder: (folder / "optimizer.pt").unlink(),
+    "without its list": lambda folder: (folder / "checkpoint.json").unlink(),
+    "with a broken list": lambda folder: (folder / "checkpoint.json").write_text('{"step": 4, '),
+}
+
+
+@pytest.mark.parametrize("how", BREAK)
+def test_a_broken_checkpoint_is_passed_over(train, capsys, how):
+    folder, rows = train(steps=4, save_every=2)
+    final = weights(folder, 4)
+    BREAK[how](folder / "checkpoints" / "step_000004")
+    capsys.readouterr()
+    _, again = train(steps=4, save_every=2, resume="latest")
+    said = capsys.readouterr().out
+    assert f"passing over {folder}/checkpoints/step_000004: it" in said and f"resuming {folder} at step 2" in said
+    assert again == rows
+    assert all(torch.equal(value, weights(folder, 4)[name]) for name, value in final.items())
+
+
+def test_a_broken_checkpoint_that_was_asked_for_is_an_error(train):
+    folder, _ = train(steps=4, save_every=2)
+    last = folder / "checkpoints" / "step_000004"
+    BREAK["cut short"](last)
+    with pytest.raises(InputError, match=r"step_000004 is no checkpoint \(its transformer.pt does not load"):
+        train(steps=4, save_every=2, resume=str(last))
+    BREAK["emptied"](folder / "checkpoints" / "step_000002")
+    with pytest.raises(InputError, match="none of the 2 checkpoints in .* can be read"):
+        train(steps=4, save_every=2, resume="latest")
+
+
+def test_a_full_disk_leaves_the_earlier_checkpoints(train, monkeypatch):
+    real, calls = torch.save, []
+
+    def full(state, file):
+        calls.append(1)
+        if len(calls) > 3:  # the second checkpoint's second file
+            file.write(b"half of it")
+            raise OSError(28, "No space left on device")
+        real(state, file)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(RunError, match="cannot save step 2 in .*No space left on device.*is the disk full"):
+        train(steps=3, save_every=1)
+    monkeypatch.setattr(torch, "save", real)
+    folder, rows = train(steps=3, save_every=1, resume="latest")
+    assert rows == train(steps=3, save_every=1, output="whole")[1]
+    assert not list((folder / "checkpoints").glob(".*"))
+
+
+def test_checkpoints_hold_no_code(train, tmp_path):
+    """A pickle that would run something when it is loaded is refused, not run."""
+    folder, _ = train(steps=2, save_every=1)
+
+    class Evil:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path}/ran",)
+
+    torch.save(Evil(), folder / "checkpoints" / "step_000002" / "transformer.pt")
+    train(steps=2, save_every=1, resume="latest")  # falls back to step 1
+    assert not (tmp_path / "ran").exists()
