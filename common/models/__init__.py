@@ -110,7 +110,11 @@ def family_of(name):
 
     Raises InputError that says what to do; loads no weights.
     """
-    pipeline = json.loads(_index_file(settings(name).get("source", name)).read_text()).get("_class_name")
+    index = _index_file(settings(name).get("source", name))
+    try:
+        pipeline = json.loads(index.read_text()).get("_class_name")
+    except (OSError, ValueError, AttributeError):
+        raise InputError(f"model: {index} is broken; download {name} again") from None
     if pipeline not in FAMILIES:
         raise InputError(f"model: {name} is a {pipeline}; supported are {', '.join(FAMILIES)}")
     module, attribute = FAMILIES[pipeline]
