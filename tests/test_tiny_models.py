@@ -40,8 +40,8 @@ def test_base_model_chooses_badly_with_a_wide_spread(name):
     else:
         score = build_tiny_wan.exam(name, folder, group=4, seed=0)["score"]
     assert score.shape[0] == 128
-    assert 0.35 <= score.mean() <= 0.65
-    assert score.std(1, unbiased=False).mean() >= 0.15
+    assert 0.25 <= score.mean() <= 0.55
+    assert score.std(1, unbiased=False).mean() >= 0.1
 
 
 @embedded

@@ -44,7 +44,7 @@ _SHAPES = dict(
 )  # fmt: skip
 _MOTION = dict(
     prompts=str(ASSETS / "prompts/motion.txt"), eval_prompts=str(ASSETS / "prompts/motion_heldout.txt"),
-    reward=("motion",), frames=5, fps=5.0,
+    reward=("motion",), frames=5, fps=5.0, steps=40,
 )  # fmt: skip
 # DanceGRPO (2505.07818), which the three papers follow.
 _PAPERS = dict(
