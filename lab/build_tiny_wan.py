@@ -326,10 +326,10 @@ def embed(pipe, ids):
 
 
 @torch.no_grad()
-def exam(name, folder, group, seed):
+def exam(name, folder, group, seed, every=1):
     """The verifier on noise-free samples of a saved pipeline, `group` for each held-out line: {part: [P, G]}."""
     settings = models.settings(name)
-    lines = [line for line in read_prompts(settings["eval_prompts"]) for _ in range(group)]
+    lines = [line for line in read_prompts(settings["eval_prompts"])[::every] for _ in range(group)]
     model = models.load(folder, torch.float32, lines, height=32, width=32, frames=settings["frames"])
     streams = torch.arange(len(lines)) + seed
     clips = sample(model, lines, streams, model.sigmas(8, settings["shift"]), 128)

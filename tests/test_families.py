@@ -297,7 +297,8 @@ def test_gradient_checkpointing_changes_no_number(train, tmp_path, picture):
 def test_two_processes_train_both_experts_as_one(train, tmp_path, picture):
     """Each expert's last use in an update is another backward pass; processes have to exchange gradients in both."""
     settings = folder_of("wan, two experts", tmp_path, picture)
-    settings |= dict(prompts_per_step=3, group_size=4, micro_batch=4, steps=2, timestep_fraction=0.7)
+    # micro-batches of one shape on one process and on two: the bytes of a JPEG jump where a pixel is rounded otherwise
+    settings |= dict(prompts_per_step=3, group_size=4, micro_batch=6, steps=2, timestep_fraction=0.7)
     _, one = train(**settings)
     flags = [word for name, value in settings.items() if name != "reward" for word in flag(name, value)]
     words = command(tmp_path / "two", *flags, "--reward", *settings["reward"])[1:]

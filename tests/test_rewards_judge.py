@@ -472,7 +472,7 @@ def test_transformers_own_server(folder):
 
 
 RUN = (
-    "--steps 6 --save-every 100 --reward judge:quality judge:alignment --thresholds 0.5 --prompts-per-step 2 "
+    "--steps 4 --save-every 100 --reward judge:quality judge:alignment --thresholds 0.5 --prompts-per-step 2 "
     "--group-size 3 --sampling-steps 3 --tracker none --eval-every 0 --sample-every 0 --judge-model m"
 ).split()
 
@@ -502,7 +502,7 @@ def test_a_run_whose_server_dies_ends_with_one_line_and_a_checkpoint_and_goes_on
         [{k: v for k, v in json.loads(line).items() if "second" not in k} for line in text.splitlines()]
         for text in ((tmp_path / name / "metrics.jsonl").read_text() for name in ("run", "whole"))
     ]
-    assert rows[0] == rows[1] and len(rows[0]) == 6
+    assert rows[0] == rows[1] and len(rows[0]) == 4
 
 
 def test_an_error_of_one_process_ends_both_with_a_checkpoint(serve, tmp_path):

@@ -164,7 +164,7 @@ def test_every_pair_is_scored_alone(tmp_path):
         scorer.fps = FPS
         return scorer
 
-    check_contract(make, clips(4), PROMPTS[:4], tolerance=2e-5)
+    check_contract(make, clips(4, frames=4), PROMPTS[:4], tolerance=2e-5)
 
 
 def test_four_rewards_share_one_model_and_one_pass(official, monkeypatch):
