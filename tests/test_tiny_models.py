@@ -9,7 +9,7 @@ import torch
 from conftest import ROOT, metrics
 from safetensors import safe_open
 
-from common import models
+from common import models, sde
 from lab import build_tiny_sd, build_tiny_wan, shapes
 
 GAIN = 0.10
@@ -63,3 +63,18 @@ def test_a_method_lifts_the_held_out_reward_within_ten_minutes(script, model, fl
     assert time.time() - started <= 600
     exams = [row["eval_reward"] for row in metrics(tmp_path / "run") if "eval_reward" in row]
     assert exams[-1] - exams[0] >= GAIN
+
+
+def test_ddim_in_few_steps_weighs_its_last_noisy_step_most():
+    """By how many standard deviations a unit of predicted noise moves each mean; why tiny-sd trains with `flow`."""
+    sigmas, zero = models.load("tiny-sd", torch.float32).sigmas(8, 1.0), torch.zeros(1, 1, 1, 1)
+
+    def moved(kind, eta):
+        found = []
+        for at in list(zip(sigmas, sigmas[1:], sde.diffusion_coefficients(sigmas, eta, kind)))[:-1]:
+            still, more = (sde.TRANSITIONS[kind](zero + v, zero, *at, x_next=zero)[2].item() for v in (0.0, 1.0))
+            found.append(abs(more - still) / (1 - at[0].item()) / sde.transition_std(*at).item())
+        return found
+
+    assert moved("ddim", 1.0)[-1] == pytest.approx(9.7, abs=0.05) and 1.1 < max(moved("ddim", 1.0)[:-1]) < 1.5
+    assert 1.1 < min(moved("flow", 0.7)) and max(moved("flow", 0.7)) < 2.0

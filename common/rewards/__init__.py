@@ -152,11 +152,8 @@ def try_out(scorers, model, prompt):
     nothing = torch.zeros(1, *model.noise_shape, device=model.device)
     score(scorers, model.decode(nothing), [prompt])
     for name, scorer in scorers.items():
-        if getattr(scorer, "error", None) is not None:
-            try:
-                check_finite({name: torch.full((1, 1), torch.inf)}, scorers, [prompt])
-            except RewardError as error:
-                raise InputError(str(error)) from error.__cause__
+        if failure(name, scorer):
+            raise InputError(failure(name, scorer)) from scorer.error
 
 
 def score_one(scorer, media, captions):
@@ -168,18 +165,22 @@ def score_one(scorer, media, captions):
     return scorer.score(chosen.flatten(0, 1), [caption for caption in captions for _ in range(f)]).view(b, f).mean(1)
 
 
+def failure(name, scorer):
+    """What a scorer raised when it was last asked, as a line; "" if nothing."""
+    error = getattr(scorer, "error", None)
+    if error is None or isinstance(error, (InputError, RewardError)):
+        return str(error or "")
+    *_, place = traceback.extract_tb(error.__traceback__)
+    return f"reward {name} raised {type(error).__name__}: {error} ({place.filename}, line {place.lineno})"
+
+
 def check_finite(scores, scorers, prompts):
     """{name: [P, G]} of P prompts, from all processes; raises RewardError on all of them for a scorer that raised, an
     infinite score, a NaN where `masks` does not allow it, and if nothing has a score."""
     for name, values in scores.items():
-        error, masks = getattr(scorers[name], "error", None), getattr(scorers[name], "masks", False)
-        if isinstance(error, (InputError, RewardError)):
-            raise RewardError(str(error)) from error
-        if error is not None:
-            *_, place = traceback.extract_tb(error.__traceback__)
-            raise RewardError(
-                f"reward {name} raised {type(error).__name__}: {error} ({place.filename}, line {place.lineno})"
-            ) from error
+        masks = getattr(scorers[name], "masks", False)
+        if failure(name, scorers[name]):
+            raise RewardError(failure(name, scorers[name])) from scorers[name].error
         if masks and values.isnan().all():
             raise RewardError(f"reward {name} has no score for any of {values.numel()} samples")
         wrong = (~torch.isfinite(values) & ~(values.isnan() & masks)).nonzero().tolist()
