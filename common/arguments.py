@@ -127,6 +127,11 @@ class Args:
     """Regular expression of the layers that the LoRA adapts; default: the linear layers of the blocks."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them: slower, for much less memory."""
+    exchange_often: bool = False
+    """Sharded weights: processes exchange gradients after every backward pass instead of once an update; more traffic,
+    but none of them holds the gradients of all weights."""
+    ema: Annotated[float, From(0, 0.99999)] = 0.0
+    """Decay of a running average of the trained weights, exported beside them; 0: no average."""
     kl_coef: Annotated[float, From(0, 1e6)] = 0.0
     """Weight of the KL term against the initial weights; above 0 it costs a second forward pass."""
 
@@ -149,6 +154,8 @@ class Args:
     """Steps between grids of samples; 0: never."""
     eval_every: Annotated[int, From(0, 1e9)] = 20
     """Steps between evaluations on --eval-prompts; first and last step always. 0: never."""
+    trust_remote_code: bool = False
+    """Run the Python code that the repository of a --model or --judge-model brings along; else it is refused."""
     tracker: Literal["tensorboard", "wandb", "none"] = "tensorboard"
     """Where the metrics go besides metrics.jsonl."""
 
@@ -164,7 +171,7 @@ def defaults(cls, model="tiny-flux", **values):
 def of_model(args):
     """What models.load takes besides name, dtype and prompts."""
     names = ("height", "width", "frames", "guidance", "guidance_2", "batched_guidance", "decode_batch")
-    return {name: getattr(args, name) for name in (*names, "offload_encoders")}
+    return {name: getattr(args, name) for name in (*names, "offload_encoders", "trust_remote_code")}
 
 
 def of_rewards(args):
@@ -173,7 +180,7 @@ def of_rewards(args):
     judge = {name[len("judge_") :]: value for name, value in vars(args).items() if name.startswith("judge_")}
     return {
         **{name: getattr(args, name) for name in names},
-        "judge": judge,
+        "judge": {**judge, "trusted": args.trust_remote_code},
         "clips": models.family_of(args.model).video,
     }
 

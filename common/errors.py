@@ -15,7 +15,7 @@ class RewardError(RunError):
     """A reward failed. Raised on every process, and before the step has changed anything: the work can be saved."""
 
 
-class Stopped(RuntimeError):
+class Stopped(Exception):
     """A signal asked the run to stop, and its work is saved: one line, exit code 128 + the signal's number."""
 
     def __init__(self, number, line):
@@ -35,6 +35,20 @@ def run(main, args):
             rescue()
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)
+    except RuntimeError as error:
+        if not _lost_a_process(error):
+            raise
+        print(
+            "error: another process of this run is gone; what it said stands above or in its machine's log, and the "
+            "last checkpoint is intact: start again with --resume latest",
+            file=sys.stderr,
+        )
+        sys.exit(1)
     except Stopped as stopped:
         print(f"stopped: {stopped}", file=sys.stderr)
         sys.exit(128 + stopped.number)
+
+
+def _lost_a_process(error):
+    """Whether the processes' exchange failed: torch's own errors of NCCL and the store, and gloo's, which has none."""
+    return type(error).__name__.startswith("Dist") or "gloo" in str(error)

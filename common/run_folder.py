@@ -11,7 +11,7 @@ from common.errors import InputError
 # Settings that may change when a run goes on; any other difference makes it another run.
 FREE = (
     "output", "resume", "steps", "save_every", "keep_checkpoints", "sample_every", "eval_every", "tracker", "watch",
-    "reward_batch", "judge_url", "judge_timeout", "judge_retries", "judge_concurrency",
+    "reward_batch", "judge_url", "judge_timeout", "judge_retries", "judge_concurrency", "exchange_often",
 )  # fmt: skip
 
 

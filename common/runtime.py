@@ -9,10 +9,11 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import broadcast_object_list
-from peft import LoraConfig, get_peft_model_state_dict
+from accelerate.utils import broadcast_object_list, gather_object
+from diffusers.training_utils import EMAModel
+from peft import LoraConfig
 
-from common import checkpoints, errors, run_folder
+from common import checkpoints, errors, export, preflight, run_folder, sharding
 from common.errors import InputError, RunError
 
 # Largest |rho - 1| before the first update that is still rounding: float32, and bf16 autocast.
@@ -31,6 +32,10 @@ class Runtime:
         )  # of the forward pass, and of all weights that are not trained
         state = PartialState(cpu=not on_gpu)
         self.device, self.is_main, self.world = state.device, state.is_main_process, state.num_processes
+        self.sharding = sharding.take_plugin()
+        self.mesh = sharding.mesh_of(self.device, self.world) if self.sharding else None
+        if args.exchange_often and not self.sharding:
+            raise InputError("--exchange-often belongs to sharded weights (configs/fsdp2.yaml)")
         rows = args.prompts_per_step * args.group_size
         if rows % self.world:
             raise InputError(
@@ -84,7 +89,7 @@ class Runtime:
         if not self.args.lora_rank and not self.frozen:  # one copy, whoever asks for it
             self.frozen = copy.deepcopy(model.trainable)
             for module in self.frozen.values():
-                module.requires_grad_(False).eval().to(self.device, self.dtype)
+                self._place(module.requires_grad_(False).eval(), model)
 
     def prepare(self, model):
         """Moves the model to the device, makes its weights or a LoRA trainable in float32, returns the optimizer.
@@ -92,46 +97,66 @@ class Runtime:
         model.trainable then holds the prepared modules.
         """
         args = self.args
-        for name, module in model.pipe.components.items():
-            if isinstance(module, torch.nn.Module):
-                waits = args.offload_encoders and name in model.encoders
-                module.requires_grad_(False).eval().to("cpu" if waits else self.device)
         for module in model.trainable.values():
-            if args.gradient_checkpointing:
+            module.requires_grad_(False).eval()
+            if args.gradient_checkpointing or (self.sharding and self.sharding.activation_checkpointing):
                 module.enable_gradient_checkpointing()
             if args.lora_rank:
-                torch.manual_seed(args.seed)  # the same adapter on every process
-                targets = args.lora_targets or model.lora_targets
-                try:
-                    module.add_adapter(LoraConfig(r=args.lora_rank, lora_alpha=args.lora_rank, target_modules=targets))
-                except (ValueError, re.error) as error:  # no layer of that name, or no regular expression
-                    raise InputError(f"--lora-targets {targets!r}: {error}") from None
-                for weight in _trained(module):
-                    weight.data = weight.data.float()
-            else:
-                module.float().requires_grad_(True)
+                self._adapt(module, args.lora_targets or model.lora_targets)
         if self.is_main:
             run_folder.claim(self.output, args)
+        preflight.check(self, model)
+        for name, module in model.pipe.components.items():
+            if isinstance(module, torch.nn.Module) and name not in model.trainable:
+                waits = args.offload_encoders and name in model.encoders
+                module.requires_grad_(False).eval().to("cpu" if waits else self.device)
         self.accelerator.wait_for_everyone()
-        model.trainable = {name: self.accelerator.prepare(module) for name, module in model.trainable.items()}
+        for name, module in model.trainable.items():
+            self._place(module, model)
+            if not args.lora_rank:
+                module.float().requires_grad_(True)
+            model.trainable[name] = self.accelerator.prepare_model(module, evaluation_mode=bool(self.sharding))
         self.model = model
-        weights = self.weights()
+        # for good: between two passes a sharded module may show others
+        self.trained = weights = _trained(torch.nn.ModuleList(model.trainable.values()))
         optimizer = torch.optim.AdamW(weights, lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
         self.optimizer = self.accelerator.prepare(optimizer)
+        self.average = EMAModel(weights, decay=args.ema) if args.ema else None
         self.print(
             f"{args.model}: training {sum(w.numel() for w in weights) / 1e6:.2f}M weights"
-            f"{' (LoRA)' * bool(args.lora_rank)} on {self.world} x {self.device.type}, "
+            f"{' (LoRA)' * bool(args.lora_rank)} on {self.world} x {self.device.type}"
+            f"{', sharded' * bool(self.sharding)}, "
             f"{args.prompts_per_step} x {args.group_size} samples a step, into {self.output}"
         )
         return self.optimizer
 
+    def _adapt(self, module, targets):
+        """Adds a LoRA with float32 weights."""
+        torch.manual_seed(self.args.seed)  # the same one on every process
+        rank = self.args.lora_rank
+        try:
+            module.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets))
+        except (ValueError, re.error) as error:  # no layer of that name, or no regular expression
+            raise InputError(f"--lora-targets {targets!r}: {error}") from None
+        for weight in _trained(module):
+            weight.data = weight.data.float()
+
+    def _place(self, module, model):
+        """Moves a module to the device, or shards it there."""
+        if self.sharding:
+            sharding.shard(module, model.blocks, self.sharding, self.mesh, self.dtype)
+        else:
+            module.to(self.device)
+
     def weights(self):
         """The trained weights, a list of tensors."""
-        return _trained(torch.nn.ModuleList(self.model.trainable.values()))
+        return self.trained
 
     @contextlib.contextmanager
     def plain_modules(self):
         """Inside, model.velocity can be differentiated otherwise than by `backward`: processes exchange nothing."""
+        if self.sharding:
+            raise InputError("sharded weights can be differentiated by the update only; take configs/ddp.yaml")
         trained = self.model.trainable
         self.model.trainable = {name: self.accelerator.unwrap_model(module) for name, module in trained.items()}
         try:
@@ -158,10 +183,13 @@ class Runtime:
     def exchange_gradients(self, now):
         """Whether processes exchange gradients in the next forward and backward pass; until then each adds up its own.
 
-        Data parallelism decides in the forward pass, so `no_sync` around a backward pass alone does nothing.
+        Data parallelism decides in the forward pass, so `no_sync` around a backward pass alone does nothing. Sharded
+        weights need whole gradients until then; --exchange-often saves that memory.
         """
         for module in self.model.trainable.values():
-            if isinstance(module, torch.nn.parallel.DistributedDataParallel):
+            if self.sharding:
+                module.set_requires_gradient_sync(now or self.args.exchange_often)
+            elif isinstance(module, torch.nn.parallel.DistributedDataParallel):
                 module.require_backward_grad_sync = now
 
     def backward(self, loss):
@@ -171,13 +199,15 @@ class Runtime:
     def update(self):
         """Clips the gradients, steps the optimizer, and returns the norm before clipping."""
         weights = self.weights()
-        norm = self.accelerator.clip_grad_norm_(weights, self.args.max_grad_norm)
+        norm = sharding.whole(self.accelerator.clip_grad_norm_(weights, self.args.max_grad_norm))
         if not torch.isfinite(norm):
             raise RunError(
                 f"the gradient norm is {norm.item()}: lower --learning-rate and go on from {self.output}/checkpoints"
             )
         self.optimizer.step()
         self.optimizer.zero_grad()
+        if self.average:
+            self.average.step(weights)
         return norm
 
     def summarise(self, diagnostics, updates):
@@ -211,17 +241,31 @@ class Runtime:
     def save(self, step, stateful):
         """checkpoints/step_NNNNNN with all of `stateful`: {name: module, or other object with state_dict and
         load_state_dict, or dictionary}."""
-        if self.is_main:
-            states = {name: self._state(thing) for name, thing in stateful.items()}
-            try:
-                checkpoints.write(self.output, step, states, self.args.keep_checkpoints)
-            except (OSError, RuntimeError) as error:
-                raise RunError(
-                    f"cannot save step {step} in {self.output}/checkpoints ({error}); is the disk full? Earlier "
-                    "checkpoints are intact"
-                ) from None
+        states = {name: self._state(thing) for name, thing in stateful.items()}
+        shares = {name: sharding.local(state) for name, state in states.items() if sharding.has_shards(state)}
+        others = {name: state for name, state in states.items() if name not in shares}
+        parts = {name: self.world * (name in shares) for name in sorted(states)}
+        self._together(self.is_main, checkpoints.begin, self.output, step)
+        self._together(self.is_main, checkpoints.put, self.output, step, others)
+        self._together(bool(shares), checkpoints.put, self.output, step, shares, self.accelerator.process_index)
+        self._together(self.is_main, checkpoints.publish, self.output, step, parts, self.args.keep_checkpoints)
         self.saved = step
-        self.accelerator.wait_for_everyone()
+
+    def _together(self, here, action, output, step, *arguments):
+        """A part of saving, on the processes that are `here`: where it fails on one, all of them stop."""
+        reason = ""
+        try:
+            if here:
+                action(output, step, *arguments)
+        except (OSError, RuntimeError) as error:
+            reason = f"{error}"
+        reasons = gather_object([reason]) if self.world > 1 else [reason]
+        if any(reasons):
+            checkpoints.discard(output, step)
+            raise RunError(
+                f"cannot save step {step} in {output}/checkpoints ({next(filter(None, reasons))}); is the disk full? "
+                "Earlier checkpoints are intact"
+            )
 
     @contextlib.contextmanager
     def signals_end_the_step(self):
@@ -251,8 +295,10 @@ class Runtime:
             raise errors.Stopped(number, f"{signal.Signals(number).name}: stopped after {self.step} steps")
 
     def rescue(self):
-        """Saves the steps that are finished, if no checkpoint holds them yet, and says how to go on."""
-        if self.step > self.saved:
+        """Saves the steps that are finished, unless a checkpoint holds them or their weights are no numbers, and says
+        how to go on."""
+        broken = torch.tensor([not all(weight.isfinite().all() for weight in map(sharding.mine, self.trained))])
+        if self.step > self.saved and not self.gather(broken.to(self.device)).any():
             self.save(self.step, self.stateful)
         if self.saved:
             self.print(f"{self.saved} steps are saved; go on with --output {self.output} --resume latest")
@@ -285,6 +331,8 @@ class Runtime:
 
     def resume(self, stateful):
         """Loads the checkpoint of --resume into `stateful` and returns its step; 0 without one."""
+        if self.average:
+            stateful["ema"] = self.average
         self.stateful = stateful
         errors.rescues[:] = [self.rescue]
         if self.checkpoint is None:
@@ -319,30 +367,22 @@ class Runtime:
         if isinstance(thing, dict):
             return thing.update(state)
         if not isinstance(thing, torch.nn.Module):
-            return thing.load_state_dict(state)
+            sharded = thing is self.optimizer or thing is self.average
+            return thing.load_state_dict(sharding.deal(state, self.mesh if sharded else None))
         expected = self._state(thing)
         if expected.keys() != state.keys():
             raise ValueError(f"it has {len(state)} weights, {len(expected)} are trained here")
-        self.accelerator.unwrap_model(thing).load_state_dict(state, strict=False)
+        self.accelerator.unwrap_model(thing).load_state_dict(sharding.deal(state, self.mesh), strict=False)
 
     def export(self):
-        """export/: the LoRA, or the whole trained pipeline, for plain diffusers; returns the line that loads it."""
-        folder, pipe = self.output / "export", self.model.pipe
-        if self.is_main:
-            if self.args.lora_rank:
-                layers = {name: get_peft_model_state_dict(getattr(pipe, name)) for name in self.model.trainable}
-                self.model.save_lora(folder, layers)
-            else:
-                for module in (getattr(pipe, name) for name in self.model.trainable):
-                    if module.dtype != self.dtype:  # float32 master weights back to the dtype of the forward pass
-                        module.to(self.dtype)
-                pipe.save_pretrained(folder)
-        self.accelerator.wait_for_everyone()
-        return (
-            f'pipe.load_lora_weights("{folder}")'
-            if self.args.lora_rank
-            else f'{type(pipe).__name__}.from_pretrained("{folder}")'
-        )
+        """export/: the LoRA, or the whole trained pipeline, for plain diffusers; returns the line that loads it. With
+        --ema the averaged weights go to export_ema/, and stay in the model: a run ends with this."""
+        folder = self.output / "export"
+        line = export.write(self, folder)
+        if self.average:
+            self.average.copy_to(self.weights())
+            line += f"; the averaged one: {export.write(self, folder.with_name('export_ema'))}"
+        return line
 
     def print(self, *words):
         if self.is_main:

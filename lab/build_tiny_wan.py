@@ -54,6 +54,7 @@ class Args:
     decoder_steps: int = 1500
     """Steps of the decoder alone after those of the whole autoencoder."""
     flow_steps: int = 2000
+    """Steps of the flow, for each expert."""
     guidance: float = 3.0
     """Scale of the guidance that goes into the weights."""
     guidance_steps: int = 400
@@ -265,10 +266,11 @@ def train_flow(pipe, captions, latents, still, args):
     )
     optimizer = torch.optim.AdamW(modules.parameters(), lr=3e-3, weight_decay=1e-4, betas=(0.9, 0.98))
     started = time.time()
-    for step, rate in enumerate(schedule(optimizer, args.flow_steps)):
+    steps = args.flow_steps * len(experts)
+    for step, rate in enumerate(schedule(optimizer, steps)):
         expert, low, high = experts[step % len(experts)]
         rows, x, sigma, wanted = noisy_batch(latents, still, low, high)
-        wrong = args.wrong if step >= args.flow_steps * args.true_captions else 0.0
+        wrong = args.wrong if step >= steps * args.true_captions else 0.0
         told = [known[moving.corrupt(captions[row], wrong, rng, only)] for row in rows]
         loss = F.mse_loss(velocity(expert, x, sigma, embed(pipe, torch.stack(told))), wanted)
         loss.backward()

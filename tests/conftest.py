@@ -45,13 +45,20 @@ def weights(folder, step, name="transformer"):
     return torch.load(folder / "checkpoints" / f"step_{step:06d}" / f"{name}.pt", weights_only=True)
 
 
-def launch(processes, *words):
+def launch(processes, *words, config=ROOT / "configs/ddp.yaml"):
+    """What `launched` started, finished."""
+    process = launched(processes, *words, config=config)
+    out, error = process.communicate(timeout=400)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, error)
+
+
+def launched(processes, *words, config=ROOT / "configs/ddp.yaml"):
     """accelerate launch, as a user does it; on a machine without GPUs its processes meet over gloo."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    flags = f"--multi_gpu --num_processes {processes} --num_machines 1 --mixed_precision no --dynamo_backend no"
-    accelerate = [sys.executable, "-m", "accelerate.commands.launch", *flags.split(), "--main_process_port", str(port)]
-    return subprocess.run(
-        [*accelerate, *words], capture_output=True, text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    )
+    flags = f"--config_file {config} --num_processes {processes} --main_process_port {port}"
+    accelerate = [sys.executable, "-m", "accelerate.commands.launch", *flags.split()]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([*accelerate, *words], env=environment, **pipes)

@@ -1,6 +1,8 @@
 """What a run survives: signals, broken checkpoints, a full disk."""
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,7 +12,7 @@ import pytest
 import torch
 from conftest import ROOT, metrics, weights
 
-from common import checkpoints
+from common import checkpoints, models
 from common.errors import InputError, RunError
 
 SMALL = (
@@ -158,3 +160,28 @@ def test_checkpoints_hold_no_code(train, tmp_path):
     torch.save(Evil(), folder / "checkpoints" / "step_000002" / "transformer.pt")
     train(steps=2, save_every=1, resume="latest")  # falls back to step 1
     assert not (tmp_path / "ran").exists()
+
+
+# --- Code that a model brings ---
+
+
+@pytest.fixture
+def with_code(tmp_path):
+    """tiny-flux with a transformer whose class comes as a file of the repository."""
+    folder = tmp_path / "with_code"
+    shutil.copytree(models.ASSETS / "tiny-flux", folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    index["transformer"] = ["brought", "Brought"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    (folder / "transformer/brought.py").write_text(
+        "from diffusers import FluxTransformer2DModel\n\n\nclass Brought(FluxTransformer2DModel):\n    pass\n"
+    )
+    return str(folder)
+
+
+def test_code_of_a_repository_runs_only_if_it_is_trusted(with_code, monkeypatch, tmp_path):
+    monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(InputError, match="it brings Python code; --trust-remote-code runs it"):
+        models.load(with_code, torch.float32)
+    trusted = models.load(with_code, torch.float32, trust_remote_code=True)
+    assert type(trusted.pipe.transformer).__name__ == "Brought"

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, metrics, weights
-from test_training import command, launch
 
 import bpgo
 import grpo_base
@@ -266,7 +265,7 @@ def test_resumed_run_equals_the_uninterrupted_one(train, case):
     train(script, "parts", steps=2, **settings)
     parts, resumed = train(script, "parts", steps=4, resume="latest", **settings)
     assert resumed == rows
-    for name in sorted(json.loads((whole / "checkpoints/step_000004/checkpoint.json").read_text())["names"]):
+    for name in sorted(json.loads((whole / "checkpoints/step_000004/checkpoint.json").read_text())["parts"]):
         saved = [(folder / f"checkpoints/step_000004/{name}.pt").read_bytes() for folder in (whole, parts)]
         assert saved[0] == saved[1], name
 
@@ -276,27 +275,9 @@ def test_a_checkpoint_without_the_methods_state_is_refused_by_name(train, script
     folder, _ = train(script, steps=1)
     about = folder / "checkpoints/step_000001/checkpoint.json"
     kept = json.loads(about.read_text())
-    about.write_text(json.dumps({**kept, "names": [name for name in kept["names"] if name != state]}))
+    about.write_text(json.dumps({**kept, "parts": {name: n for name, n in kept["parts"].items() if name != state}}))
     with pytest.raises(errors.InputError, match=f"lacks {state}"):
         train(script, steps=2, resume="latest")
-
-
-@pytest.mark.parametrize("script, settings", [(bpgo, dict(prior="sft")), (slas, dict(gamma="auto")), (self_paced, {})])
-def test_two_processes_train_as_one(train, tmp_path, script, settings):
-    shared = dict(prompts_per_step=3, group_size=4, micro_batch=6, steps=2, learning_rate=1e-3, **settings)
-    _, one = train(script, **shared)
-    flags = [word for name, value in shared.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    words = command(tmp_path / "two", *flags)[1:]
-    done = launch(2, script.__file__, *words[1:])
-    assert done.returncode == 0, done.stderr
-    two = metrics(tmp_path / "two")
-    # the eigenvalue is that of one micro-batch for each process: two processes see twice the rows
-    apart = ("eigenvalue", "residual", "limit", "gamma") if script is slas else ()
-    for a, b in zip(one[:1], two[:1], strict=True):
-        assert {k: v for k, v in a.items() if k not in apart} == pytest.approx(
-            {k: v for k, v in b.items() if k not in apart}, rel=1e-4, abs=1e-6
-        )
-    assert len(two) == 2 and all(np.isfinite(list(row.values())).all() for row in two)
 
 
 # --- Priors ---

@@ -26,7 +26,7 @@ from common.rewards import judge
 
 STAGES = ("judge:quality", "judge:smoothness", "judge:alignment")
 PROMPTS = ["a red circle", 'a "quoted" prompt, with {braces} and <|im_end|>', "🦊 ثعلب", "x " * 500]
-SETTINGS = dict(url="", model="m", fps=2.0, expected=False, timeout=10.0, retries=3, concurrency=4)
+SETTINGS = dict(url="", model="m", fps=2.0, expected=False, timeout=10.0, retries=3, concurrency=4, trusted=False)
 
 
 def scorer(name="judge:alignment", fps=4.0, **settings):

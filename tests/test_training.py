@@ -7,7 +7,6 @@ import resource
 import shutil
 import subprocess
 import sys
-import time
 from functools import partial
 
 import pytest
@@ -210,38 +209,6 @@ def command(folder, *extra):
     )
     small += " --sample-every 0 --eval-every 0 --learning-rate 1e-3"
     return [sys.executable, str(ROOT / "grpo_base.py"), *small.split(), "--output", str(folder), *extra]
-
-
-def test_killed_run_goes_on_exactly(train, tmp_path):
-    _, expected = train(steps=6, save_every=1, learning_rate=1e-3)
-    folder = tmp_path / "killed"
-    process = subprocess.Popen(command(folder), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while len(list(folder.glob("checkpoints/.step_*"))) + len(list(folder.glob("checkpoints/step_*"))) < 3:
-        assert process.poll() is None, "the run ended before it could be killed"
-        time.sleep(0.001)
-    process.kill()
-    process.wait()
-    assert len(metrics_so_far(folder)) < 6
-    subprocess.run(command(folder, "--resume"), check=True, capture_output=True)
-    assert metrics(folder) == expected
-
-
-def metrics_so_far(folder):
-    return (folder / "metrics.jsonl").read_text().splitlines()
-
-
-def test_two_processes_train_as_one(train, tmp_path):
-    """Groups of 4 in chunks of 6 rows: a group spans both processes."""
-    settings = dict(prompts_per_step=3, group_size=4, micro_batch=6, steps=3, best_of=2, learning_rate=1e-3)
-    _, one = train(**settings)
-    flags = [word for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    done = launch(2, *command(tmp_path / "two", *flags)[1:])
-    assert done.returncode == 0, done.stderr
-    assert "on 2 x cpu" in done.stdout
-    two = metrics(tmp_path / "two")
-    assert one[0]["reward_mean"] == pytest.approx(two[0]["reward_mean"], rel=1e-6)
-    for a, b in zip(one, two, strict=True):
-        assert a == pytest.approx(b, rel=1e-4, abs=1e-6)
 
 
 def test_samples_that_cannot_be_dealt_evenly_are_one_clear_line(tmp_path):

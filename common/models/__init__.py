@@ -136,7 +136,8 @@ def load(name, dtype, prompts=(), **settings):
         model = cls.load(source, dtype, **{**own, **settings})
         model.check(prompts)
     except (OSError, ValueError) as error:  # a missing or broken weight file; a size or a prompt that does not fit
-        raise InputError(f"model: {source} does not load: {error}") from None
+        reason = "it brings Python code; --trust-remote-code runs it" if "trust_remote_code" in str(error) else error
+        raise InputError(f"model: {source} does not load: {reason}") from None
     return model
 
 

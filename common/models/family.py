@@ -45,8 +45,8 @@ class Family:
             raise ValueError(f"{type(pipe).__name__} takes its guidance as an input: --batched-guidance has no meaning")
 
     @classmethod
-    def load(cls, source, dtype, **settings):
-        return cls(cls.pipeline.from_pretrained(source, dtype=dtype), **settings)
+    def load(cls, source, dtype, trust_remote_code=False, **settings):
+        return cls(cls.pipeline.from_pretrained(source, dtype=dtype, trust_remote_code=trust_remote_code), **settings)
 
     @classmethod
     def task(cls):

@@ -138,6 +138,11 @@ def score(scorers, media, prompts):
     scores, captions = {}, [caption_of(prompt) for prompt in prompts]
     for name, scorer in scorers.items():
         try:
+            if not media.isfinite().all():
+                raise RewardError(
+                    "the samples are no numbers: the weights have diverged. Go on from an earlier checkpoint "
+                    "(--resume OUTPUT/checkpoints/step_NNNNNN), in a new run with a lower --learning-rate"
+                )
             scores[name] = score_one(scorer, media, captions).float()
             if scores[name].shape != (len(prompts),):
                 raise ValueError(f"it returned {tuple(scores[name].shape)} for {len(prompts)} samples")

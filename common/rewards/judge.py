@@ -72,7 +72,9 @@ class Judge:
     def load(self, source, batch=16):
         """Finds the server or loads the model; raises InputError."""
         url, model, expected = (self.judge[name] for name in ("url", "model", "expected"))
-        self.backend = Server(source.name, **self.judge) if url else local(model, expected, batch)
+        server = {name: value for name, value in self.judge.items() if name != "trusted"}
+        trusted = self.judge["trusted"]
+        self.backend = Server(source.name, **server) if url else local(model, expected, batch, trusted)
 
     def score(self, media, prompts):
         """media [b, F, 3, H, W] (images [b, 3, H, W]) in [0, 1], prompts b strings -> [b] float32, NaN: no score."""
@@ -157,19 +159,24 @@ def digits(likely):
 
 
 @functools.lru_cache(maxsize=1)  # three questions, one model
-def local(model, expected, batch):
-    return Local(model, expected, batch)
+def local(model, expected, batch, trusted):
+    return Local(model, expected, batch, trusted)
 
 
 class Local:
     """A model of transformers that reads images and text, a hub id or a folder."""
 
-    def __init__(self, model, expected, batch):
+    def __init__(self, model, expected, batch, trusted):
         self.expected, self.batch = expected, batch
         try:
-            self.processor = AutoProcessor.from_pretrained(model)
-            self.model = AutoModelForImageTextToText.from_pretrained(model, dtype="auto").eval().requires_grad_(False)
+            self.processor = AutoProcessor.from_pretrained(model, trust_remote_code=trusted)
+            self.model = AutoModelForImageTextToText.from_pretrained(model, dtype="auto", trust_remote_code=trusted)
+            self.model.eval().requires_grad_(False)
         except (OSError, ValueError) as error:
+            if "trust_remote_code" in str(error):
+                raise InputError(
+                    f"reward judge: --judge-model {model} brings Python code; --trust-remote-code runs it"
+                ) from None
             raise InputError(
                 f"reward judge: --judge-model {model} cannot be loaded ({line(error)}); run `hf download {model}` "
                 "where there is a network, give a folder, or --judge-url of a server"

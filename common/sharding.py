@@ -1,0 +1,98 @@
+"""Weights sharded over processes: torch's FSDP2 (`fully_shard`), as Accelerate's launcher and config file ask for it.
+
+Accelerate's own `prepare` shards one model, together with its optimizer, and on GPUs only. Wan2.2 trains two experts
+with one optimizer, and whoever has no GPUs wants to see it work: so the plugin is read here, and each expert is
+sharded by itself. configs/fsdp2.yaml is such a file.
+"""
+
+import os
+import warnings
+
+import torch
+from accelerate.utils import FullyShardedDataParallelPlugin
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from common.checkpoints import Pieces
+from common.errors import InputError
+
+
+def take_plugin():
+    """Accelerate's FSDP plugin if the launcher asked for it, else None. It is taken out of the environment: otherwise
+    the Accelerator would shard too."""
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        raise InputError(
+            "DeepSpeed wants a model and its optimizer in one engine, which two experts are not; "
+            "configs/fsdp2.yaml shards weights, gradients and optimizer as its stage 3 does"
+        )
+    if os.environ.pop("ACCELERATE_USE_FSDP", "false").lower() != "true":
+        return None
+    if os.environ.get("FSDP_VERSION", "1") != "2":
+        raise InputError("only FSDP2 is supported: write fsdp_version: 2, as configs/fsdp2.yaml does")
+    return FullyShardedDataParallelPlugin()
+
+
+def mesh_of(device, processes):
+    """All processes in a row."""
+    return init_device_mesh(device.type, (processes,))
+
+
+def shard(module, blocks, plugin, mesh, dtype):
+    """Shards a module's weights in place, block by block: those of the classes that the config file names, or else of
+    the names in `blocks`. The forward and backward passes see them in `dtype`; gradients are averaged in float32."""
+    policy = MixedPrecisionPolicy(
+        param_dtype=dtype,
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,  # a timestep of 999.3 would be 1000 in bfloat16
+    )
+    settings = dict(mesh=mesh, mp_policy=policy, reshard_after_forward=plugin.reshard_after_forward)
+    if plugin.cpu_offload and mesh.device_type != "cpu":
+        settings["offload_policy"] = CPUOffloadPolicy()
+    # FLUX's single blocks return views, which nobody writes to
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    names = plugin.transformer_cls_names_to_wrap or blocks
+    for part in [part for part in module.modules() if type(part).__name__ in names]:
+        fully_shard(part, **settings)
+    return fully_shard(module, **settings)
+
+
+def has_shards(state):
+    """Whether a state (dictionaries, lists, tensors) holds a sharded tensor."""
+    if isinstance(state, (dict, list)):
+        return any(map(has_shards, state.values() if isinstance(state, dict) else state))
+    return isinstance(state, DTensor)
+
+
+def local(state):
+    """A state with this process's share, {"shard": tensor}, in place of each sharded
+    tensor: what it writes into a checkpoint."""
+    if isinstance(state, dict):
+        return {name: local(value) for name, value in state.items()}
+    if isinstance(state, list):
+        return [local(value) for value in state]
+    return {"shard": mine(state)} if isinstance(state, DTensor) else state
+
+
+def deal(state, mesh=None):
+    """The reverse, from a checkpoint that any number of processes wrote: tensors as they are sharded over the mesh, or
+    whole ones without a mesh."""
+    if isinstance(state, dict):
+        return {name: deal(value, mesh) for name, value in state.items()}
+    if isinstance(state, list):
+        return [deal(value, mesh) for value in state]
+    if isinstance(state, Pieces):
+        state = torch.cat(state.tensors)
+    if mesh is None or not isinstance(state, torch.Tensor) or not state.dim():
+        return state
+    return distribute_tensor(state, mesh, [Shard(0)], src_data_rank=None)
+
+
+def mine(tensor):
+    """This process's share of a sharded tensor; any other as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor):
+    """All processes together: a sharded tensor put together on the CPU; any other as it is."""
+    return tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor

@@ -1,0 +1,21 @@
+#!/bin/bash
+# Four machines of eight GPUs. A job that is preempted or runs out of time gets SIGTERM two minutes before: the run
+# finishes its step, saves and exits, and `--resume latest` in the same command goes on when the job is queued again.
+#     sbatch configs/slurm.sh bpgo.py --model flux --output /shared/runs/flux
+#SBATCH --job-name=vgrpo
+#SBATCH --nodes=4
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=64
+#SBATCH --time=24:00:00
+#SBATCH --signal=TERM@120
+#SBATCH --requeue
+#SBATCH --open-mode=append
+
+export MAIN_ADDRESS=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+export GPUS=${SLURM_GPUS_PER_NODE:-8}
+export WORDS="$*"
+
+srun bash -c 'accelerate launch --config_file configs/fsdp2_multi_node.yaml \
+    --num_machines "$SLURM_NNODES" --num_processes $((SLURM_NNODES * GPUS)) --machine_rank "$SLURM_NODEID" \
+    --main_process_ip "$MAIN_ADDRESS" --main_process_port 29500 $WORDS --resume latest'

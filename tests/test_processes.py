@@ -1,0 +1,190 @@
+"""Two processes, data-parallel and sharded, against one: Accelerate launches them, and they meet over gloo."""
+
+import importlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, launch, launched, metrics, weights
+from diffusers import FluxPipeline
+
+import bpgo
+import grpo_base
+import self_paced
+import slas
+from common import arguments, checkpoints, errors, models, sharding
+
+SMALL = dict(
+    prompts_per_step=3, group_size=4, sampling_steps=4, micro_batch=6, steps=4, save_every=2, eval_every=0,
+    sample_every=0, tracker="none", learning_rate=1e-5,
+)  # fmt: skip
+RUNS = {
+    f"{script.__name__}-{kind}": (script, {**SMALL, "lora_rank": 4 * (kind == "lora")})
+    for script in (grpo_base, bpgo, slas, self_paced)
+    for kind in ("full", "lora")
+}
+RUNS |= {
+    "experts": (grpo_base, {**SMALL, "model": "tiny-wan-i2v", "steps": 2, "micro_batch": 3}),
+    "average": (grpo_base, {**SMALL, "kl_coef": 0.1, "best_of": 2, "ema": 0.9}),
+}
+SOME = ("grpo_base-full", "bpgo-lora", "slas-full", "self_paced-lora", "experts", "average")
+
+
+def words(script, settings, output):
+    return [script.__file__, *(f"--{k.replace('_', '-')}={v}" for k, v in settings.items()), f"--output={output}"]
+
+
+def two(folder, jobs, config):
+    """The command lines one after another, by two processes of one launch."""
+    plan = folder / f"{config}.json"
+    plan.write_text(json.dumps(jobs))
+    done = launch(2, str(ROOT / "tests/several_runs.py"), str(plan), config=ROOT / f"configs/{config}.yaml")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("on 2 x cpu" + ", sharded" * config.startswith("fsdp2")) == len(jobs)
+
+
+def one(monkeypatch, name, folder, **changes):
+    script, settings = RUNS[name]
+    monkeypatch.setattr(sys, "argv", [script.__file__])
+    script.main(arguments.defaults(script.Args, **{**settings, "output": str(folder), **changes}))
+    return folder
+
+
+def assert_same(a, b, steps):
+    """Runs a and b agree: in every number of the last `steps` steps, and in their weights."""
+    rows = metrics(a)[-steps:], metrics(b)[-steps:]
+    for row, other in zip(*rows, strict=True):
+        assert row.keys() == other.keys()
+        for key, value in row.items():
+            # two are rounding alone: the loss, a mean of advantages that cancel out, and |exp(0) - 1|
+            scale = {"loss": row["advantage_abs_mean"], "ratio_error": 1.0}.get(key, abs(value))
+            assert abs(other[key] - value) <= 1e-5 * scale + 1e-9, (str(b), row["step"], key, value, other[key])
+    last = checkpoints.newest_first(a)[0]
+    states = (checkpoints.read(folder / "checkpoints" / last.name)[1] for folder in (a, b))
+    before, after = (sharding.deal(state) for state in states)
+    assert before.keys() == after.keys()
+    for name in ("transformer", "transformer_2", "ema"):
+        for (key, value), (_, other) in zip(leaves(before.get(name, {})), leaves(after.get(name, {})), strict=True):
+            torch.testing.assert_close(torch.as_tensor(other), torch.as_tensor(value), rtol=0, atol=1e-5, msg=key)
+
+
+def leaves(state, name=""):
+    """(name, value) of everything in a tree of dictionaries and lists."""
+    if not isinstance(state, (dict, list)):
+        return [(name, state)]
+    items = state.items() if isinstance(state, dict) else enumerate(state)
+    return [leaf for key, value in items for leaf in leaves(value, f"{name}.{key}")]
+
+
+@pytest.mark.parametrize("names", [SOME, pytest.param(tuple(RUNS), marks=pytest.mark.slow)], ids=["some", "all"])
+def test_two_processes_train_as_one(names, tmp_path, monkeypatch):
+    """A group of 4 in chunks of 6 rows spans both processes; the numbers of four steps, and the weights after them.
+    Sharded, one run stops after two steps and goes on from its checkpoint, one exchanges gradients every time."""
+    for config in ("ddp", "fsdp2"):
+        folder = tmp_path / config
+        jobs = [words(*RUNS[name], folder / name) for name in names]
+        if config == "fsdp2":
+            jobs.insert(0, [*jobs[0], "--steps=2"])
+            jobs[1] = [*jobs[1], "--resume=latest"]
+            jobs.append([*words(*RUNS["average"], folder / "often"), "--exchange-often"])
+        two(tmp_path, jobs, config)
+    for name in names:
+        alone = one(monkeypatch, name, tmp_path / "alone" / name)
+        for config in ("ddp", "fsdp2"):
+            assert metrics(tmp_path / config / name)[0]["reward_mean"] == pytest.approx(
+                metrics(alone)[0]["reward_mean"], rel=1e-6
+            )
+            assert_same(alone, tmp_path / config / name, steps=len(metrics(alone)))
+    assert_same(tmp_path / "alone/average", tmp_path / "fsdp2/often", steps=4)
+
+    # what two processes left at step 2, sharded or not, one goes on with
+    for config in ("ddp", "fsdp2"):
+        shutil.rmtree(tmp_path / config / "average/checkpoints/step_000004")
+        shutil.copytree(tmp_path / config / "average", tmp_path / f"{config}-then-one")
+        one(monkeypatch, "average", tmp_path / f"{config}-then-one", resume="latest")
+        assert_same(tmp_path / "alone/average", tmp_path / f"{config}-then-one", steps=2)
+
+    # both exports are plain pipelines, the average between the first and the last weights
+    for config in ("ddp", "fsdp2"):
+        raw, mean = (
+            FluxPipeline.from_pretrained(tmp_path / config / "average" / name).transformer.state_dict()
+            for name in ("export", "export_ema")
+        )
+        kept = weights(tmp_path / "alone/average", 4)
+        torch.testing.assert_close(dict(raw), kept, rtol=0, atol=1e-5)
+        assert any((raw[name] - mean[name]).abs().max() > 1e-7 for name in raw)
+
+
+# --- Sharding ---
+
+
+def test_every_familys_blocks_are_in_the_shipped_configurations():
+    named = {
+        name: set(re.search(r"layer_cls_to_wrap: (\S+)", (ROOT / f"configs/{name}.yaml").read_text())[1].split(","))
+        for name in ("fsdp2", "fsdp2_offload", "fsdp2_multi_node")
+    }
+    families = {getattr(importlib.import_module(module), cls) for module, cls in models.FAMILIES.values()}
+    blocks = {block for family in families for block in family.blocks}
+    assert all(classes == blocks for classes in named.values())
+
+
+@pytest.mark.parametrize(
+    "environment, line",
+    [
+        (dict(ACCELERATE_USE_FSDP="true", FSDP_VERSION="1"), "only FSDP2 is supported"),
+        (dict(ACCELERATE_USE_DEEPSPEED="true"), "DeepSpeed wants a model and its optimizer in one engine"),
+    ],
+)
+def test_another_way_of_sharding_is_one_clear_line(train, monkeypatch, environment, line):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(errors.InputError, match=line):
+        train()
+
+
+def test_exchanging_often_belongs_to_sharded_weights(train):
+    with pytest.raises(errors.InputError, match="--exchange-often belongs to sharded weights"):
+        train(exchange_often=True)
+
+
+def test_states_of_several_processes_are_put_together_in_order(tmp_path):
+    whole = torch.arange(14.0).view(7, 2)
+    checkpoints.begin(tmp_path, 3)
+    checkpoints.put(tmp_path, 3, {"prior": {"mean": whole}})
+    for part, rows in enumerate(whole.split(3)):
+        checkpoints.put(tmp_path, 3, {"optimizer": {"state": {0: {"step": 5.0, "mean": {"shard": rows}}}}}, part)
+    checkpoints.publish(tmp_path, 3, {"prior": 0, "optimizer": 3})
+    step, states = checkpoints.read(tmp_path / "checkpoints/step_000003")
+    assert step == 3 and torch.equal(states["prior"]["mean"], whole)
+    (state,) = sharding.deal(states["optimizer"])["state"].values()
+    assert state["step"] == 5.0 and torch.equal(state["mean"], whole)
+    (tmp_path / "checkpoints/step_000003/optimizer.1.pt").unlink()
+    with pytest.raises(checkpoints.Broken, match="its optimizer.1.pt does not load"):
+        checkpoints.read(tmp_path / "checkpoints/step_000003")
+
+
+# --- A process dies ---
+
+
+def test_the_others_end_when_a_process_is_killed(tmp_path):
+    settings = {**SMALL, "prompts_per_step": 2, "steps": 1000, "save_every": 1, "keep_checkpoints": 3}
+    run = tmp_path / "run"
+    process = launched(2, *words(grpo_base, settings, run))
+    while len(checkpoints.newest_first(run)) < 2:
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.1)
+    first = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(first[-1]), signal.SIGKILL)
+    killed = time.time()
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode != 0 and time.time() - killed < 60
+    assert said.count("error: another process of this run is gone") == 1 and said.count("--resume latest") == 1
+    assert "[rank0]: Traceback" not in said
+    checkpoints.read(checkpoints.newest_first(run)[0])
