@@ -15,7 +15,7 @@ from common.errors import InputError
 def memory(model, args, precision, shards=1):
     """Bytes that one of `shards` processes holds from start to end, by kind. precision: bytes of a weight in the
     forward pass. The model's modules are as the Runtime makes them before it moves them: a LoRA is there already."""
-    weights = {name: _number(module) for name, module in _modules(model)}
+    weights = {name: number(module) for name, module in _modules(model)}
     trained = trained_number(model, args)
     master = 4 * trained / shards
     base = precision * (sum(weights[name] for name in model.trainable) - trained * bool(args.lora_rank))
@@ -37,7 +37,7 @@ def disk(model, args, precision, start=0):
     trained = trained_number(model, args)
     checkpoint = 4 * trained * (3 + bool(args.ema))
     saves = math.ceil(args.steps / args.save_every) - start // args.save_every if args.save_every else 1
-    pipeline = precision * sum(_number(module) for _, module in _modules(model))
+    pipeline = precision * sum(number(module) for _, module in _modules(model))
     export = (1 + bool(args.ema)) * (4 * trained if args.lora_rank else pipeline)
     return checkpoint, min(saves, args.keep_checkpoints + 1) if args.keep_checkpoints else saves, export
 
@@ -77,14 +77,14 @@ def trained_number(model, args):
     """How many weights are trained."""
     if args.lora_rank:
         return sum(w.numel() for module in model.trainable.values() for w in module.parameters() if w.requires_grad)
-    return sum(map(_number, model.trainable.values()))
+    return sum(map(number, model.trainable.values()))
 
 
 def _modules(model):
     return [(name, part) for name, part in model.pipe.components.items() if isinstance(part, torch.nn.Module)]
 
 
-def _number(module):
+def number(module):
     return sum(weight.numel() for weight in module.parameters())
 
 

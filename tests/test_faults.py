@@ -12,8 +12,9 @@ import pytest
 import torch
 from conftest import ROOT, metrics, weights
 
-from common import checkpoints, models
-from common.errors import InputError, RunError
+from common import checkpoints, errors, models
+from common.errors import InputError, RewardError, RunError
+from common.runtime import Runtime
 
 SMALL = (
     "--prompts-per-step 2 --group-size 4 --sampling-steps 4 --tracker none --eval-every 0 --sample-every 0 --steps 8 "
@@ -185,3 +186,27 @@ def test_code_of_a_repository_runs_only_if_it_is_trusted(with_code, monkeypatch,
         models.load(with_code, torch.float32)
     trusted = models.load(with_code, torch.float32, trust_remote_code=True)
     assert type(trusted.pipe.transformer).__name__ == "Brought"
+
+
+# --- Weights that are no numbers ---
+
+
+def test_weights_that_are_no_numbers_are_named_and_never_saved(train, monkeypatch):
+    folder, _ = train(steps=1, save_every=1)
+    real = Runtime.update
+
+    def diverge(run):
+        norm = real(run)
+        if run.step == 1:
+            next(iter(run.weights())).data.fill_(torch.nan)
+        return norm
+
+    monkeypatch.setattr(Runtime, "update", diverge)
+    with pytest.raises(
+        RewardError, match="the samples are no numbers: the weights have diverged. Go on from an earlier"
+    ):
+        train(steps=4, save_every=0, resume="latest")
+    errors.rescues[0]()  # as errors.run does it
+    assert [path.name for path in checkpoints.newest_first(folder)] == ["step_000001"]
+    monkeypatch.undo()
+    assert len(train(steps=2, save_every=0, resume="latest")[1]) == 2
