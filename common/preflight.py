@@ -4,6 +4,7 @@ The estimate leaves activations out (benchmarks/memory.py counts them), so what 
 """
 
 import math
+import os
 import shutil
 
 import psutil
@@ -64,7 +65,8 @@ def check(run, model):
 
 
 def _check_disk(run, checkpoint, number, export):
-    need, have = checkpoint * number + export, shutil.disk_usage(run.output).free
+    there = next(folder for folder in (run.output, *run.output.absolute().parents) if os.path.exists(folder))
+    need, have = checkpoint * number + export, shutil.disk_usage(there).free
     if need > have:
         raise InputError(
             f"--output {run.output}: {number} checkpoints of {checkpoint / 2**30:.2f} GiB and the export's "

@@ -30,11 +30,11 @@ def choose(args):
 def check(folder, args):
     """A folder that holds a run needs --resume, and the same settings as before; raises InputError."""
     config = folder / "config.json"
-    if config.exists() and not args.resume:
+    if os.path.exists(config) and not args.resume:
         raise InputError(f"--output {folder} already holds a run: go on with --resume latest, or choose another folder")
     now = settings(args)
     try:
-        before = json.loads(config.read_text()) if config.exists() else now
+        before = json.loads(config.read_text()) if os.path.exists(config) else now
     except (OSError, ValueError):
         raise InputError(f"--output {folder}: its config.json cannot be read; choose another folder") from None
     for name in sorted({*before, *now} - set(FREE)):

@@ -103,9 +103,9 @@ class Runtime:
                 module.enable_gradient_checkpointing()
             if args.lora_rank:
                 self._adapt(module, args.lora_targets or model.lora_targets)
+        preflight.check(self, model)
         if self.is_main:
             run_folder.claim(self.output, args)
-        preflight.check(self, model)
         for name, module in model.pipe.components.items():
             if isinstance(module, torch.nn.Module) and name not in model.trainable:
                 waits = args.offload_encoders and name in model.encoders

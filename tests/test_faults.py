@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from conftest import ROOT, metrics, weights
 from common import checkpoints, errors, models
 from common.errors import InputError, RewardError, RunError
 from common.runtime import Runtime
+from lab import kills
 
 SMALL = (
     "--prompts-per-step 2 --group-size 4 --sampling-steps 4 --tracker none --eval-every 0 --sample-every 0 --steps 8 "
@@ -50,6 +52,21 @@ def same(left, right):
         flat = [value for value in torch.utils._pytree.tree_leaves(ours)]
         for a, b in zip(flat, torch.utils._pytree.tree_leaves(theirs), strict=True):
             assert torch.equal(a, b) if torch.is_tensor(a) else a == b
+
+
+# --- Kills ---
+
+
+def test_a_run_killed_at_any_moment_goes_on_exactly(train, tmp_path):
+    """The last while a checkpoint is being written; `python -m lab.kills` does twenty."""
+    settings = dict(steps=kills.STEPS, save_every=1, learning_rate=1e-3)
+    whole, _ = train(**settings)
+    rng = random.Random(1)
+    for number in range(3):
+        folder = tmp_path / str(number)
+        kills.kill(kills.start("grpo_base.py", folder), folder, rng, writing=number == 2)
+        train(output=str(folder), resume="latest", **settings)
+        assert kills.same(folder, whole)
 
 
 # --- Signals ---
@@ -202,11 +219,21 @@ def test_weights_that_are_no_numbers_are_named_and_never_saved(train, monkeypatc
         return norm
 
     monkeypatch.setattr(Runtime, "update", diverge)
-    with pytest.raises(
-        RewardError, match="the samples are no numbers: the weights have diverged. Go on from an earlier"
-    ):
+    with pytest.raises(RewardError, match="the samples are no numbers: the weights have diverged. Go on"):
         train(steps=4, save_every=0, resume="latest")
     errors.rescues[0]()  # as errors.run does it
     assert [path.name for path in checkpoints.newest_first(folder)] == ["step_000001"]
     monkeypatch.undo()
     assert len(train(steps=2, save_every=0, resume="latest")[1]) == 2
+
+
+# --- A folder that nobody can write to ---
+
+
+@pytest.mark.parametrize(
+    "folder, reason", [("file/run", "Not a directory"), ("x" * 300, "File name too long")], ids=["file", "long"]
+)
+def test_an_output_folder_that_cannot_be_written_is_refused_before_any_work(train, tmp_path, folder, reason):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=rf"--output \S*{folder}: cannot write there \({reason}"):
+        train(output=folder)

@@ -63,12 +63,13 @@ def test_a_checkpoint_is_as_large_as_estimated(train, tiny):
     assert found == pytest.approx(expected, rel=0.02)
 
 
-def test_too_little_disk_is_one_line_before_the_first_rollout(train, monkeypatch):
+def test_too_little_disk_is_one_line_before_the_first_rollout(train, monkeypatch, tmp_path):
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: SimpleNamespace(free=int(0.05 * GIB)))
     with pytest.raises(
         InputError, match=r"2 checkpoints of 0.03 GiB and the export's 0.\d\d GiB do not fit .* 0.05 GiB"
     ):
         train(save_every=1)
+    assert not (tmp_path / "run").exists()
 
 
 def test_too_little_memory_is_one_line_before_the_first_rollout(train, monkeypatch):
