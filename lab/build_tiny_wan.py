@@ -6,13 +6,13 @@ the wrong thing move, or move it the wrong way or at the wrong speed.
 
 As tiny-flux (lab/build_tiny_flux.py): an AutoencoderKLWan on clean clips, whose latents have to tell what is where;
 then WanTransformer3DModel and its text encoder by flow matching, on true captions first and on partly wrong ones in
-the last steps.
+the last steps. Of text to video, guidance goes into the weights then: without, few steps of a small model blur.
 """
 
 import copy
 import random
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -56,7 +56,7 @@ class Args:
     flow_steps: int = 2000
     """Steps of the flow, for each expert."""
     guidance: float = 3.0
-    """Scale of the guidance that goes into the weights."""
+    """Scale of the guidance that goes into the text-to-video model's weights."""
     guidance_steps: int = 400
     scenes: int = 8000
     """Distinct clips that the flow is trained on."""
@@ -64,6 +64,10 @@ class Args:
     """Share of the flow's steps that see true captions."""
     wrong: float = 0.4
     """Probability that an attribute of a caption is wrong in the steps after those."""
+    wrong_steps: int = 300
+    """Further steps of the image-to-video model's flow, for each expert."""
+    more_wrong: float = 0.6
+    """The same probability in these."""
 
 
 # --- Autoencoder ---
@@ -254,7 +258,7 @@ def velocity(transformer, x, sigma, text):
     return transformer(hidden_states=x, timestep=1000 * sigma, encoder_hidden_states=text, return_dict=False)[0]
 
 
-def train_flow(pipe, captions, latents, still, args):
+def train_flow(pipe, captions, latents, still, args, rate=3e-3):
     """Flow matching of the transformers and the text encoder; the averaged weights are kept."""
     rng = random.Random(args.seed)
     torch.manual_seed(args.seed + 2)
@@ -264,10 +268,10 @@ def train_flow(pipe, captions, latents, still, args):
     average = torch.optim.swa_utils.AveragedModel(
         modules, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.998)
     )
-    optimizer = torch.optim.AdamW(modules.parameters(), lr=3e-3, weight_decay=1e-4, betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(modules.parameters(), lr=rate, weight_decay=1e-4, betas=(0.9, 0.98))
     started = time.time()
     steps = args.flow_steps * len(experts)
-    for step, rate in enumerate(schedule(optimizer, steps)):
+    for step, now in enumerate(schedule(optimizer, steps)):
         expert, low, high = experts[step % len(experts)]
         rows, x, sigma, wanted = noisy_batch(latents, still, low, high)
         wrong = args.wrong if step >= steps * args.true_captions else 0.0
@@ -280,7 +284,7 @@ def train_flow(pipe, captions, latents, still, args):
         average.update_parameters(modules)
         if step % 200 < len(experts):
             print(
-                f"flow {step}: loss {loss.item():.4f}, learning rate {rate:.1e}, {time.time() - started:.0f} s",
+                f"flow {step}: loss {loss.item():.4f}, learning rate {now:.1e}, {time.time() - started:.0f} s",
                 flush=True,
             )
     modules.load_state_dict(average.module.state_dict())
@@ -348,7 +352,12 @@ def main(args):
     pipe = new_pipeline(vae, args)
     data = scenes(pipe, args)
     train_flow(pipe, *data, args)
-    distil_guidance(pipe, *data, args)
+    if args.images:  # with the first frame given it knows too well what to do
+        train_flow(
+            pipe, *data, replace(args, flow_steps=args.wrong_steps, true_captions=0.0, wrong=args.more_wrong), 1e-3
+        )
+    else:
+        distil_guidance(pipe, *data, args)
     pipe.to(torch.float16).save_pretrained(output)
     size = sum(file.stat().st_size for file in Path(output).rglob("*") if file.is_file())
     print(f"{output}: {size / 1e6:.1f} MB, {time.time() - started:.0f} s")

@@ -20,7 +20,8 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from vlm import clips, save_judge
 
-from common import rewards
+import self_paced
+from common import arguments, rewards
 from common.errors import InputError, RewardError
 from common.rewards import judge
 
@@ -477,27 +478,29 @@ RUN = (
 ).split()
 
 
-def train(folder, *flags):
-    command = [sys.executable, "self_paced.py", *RUN, "--output", str(folder), *flags]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+def test_a_run_whose_server_dies_ends_with_one_line_and_a_checkpoint_and_goes_on(serve, tmp_path, monkeypatch):
+    def words(name, *flags):
+        return ["self_paced.py", *RUN, "--output", str(tmp_path / name), *flags]
 
+    def train(name, *flags):
+        monkeypatch.setattr(sys, "argv", words(name, *flags))
+        self_paced.main(arguments.parse(self_paced.Args, ""))
 
-def test_a_run_whose_server_dies_ends_with_one_line_and_a_checkpoint_and_goes_on(serve, tmp_path):
     def behave(handler, number, body):
         return handler.say(colour_score(body)) if number <= 30 else handler.fail(503)  # the third step of 12 requests
 
     url, server = serve(behave)
     server.alive = lambda: len(server.asked) <= 30
-    died = train(tmp_path / "run", "--judge-url", url, "--judge-retries", "1")
+    command = [sys.executable, *words("run", "--judge-url", url, "--judge-retries", "1")]
+    died = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert died.returncode == 1 and "Traceback" not in died.stderr
     (line,) = [line for line in died.stderr.splitlines() if line.startswith("error:")]
     assert re.search(r"judge:\w+: the server at .* is gone", line) and "--resume latest" in line
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_000002"]
 
     url, _ = serve(lambda handler, number, body: handler.say(colour_score(body)))
-    resumed = train(tmp_path / "run", "--judge-url", url, "--resume", "latest")
-    whole = train(tmp_path / "whole", "--judge-url", url)
-    assert resumed.returncode == 0 == whole.returncode, resumed.stderr[-500:]
+    train("run", "--judge-url", url, "--resume", "latest")
+    train("whole", "--judge-url", url)
     rows = [
         [{k: v for k, v in json.loads(line).items() if "second" not in k} for line in text.splitlines()]
         for text in ((tmp_path / name / "metrics.jsonl").read_text() for name in ("run", "whole"))
