@@ -54,7 +54,7 @@ class Args(arguments.Args):
     reward_scale: Annotated[float, arguments.From(0, 1e6)] = 0.0
     """Unit of reward - prior; 0: the typical spread that the rewards declare; 1: the equations as printed."""
     SETTINGS: ClassVar = {"wan2.1-1.3b": dict(prior="sft", group_size=8, best_of=0, prompts_per_step=32, steps=200)}
-    SETTINGS["wan2.2-i2v"] = dict(prior="first-frame")
+    SETTINGS |= {"wan2.2-i2v": dict(prior="first-frame"), "tiny-wan-i2v": dict(reward_scale=1.0)}
 
 
 def combine_scores(scores, weights):

@@ -31,10 +31,12 @@ RUNS = {
     for kind in ("full", "lora")
 }
 RUNS |= {
-    "experts": (grpo_base, {**SMALL, "model": "tiny-wan-i2v", "steps": 2, "micro_batch": 3}),
+    "experts": (grpo_base, {**SMALL, "model": "tiny-wan-i2v", "steps": 2, "micro_batch": 3, "sde_window": 0}),
+    # steps that train one expert alone
+    "window": (grpo_base, {**SMALL, "model": "tiny-wan-i2v", "steps": 2, "micro_batch": 3, "sde_window": 1}),
     "average": (grpo_base, {**SMALL, "kl_coef": 0.1, "best_of": 2, "ema": 0.9}),
 }
-SOME = ("grpo_base-full", "bpgo-lora", "slas-full", "self_paced-lora", "experts", "average")
+SOME = ("grpo_base-full", "bpgo-lora", "slas-full", "self_paced-lora", "experts", "window", "average")
 
 
 def words(script, settings, output):
