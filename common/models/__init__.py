@@ -68,7 +68,7 @@ MODELS = {
         # the samples of a group differ in two steps' noise alone, so their scores are about these steps: with noise in
         # all seven, and a learning rate of 2e-4, the held-out reward falls
         _TINY, **dict(
-            _MOTION, prompts=str(ASSETS / "prompts/motion_i2v.txt"), same_noise=True, sde_window=2, steps=110,
+            _MOTION, prompts=str(ASSETS / "prompts/motion_i2v.txt"), same_noise=True, sde_window=2, steps=40,
             eval_prompts=str(ASSETS / "prompts/motion_i2v_heldout.txt"), learning_rate=1e-4,
         ), source=str(ASSETS / "tiny-wan-i2v"), guidance=1.0, shift=3.0,
     ),
