@@ -13,7 +13,8 @@ import pytest
 import torch
 from conftest import ROOT, metrics, weights
 
-from common import checkpoints, errors, models
+import grpo_base
+from common import arguments, checkpoints, errors, models
 from common.errors import InputError, RewardError, RunError
 from common.runtime import Runtime
 from lab import kills
@@ -73,7 +74,7 @@ def test_a_run_killed_at_any_moment_goes_on_exactly(train, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(whole, tmp_path, number):
+def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(whole, tmp_path, monkeypatch, number):
     folder = tmp_path / "run"
     process = start(folder)
     wait_for_steps(folder, 1, process)
@@ -84,8 +85,8 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(whole, tmp_path,
     assert f"stopped: {number.name}: stopped after {steps} steps" in said and 1 <= steps < 8
     assert f"{steps} steps are saved; go on with --output {folder} --resume latest" in said
     assert checkpoints.read(checkpoints.newest_first(folder)[0])[0] == steps
-    resumed = start(folder, "--resume", "latest")
-    assert resumed.wait() == 0, resumed.communicate()[0]
+    monkeypatch.setattr(sys, "argv", ["grpo_base.py", "--output", str(folder), *SMALL, "--resume", "latest"])
+    grpo_base.main(arguments.parse(grpo_base.Args, ""))
     same(folder, whole)
 
 
