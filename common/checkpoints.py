@@ -1,9 +1,11 @@
-"""Checkpoints of a run: folders OUTPUT/checkpoints/step_NNNNNN, each whole or not there at all.
+"""Checkpoints of a run: folders OUTPUT/checkpoints/step_NNNNNN, each whole or not there at all. In this order,
 
-begin       clears a folder beside the final one
-put         writes states into it: NAME.pt, or each process its share of a sharded one, NAME.PART.pt
-publish     renames it, and removes the oldest checkpoints
-read        all of a checkpoint, by whatever number of processes it was written
+    begin       clears a folder beside the final one
+    put         writes states into it: NAME.pt, or each process its share of a sharded one, NAME.PART.pt
+    publish     renames it, and removes the oldest checkpoints
+    read        all of a checkpoint, by whatever number of processes it was written
+
+of which the first three are the Runtime's `save`.
 """
 
 import json

@@ -136,9 +136,10 @@ def score(scorers, media, prompts):
     process that stopped here would leave the others waiting for it.
     """
     scores, captions = {}, [caption_of(prompt) for prompt in prompts]
+    numbers = media.isfinite().all()
     for name, scorer in scorers.items():
         try:
-            if not media.isfinite().all():
+            if not numbers:
                 raise RewardError(
                     "the samples are no numbers: the weights have diverged. Go on from an earlier checkpoint "
                     "(--resume OUTPUT/checkpoints/step_NNNNNN), in a new run with a lower --learning-rate"
