@@ -8,11 +8,8 @@ class InputError(ValueError):
 
 
 class RunError(RuntimeError):
-    """A run that cannot go on (a NaN reward, a full disk): one line, exit code 1; the last checkpoint is intact."""
-
-
-class RewardError(RunError):
-    """A reward failed. Raised on every process, and before the step has changed anything: the work can be saved."""
+    """A run that cannot go on (a NaN reward, a full disk): one line, exit code 1; the finished steps are saved. It is
+    raised on every process, or the others would wait for it."""
 
 
 class Stopped(Exception):
@@ -23,7 +20,7 @@ class Stopped(Exception):
         self.number = number
 
 
-rescues = []  # what to call after a RewardError; the Runtime of the run puts its own there
+rescues = []  # what to call after a RunError; the Runtime of the run puts its own there
 
 
 def run(main, args):
@@ -31,10 +28,15 @@ def run(main, args):
     try:
         main(args)
     except (InputError, RunError) as error:
-        for rescue in rescues if isinstance(error, RewardError) else ():
-            rescue()
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, InputError) else 1)
+        _say(error)
+        if isinstance(error, InputError):
+            sys.exit(2)
+        for rescue in list(rescues):
+            try:
+                rescue()
+            except RunError as worse:
+                _say(worse)
+        sys.exit(1)
     except RuntimeError as error:
         if not _lost_a_process(error):
             raise
@@ -47,6 +49,10 @@ def run(main, args):
     except Stopped as stopped:
         print(f"stopped: {stopped}", file=sys.stderr)
         sys.exit(128 + stopped.number)
+
+
+def _say(error):
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
 
 
 def _lost_a_process(error):

@@ -5,7 +5,7 @@ from functools import partial
 import torch
 
 from common import models, sde
-from common.errors import RewardError
+from common.errors import RunError
 from common.rewards import check_finite, score, weighted_sum
 
 NOISE = 2**31 - 1  # the "step" whose noise the exam starts from; no training step has it
@@ -51,15 +51,16 @@ def still_reward(run, model, scorers, weights, prompts):
     """Reward of each of n prompts' conditioning images, shown as a still video: [n]"""
     scorers = {name: scorers[name] for name in weights}
     scores = score(scorers, model.still(prompts), prompts)
-    check_finite({name: value[:, None] for name, value in scores.items()}, scorers, prompts)
-    return expected(weighted_sum(scores, weights), prompts)
+    scores = {name: run.gather(value[None]).T for name, value in scores.items()}  # [n, processes]
+    check_finite(scores, scorers, prompts)
+    return expected(weighted_sum(scores, weights)[:, 0], prompts)  # a judge may answer each process otherwise
 
 
 def expected(rewards, prompts):
-    """Rewards [n] of n prompts, as they are; raises RewardError if one has none (NaN): a prior cannot do without."""
+    """Rewards [n] of n prompts, as they are; raises RunError if one has none (NaN): a prior cannot do without."""
     for reward, prompt in zip(rewards.tolist(), prompts):
         if reward != reward:
-            raise RewardError(f"the prompt {prompt!r} got no score for its prior; start again, or take another --prior")
+            raise RunError(f"the prompt {prompt!r} got no score for its prior; start again, or take another --prior")
     return rewards
 
 

@@ -41,8 +41,8 @@ class Report:
         with self.run.signals_end_the_step():
             for step in self.bar:
                 yield step
-                self.run.step = step + 1
-                if self.run.step < stop:
+                self.run.finish(step + 1)
+                if step + 1 < stop:
                     self.run.check_signals()
 
     def log(self, step, metrics):

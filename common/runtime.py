@@ -51,6 +51,8 @@ class Runtime:
         )
         self.frozen = {}
         self.step = self.saved = 0  # finished steps, and those that a checkpoint holds
+        self.moved = False  # whether the step that is not finished has changed the weights
+        self.kept = {}  # the method's own states after the last finished step
         self.signal = 0  # the number of the one that asked this process to stop
         run_folder.check(self.output, args)
         self.checkpoint = self._find_checkpoint()
@@ -201,9 +203,8 @@ class Runtime:
         weights = self.weights()
         norm = sharding.whole(self.accelerator.clip_grad_norm_(weights, self.args.max_grad_norm))
         if not torch.isfinite(norm):
-            raise RunError(
-                f"the gradient norm is {norm.item()}: lower --learning-rate and go on from {self.output}/checkpoints"
-            )
+            raise RunError(f"the gradient norm of step {self.step} is {norm.item()}: lower --learning-rate")
+        self.moved = True
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.average:
@@ -286,6 +287,11 @@ class Runtime:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
+    def finish(self, step):
+        """Counts a step as finished: from now on `rescue` saves it."""
+        self.step, self.moved = step, False
+        self.kept = {name: copy.deepcopy(state) for name, state in self.stateful.items() if isinstance(state, dict)}
+
     def check_signals(self):
         """Between steps: if a process got a signal, saves on all of them and raises Stopped."""
         caught = torch.tensor([self.signal], device=self.device)
@@ -295,11 +301,12 @@ class Runtime:
             raise errors.Stopped(number, f"{signal.Signals(number).name}: stopped after {self.step} steps")
 
     def rescue(self):
-        """Saves the steps that are finished, unless a checkpoint holds them or their weights are no numbers, and says
-        how to go on."""
+        """Saves the finished steps, also in the middle of another that has not changed the weights yet, unless a
+        checkpoint holds them or the weights are no numbers; and says how to go on."""
+        errors.rescues.clear()  # once: a disk that is full stays full
         broken = torch.tensor([not all(weight.isfinite().all() for weight in map(sharding.mine, self.trained))])
-        if self.step > self.saved and not self.gather(broken.to(self.device)).any():
-            self.save(self.step, self.stateful)
+        if self.step > self.saved and not self.moved and not self.gather(broken.to(self.device)).any():
+            self.save(self.step, {**self.stateful, **self.kept})
         if self.saved:
             self.print(f"{self.saved} steps are saved; go on with --output {self.output} --resume latest")
 

@@ -13,9 +13,10 @@ import pytest
 import torch
 from conftest import ROOT, metrics, weights
 
+import bpgo
 import grpo_base
 from common import arguments, checkpoints, errors, models
-from common.errors import InputError, RewardError, RunError
+from common.errors import InputError, RunError
 from common.runtime import Runtime
 from lab import kills
 
@@ -220,12 +221,42 @@ def test_weights_that_are_no_numbers_are_named_and_never_saved(train, monkeypatc
         return norm
 
     monkeypatch.setattr(Runtime, "update", diverge)
-    with pytest.raises(RewardError, match="the samples are no numbers: the weights have diverged. Go on"):
+    with pytest.raises(RunError, match="the samples are no numbers: the weights have diverged. Go on"):
         train(steps=4, save_every=0, resume="latest")
-    errors.rescues[0]()  # as errors.run does it
+    errors.rescues[0]()
     assert [path.name for path in checkpoints.newest_first(folder)] == ["step_000001"]
     monkeypatch.undo()
     assert len(train(steps=2, save_every=0, resume="latest")[1]) == 2
+
+
+def test_a_gradient_that_is_no_number_costs_its_own_step(train, monkeypatch, capsys):
+    """The finished steps are saved without a word of the broken one, though the prior has seen its rewards."""
+    settings = dict(script=bpgo, steps=2, save_every=0, updates_per_step=2, learning_rate=1e-3)
+    whole, rows = train(**settings, output="whole")
+    real, passes = Runtime.update, []
+
+    def poison(run, update):
+        passes.append(run.step)
+        if passes.count(1) == update:
+            run.weights()[0].grad.fill_(torch.nan)
+        return real(run)
+
+    def broken(update):
+        passes.clear()
+        monkeypatch.setattr(Runtime, "update", lambda run: poison(run, update))
+        with pytest.raises(SystemExit):
+            errors.run(lambda _: train(**settings, output=f"at {update}"), None)
+        monkeypatch.undo()
+        return capsys.readouterr()
+
+    said = broken(1)
+    assert said.err.endswith("error: the gradient norm of step 1 is nan: lower --learning-rate\n")
+    assert "1 steps are saved; go on with" in said.out
+    folder, again = train(**settings, output="at 1", resume="latest")
+    assert again == rows
+    assert all(torch.equal(value, weights(folder, 2)[name]) for name, value in weights(whole, 2).items())
+    said = broken(2)  # the first update has changed the weights
+    assert "saved" not in said.out and not checkpoints.newest_first(folder.with_name("at 2"))
 
 
 # --- A folder that nobody can write to ---

@@ -10,7 +10,7 @@ import grpo_base
 import self_paced
 import slas
 from common import rewards
-from common.errors import RewardError
+from common.errors import RunError
 
 NAN = math.nan
 METHODS = (grpo_base, bpgo, slas, self_paced)
@@ -142,11 +142,11 @@ def test_only_a_reward_that_masks_may_be_nan():
     rewards.check_finite(nan, {"flaky": Flaky()}, ["p"])
     strict = Flaky()
     strict.masks = False
-    with pytest.raises(RewardError, match="reward flaky is nan for the prompt 'p' .1 of 2"):
+    with pytest.raises(RunError, match="reward flaky is nan for the prompt 'p' .1 of 2"):
         rewards.check_finite(nan, {"flaky": strict}, ["p"])
-    with pytest.raises(RewardError, match="is inf"):
+    with pytest.raises(RunError, match="is inf"):
         rewards.check_finite({"flaky": torch.tensor([[math.inf, 0.5]])}, {"flaky": Flaky()}, ["p"])
-    with pytest.raises(RewardError, match="no score for any of 2 samples"):
+    with pytest.raises(RunError, match="no score for any of 2 samples"):
         rewards.check_finite({"flaky": torch.tensor([[NAN, NAN]])}, {"flaky": Flaky()}, ["p"])
 
 
@@ -177,12 +177,12 @@ def test_a_skipped_group_trains_nothing(train, flaky, monkeypatch):
 
 
 def test_a_step_without_any_score_stops_the_run(train, flaky):
-    with pytest.raises(RewardError, match="reward silent has no score for any of 8 samples"):
+    with pytest.raises(RunError, match="reward silent has no score for any of 8 samples"):
         train(reward=("silent",))
 
 
 def test_a_prior_needs_a_score(train, flaky):
-    with pytest.raises(RewardError, match="has no score for any"):
+    with pytest.raises(RunError, match="has no score for any"):
         train(bpgo, reward=("silent",), prior="sft")
 
 
@@ -190,5 +190,5 @@ def test_a_prior_without_a_score_names_its_prompt():
     from common.heldout import expected
 
     assert expected(torch.tensor([0.5, 0.6]), ["a", "b"]).tolist() == pytest.approx([0.5, 0.6])
-    with pytest.raises(RewardError, match="'b' got no score for its prior"):
+    with pytest.raises(RunError, match="'b' got no score for its prior"):
         expected(torch.tensor([0.5, NAN]), ["a", "b"])

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from common import rewards
-from common.errors import InputError, RewardError
+from common.errors import InputError, RunError
 from common.rewards.jpeg import JpegSize
 from lab.shapes import render, sample_captions, sample_scenes
 
@@ -140,7 +140,7 @@ def test_a_score_per_pair_is_required():
         def score(self, media, prompts):
             return torch.zeros(len(media), len(prompts))
 
-    with pytest.raises(RewardError, match=r"reward square raised ValueError: it returned \(2, 2\) for 2 samples"):
+    with pytest.raises(RunError, match=r"reward square raised ValueError: it returned \(2, 2\) for 2 samples"):
         check({"square": Square()}, torch.zeros(2, 3, 8, 8), ["a", "b"])
 
 
@@ -157,9 +157,7 @@ def test_a_reward_that_raises_is_named_with_the_place_once_all_processes_have_me
     scorers = {"broken": Broken(), "fine": JpegSize()}
     scores = rewards.score(scorers, torch.zeros(2, 3, 8, 8), ["a", "b"])  # no error yet: other processes wait
     assert scores["fine"].isfinite().all() and scores["broken"].isinf().all()
-    with pytest.raises(
-        RewardError, match=r"reward broken raised KeyError: 'no such thing' .*test_rewards.py, line \d+"
-    ):
+    with pytest.raises(RunError, match=r"reward broken raised KeyError: 'no such thing' .*test_rewards.py, line \d+"):
         check(scorers, torch.zeros(2, 3, 8, 8), ["a", "b"])
 
 
@@ -170,7 +168,7 @@ def test_a_reward_that_raises_is_named_with_the_place_once_all_processes_have_me
 def test_a_score_that_is_no_number_stops_the_run(bad, text):
     scores = {"fine": torch.zeros(3, 4), "verifier": torch.zeros(3, 4)}
     scores["verifier"][1, 2] = scores["verifier"][2, 0] = float(bad)
-    with pytest.raises(RewardError) as error:
+    with pytest.raises(RunError) as error:
         rewards.check_finite(scores, dict.fromkeys(scores), ["a circle", "a square", "a cross"])
     message = str(error.value)
     assert f"reward verifier is {text} for the prompt 'a square' (2 of 12 samples" in message and "\n" not in message
@@ -186,7 +184,7 @@ def test_an_image_of_nan_never_gets_a_number(pairs):
     scorers = rewards.load(["verifier"], captions)
     score = rewards.score(scorers, images, captions)["verifier"]
     assert not score.isfinite().any()
-    with pytest.raises(RewardError, match="the samples are no numbers: the weights have diverged"):
+    with pytest.raises(RunError, match="the samples are no numbers: the weights have diverged"):
         rewards.check_finite({"verifier": score.view(2, 2)}, scorers, ["first", "second"])
 
 

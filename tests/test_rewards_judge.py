@@ -22,7 +22,7 @@ from vlm import clips, save_judge
 
 import self_paced
 from common import arguments, rewards
-from common.errors import InputError, RewardError
+from common.errors import InputError, RunError
 from common.rewards import judge
 
 STAGES = ("judge:quality", "judge:smoothness", "judge:alignment")
@@ -301,7 +301,7 @@ def test_a_server_that_goes_away_stops_the_run_with_one_line(serve):
     url, server = serve(lambda handler, number, body: handler.say("5"))
     made = scorer(url=url, retries=2)
     server.shutdown(), server.server_close()
-    with pytest.raises(RewardError, match=r"judge:alignment: the server at http\S+ is gone .*--resume latest") as error:
+    with pytest.raises(RunError, match=r"judge:alignment: the server at http\S+ is gone .*--resume latest") as error:
         made.score(clips(5), ["p"] * 5)
     assert "\n" not in str(error.value)
 
@@ -309,7 +309,7 @@ def test_a_server_that_goes_away_stops_the_run_with_one_line(serve):
 @pytest.mark.parametrize("status", [400, 401, 404, 422])
 def test_a_refusal_stops_the_run_at_once(serve, status):
     url, server = serve(lambda handler, number, body: handler.fail(status))
-    with pytest.raises(RewardError, match="refuses to judge .*something went wrong"):
+    with pytest.raises(RunError, match="refuses to judge .*something went wrong"):
         scorer(url=url).score(clips(1), ["p"])
     assert len(server.asked) == 1
 
@@ -329,7 +329,7 @@ def test_expected_scores_of_a_server(serve):
     assert body["logprobs"] is True and body["top_logprobs"] == 20 and body["max_tokens"] == 1
     assert words_of(body)[0].endswith(judge.DIGIT)
     url, _ = serve(lambda handler, number, body: handler.say("7"))
-    with pytest.raises(RewardError, match="gives no probabilities; leave --judge-expected"):
+    with pytest.raises(RunError, match="gives no probabilities; leave --judge-expected"):
         scorer(url=url, expected=True).score(clips(1), ["p"])
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from common.errors import InputError, RewardError
+from common.errors import InputError, RunError
 from common.prompts import caption_of
 from common.rewards.weights import Source
 
@@ -140,7 +140,7 @@ def score(scorers, media, prompts):
     for name, scorer in scorers.items():
         try:
             if not numbers:
-                raise RewardError(
+                raise RunError(
                     "the samples are no numbers: the weights have diverged. Go on from an earlier checkpoint "
                     "(--resume OUTPUT/checkpoints/step_NNNNNN), in a new run with a lower --learning-rate"
                 )
@@ -174,25 +174,25 @@ def score_one(scorer, media, captions):
 def failure(name, scorer):
     """What a scorer raised when it was last asked, as a line; "" if nothing."""
     error = getattr(scorer, "error", None)
-    if error is None or isinstance(error, (InputError, RewardError)):
+    if error is None or isinstance(error, (InputError, RunError)):
         return str(error or "")
     *_, place = traceback.extract_tb(error.__traceback__)
     return f"reward {name} raised {type(error).__name__}: {error} ({place.filename}, line {place.lineno})"
 
 
 def check_finite(scores, scorers, prompts):
-    """{name: [P, G]} of P prompts, from all processes; raises RewardError on all of them for a scorer that raised, an
+    """{name: [P, G]} of P prompts, from all processes; raises RunError on all of them for a scorer that raised, an
     infinite score, a NaN where `masks` does not allow it, and if nothing has a score."""
     for name, values in scores.items():
         masks = getattr(scorers[name], "masks", False)
         if failure(name, scorers[name]):
-            raise RewardError(failure(name, scorers[name])) from scorers[name].error
+            raise RunError(failure(name, scorers[name])) from scorers[name].error
         if masks and values.isnan().all():
-            raise RewardError(f"reward {name} has no score for any of {values.numel()} samples")
+            raise RunError(f"reward {name} has no score for any of {values.numel()} samples")
         wrong = (~torch.isfinite(values) & ~(values.isnan() & masks)).nonzero().tolist()
         if wrong:
             row, sample = wrong[0]
-            raise RewardError(
+            raise RunError(
                 f"reward {name} is {values[row, sample].item()} for the prompt {prompts[row]!r} "
                 f"({len(wrong)} of {values.numel()} samples), or it failed in another process"
             )

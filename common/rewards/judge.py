@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from common.errors import InputError, RewardError
+from common.errors import InputError, RunError
 from common.rewards import chosen_frames
 
 QUALITY = """Visual quality:
@@ -229,7 +229,7 @@ class Server:
 
     def answers(self, talks):
         """Conversations -> what the model says next: words, or with `expected` {digit: probability}; None where the
-        requests about this one alone failed. Raises RewardError where the server has gone, or refuses what is asked."""
+        requests about this one alone failed. Raises RunError where the server has gone, or refuses what is asked."""
         with ThreadPoolExecutor(self.concurrency) as pool:
             return list(pool.map(self.answer, talks))
 
@@ -242,18 +242,16 @@ class Server:
         except (openai.APIConnectionError, openai.InternalServerError, openai.RateLimitError) as error:
             if self.alive():
                 return None
-            raise RewardError(
+            raise RunError(
                 f"reward {self.name}: the server at {self.url} is gone ({line(error)}); start it again, then go on "
                 "with --resume latest"
             ) from None
         except openai.OpenAIError as error:
-            raise RewardError(
-                f"reward {self.name}: the server at {self.url} refuses to judge ({line(error)})"
-            ) from None
+            raise RunError(f"reward {self.name}: the server at {self.url} refuses to judge ({line(error)})") from None
         if not self.expected:
             return reply.message.content or ""
         if not (reply.logprobs and reply.logprobs.content):
-            raise RewardError(
+            raise RunError(
                 f"reward {self.name}: the server at {self.url} gives no probabilities; leave --judge-expected"
             )
         return digits((token.token, math.exp(token.logprob)) for token in reply.logprobs.content[0].top_logprobs)
