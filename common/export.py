@@ -12,7 +12,7 @@ def write(run, folder):
     Raises OSError."""
     pipe, lora = run.model.pipe, run.args.lora_rank
     modules = {name: getattr(pipe, name) for name in run.model.trainable}
-    weights = {name: trained_weights(module, run.dtype, lora) for name, module in modules.items()}
+    weights = {name: trained_weights(module, run, lora) for name, module in modules.items()}
     if run.is_main and lora:
         layers = {name: get_peft_model_state_dict(modules[name], state) for name, state in weights.items()}
         run.model.save_lora(folder, layers)
@@ -26,13 +26,16 @@ def write(run, folder):
     return f'pipe.load_lora_weights("{folder}")' if lora else f'{type(pipe).__name__}.from_pretrained("{folder}")'
 
 
-def trained_weights(module, dtype, lora):
-    """A module's state on the CPU, whole; of a LoRA its weights, else all, with those in float32 in `dtype`."""
+def trained_weights(module, run, lora):
+    """All processes together: for the main one a module's state on the CPU, whole; of a LoRA its weights, else all, with
+    those in float32 in the run's dtype. For the others nothing."""
     state = {}
     for name, value in module.state_dict().items():
         if not lora or "lora_" in name:
             value = sharding.whole(value)
-            state[name] = value.to(dtype) if not lora and value.dtype == torch.float32 else value
+            if run.is_main:
+                smaller = not lora and value.dtype == torch.float32
+                state[name] = value.to("cpu", run.dtype if smaller else value.dtype)
     return state
 
 

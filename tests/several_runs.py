@@ -15,6 +15,7 @@ from common import arguments
 
 if __name__ == "__main__":
     launched = dict(os.environ)
+    close = PartialState.destroy_process_group
     PartialState.destroy_process_group = lambda self, group=None: None  # each run would close it for the next
     for words in json.loads(Path(sys.argv[1]).read_text()):
         script = importlib.import_module(Path(words[0]).stem)
@@ -23,3 +24,4 @@ if __name__ == "__main__":
         GradientState._reset_state()
         sys.argv = words
         script.main(arguments.parse(script.Args, script.__doc__))
+    close(PartialState())  # or threads of gloo outlive what they use

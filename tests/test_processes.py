@@ -172,10 +172,11 @@ def test_states_of_several_processes_are_put_together_in_order(tmp_path):
         checkpoints.read(tmp_path / "checkpoints/step_000003")
 
 
-# --- A process dies ---
+# --- A process dies, the launcher is asked to stop ---
 
 
-def test_the_others_end_when_a_process_is_killed(tmp_path):
+def test_a_launch_outlives_a_killed_process_and_a_signal(tmp_path):
+    """When one of two is killed the other ends; when the launcher gets SIGTERM, both finish their step and save it."""
     settings = {**SMALL, "prompts_per_step": 2, "steps": 1000, "save_every": 1, "keep_checkpoints": 3}
     run = tmp_path / "run"
     process = launched(2, *words(grpo_base, settings, run))
@@ -189,4 +190,15 @@ def test_the_others_end_when_a_process_is_killed(tmp_path):
     assert process.returncode != 0 and time.time() - killed < 60
     assert said.count("error: another process of this run is gone") == 1 and said.count("--resume latest") == 1
     assert "[rank0]: Traceback" not in said
-    checkpoints.read(checkpoints.newest_first(run)[0])
+    last, _ = checkpoints.read(checkpoints.newest_first(run)[0])
+
+    process = launched(2, *words(grpo_base, {**settings, "save_every": 0, "resume": "latest"}, run))
+    while len(metrics(run)) < last + 2:
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    out, said = process.communicate(timeout=60)
+    saved, _ = checkpoints.read(checkpoints.newest_first(run)[0])
+    assert saved == len(metrics(run)) >= last + 2
+    assert f"{saved} steps are saved; go on with --output {run} --resume latest" in out
+    assert f"stopped: SIGTERM: stopped after {saved} steps" in said
