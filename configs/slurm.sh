@@ -1,5 +1,5 @@
 #!/bin/bash
-# Four machines of eight GPUs. A job that is preempted or runs out of time gets SIGTERM two minutes before: the run
+# Four machines of eight GPUs. A job that is preempted or runs out of time gets SIGTERM ten minutes before: the run
 # finishes its step, saves and exits, and `--resume latest` in the same command goes on when the job is queued again.
 #     sbatch configs/slurm.sh bpgo.py --model flux --output /shared/runs/flux
 #SBATCH --job-name=vgrpo
@@ -8,10 +8,11 @@
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=64
 #SBATCH --time=24:00:00
-#SBATCH --signal=TERM@120
+#SBATCH --signal=TERM@600
 #SBATCH --requeue
 #SBATCH --open-mode=append
 
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=570  # what the launcher leaves its processes for that step, else 30 seconds
 export MAIN_ADDRESS=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export GPUS=${SLURM_GPUS_PER_NODE:-8}
 export WORDS="$*"
