@@ -103,7 +103,7 @@ def main(args):
 
         # --- Rollout ---
         chance = torch.Generator().manual_seed(args.seed * 1_000_003 + step)  # the choices that all processes share
-        window = sde.random_window(args.sampling_steps, args.sde_window, chance)
+        window = sde.random_window(args.sde_steps or args.sampling_steps - 1, args.sde_window, chance)
         s = sde.diffusion_coefficients(sigmas, args.noise_level, args.sde, window)  # [T]
         batch = prompts_of_step(prompts, step, P, args.seed)
         captions = [batch[row // G] for row in rows]

@@ -99,8 +99,10 @@ class Args:
     """Compute both halves of classifier-free guidance in one forward pass: faster, for twice the memory."""
     same_noise: bool = False
     """Start all samples of a group from the same noise."""
+    sde_steps: Annotated[int, From(0, 1000)] = 0
+    """Add noise in this many steps only, the first; 0: in all but the last, which never is noisy."""
     sde_window: Annotated[int, From(0, 1000)] = 0
-    """Add noise in this many consecutive steps only, a new random window each training step; 0: in all steps."""
+    """Of these, add noise in this many consecutive ones only, a new random window each training step; 0: in all."""
 
     # --- Update ---
     timestep_fraction: Annotated[float, Above(0, 1)] = 1.0
@@ -209,11 +211,14 @@ def check(args):
                 raise InputError(f"{flag} {value}: must be {bound}")
     if args.best_of % 2 or args.best_of > args.group_size:
         raise InputError(f"--best-of {args.best_of}: must be even and at most --group-size {args.group_size}")
-    if args.sde_window > args.sampling_steps - 1:
-        raise InputError(
-            f"--sde-window {args.sde_window}: only {args.sampling_steps - 1} of {args.sampling_steps} steps can "
-            "be noisy, the last never is"
-        )
+    can_be_noisy = args.sampling_steps - 1
+    for flag, number in (("--sde-steps", args.sde_steps), ("--sde-window", args.sde_window)):
+        if number > can_be_noisy:
+            raise InputError(
+                f"{flag} {number}: only {can_be_noisy} of {args.sampling_steps} steps can be noisy, the last never is"
+            )
+    if args.sde_window > (args.sde_steps or can_be_noisy):
+        raise InputError(f"--sde-window {args.sde_window}: longer than the --sde-steps {args.sde_steps} it lies in")
     if args.sde == "ddim" and args.noise_level > 1:
         raise InputError(f"--noise-level {args.noise_level:g}: at most 1 with --sde ddim")
     if args.lora_targets and not args.lora_rank:

@@ -27,8 +27,8 @@ def write(run, folder):
 
 
 def trained_weights(module, run, lora):
-    """All processes together: for the main one a module's state on the CPU, whole; of a LoRA its weights, else all, with
-    those in float32 in the run's dtype. For the others nothing."""
+    """All processes together: for the main one a module's state on the CPU, whole; of a LoRA its weights, else all,
+    with those in float32 in the run's dtype. For the others nothing."""
     state = {}
     for name, value in module.state_dict().items():
         if not lora or "lora_" in name:

@@ -9,6 +9,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 from diffusers.utils import export_to_video
+from torch.nn.functional import pad
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
@@ -151,6 +152,8 @@ def save_clips(path, clips, fps, columns=4):
     scale = max(1, 96 // clips.shape[-2])
     clips = clips.float().clamp(0, 1).cpu().repeat_interleave(scale, -1).repeat_interleave(scale, -2)
     frames = [make_grid(frame, nrow=min(columns, len(clips)), padding=4, pad_value=1.0) for frame in clips.unbind(1)]
+    height, width = frames[0].shape[1:]
+    frames = [pad(frame, (0, -width % 16, 0, -height % 16), value=1.0) for frame in frames]  # as video codecs want it
     export_to_video([frame.movedim(0, -1).numpy() for frame in frames], str(path), fps=fps)
 
 

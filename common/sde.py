@@ -68,8 +68,8 @@ def diffusion_coefficients(sigmas, eta, schedule, window=None):
 
 
 def random_window(steps, length, generator):
-    """(start, length) of a random window among the steps that can be noisy, all but the last; None for length 0."""
-    return (torch.randint(steps - length, (), generator=generator).item(), length) if length else None
+    """(start, length) of a random window within the first `steps` steps, all of them for length 0."""
+    return (torch.randint(steps - length + 1, (), generator=generator).item(), length) if length else (0, steps)
 
 
 def noisy_steps(s, fraction, generator):

@@ -115,6 +115,7 @@ def test_zero_is_refused_where_it_makes_no_sense(name):
         ("best_of", 14),  # of 12
         ("sde_window", 8),  # of 8 steps, the last of which is never noisy
         ("sde_window", 500),
+        ("sde_steps", 8),
     ],
 )
 def test_values_out_of_range(name, value):
@@ -141,6 +142,7 @@ def test_a_folder_that_is_no_supported_model(tmp_path):
         dict(best_of=2, group_size=2),
         dict(sde_window=7, sampling_steps=8),
         dict(sde_window=1, sampling_steps=2),
+        dict(sde_window=3, sde_steps=3, sampling_steps=4),
         dict(sampling_steps=1000, timestep_fraction=1),
         dict(timestep_fraction=1e-3, noise_level=1e-6, shift=0.5, clip_range=1e-8, learning_rate=1e-12),
         dict(height=0, width=0, guidance=0, weight_decay=0, kl_coef=0, lora_rank=0, best_of=0, sde_window=0, seed=0),

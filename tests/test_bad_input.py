@@ -33,6 +33,8 @@ VALUES = {
     "guidance nan": (grpo_base, "--guidance nan", "--guidance"),
     "guidance of a second expert that is not there": (grpo_base, "--guidance-2 3", "--guidance-2"),
     "batched guidance where there is one pass": (grpo_base, "--batched-guidance", "--batched-guidance"),
+    "window longer than where it lies": (grpo_base, "--sde-window 3 --sde-steps 2", "longer than the --sde-steps 2"),
+    "noise in all steps": (grpo_base, "--sde-steps 8", "--sde-steps 8: only 7 of 8"),
     "window as long as the steps": (grpo_base, "--sde-window 8", "--sde-window"),
     "fraction 0": (grpo_base, "--timestep-fraction 0", "--timestep-fraction"),
     "fraction above 1": (grpo_base, "--timestep-fraction 1.5", "--timestep-fraction"),

@@ -31,12 +31,16 @@ RUNS = {
     for kind in ("full", "lora")
 }
 RUNS |= {
-    "experts": (grpo_base, {**SMALL, "model": "tiny-wan-i2v", "steps": 2, "micro_batch": 3, "sde_window": 0}),
+    "experts": (grpo_base, {**SMALL, "model": "tiny-wan-i2v", "steps": 2, "micro_batch": 3}),
     # steps that train one expert alone
     "window": (grpo_base, {**SMALL, "model": "tiny-wan-i2v", "steps": 2, "micro_batch": 3, "sde_window": 1}),
     "average": (grpo_base, {**SMALL, "kl_coef": 0.1, "best_of": 2, "ema": 0.9}),
 }
-SOME = ("grpo_base-full", "bpgo-lora", "slas-full", "self_paced-lora", "experts", "window", "average")
+SOME = {
+    "ddp": ("grpo_base-full", "slas-full", "self_paced-lora", "experts"),
+    "fsdp2": ("grpo_base-full", "bpgo-lora", "window", "average"),
+}
+ALL = dict.fromkeys(SOME, tuple(RUNS))
 
 
 def words(script, settings, output):
@@ -85,11 +89,11 @@ def leaves(state, name=""):
     return [leaf for key, value in items for leaf in leaves(value, f"{name}.{key}")]
 
 
-@pytest.mark.parametrize("names", [SOME, pytest.param(tuple(RUNS), marks=pytest.mark.slow)], ids=["some", "all"])
-def test_two_processes_train_as_one(names, tmp_path, monkeypatch):
+@pytest.mark.parametrize("runs", [SOME, pytest.param(ALL, marks=pytest.mark.slow)], ids=["some", "all"])
+def test_two_processes_train_as_one(runs, tmp_path, monkeypatch):
     """A group of 4 in chunks of 6 rows spans both processes; the numbers of four steps, and the weights after them.
     Sharded, one run stops after two steps and goes on from its checkpoint, one exchanges gradients every time."""
-    for config in ("ddp", "fsdp2"):
+    for config, names in runs.items():
         folder = tmp_path / config
         jobs = [words(*RUNS[name], folder / name) for name in names]
         if config == "fsdp2":
@@ -97,9 +101,9 @@ def test_two_processes_train_as_one(names, tmp_path, monkeypatch):
             jobs[1] = [*jobs[1], "--resume=latest"]
             jobs.append([*words(*RUNS["average"], folder / "often"), "--exchange-often"])
         two(tmp_path, jobs, config)
-    for name in names:
+    for name in dict.fromkeys([name for names in runs.values() for name in names]):
         alone = one(monkeypatch, name, tmp_path / "alone" / name)
-        for config in ("ddp", "fsdp2"):
+        for config in (config for config, names in runs.items() if name in names):
             assert metrics(tmp_path / config / name)[0]["reward_mean"] == pytest.approx(
                 metrics(alone)[0]["reward_mean"], rel=1e-6
             )
@@ -107,14 +111,15 @@ def test_two_processes_train_as_one(names, tmp_path, monkeypatch):
     assert_same(tmp_path / "alone/average", tmp_path / "fsdp2/often", steps=4)
 
     # what two processes left at step 2, sharded or not, one goes on with
-    for config in ("ddp", "fsdp2"):
+    averaged = [config for config, names in runs.items() if "average" in names]
+    for config in averaged:
         shutil.rmtree(tmp_path / config / "average/checkpoints/step_000004")
         shutil.copytree(tmp_path / config / "average", tmp_path / f"{config}-then-one")
         one(monkeypatch, "average", tmp_path / f"{config}-then-one", resume="latest")
         assert_same(tmp_path / "alone/average", tmp_path / f"{config}-then-one", steps=2)
 
     # both exports are plain pipelines, the average between the first and the last weights
-    for config in ("ddp", "fsdp2"):
+    for config in averaged:
         raw, mean = (
             FluxPipeline.from_pretrained(tmp_path / config / "average" / name).transformer.state_dict()
             for name in ("export", "export_ema")

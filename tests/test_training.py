@@ -71,7 +71,8 @@ def objective(model, args, step):
     P, G, T = args.prompts_per_step, args.group_size, args.sampling_steps
     chance = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
     sigmas = sde.shifted_sigmas(T, args.shift)
-    s = sde.diffusion_coefficients(sigmas, args.noise_level, args.sde, sde.random_window(T, args.sde_window, chance))
+    window = sde.random_window(args.sde_steps or T - 1, args.sde_window, chance)
+    s = sde.diffusion_coefficients(sigmas, args.noise_level, args.sde, window)
     batch = prompts_of_step(read_prompts(args.prompts), step, P, args.seed)
     captions = [batch[row // G] for row in range(P * G)]
     cond = model.encode(captions)
@@ -108,8 +109,9 @@ def objective(model, args, step):
         dict(micro_batch=3),
         dict(best_of=2, micro_batch=2),
         dict(same_noise=True, sde_window=2, timestep_fraction=0.6, sde="dance"),
+        dict(sde_steps=1),
     ],
-    ids=["one batch", "micro-batches", "best of 2", "same noise, window, fraction"],
+    ids=["one batch", "micro-batches", "best of 2", "same noise, window, fraction", "first step"],
 )
 def test_gradient_of_a_step_is_that_of_the_objective_written_out(train, settings, monkeypatch):
     seen = {}
