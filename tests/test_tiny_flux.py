@@ -17,8 +17,8 @@ from lab.shapes import Scenes, split_captions
 
 def test_base_model_chooses_badly_with_a_wide_spread():
     pipe = FluxPipeline.from_pretrained(ROOT / "assets/tiny-flux", dtype=torch.float32)
-    score = exam(pipe, split_captions()[1], group=8, seed=0)["score"]
-    assert score.shape == (128, 8)
+    score = exam(pipe, split_captions()[1][::4], group=8, seed=0)["score"]
+    assert score.shape == (32, 8)
     assert 0.40 <= score.mean() <= 0.60
     assert score.std(1, unbiased=False).mean() >= 0.15
 
