@@ -24,35 +24,37 @@ rescues = []  # what to call after a RunError; the Runtime of the run puts its o
 
 
 def run(main, args):
-    """main(args); an InputError or RunError ends it with one line on stderr. Tracebacks are for our own bugs."""
+    """main(args); an InputError or RunError ends it with one line on stderr, and after the latter the finished steps are
+    saved. Tracebacks are for our own bugs."""
     try:
         main(args)
     except (InputError, RunError) as error:
-        _say(error)
+        _say("error", error)
         if isinstance(error, InputError):
             sys.exit(2)
         for rescue in list(rescues):
             try:
                 rescue()
             except RunError as worse:
-                _say(worse)
+                _say("error", worse)
         sys.exit(1)
     except RuntimeError as error:
         if not _lost_a_process(error):
             raise
-        print(
-            "error: another process of this run is gone; what it said stands above or in its machine's log, and the "
-            "last checkpoint is intact: start again with --resume latest",
-            file=sys.stderr,
+        _say(
+            "error",
+            "another process of this run is gone; what it said stands above or in its machine's log, and the last "
+            "checkpoint is intact: start again with --resume latest",
         )
         sys.exit(1)
     except Stopped as stopped:
-        print(f"stopped: {stopped}", file=sys.stderr)
+        _say("stopped", stopped)
         sys.exit(128 + stopped.number)
 
 
-def _say(error):
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+def _say(what, line):
+    # one write: other processes write too
+    sys.stderr.write(f"{what}: {' '.join(str(line).split())}\n")
 
 
 def _lost_a_process(error):
