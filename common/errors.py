@@ -24,7 +24,7 @@ rescues = []  # what to call after a RunError; the Runtime of the run puts its o
 
 
 def run(main, args):
-    """main(args); an InputError or RunError ends it with one line on stderr, and after the latter the finished steps are
+    """main(args); an InputError or RunError ends it with one line on stderr, and of the latter the finished steps are
     saved. Tracebacks are for our own bugs."""
     try:
         main(args)
