@@ -24,10 +24,11 @@ Shapes: P prompts a step, G samples a prompt (the group), B = P * G rows, b rows
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 import torch
 
+import papers
 from common import arguments, errors, heldout, loss, models, rewards, sde
 from common.prompts import prompts_of_step, read_prompts
 from common.report import Clock, Report
@@ -53,8 +54,7 @@ class Args(arguments.Args):
     """The reward that --prior constant expects."""
     reward_scale: Annotated[float, arguments.From(0, 1e6)] = 0.0
     """Unit of reward - prior; 0: the typical spread that the rewards declare; 1: the equations as printed."""
-    SETTINGS: ClassVar = {"wan2.1-1.3b": dict(prior="sft", group_size=8, best_of=0, prompts_per_step=32, steps=200)}
-    SETTINGS |= {"wan2.2-i2v": dict(prior="first-frame"), "tiny-wan-i2v": dict(reward_scale=1.0)}
+    SETTINGS = papers.BPGO
 
 
 def combine_scores(scores, weights):

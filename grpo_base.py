@@ -19,6 +19,7 @@ from functools import partial
 
 import torch
 
+import papers
 from common import arguments, errors, heldout, loss, models, rewards, sde
 from common.prompts import prompts_of_step, read_prompts
 from common.report import Clock, Report
@@ -30,6 +31,8 @@ EPS = 1e-8  # in every division by a standard deviation
 @dataclass
 class Args(arguments.Args):
     """GRPO has no settings beyond the shared ones."""
+
+    SETTINGS = papers.GRPO
 
 
 def combine_scores(scores, weights):

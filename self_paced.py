@@ -21,10 +21,11 @@ Shapes: P prompts a step, G samples a prompt (the group), B = P * G rows, b rows
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 import torch
 
+import papers
 from common import arguments, errors, heldout, loss, models, rewards, sde
 from common.prompts import prompts_of_step, read_prompts
 from common.report import Clock, Report
@@ -49,11 +50,7 @@ class Args(arguments.Args):
     """Train on this stage alone, the ablations `one-stage` (1) and `two-stage` (2 holds 1); 0: on all."""
     calibrate: bool = False
     """Train each stage after the first alone for 50 steps first; its threshold is where it started + 0.7 * its gain."""
-    SETTINGS: ClassVar = {"wan2.1-1.3b": dict(thresholds=(0.75, 0.75)), "wan2.1-14b": dict(thresholds=(0.75, 0.73))}
-    SETTINGS["hunyuan"] = dict(thresholds=(0.7, 0.68), height=240, width=416, group_size=16, learning_rate=2e-6)
-    SETTINGS["tiny-flux"] = SETTINGS["tiny-sd"] = dict(reward=("verifier:quality", "verifier:layout", "verifier"))
-    SETTINGS["tiny-wan"] = dict(reward=("motion:quality", "motion:smooth", "motion"), thresholds=(0.5, 0.45))
-    SETTINGS["tiny-wan-i2v"] = SETTINGS["tiny-wan"]
+    SETTINGS = papers.SELF_PACED
 
 
 def combine_scores(scores, weights):

@@ -21,10 +21,11 @@ Shapes: P prompts a step, G samples a prompt (the group), B = P * G rows, b rows
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 import torch
 
+import papers
 from common import arguments, errors, heldout, loss, models, rewards, sde
 from common.fisher import TrustRegion
 from common.prompts import prompts_of_step, read_prompts
@@ -42,7 +43,7 @@ class Args(arguments.Args):
     """Divide by the batch's standard deviation before the power is taken, or after."""
     kl_limit: Annotated[float, arguments.Above(0, 1e6)] = 1e-4
     """zeta of --gamma auto: the KL that one update may cost, averaged over rows and dimensions."""
-    SETTINGS: ClassVar = {"sd1.4": dict(reward=("hpsv2.1", "clip")), "flux": dict(reward=("hpsv2.1=0.7", "clip=1.4"))}
+    SETTINGS = papers.SLAS
 
 
 def combine_scores(scores, weights):

@@ -136,10 +136,9 @@ def main(args):
         source = args.model if args.model.startswith("tiny") else build(args.model, f"{folder}/model")
         settings = dict(models.settings(args.model), **SETTINGS[args.model], prompts_per_step=1, steps=2)
         settings |= dict(reward=("jpeg",), prompts=f"{folder}/prompts.txt", eval_prompts="", save_every=0)
+        settings["offload_encoders"] = True
         settings = {name: value for name, value in settings.items() if name != "source"}
-        run_args = arguments.defaults(
-            grpo_base.Args, source, **settings, tracker="none", output=f"{folder}/run", offload_encoders=True
-        )
+        run_args = arguments.defaults(grpo_base.Args, source, **settings, tracker="none", output=f"{folder}/run")
         grpo_base.main(run_args)
         row = json.loads((Path(folder) / "run/metrics.jsonl").read_text().splitlines()[1])
     seconds = sum(row[f"{part}_seconds"] for part in ("rollout", "reward", "update"))

@@ -35,6 +35,8 @@ class Above(From):
 
 @dataclass
 class Args:
+    SETTINGS = {}  # of named models, beyond those of common/models; no field, as it has no annotation
+
     # --- What is trained, on what ---
     model: str = "tiny-flux"
     """A named model (--list-models), the folder of a diffusers pipeline, or a hub id."""
@@ -162,11 +164,15 @@ class Args:
     """Where the metrics go besides metrics.jsonl."""
 
 
+def settings(cls, model):
+    """A script's settings for a named model: the model's own, and over them those of cls.SETTINGS {model: settings}."""
+    return {**models.settings(model), **cls.SETTINGS.get(model, {})}
+
+
 def defaults(cls, model="tiny-flux", **values):
-    """cls with the settings of a named model, those of cls.SETTINGS {model: settings} over them, `values` on top."""
+    """cls with its settings for a named model, `values` on top."""
     fields = {f.name for f in dataclasses.fields(cls)}
-    table = {**models.settings(model), **getattr(cls, "SETTINGS", {}).get(model, {})}
-    table = {name: value for name, value in table.items() if name in fields}
+    table = {name: value for name, value in settings(cls, model).items() if name in fields}
     return cls(**{"model": model, **table, **values})
 
 
@@ -192,7 +198,7 @@ def parse(cls, description):
     `--list-models` prints the table and ends the program."""
     argv = sys.argv[1:]
     if "--list-models" in argv:
-        print(models.table())
+        print(models.table({name: settings(cls, name) for name in models.MODELS}))
         sys.exit()
     for i, word in enumerate(argv):
         if word == "--resume" and (i + 1 == len(argv) or argv[i + 1].startswith("--")):

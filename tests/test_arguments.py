@@ -2,12 +2,17 @@
 
 import ast
 import dataclasses
+import importlib
 import sys
 from pathlib import Path
 
 import pytest
 
-from common import arguments, models
+import bpgo
+import grpo_base
+import self_paced
+import slas
+from common import arguments, models, rewards
 from common.arguments import Args, check, defaults
 from common.errors import InputError
 
@@ -15,6 +20,11 @@ ROOT = Path(__file__).resolve().parents[1]
 FIELDS = {field.name: field.default for field in dataclasses.fields(Args)}
 NUMBERS = [name for name, default in FIELDS.items() if type(default) in (int, float)]
 NAMED = list(models.MODELS)
+SCRIPTS = {"grpo_base": grpo_base, "bpgo": bpgo, "slas": slas, "self_paced": self_paced}
+PAPERS = {  # script: the models that its paper trains
+    "grpo_base": {"flux", "sd1.4", "hunyuan"}, "bpgo": {"flux", "wan2.1-1.3b", "wan2.2-i2v"},
+    "slas": {"flux", "sd1.4"}, "self_paced": {"wan2.1-1.3b", "wan2.1-14b", "hunyuan"},
+}  # fmt: skip
 
 
 def refused(model="tiny-flux", **values):
@@ -29,6 +39,11 @@ def refused(model="tiny-flux", **values):
 def no_hub(monkeypatch):
     """check() asks the model's folder or the hub what the model is; here it asks nobody."""
     monkeypatch.setattr(models, "family_of", lambda name: None)
+
+
+def reward_class(name):
+    module, attribute = rewards.REWARDS[name]
+    return getattr(importlib.import_module(module), attribute)
 
 
 def flag(name):
@@ -72,6 +87,32 @@ def test_a_folder_takes_the_plain_defaults():
 @pytest.mark.parametrize("name", [*NAMED, "some/folder"])
 def test_every_model_is_valid_with_prompts_and_reward(no_hub, name):
     check(defaults(Args, name, prompts="prompts.txt", reward=("jpeg",)))
+
+
+@pytest.mark.parametrize("name", NAMED)
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_script_has_all_settings_for_every_named_model(no_hub, script, name):
+    cls = SCRIPTS[script].Args
+    args = defaults(cls, name)
+    check(args)
+    assert arguments.settings(cls, name).keys() - {f.name for f in dataclasses.fields(cls)} <= {"source", "paper"}
+    scorers = [reward_class(reward) for reward in rewards.parse(args.reward)]
+    assert all(scorer.video if args.frames else getattr(scorer, "image", True) for scorer in scorers)
+    if script == "self_paced":
+        assert len(args.thresholds) == len(scorers) - 1
+    if not name.startswith("tiny"):
+        assert args.micro_batch == 1 and args.offload_encoders and args.keep_checkpoints and args.steps >= 100
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_list_models_says_which_pairs_are_a_papers(monkeypatch, capsys, script):
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", "--list-models"])
+    with pytest.raises(SystemExit):
+        arguments.parse(SCRIPTS[script].Args, "about")
+    head, *rows = [line.split() for line in capsys.readouterr().out.split("\n\n")[0].splitlines()]
+    assert head[:2] == ["name", "paper"] and len(rows) == len(NAMED)
+    assert {name for name, paper, *_ in rows if paper != "-"} == PAPERS[script]
+    assert len({paper for _, paper, *_ in rows}) == 2
 
 
 # --- Bad values ---

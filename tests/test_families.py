@@ -393,10 +393,11 @@ def test_pipelines_of_other_classes_are_one_clear_line(tmp_path, picture):
 
 
 def test_the_table_of_models_names_sizes_lora_layers_and_blocks():
-    text = models.table()
+    text = models.table(models.MODELS)
     for name, values in models.MODELS.items():
         (line,) = (line for line in text.splitlines() if line.startswith(f"{name} "))
         assert str(values["sampling_steps"]) in line and str(values["learning_rate"]) in line
+        assert values["reward"][0] in line and Path(values["prompts"]).name in line
     for cls in (Flux, StableDiffusion, Wan, WanImageToVideo, HunyuanVideo):
         assert cls.lora_targets in text and ", ".join(cls.blocks) in text
     assert "image-to-video" in text and str(models.ASSETS) not in text

@@ -49,10 +49,14 @@ _MOTION = dict(
 # DanceGRPO (2505.07818), which the three papers follow.
 _PAPERS = dict(
     prompts_per_step=8, group_size=12, sampling_steps=16, sde="dance", timestep_fraction=0.6, same_noise=True,
-    clip_range=1e-4, learning_rate=1e-5, micro_batch=1,
+    clip_range=1e-4, learning_rate=1e-5, micro_batch=1, prompts="dancegrpo:images", reward=("hpsv2.1",),
+    offload_encoders=True, keep_checkpoints=2,  # with optimizer a checkpoint of FLUX has 133 GiB
 )  # fmt: skip
-# 2511.19356, appendix A: best 4 and worst 4 of 16.
-_VIDEO = dict(_PAPERS, group_size=16, best_of=8, shift=5.0, noise_level=0.5, learning_rate=5e-6, fps=15.0)
+# 2511.19356, appendix A: best 4 and worst 4 of 16. The reward is that of its baseline.
+_VIDEO = dict(
+    _PAPERS, group_size=16, best_of=8, shift=5.0, noise_level=0.5, learning_rate=5e-6, frames=53, fps=15.0,
+    prompts="dancegrpo:videos", reward=("videoalign",), gradient_checkpointing=True,
+)  # fmt: skip
 
 # Settings by name; --model NAME makes them the defaults of the command line. Where the papers are silent about a
 # pair (prompts a step on another number of GPUs, guidance), it is the model's own default.
@@ -75,27 +79,27 @@ MODELS = {
     },
     "flux": dict(
         _PAPERS, source="black-forest-labs/FLUX.1-dev", height=720, width=720, guidance=3.5, steps=200, shift=3.0,
-        noise_level=0.3, reward=("hpsv2.1",),
+        noise_level=0.3, gradient_checkpointing=True,
     ),
     "sd1.4": dict(
         _PAPERS, source="CompVis/stable-diffusion-v1-4", height=512, width=512, guidance=5.0, steps=300,
-        sampling_steps=50, sde="ddim", shift=1.0, noise_level=1.0, group_size=16, reward=("hpsv2.1",),
+        sampling_steps=50, sde="ddim", shift=1.0, noise_level=1.0, group_size=16, timestep_fraction=1.0,
     ),
     "wan2.1-1.3b": dict(
-        _VIDEO, source="Wan-AI/Wan2.1-T2V-1.3B-Diffusers", height=480, width=832, frames=53, guidance=5.0,
-        steps=150,
+        _VIDEO, source="Wan-AI/Wan2.1-T2V-1.3B-Diffusers", height=480, width=832, guidance=5.0, steps=150,
     ),
     "wan2.1-14b": dict(
-        _VIDEO, source="Wan-AI/Wan2.1-T2V-14B-Diffusers", height=240, width=416, frames=53, guidance=5.0,
-        steps=220, prompts_per_step=16,
+        _VIDEO, source="Wan-AI/Wan2.1-T2V-14B-Diffusers", height=240, width=416, guidance=5.0, steps=220,
+        prompts_per_step=16,
     ),
     "wan2.2-i2v": dict(  # 2511.18919: 8 samples a group, 16 prompts on 16 GPUs
-        _VIDEO, source="Wan-AI/Wan2.2-I2V-A14B-Diffusers", height=480, width=832, frames=53, guidance=3.5,
-        steps=200, prompts_per_step=16, group_size=8, best_of=0, learning_rate=1e-5,
+        _VIDEO, source="Wan-AI/Wan2.2-I2V-A14B-Diffusers", height=480, width=832, guidance=3.5, steps=200,
+        prompts_per_step=16, group_size=8, best_of=0, learning_rate=1e-5, prompts="first-frames",
+        reward=("videoclip-xl",),
     ),
     "hunyuan": dict(
-        _PAPERS, source="hunyuanvideo-community/HunyuanVideo", height=480, width=480, frames=53, fps=15.0,
-        guidance=6.0, steps=100, shift=5.0, noise_level=0.25, group_size=24, best_of=8,
+        _VIDEO, source="hunyuanvideo-community/HunyuanVideo", height=480, width=480, guidance=6.0, steps=100,
+        noise_level=0.25, group_size=24, learning_rate=1e-5,
     ),
 }  # fmt: skip
 
@@ -144,16 +148,17 @@ def load(name, dtype, prompts=(), **settings):
     return model
 
 
-def table():
-    """The named models and their settings as text, for --list-models."""
-    columns = ("height", "width", "frames", "fps", "sampling_steps", "shift", "noise_level", "sde", "guidance")
-    columns += ("group_size", "best_of", "learning_rate", "steps")
-    rows = [("name", "source", *columns)]
-    for name, values in MODELS.items():
-        source = values["source"].replace(f"{ASSETS.parent}/", "")
-        rows.append((name, source, *(str(values.get(column, "-")) for column in columns)))
+def table(pairs):
+    """The named models and a script's settings for them, {name: settings}, as text for --list-models."""
+    columns = ("paper", "height", "width", "frames", "fps", "sampling_steps", "shift", "noise_level", "sde", "guidance")
+    columns += ("prompts_per_step", "group_size", "best_of", "learning_rate", "steps", "reward", "prompts", "source")
+    rows = [("name", *columns)]
+    for name, values in pairs.items():
+        cells = {column: values.get(column, "-") for column in columns} | {"reward": " ".join(values["reward"])}
+        rows.append((name, *(str(cell).replace(f"{ASSETS.parent}/", "") for cell in cells.values())))
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+    lines += ["", "paper: the one (arXiv) that trains this model so; -: none does, script and model suggest the rest"]
     for pipeline, (module, attribute) in FAMILIES.items():
         cls = getattr(importlib.import_module(module), attribute)
         lines += ["", f"{pipeline}: {cls.task()}", f"  LoRA: {cls.lora_targets}", f"  blocks: {', '.join(cls.blocks)}"]

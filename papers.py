@@ -1,0 +1,55 @@
+"""What each script trains each named model with: the settings that its paper prints, over those of the model.
+
+The table in common/models has what belongs to a model whoever trains it, and DanceGRPO's settings, on which all three
+papers build. A pair with `paper` is one of that paper's; the others take what their script and their model suggest.
+docs/reproduce.md has the commands for the papers' tables, tests/test_reproduce.py the settings as they are printed.
+"""
+
+_DANCE, _BPGO, _SLAS, _PACED = "2505.07818", "2511.18919", "2605.10937", "2511.19356"  # arXiv
+
+# DanceGRPO's published code: FLUX on 16 GPUs with one prompt each, Stable Diffusion on 8 with four, HunyuanVideo on 32
+# with one, by visual quality alone.
+GRPO = {
+    "flux": dict(paper=_DANCE, prompts_per_step=16),
+    "sd1.4": dict(paper=_DANCE, prompts_per_step=32),
+    "hunyuan": dict(paper=_DANCE, prompts_per_step=32, steps=200, reward=("videoalign:vq",)),
+}
+
+# Section 4.1 and appendix B. The videos' captions are not public; --prompts has DanceGRPO's instead.
+_T2V = dict(prior="sft", reward=("videoclip-xl",), group_size=8, best_of=0)
+BPGO = {
+    "flux": dict(paper=_BPGO, reward=("hpsv2",)),
+    "sd1.4": dict(reward=("hpsv2",)),
+    "wan2.1-1.3b": dict(_T2V, paper=_BPGO, prompts_per_step=32, steps=200),
+    "wan2.1-14b": _T2V,
+    "wan2.2-i2v": dict(_T2V, paper=_BPGO, prior="first-frame"),
+    "hunyuan": _T2V,
+    "tiny-wan-i2v": dict(reward_scale=1.0),
+}
+
+# Section 6.1: two nodes of 8 GPUs for FLUX, one for Stable Diffusion, otherwise as DanceGRPO.
+SLAS = {
+    "flux": dict(GRPO["flux"], paper=_SLAS, reward=("hpsv2.1=0.7", "clip-h=1.4"), prompts="hpdv2"),
+    "sd1.4": dict(GRPO["sd1.4"], paper=_SLAS, reward=("hpsv2.1", "clip-h"), prompts="hpdv2"),
+}
+
+# Section 5.2 and appendix A. Images have no smoothness to judge, so two stages are left of three.
+_JUDGED = dict(reward=("judge:quality", "judge:smoothness", "judge:alignment"), thresholds=(0.75, 0.75))
+_JUDGED_IMAGES = dict(reward=("judge:quality", "judge:alignment"), thresholds=(0.75,))
+_SHAPES = dict(reward=("verifier:quality", "verifier:layout", "verifier"))
+_MOTION = dict(reward=("motion:quality", "motion:smooth", "motion"), thresholds=(0.5, 0.45))
+SELF_PACED = {
+    "flux": _JUDGED_IMAGES,
+    "sd1.4": _JUDGED_IMAGES,
+    "wan2.1-1.3b": dict(_JUDGED, paper=_PACED),
+    "wan2.1-14b": dict(_JUDGED, paper=_PACED, thresholds=(0.75, 0.73)),
+    "wan2.2-i2v": _JUDGED,
+    "hunyuan": dict(
+        _JUDGED, paper=_PACED, thresholds=(0.7, 0.68), height=240, width=416, group_size=16, noise_level=0.5,
+        learning_rate=2e-6, prompts_per_step=16,
+    ),
+    "tiny-flux": _SHAPES,
+    "tiny-sd": _SHAPES,
+    "tiny-wan": _MOTION,
+    "tiny-wan-i2v": _MOTION,
+}  # fmt: skip
