@@ -37,8 +37,8 @@ def shifted_sigmas(steps, shift):
 def diffusion_coefficients(sigmas, eta, schedule, window=None):
     """The coefficient s of each step: sigmas [T+1] -> [T].
 
-    `dance`: s = eta (2505.07818). `flow`: s = eta * sqrt(sigma / (1 - sigma)) (2505.05470), where a sigma of 1 is
-    replaced by the next sigma: the ratio has a pole there, and some schedulers start at 0.999999 instead.
+    `dance`: s = eta (2505.07818). `flow`: s = eta * sqrt(sigma / (1 - sigma)) (2505.05470); where sigma is 1 (some
+    schedulers start at 0.999999) this has a pole: the denominator alone takes the next sigma, so std is eta there.
     `ddim`: so that std = s sqrt(-dt) is DDIM's, eta sqrt((1 - a'^2) / (1 - a^2) (1 - a^2 / a'^2)) in the units of the
     variance-preserving z = x / h, where h = hypot(1 - sigma, sigma), a = (1 - sigma) / h; a' and h' at sigma_next.
     The last step is an ODE step (s = 0): its log-probability has no finite limit, so it is never trained and decodes
@@ -49,7 +49,7 @@ def diffusion_coefficients(sigmas, eta, schedule, window=None):
         s = torch.full_like(sigma, eta)
     elif schedule == "flow":
         away_from_pole = torch.where(sigma > 1 - 1e-4, sigma_next, sigma)
-        s = eta * (away_from_pole / (1 - away_from_pole)).sqrt()
+        s = eta * (sigma / (1 - away_from_pole)).sqrt()
     elif schedule == "ddim":
         sigma, sigma_next = sigma.double(), sigma_next.double()
         h, h_next = torch.hypot(1 - sigma, sigma), torch.hypot(1 - sigma_next, sigma_next)

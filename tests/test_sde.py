@@ -39,12 +39,35 @@ def sigmas_of(steps, shift):
 
 
 def coefficients_of(sigmas, eta, schedule):
-    """s of each step; the flow ratio at a first sigma of 1 takes the next sigma; the last step is an ODE step."""
+    """s of each step; at a first sigma of 1 flow's denominator takes the next sigma; the last step is an ODE step."""
     s = []
     for i in range(len(sigmas) - 1):
         safe = sigmas[i + 1] if abs(sigmas[i] - 1) < 1e-5 else sigmas[i]
-        s.append(eta if schedule == "dance" else eta * (safe / (1 - safe)) ** 0.5)
+        s.append(eta if schedule == "dance" else eta * (sigmas[i] / (1 - safe)) ** 0.5)
     return s[:-1] + [0.0]
+
+
+# Flow-GRPO's noise as three public codes have it, each in another form: x, v [B, D], step i of sigmas [T+1] ->
+# mean [B, D], std.
+def flow_grpo_transition(x, v, sigmas, i, noise_level):
+    sigma, sigma_max, dt = sigmas[i], sigmas[1], sigmas[i + 1] - sigmas[i]
+    std_dev_t = np.sqrt(sigma / (1 - np.where(sigma == 1, sigma_max, sigma))) * noise_level
+    drift_x, drift_v = 1 + std_dev_t**2 / (2 * sigma) * dt, 1 + std_dev_t**2 * (1 - sigma) / (2 * sigma)
+    return x * drift_x + v * drift_v * dt, std_dev_t * np.sqrt(-dt)
+
+
+def mix_grpo_transition(x, v, sigmas, i, eta):
+    delta_t = sigmas[i] - sigmas[i + 1]
+    variance = eta**2 * sigmas[i] / (1.0 - (sigmas[1] if sigmas[i] == 1 else sigmas[i]))
+    score = -(x / sigmas[i] + (1 - sigmas[i]) / sigmas[i] * v)
+    return x - (v - 0.5 * variance * score) * delta_t, np.sqrt(variance * delta_t)
+
+
+def flow_factory_transition(x, v, sigmas, i, noise_level):
+    away = sigmas[1] if sigmas[i] == 1.0 else sigmas[i]
+    std = noise_level * np.sqrt(sigmas[i] * (sigmas[i] - sigmas[i + 1]) / (1 - away))
+    x0, x1 = x - sigmas[i] * v, x + (1 - sigmas[i]) * v  # of this step: data and noise
+    return (1 - sigmas[i + 1]) * x0 + (sigmas[i + 1] - std**2 / (2 * sigmas[i])) * x1, std
 
 
 def exact_velocity(x, sigma, m, c):
@@ -216,11 +239,25 @@ def test_dance_coefficient_is_eta_until_the_last_step():
 
 
 @pytest.mark.parametrize("first", [1.0, 0.999999])
-def test_flow_coefficient_follows_the_formula_and_takes_the_next_sigma_at_the_pole(first):
+def test_flow_coefficient_follows_the_formula_and_its_denominator_takes_the_next_sigma_at_the_pole(first):
     sigmas = [first, 0.9, 0.5, 0.2, 0.1, 0.0]
     s = sde.diffusion_coefficients(torch.tensor(sigmas), 0.7, "flow")
-    np.testing.assert_allclose(s.numpy(), [0.7 * 3, 0.7 * 3, 0.7, 0.7 * 0.5, 0], rtol=1e-6)
+    np.testing.assert_allclose(s.numpy(), [0.7 * 10**0.5, 0.7 * 3, 0.7, 0.7 * 0.5, 0], rtol=1e-6)
     np.testing.assert_allclose(s.numpy(), coefficients_of(sigmas, 0.7, "flow"), rtol=1e-6)
+    assert sde.transition_std(first, 0.9, s[0]).item() == pytest.approx(0.7, abs=1e-5)
+
+
+@pytest.mark.parametrize("steps, shift", [(8, 1.0), (6, 3.0), (16, 5.0)])
+@pytest.mark.parametrize("theirs", [flow_grpo_transition, mix_grpo_transition, flow_factory_transition])
+def test_flow_transitions_are_those_of_three_public_codes_from_the_first_step_on(theirs, steps, shift):
+    sigmas = np.array(sigmas_of(steps, shift))
+    s = sde.diffusion_coefficients(torch.as_tensor(sigmas), 0.7, "flow")
+    x, v = np.random.default_rng(steps).standard_normal((2, 3, 7))
+    for i in range(steps - 1):
+        at = sigmas[i], sigmas[i + 1], s[i]
+        mean, std = theirs(x, v, sigmas, i, 0.7)
+        np.testing.assert_allclose(sde.sde_step(*tensors(v, x), *at)[2].numpy(), mean, rtol=0, atol=1e-12)
+        np.testing.assert_allclose(sde.transition_std(*at).numpy(), std, rtol=1e-12)
 
 
 def test_flow_coefficient_just_below_the_pole_is_left_alone():
