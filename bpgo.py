@@ -53,7 +53,7 @@ class Args(arguments.Args):
     prior_value: float = 0.0
     """The reward that --prior constant expects."""
     reward_scale: Annotated[float, arguments.From(0, 1e6)] = 0.0
-    """Unit of reward - prior; 0: the typical spread that the rewards declare; 1: the equations as printed."""
+    """Unit of reward - prior in --k and --lam; 0: the spread that the rewards declare; 1: the equations as printed."""
     SETTINGS = papers.BPGO
 
 
@@ -177,9 +177,9 @@ def main(args):
         reward = combine_scores(scores, reward_weights)  # [P, G]
         advantages = compute_advantages(reward, args.adv_clip_max)
         expected = prior.expect(batch, reward)  # [P, 1]
-        deviation = (reward - expected) / (args.reward_scale or rewards.scale(scorers, reward_weights))
-        trust = reliability_weights(deviation.nanmean(1, keepdim=True), 0, args.alpha, args.k)  # [P, 1]
-        contrast = compute_advantages(contrastive_rewards(deviation, 0, args.lam), args.adv_clip_max)
+        deviation, unit = reward - expected, args.reward_scale or rewards.scale(scorers, reward_weights)
+        trust = reliability_weights(deviation.nanmean(1, keepdim=True), 0, args.alpha, args.k / unit)  # [P, 1]
+        contrast = compute_advantages(contrastive_rewards(deviation, 0, args.lam / unit), args.adv_clip_max)
         kept = keep_rows(reward, args.best_of)
         trained_rows = kept.sum().item()
         if not args.kl_coef:  # rows without advantage and without KL have no gradient

@@ -113,6 +113,31 @@ def test_the_exponent_may_be_taken_of_the_deviation(R):
     close(as_printed, shifted, 1e-7)  # eps of the standard deviation is what is left
 
 
+def test_contrastive_advantages_of_a_group_far_below_its_prior():
+    R = tensor([[0.262, 0.270, 0.275, 0.280, 0.284, 0.290, 0.300]])  # 1.7 or more of HPSv2's units of 0.01
+    found = bpgo.compute_advantages(bpgo.contrastive_rewards(R - 0.305, 0, 1.0 / 0.01), 5.0)
+    close(found[0], [-1.53, -0.87, -0.45, -0.02, 0.32, 0.83, 1.71], 0.0051)
+
+
+@pytest.mark.parametrize("lam_per_unit", [0.0, 1.0, 4.0, 100.0])
+def test_contrastive_rewards_rise_with_the_reward_where_it_is_less_than_1_below_its_prior(lam_per_unit):
+    deviation = torch.linspace(-1, 12, 2000, dtype=torch.float64)[None, 1:]
+    rise = bpgo.contrastive_rewards(deviation, 0, lam_per_unit).diff(dim=1)
+    assert (rise >= 0).all() and (lam_per_unit == 0 or (rise > 0).all())
+
+
+def test_the_scale_of_the_reward_stays_out_of_the_exponent(train, monkeypatch):
+    """eq 4 in float64 on a step's own rewards, all some units of the verifier's 0.25 below their prior."""
+    seen, honest = [], bpgo.compute_advantages
+    monkeypatch.setattr(bpgo, "compute_advantages", lambda r, top: seen.append(r.double().numpy()) or honest(r, top))
+    train(bpgo, steps=1, group_size=8, prior="constant", prior_value=1.0, lam=1.5)
+    R, contrast = seen
+    assert R.mean() < 1 - 2 * 0.25
+    expected = (1.5 * (R - 1) / 0.25 + (R > 1)) * np.exp(R)
+    close(contrast * np.e, expected, 1e-5)  # a factor common to a group
+    assert (R.argsort() == contrast.argsort()).all()
+
+
 def test_the_exponent_is_bounded():
     huge = bpgo.contrastive_rewards(tensor([[-1e4, 0.0, 1e4]]), 0, 1.0)
     assert torch.isfinite(huge).all() and huge[0, 2] == (1e4 + 1) * np.exp(10)
@@ -375,7 +400,8 @@ def test_gradient_of_both_terms_is_theirs_added(train):
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(bpgo.Runtime, "update", update)
-            train(bpgo, output, steps=1, group_size=8, save_every=0, **settings)
+            shared = dict(steps=1, group_size=8, save_every=0, prior="constant", prior_value=0.2)
+            train(bpgo, output, **shared, **settings)
         return seen[0].double()
 
     plain = gradient("plain", alpha=0.0, beta=0.0)
