@@ -19,7 +19,7 @@ above their group's mean:
 
 Shapes: P prompts a step, G samples a prompt (the group), B = P * G rows, b rows of this process, T denoising steps.
 
-    python bpgo.py               # on GPUs: accelerate launch bpgo.py --model flux --reward jpeg --prompts FILE
+    python bpgo.py               # on GPUs: accelerate launch bpgo.py --model flux
 """
 
 from dataclasses import dataclass

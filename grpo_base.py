@@ -11,7 +11,7 @@ above their group's mean:
 
 Shapes: P prompts a step, G samples a prompt (the group), B = P * G rows, b rows of this process, T denoising steps.
 
-    python grpo_base.py          # on GPUs: accelerate launch grpo_base.py --model flux --reward jpeg --prompts FILE
+    python grpo_base.py          # on GPUs: accelerate launch grpo_base.py --model flux
 """
 
 from dataclasses import dataclass

@@ -16,7 +16,7 @@ above their group's mean:
 
 Shapes: P prompts a step, G samples a prompt (the group), B = P * G rows, b rows of this process, T denoising steps.
 
-    python self_paced.py         # on GPUs: accelerate launch self_paced.py --model flux --reward A B C --prompts FILE
+    python self_paced.py         # on GPUs: accelerate launch self_paced.py --model wan2.1-1.3b
 """
 
 from dataclasses import dataclass, replace

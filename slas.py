@@ -16,7 +16,7 @@ above their group's mean:
 
 Shapes: P prompts a step, G samples a prompt (the group), B = P * G rows, b rows of this process, T denoising steps.
 
-    python slas.py               # on GPUs: accelerate launch slas.py --model flux --reward jpeg --prompts FILE
+    python slas.py               # on GPUs: accelerate launch slas.py --model flux
 """
 
 from dataclasses import dataclass

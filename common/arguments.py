@@ -11,6 +11,7 @@ import tyro
 
 from common import models
 from common.errors import InputError
+from common.prompts import sets
 
 
 class From(NamedTuple):
@@ -65,10 +66,12 @@ class Args:
     judge_concurrency: Annotated[int, From(1, 1000)] = 16
     """Requests that each process has under way at once."""
     prompts: str = ""
-    """Text file with one prompt a line; for image-to-video models IMAGE <tab> PROMPT. Or the official prompts of
-    HPSv2: hpsv2:anime, hpsv2:concept-art, hpsv2:paintings, hpsv2:photo, hpsv2:all."""
+    """Text file with one prompt a line; for image-to-video models IMAGE <tab> PROMPT. Or FILE:COLUMN of a table that
+    is csv, tsv, jsonl, json or parquet; hub:OWNER/NAME/FILE:COLUMN of a data set on the hub; or a set by its name
+    (common/prompts/sets.py): dancegrpo:images, dancegrpo:videos, hpdv2, first-frames."""
     eval_prompts: str = ""
-    """Text file with held-out prompts for --eval-every and --sample-every; none: neither happens."""
+    """Held-out prompts for --eval-every and --sample-every, named in the same way, or a benchmark's: hpsv2:STYLE
+    (anime, concept-art, paintings, photo, all), geneval, unigenbench, unigenbench:long, vbench. None: neither."""
     height: Annotated[int, From(0, 1e5)] = 0
     """Height of the samples in pixels; 0: the model's own."""
     width: Annotated[int, From(0, 1e5)] = 0
@@ -233,6 +236,11 @@ def check(args):
         raise InputError("--tracker wandb: the package is missing; pip install wandb, or use --tracker tensorboard")
     if args.model not in models.MODELS:
         models.family_of(args.model)  # a wrong model would lack the next two as well
+    if sets.is_benchmark(args.prompts):
+        raise InputError(
+            f"--prompts {args.prompts}: these are a benchmark's, for --eval-prompts; train on dancegrpo:images, hpdv2, "
+            "dancegrpo:videos or a file"
+        )
     for name in ("reward", "prompts"):
         if not getattr(args, name):
             raise InputError(f"--{name} is missing: --model {args.model} has no default for it")

@@ -108,7 +108,11 @@ FILES = {
     "prompts in another encoding": (grpo_base, "--prompts {tmp}/latin.txt", "UTF-8"),
     "prompts of another world": (grpo_base, "--prompts {tmp}/dog.txt", "a photo of a dog"),
     "prompts with images": (grpo_base, "--prompts {tmp}/images.txt --reward jpeg", "image"),
-    "no such style of HPSv2": (grpo_base, "--prompts hpsv2:cartoon", "concept-art"),
+    "training on a benchmark": (grpo_base, "--prompts hpsv2:photo", "--eval-prompts"),
+    "no such set of prompts": (grpo_base, "--prompts dancegrpo:picture", "dancegrpo:images"),
+    "no such column": (grpo_base, "--prompts {tmp}/table.csv:text", "'caption'"),
+    "a benchmark that is not there": (grpo_base, "--eval-prompts geneval:short", "geneval"),
+    "no such style of HPSv2": (grpo_base, "--eval-prompts hpsv2:cartoon", "concept-art"),
     "no held-out file": (grpo_base, "--eval-prompts {tmp}/nowhere.txt", "nowhere.txt"),
     "an output that is a file": (grpo_base, "--output {tmp}/fine.txt", "fine.txt"),
     "an output in a file": (grpo_base, "--output {tmp}/fine.txt/run", "fine.txt"),
@@ -139,6 +143,7 @@ def tmp(tmp_path_factory):
         "lost.txt": "lost.png\ta red circle moving left\n", "nopicture.txt": "fine.txt\ta red circle moving left\n",
         "toaster/model_index.json": '{"_class_name": "ToasterPipeline"}', "broken/model_index.json": "{",
         "sd/model_index.json": '{"_class_name": "StableDiffusionPipeline"}', "run/config.json": "{",
+        "table.csv": "caption\na dog\n",
     }  # fmt: skip
     for name, text in texts.items():
         (folder / name).parent.mkdir(exist_ok=True)

@@ -1,5 +1,6 @@
 """common/models/flux.py against diffusers' own FluxPipeline, on the embedded tiny-flux."""
 
+import math
 from functools import partial
 
 import pytest
@@ -8,6 +9,7 @@ from peft import LoraConfig
 
 from common import models, sde
 from common.errors import InputError
+from common.models import family
 
 PROMPTS = ["a square", "four yellow triangles", "a black cross and a blue circle"]  # 2, 3 and 7 words
 
@@ -57,6 +59,19 @@ def test_each_distinct_prompt_is_encoded_once_and_alone(flux):
     for row in (0, 2):
         assert torch.equal(many["encoder_hidden_states"][row], text[0])
         assert torch.equal(many["pooled_projections"][row], pooled[0])
+
+
+@torch.no_grad()
+def test_of_fifty_thousand_prompts_few_embeddings_are_kept(flux, monkeypatch):
+    """Those of FLUX have 4 MB each."""
+    every = flux.encode(PROMPTS)
+    monkeypatch.setattr(family, "KEPT", 2 * sum(value[0].nbytes for value in every.values()))
+    flux.encode(PROMPTS[:1])
+    for i in range(40):
+        some = [PROMPTS[(i + j) % len(PROMPTS)] for j in range(1 + i % 3)] + [f"a red circle {'big ' * i}"]
+        assert torch.equal(flux.encode(some)["pooled_projections"][0], every["pooled_projections"][i % len(PROMPTS)])
+        assert set(some) <= set(flux.embedded) and len(flux.embedded) <= max(2, len(some))
+    flux.room = math.inf
 
 
 @torch.no_grad()

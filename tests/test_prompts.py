@@ -1,7 +1,13 @@
 """Prompt files as people write them, and the order in which a run visits them."""
 
+import csv
+import json
+import time
 from collections import Counter
+from types import SimpleNamespace
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from common.errors import InputError
@@ -118,3 +124,84 @@ def test_a_single_prompt():
 def test_duplicates_are_visited_as_often_as_they_stand():
     visited = [p for step in range(4) for p in prompts_of_step(["a", "b", "a", "c"], step, 1, seed=0)]
     assert Counter(visited) == {"a": 2, "b": 1, "c": 1}
+
+
+# --- Tables ---
+
+ROWS = ["one", "two, with a comma", 'a "quoted"\nsecond line', "", "שועל\tand a tab "]
+READ = ["one", "two, with a comma", 'a "quoted" second line', "שועל and a tab"]
+
+
+def table(path, column="prompt"):
+    """A file with ROWS in the column, and another column before it."""
+    records = [{"index": i, column: prompt} for i, prompt in enumerate(ROWS)]
+    kind = path.suffix[1:].lower()
+    if kind in ("csv", "tsv"):
+        with open(path, "w", encoding="utf-8-sig", newline="") as file:
+            writer = csv.DictWriter(file, ["index", column], delimiter="," if kind == "csv" else "\t")
+            writer.writeheader()
+            writer.writerows(records)
+    elif kind == "parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), path)
+    elif kind == "json":
+        path.write_text(json.dumps(records, indent=1, ensure_ascii=False), encoding="utf-8")
+    else:
+        path.write_text("\n\n".join(json.dumps(record) for record in records) + "\n")
+    return path
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "json", "jsonl", "parquet", "CSV"])
+def test_tables_with_a_column(tmp_path, kind):
+    assert read_prompts(table(tmp_path / f"prompts.{kind}")) == READ
+    other = table(tmp_path / f"other:{kind}.{kind}", "what a person says")
+    assert read_prompts(f"{other}:what a person says") == READ
+    with pytest.raises(InputError, match=r"row 1 of .* has no column 'prompt'; it has 'index', 'what a person says'"):
+        read_prompts(other)
+    if kind.lower() in ("csv", "tsv"):  # there all is text
+        assert read_prompts(f"{other}:index") == ["0", "1", "2", "3", "4"]
+    else:
+        with pytest.raises(InputError, match="row 1 of .* has '0' in column 'index', which is no text"):
+            read_prompts(f"{other}:index")
+
+
+def test_strings_without_columns(tmp_path):
+    (tmp_path / "plain.json").write_text('["one", "two", null]')
+    (tmp_path / "plain.jsonl").write_text('"one"\n"two"\n')
+    assert read_prompts(tmp_path / "plain.json") == read_prompts(tmp_path / "plain.jsonl") == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    "name, content, reason",
+    [
+        ("a.json", b"{", "is no JSON (Expecting"),
+        ("a.json", b'{"prompt": "one"}', "is no JSON (it is no list of rows)"),
+        ("a.jsonl", b'{"prompt": "one"}\n{"prompt"', "is no JSONL (line 2: "),
+        ("a.jsonl", b'{"prompt": "one"}\n{"prompt": ["two"]}', "row 2 of "),
+        ("a.jsonl", b"[1]", "row 1 of "),
+        ("a.jsonl", b"caf\xe9", "is not UTF-8 text (byte 3)"),
+        ("a.csv", b"prompt\n" + b"x" * 200_000, "is no CSV (field larger"),
+        ("a.csv", b"", "no prompt in it"),
+        ("a.csv", b"index,prompt\n1\n2,\n", "no prompt in it"),
+        ("a.parquet", b"PAR1", "is no PARQUET"),
+        ("b.csv:prompt", None, "cannot read"),
+    ],
+)
+def test_bad_tables_are_refused_in_one_line(tmp_path, name, content, reason):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError) as error:
+        read_prompts(tmp_path / name)
+    assert str(tmp_path / name.partition(":")[0]) in str(error.value) and reason in str(error.value)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 600
+
+
+def test_fifty_thousand_prompts_are_read_and_dealt_out_at_once(tmp_path):
+    from common.models.flux import Flux
+
+    (tmp_path / "many.txt").write_text("\n".join(f"a photo of {i} red circles in a row" for i in range(50_000)))
+    started = time.perf_counter()
+    prompts = read_prompts(tmp_path / "many.txt")
+    Flux.check(SimpleNamespace(images=False), prompts)
+    steps = [prompts_of_step(prompts, step, 8, seed=0) for step in range(200)]
+    assert len(set(sum(steps, []))) == 1600
+    assert time.perf_counter() - started < 1.0  # 0.2 on one slow core

@@ -1,6 +1,7 @@
 """What the families of models have in common: embeddings computed once, decoding in slices, one trained module."""
 
 import contextlib
+import math
 from pathlib import Path
 
 import torch
@@ -8,6 +9,8 @@ from PIL import Image
 
 from common import sde
 from common.prompts import caption_of, image_of
+
+KEPT = 2**30  # bytes of embeddings that stay: 256 prompts of FLUX or Wan, a run visits thousands
 
 
 class Family:
@@ -36,7 +39,7 @@ class Family:
         self.batched_guidance, self.decode_batch = batched_guidance, decode_batch
         self.offload_encoders = offload_encoders
         self.trainable = {name: getattr(pipe, name) for name in self.trained if getattr(pipe, name, None) is not None}
-        self.embedded, self.unwanted = {}, {}
+        self.embedded, self.unwanted, self.room = {}, {}, math.inf
         if frames and not self.video:
             raise ValueError(f"{type(pipe).__name__} makes images: --frames has no meaning")
         if guidance_2 and len(self.trainable) < 2:
@@ -82,14 +85,17 @@ class Family:
 
     @torch.no_grad()
     def encode(self, prompts):
-        """b prompts -> {name: [b, ...]}; each distinct prompt is embedded once in the model's life."""
+        """b prompts -> {name: [b, ...]}; a prompt that was embedded before is looked up, while there is room."""
         new = list(dict.fromkeys(prompt for prompt in prompts if prompt not in self.embedded))
+        if len(self.embedded) + len(new) > self.room:
+            self.embedded, new = {}, list(dict.fromkeys(prompts))
         with self._encoders_at_hand() if new else contextlib.nullcontext():
             for prompt in new:  # one by one: an embedding must not depend on its neighbours
                 self.embedded[prompt] = self._kept(self.embed(prompt))
             if self.negative and not self.unwanted:
                 self.unwanted = self._kept(self.text(""))
         rows = [self.embedded[prompt] for prompt in prompts]
+        self.room = KEPT // sum(value.nbytes for value in rows[0].values())
         return {name: torch.stack([row[name] for row in rows]).to(self.device) for name in rows[0]}
 
     def embed(self, prompt):

@@ -3,10 +3,9 @@
 from pathlib import Path
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors.torch import load_file
 
+from common import hub
 from common.errors import InputError
 
 
@@ -39,12 +38,8 @@ class Source:
 
     def _from_hub(self, repo, file):
         try:
-            return Path(hf_hub_download(repo, file, local_files_only=True))  # what is there is not looked up again
-        except LocalEntryNotFoundError:
-            pass
-        try:
-            return Path(hf_hub_download(repo, file))
-        except (HfHubHTTPError, OSError):
+            return hub.find(repo, file)
+        except hub.ERRORS:
             raise InputError(
                 f"reward {self.name}: {file} of {repo} is not in the Hugging Face cache, and the hub does not give it; "
                 f"run `hf download {repo} {file}` where there is a network, or give --reward-path {self.name}=FILE"

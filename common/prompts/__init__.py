@@ -1,0 +1,47 @@
+"""Prompts by file or by name, and the deterministic order in which a run visits them.
+
+A prompt is a string: a caption, or for image-to-video models the path of an image, a tab, and a caption.
+"""
+
+import functools
+
+import torch
+
+from common.prompts import files, sets
+
+
+def read_prompts(spec):
+    """What --prompts and --eval-prompts say -> [str]: the name of a set (sets.py), `hub:OWNER/NAME/FILE[:COLUMN]`, or
+    a file, `FILE[:COLUMN]` (files.py). Raises InputError."""
+    spec = str(spec)
+    if sets.is_name(spec):
+        return sets.read(spec)
+    return files.read(*files.parse(spec))
+
+
+def caption_of(prompt):
+    """The words of a prompt."""
+    return prompt.rpartition("\t")[2]
+
+
+def image_of(prompt):
+    """The path of a prompt's conditioning image, "" if it has none."""
+    return prompt.rpartition("\t")[0]
+
+
+def prompts_of_step(prompts, step, number, seed):
+    """The `number` prompts of a step. Every epoch is a new permutation; no state, so a resumed run visits the same.
+
+    Where an epoch ends a prompt may occur twice in a step: groups are told apart by their number, never by text.
+    """
+    first = step * number
+    return [
+        prompts[_permutation(len(prompts), seed, i // len(prompts))[i % len(prompts)]]
+        for i in range(first, first + number)
+    ]
+
+
+@functools.lru_cache(maxsize=2)  # a step asks once a prompt, and may span two epochs
+def _permutation(length, seed, epoch):
+    generator = torch.Generator().manual_seed((seed * 0x9E3779B1 + epoch) & 0xFFFFFFFF)
+    return torch.randperm(length, generator=generator).tolist()

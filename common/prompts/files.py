@@ -1,0 +1,108 @@
+"""Prompt files: one prompt a line, or a table with the prompts in a column."""
+
+import csv
+import json
+import re
+from pathlib import Path
+
+from common.errors import InputError
+
+TABLES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+COLUMN = "prompt"  # of a table, where none is named
+
+
+def parse(spec):
+    """`FILE[:COLUMN]` -> (path, column); a colon that belongs to the path stays there."""
+    head, colon, column = spec.rpartition(":")
+    if colon and not Path(spec).exists() and Path(head).suffix.lower() in TABLES:
+        return head, column
+    return spec, COLUMN
+
+
+def read(path, column=COLUMN, called=None):
+    """A file -> [str], blank ones left out. Raises InputError, in which the file is `called` as the user knows it.
+
+    Text, UTF-8 with or without a byte-order mark: a prompt a line; in a line IMAGE <tab> CAPTION the image's path
+    counts from the file's folder. Tables (TABLES): the strings of a column; .jsonl and .json may also hold strings.
+    """
+    path, called = Path(path), called or path
+    try:
+        prompts = table(path, column, called) if path.suffix.lower() in TABLES else lines(path)
+    except OSError as error:
+        raise InputError(
+            f"prompts: cannot read {called} ({error.strerror or error}); give a text file with one prompt a line, or "
+            "the name of a set (--help lists them)"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"prompts: {called} is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+    if not prompts:
+        raise InputError(f"prompts: {called} has no prompt in it; give a text file with one prompt a line")
+    return prompts
+
+
+def lines(path):
+    text = path.read_text(encoding="utf-8-sig")
+    prompts = [line.strip() for line in text.split("\n") if line.strip()]
+    return [str(path.parent / prompt) if "\t" in prompt else prompt for prompt in prompts]
+
+
+def table(path, column, called):
+    try:
+        rows = ROWS[path.suffix.lower()](path, column)
+    except (ValueError, csv.Error, ImportError) as error:
+        if isinstance(error, UnicodeDecodeError):
+            raise
+        raise InputError(f"prompts: {called} is no {path.suffix[1:].upper()} ({str(error).splitlines()[0]})") from None
+    return [prompt for number, row in enumerate(rows, 1) if (prompt := cell(row, column, number, called))]
+
+
+def cell(row, column, number, called):
+    """The prompt in a row: one line, as a tab would make an image of what stands before it. "" where there is none."""
+    if isinstance(row, dict):
+        if column not in row:
+            has = ", ".join(map(repr, row)) or "none"
+            raise InputError(
+                f"prompts: row {number} of {called} has no column {column!r}; it has {has}: write FILE:COLUMN"
+            )
+        row = row[column]
+    if not isinstance(row, str | None):
+        raise InputError(
+            f"prompts: row {number} of {called} has {str(row)[:40]!r} in column {column!r}, which is no text"
+        )
+    return one_line(row or "")
+
+
+def one_line(text):
+    return re.sub(r"[\t\r\n]+", " ", text).strip()
+
+
+def _jsonl(path, column):
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
+        try:
+            rows += [json.loads(line)] if line.strip() else []
+        except ValueError as error:
+            raise ValueError(f"line {number}: {error}") from None
+    return rows
+
+
+def _json(path, column):
+    rows = json.loads(path.read_text(encoding="utf-8-sig"))
+    if not isinstance(rows, list):
+        raise ValueError("it is no list of rows")
+    return rows
+
+
+def _csv(path, column):
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        return list(csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ","))
+
+
+def _parquet(path, column):
+    import pyarrow.parquet as parquet  # hpsv2 brings it
+
+    names = parquet.read_schema(path).names  # the others may hold pictures
+    return parquet.read_table(path, columns=[column]).to_pylist() if column in names else [dict.fromkeys(names)]
+
+
+ROWS = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".tsv": _csv, ".parquet": _parquet}
