@@ -158,8 +158,8 @@ def _from_hub(name, repository, file):
     except (*hub.ERRORS, ValueError) as error:  # an id that is none
         raise InputError(
             f"prompts: {name} is not in the Hugging Face cache ({file} of the data set {repository}), and the hub does "
-            f"not give it ({type(error).__name__}); run `hf download --repo-type dataset {repository} {file}` where there is "
-            f"a network, {INSTEAD}"
+            f"not give it ({type(error).__name__}); where there is a network, run "
+            f"`hf download --repo-type dataset {repository} {file}`; {INSTEAD}"
         ) from None
 
 
