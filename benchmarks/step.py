@@ -21,6 +21,7 @@ from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
 import grpo_base
 from benchmarks.results import write
 from common import arguments, models
+from common.models.flux import image_ids
 from common.report import Report
 
 SMALL = dict(eval_every=0, sample_every=0, save_every=0, tracker="none")
@@ -55,9 +56,7 @@ def floor(run, args):
                 hidden_states=x[mb], timestep=torch.full((len(mb),), 0.5, device=run.device),
                 guidance=torch.full((len(mb),), args.guidance, device=run.device),
                 txt_ids=torch.zeros(cond["encoder_hidden_states"].shape[1], 3, device=run.device),
-                img_ids=model.pipe._prepare_latent_image_ids(
-                    len(mb), model.height // unit, model.width // unit, run.device, torch.float32
-                ),
+                img_ids=image_ids(model.height // unit, model.width // unit).to(run.device),
                 return_dict=False, **models.take(cond, mb),
             )
         )  # fmt: skip

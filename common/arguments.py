@@ -5,16 +5,15 @@ import importlib.util
 import math
 import sys
 from dataclasses import dataclass
-from typing import Annotated, Literal, NamedTuple, get_type_hints
-
-import tyro
+from typing import Annotated, Literal, get_type_hints
 
 from common import models
 from common.errors import InputError
 from common.prompts import sets
 
 
-class From(NamedTuple):
+@dataclass(frozen=True)  # and no tuple: From(0, 1) and Above(0, 1) must differ, as typing caches Annotated by equality
+class From:
     """Allowed values of a setting: Annotated[float, From(0, 1)]"""
 
     low: float
@@ -199,6 +198,8 @@ def of_rewards(args):
 def parse(cls, description):
     """The command line -> cls. The defaults are those of its --model; a lone `--resume` means `--resume latest`.
     `--list-models` prints the table and ends the program."""
+    import tyro
+
     argv = sys.argv[1:]
     if "--list-models" in argv:
         print(models.table({name: settings(cls, name) for name in models.MODELS}))

@@ -2,7 +2,6 @@
 
 import torch
 from accelerate import init_empty_weights
-from peft import get_peft_model_state_dict
 
 from common import sharding
 
@@ -14,6 +13,8 @@ def write(run, folder):
     modules = {name: getattr(pipe, name) for name in run.model.trainable}
     weights = {name: trained_weights(module, run, lora) for name, module in modules.items()}
     if run.is_main and lora:
+        from peft import get_peft_model_state_dict
+
         layers = {name: get_peft_model_state_dict(modules[name], state) for name, state in weights.items()}
         run.model.save_lora(folder, layers)
     elif run.is_main:

@@ -3,14 +3,8 @@
 import json
 import time
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import torch
-from diffusers.utils import export_to_video
 from torch.nn.functional import pad
-from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from common.prompts import caption_of
@@ -122,7 +116,7 @@ class Clock:
 
 def save_grid(path, images, prompts, rewards, columns=4):
     """A PNG of images [n, 3, H, W] in [0, 1], each with its prompt and reward under it."""
-    lines = -(-len(images) // columns)
+    plt, lines = _pyplot(), -(-len(images) // columns)
     figure, axes = plt.subplots(lines, columns, figsize=(2.4 * columns, 2.8 * lines), squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
@@ -136,7 +130,9 @@ def save_grid(path, images, prompts, rewards, columns=4):
 
 def save_strips(path, clips, prompts, rewards, frames=8):
     """A PNG with a line for each of n clips [n, F, 3, H, W] in [0, 1]: some of its frames, its prompt and reward."""
-    chosen = torch.linspace(0, clips.shape[1] - 1, min(frames, clips.shape[1])).round().long()
+    from torchvision.utils import make_grid
+
+    plt, chosen = _pyplot(), torch.linspace(0, clips.shape[1] - 1, min(frames, clips.shape[1])).round().long()
     figure, axes = plt.subplots(len(clips), 1, figsize=(1.5 * len(chosen), 1.9 * len(clips)), squeeze=False)
     for axis, clip, prompt, reward in zip(axes.flat, clips[:, chosen], prompts, rewards):
         strip = make_grid(clip.float().clamp(0, 1), nrow=len(chosen), padding=1, pad_value=1.0)
@@ -149,6 +145,9 @@ def save_strips(path, clips, prompts, rewards, frames=8):
 
 def save_clips(path, clips, fps, columns=4):
     """An MP4 of clips [n, F, 3, H, W] in [0, 1] side by side; small ones are enlarged."""
+    from diffusers.utils import export_to_video
+    from torchvision.utils import make_grid
+
     scale = max(1, 96 // clips.shape[-2])
     clips = clips.float().clamp(0, 1).cpu().repeat_interleave(scale, -1).repeat_interleave(scale, -2)
     frames = [make_grid(frame, nrow=min(columns, len(clips)), padding=4, pad_value=1.0) for frame in clips.unbind(1)]
@@ -159,6 +158,7 @@ def save_clips(path, clips, fps, columns=4):
 
 def save_curves(path, rows, labels, quantity):
     """A PNG of metrics over the steps: labels {metric: what the legend calls it}; those of a few steps get points."""
+    plt = _pyplot()
     figure, axis = plt.subplots(figsize=(6, 3.6))
     for name, label in labels.items():
         points = [(row["step"], row[name]) for row in rows if name in row]
@@ -169,6 +169,16 @@ def save_curves(path, rows, labels, quantity):
     axis.legend()
     figure.savefig(path, dpi=120, bbox_inches="tight")
     plt.close(figure)
+
+
+def _pyplot():
+    """matplotlib without a screen. It takes seconds to import, as do torchvision and diffusers: only when drawing."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot
+
+    return matplotlib.pyplot
 
 
 def _json(line):

@@ -10,8 +10,6 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list, gather_object
-from diffusers.training_utils import EMAModel
-from peft import LoraConfig
 
 from common import checkpoints, errors, export, preflight, run_folder, sharding
 from common.errors import InputError, RunError
@@ -123,7 +121,7 @@ class Runtime:
         self.trained = weights = _trained(torch.nn.ModuleList(model.trainable.values()))
         optimizer = torch.optim.AdamW(weights, lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
         self.optimizer = self.accelerator.prepare(optimizer)
-        self.average = EMAModel(weights, decay=args.ema) if args.ema else None
+        self.average = _average(weights, args.ema) if args.ema else None
         self.print(
             f"{args.model}: training {sum(w.numel() for w in weights) / 1e6:.2f}M weights"
             f"{' (LoRA)' * bool(args.lora_rank)} on {self.world} x {self.device.type}"
@@ -134,6 +132,8 @@ class Runtime:
 
     def _adapt(self, module, targets):
         """Adds a LoRA with float32 weights."""
+        from peft import LoraConfig
+
         torch.manual_seed(self.args.seed)  # the same one on every process
         rank = self.args.lora_rank
         try:
@@ -394,6 +394,12 @@ class Runtime:
     def print(self, *words):
         if self.is_main:
             print(*words, flush=True)
+
+
+def _average(weights, decay):
+    from diffusers.training_utils import EMAModel
+
+    return EMAModel(weights, decay=decay)
 
 
 def _trained(module):

@@ -11,8 +11,6 @@ import warnings
 import torch
 from accelerate.utils import FullyShardedDataParallelPlugin
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from common.checkpoints import Pieces
 from common.errors import InputError
@@ -41,6 +39,8 @@ def mesh_of(device, processes):
 def shard(module, blocks, plugin, mesh, dtype):
     """Shards a module's weights in place, block by block: those of the classes that the config file names, or else of
     the names in `blocks`. The forward and backward passes see them in `dtype`; gradients are averaged in float32."""
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+
     policy = MixedPrecisionPolicy(
         param_dtype=dtype,
         reduce_dtype=torch.float32,
@@ -61,7 +61,7 @@ def has_shards(state):
     """Whether a state (dictionaries, lists, tensors) holds a sharded tensor."""
     if isinstance(state, (dict, list)):
         return any(map(has_shards, state.values() if isinstance(state, dict) else state))
-    return isinstance(state, DTensor)
+    return is_sharded(state)
 
 
 def local(state):
@@ -71,7 +71,7 @@ def local(state):
         return {name: local(value) for name, value in state.items()}
     if isinstance(state, list):
         return [local(value) for value in state]
-    return {"shard": mine(state)} if isinstance(state, DTensor) else state
+    return {"shard": mine(state)} if is_sharded(state) else state
 
 
 def deal(state, mesh=None):
@@ -85,14 +85,21 @@ def deal(state, mesh=None):
         state = torch.cat(state.tensors)
     if mesh is None or not isinstance(state, torch.Tensor) or not state.dim():
         return state
+    from torch.distributed.tensor import Shard, distribute_tensor
+
     return distribute_tensor(state, mesh, [Shard(0)], src_data_rank=None)
 
 
 def mine(tensor):
     """This process's share of a sharded tensor; any other as it is."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_sharded(tensor) else tensor
 
 
 def whole(tensor):
     """All processes together: a sharded tensor put together on the CPU; any other as it is."""
-    return tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor().cpu() if is_sharded(tensor) else tensor
+
+
+def is_sharded(thing):
+    """Whether it is torch's DTensor, told by what it can do: importing the class takes half a second."""
+    return hasattr(thing, "full_tensor")

@@ -20,9 +20,11 @@ import torch
 import torch.nn.functional as F
 import tyro
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from torch.nn.functional import pixel_unshuffle
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from common import sde
+from common.models.flux import image_ids
 from common.rewards.verifier import COLOURS, SHAPES, verify
 from lab import shapes
 from lab.building import clip_tokenizer, schedule, t5_tokenizer
@@ -158,7 +160,7 @@ def scenes(pipe, args):
     images = shapes.render(shapes.sample_scenes(captions, args.seed + 4))
     vae = pipe.vae.config
     latents = (encode(pipe.vae, images) - vae.shift_factor) * vae.scaling_factor
-    return captions, pipe._pack_latents(latents, len(latents), *latents.shape[1:])
+    return captions, pixel_unshuffle(latents, 2).flatten(2).mT
 
 
 def noise_levels(number):
@@ -220,7 +222,7 @@ def velocity(transformer, x, sigma, guidance, pooled, sequence):
     return transformer(
         hidden_states=x, timestep=sigma, guidance=guidance, pooled_projections=pooled, encoder_hidden_states=sequence,
         txt_ids=torch.zeros(sequence.shape[1], 3), return_dict=False,
-        img_ids=FluxPipeline._prepare_latent_image_ids(None, side, side, x.device, x.dtype),
+        img_ids=image_ids(side, side),
     )[0]  # fmt: skip
 
 

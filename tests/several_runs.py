@@ -9,6 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import smooth  # noqa: F401, more names for --reward
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from common import arguments

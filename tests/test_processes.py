@@ -11,6 +11,7 @@ import sys
 import time
 
 import pytest
+import smooth
 import torch
 from conftest import ROOT, launch, launched, metrics, weights
 from diffusers import FluxPipeline
@@ -23,17 +24,17 @@ from common import arguments, checkpoints, errors, models, sharding
 
 SMALL = dict(
     prompts_per_step=3, group_size=4, sampling_steps=4, micro_batch=6, steps=4, save_every=2, eval_every=0,
-    sample_every=0, tracker="none", learning_rate=1e-5,
+    sample_every=0, tracker="none", learning_rate=1e-5, reward=("red",),
 )  # fmt: skip
+MOVING = {**SMALL, "model": "tiny-wan-i2v", "steps": 2, "micro_batch": 3, "reward": ("change",)}
 RUNS = {
-    f"{script.__name__}-{kind}": (script, {**SMALL, "lora_rank": 4 * (kind == "lora")})
-    for script in (grpo_base, bpgo, slas, self_paced)
+    f"{script.__name__}-{kind}": (script, {**SMALL, "lora_rank": 4 * (kind == "lora"), "reward": rewards})
+    for script, rewards in {**dict.fromkeys((grpo_base, bpgo, slas), ("red",)), self_paced: smooth.COLOURS}.items()
     for kind in ("full", "lora")
 }
 RUNS |= {
-    "experts": (grpo_base, {**SMALL, "model": "tiny-wan-i2v", "steps": 2, "micro_batch": 3}),
-    # steps that train one expert alone
-    "window": (grpo_base, {**SMALL, "model": "tiny-wan-i2v", "steps": 2, "micro_batch": 3, "sde_window": 1}),
+    "experts": (grpo_base, MOVING),
+    "window": (grpo_base, {**MOVING, "sde_window": 1}),  # steps that train one expert alone
     "average": (grpo_base, {**SMALL, "kl_coef": 0.1, "best_of": 2, "ema": 0.9}),
 }
 SOME = {
@@ -44,7 +45,9 @@ ALL = dict.fromkeys(SOME, tuple(RUNS))
 
 
 def words(script, settings, output):
-    return [script.__file__, *(f"--{k.replace('_', '-')}={v}" for k, v in settings.items()), f"--output={output}"]
+    flags = {"output": output, **settings}
+    reward = flags.pop("reward")
+    return [script.__file__, *(f"--{k.replace('_', '-')}={v}" for k, v in flags.items()), "--reward", *reward]
 
 
 def two(folder, jobs, config):

@@ -18,9 +18,6 @@ import importlib
 import json
 from pathlib import Path
 
-import diffusers
-import transformers
-
 from common.errors import InputError
 
 ASSETS = Path(__file__).resolve().parents[2] / "assets"
@@ -133,6 +130,9 @@ def family_of(name):
 def load(name, dtype, prompts=(), **settings):
     """The model on the CPU, weights in `dtype`, having looked at the prompts that it will be given; settings: those of
     Family, for a named model over the table's. Raises InputError."""
+    import diffusers  # seconds: who asks for --help need not wait for it
+    import transformers
+
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     source, cls = MODELS.get(name, {}).get("source", name), family_of(name)

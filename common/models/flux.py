@@ -2,6 +2,7 @@
 
 import torch
 from diffusers import FluxPipeline
+from torch.nn.functional import pixel_shuffle
 
 from common.models.family import Family
 
@@ -42,15 +43,19 @@ class Flux(Family):
             if self.pipe.transformer.config.guidance_embeds
             else None,
             txt_ids=torch.zeros(cond["encoder_hidden_states"].shape[1], 3, device=device),
-            img_ids=self.pipe._prepare_latent_image_ids(
-                b, self.height // self.unit, self.width // self.unit, device, torch.float32
-            ),
+            img_ids=image_ids(self.height // self.unit, self.width // self.unit).to(device),
             return_dict=False,
             **cond,
         )[0].float()
 
     def pixels(self, x0):
         vae = self.pipe.vae
-        z = self.pipe._unpack_latents(x0, self.height, self.width, self.pipe.vae_scale_factor)
+        # a token is 2x2 latent pixels, channel by channel
+        z = pixel_shuffle(x0.mT.unflatten(2, (self.height // self.unit, self.width // self.unit)), 2)
         z = z / vae.config.scaling_factor + vae.config.shift_factor
         return self.pipe.image_processor.postprocess(vae.decode(z.to(vae.dtype)).sample.float(), output_type="pt")
+
+
+def image_ids(height, width):
+    """Where each of height * width image tokens stands: [L, 3] float32, (0, row, column)"""
+    return torch.cartesian_prod(torch.zeros(1), torch.arange(float(height)), torch.arange(float(width)))

@@ -1,0 +1,34 @@
+"""Rewards without jumps, for tests that compare runs whose roundings differ: two processes, other batch shapes. A
+verifier decides, a JPEG quantises: where a sample lies on an edge, the last bit of a weight changes its reward."""
+
+from common import rewards
+
+
+class _Colour:
+    video = False
+    scale = 0.02
+    range = (0.0, 1.0)
+
+    def score(self, media, prompts):
+        """How far one channel is from white: media [b, 3, H, W] in [0, 1] -> [b]"""
+        return (1 - media[:, self.channel].double()).square().mean((1, 2))
+
+
+class Change:
+    """Of clips that start from one frame the colours are nearly equal, and advantages would be made of rounding."""
+
+    video = True
+    image = False
+    scale = 0.002
+    range = (0.0, 1.0)
+
+    def score(self, media, prompts):
+        """How much moves: media [b, F, 3, H, W] in [0, 1] -> [b]"""
+        return (media[:, 1:] - media[:, :-1]).double().square().mean((1, 2, 3, 4))
+
+
+COLOURS = ("red", "green", "blue")
+for number, name in enumerate(COLOURS):
+    globals()[name] = type(name, (_Colour,), {"channel": number})
+    rewards.REWARDS[name] = (__name__, name)
+rewards.REWARDS["change"] = (__name__, "Change")
