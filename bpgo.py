@@ -167,7 +167,7 @@ def main(args):
 
         # --- Reward ---
         scores = []
-        for mb in torch.arange(len(rows)).split(args.micro_batch):
+        for mb in torch.arange(len(rows)).split(run.score_batch):
             scores.append(rewards.score(scorers, model.decode(latents[mb, -1]), [captions[i] for i in mb]))
         scores = {name: run.gather(torch.cat([part[name] for part in scores])).view(P, G) for name in scorers}
         rewards.check_finite(scores, scorers, batch)

@@ -180,8 +180,9 @@ def defaults(cls, model="tiny-flux", **values):
 
 def of_model(args):
     """What models.load takes besides name, dtype and prompts."""
-    names = ("height", "width", "frames", "guidance", "guidance_2", "batched_guidance", "decode_batch")
-    return {name: getattr(args, name) for name in (*names, "offload_encoders", "trust_remote_code")}
+    names = ("height", "width", "frames", "guidance", "guidance_2", "batched_guidance")
+    settings = {name: getattr(args, name) for name in (*names, "offload_encoders", "trust_remote_code")}
+    return settings | {"decode_batch": args.decode_batch or args.micro_batch}
 
 
 def of_rewards(args):

@@ -24,18 +24,22 @@ def sample(model, prompts, streams, sigmas, micro_batch, device="cpu"):
     return torch.cat(images)
 
 
-def exam(run, model, scorers, prompts):
-    """Every scorer on one noise-free sample of each of n prompts: {name: [n]}, the same on every process, and this
-    process's images [b, C, H, W], on the main process those of the first b prompts."""
+def exam(run, model, scorers, prompts, shown=0):
+    """Every scorer on one noise-free sample of each of n prompts: {name: [n]}, the same on every process, and up to
+    `shown` of this process's images [b, C, H, W], on the main process those of the first prompts."""
     # equal shares for all processes: the first prompts fill up the last share, and are dropped again below
     numbers = run.rows(-(-len(prompts) // run.world) * run.world) % len(prompts)
     mine = [prompts[i] for i in numbers]
     sigmas = model.sigmas(run.args.sampling_steps, run.args.shift)
-    images = sample(model, mine, numbers, sigmas, run.args.micro_batch, run.device)
-    scores = score(scorers, images, mine)
-    scores = {name: run.gather(value)[: len(prompts)] for name, value in scores.items()}
+    parts, images = [], []
+    for part in torch.arange(len(mine)).split(run.score_batch):  # a clip is a quarter of a gigabyte
+        captions = [mine[i] for i in part]
+        media = sample(model, captions, numbers[part], sigmas, run.args.micro_batch, run.device)
+        parts.append(score(scorers, media, captions))
+        images += media[: max(0, shown - len(images))].cpu()
+    scores = {name: run.gather(torch.cat([part[name] for part in parts]))[: len(prompts)] for name in scorers}
     check_finite({name: value[:, None] for name, value in scores.items()}, scorers, prompts)
-    return scores, images
+    return scores, torch.stack(images) if images else None
 
 
 def initial_reward(run, model, scorers, weights, prompts):
@@ -72,7 +76,7 @@ def evaluate(run, report, model, scorers, weights, prompts, step, last=False):
     if not prompts or not (due or grid):
         return {}
     prompts = prompts if due else prompts[:16]
-    scores, images = exam(run, model, scorers, prompts)
+    scores, images = exam(run, model, scorers, prompts, shown=16)
     reward = weighted_sum(scores, weights)
     if grid:
         report.samples(step, images, prompts, reward)

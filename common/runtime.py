@@ -47,6 +47,8 @@ class Runtime:
             log_with=None if args.tracker == "none" else args.tracker,
             project_dir=self.output,
         )
+        # rows decoded and scored together: micro-batches until they make up a batch of the rewards
+        self.score_batch = args.micro_batch * max(1, args.reward_batch // args.micro_batch)
         self.frozen = {}
         self.step = self.saved = 0  # finished steps, and those that a checkpoint holds
         self.moved = False  # whether the step that is not finished has changed the weights

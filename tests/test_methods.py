@@ -342,7 +342,7 @@ def test_sft_prior_is_what_the_initial_weights_get_even_after_updates(train, tmp
     assert set(known) == set(prompts)
 
     class OneProcess:  # heldout.exam asks a run for its share of rows alone
-        world, device = 1, torch.device("cpu")
+        world, device, score_batch = 1, torch.device("cpu"), 8
         rows, gather = staticmethod(torch.arange), staticmethod(lambda x: x)
         args = arguments.defaults(bpgo.Args, group_size=4, sampling_steps=8, micro_batch=8)
 

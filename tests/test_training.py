@@ -294,6 +294,27 @@ def test_exam_reward_is_the_mean_over_all_prompts_of_the_pipelines_own_images(tr
     assert rows[0]["eval_reward"] == pytest.approx(expected, abs=1e-4)
 
 
+def test_rewards_see_their_own_batches_however_small_the_micro_batch_is(train, tmp_path, monkeypatch):
+    """And the exam holds no more samples than that at once: a clip is a quarter of a gigabyte."""
+    sizes, true_score = [], heldout.score
+
+    def spied(scorers, media, captions):
+        sizes.append(len(media))
+        return true_score(scorers, media, captions)
+
+    monkeypatch.setattr(rewards, "score", spied)
+    monkeypatch.setattr(heldout, "score", spied)
+    held_out = read_prompts(models.settings("tiny-flux")["eval_prompts"])[:4]
+    (tmp_path / "few.txt").write_text("\n".join(held_out))
+    settings = dict(steps=1, sampling_steps=2, eval_every=1, sample_every=1, eval_prompts=str(tmp_path / "few.txt"))
+    _, (small, last) = train(micro_batch=1, reward_batch=3, output="small", **settings)
+    assert sizes == [1, 3, 1, 3, 3, 2, 3, 1]  # one to try, the exam's 4, the step's 8, the exam again
+    _, (large, _) = train(micro_batch=8, output="large", **settings)
+    for name in ("reward_mean", "reward_std", "eval_reward"):
+        assert small[name] == pytest.approx(large[name], abs=1e-5)
+    assert (tmp_path / "small/samples/step_000001.png").is_file() and last["eval_reward"]
+
+
 # --- Faults ---
 
 
