@@ -116,14 +116,17 @@ class Clock:
 
 def save_grid(path, images, prompts, rewards, columns=4):
     """A PNG of images [n, 3, H, W] in [0, 1], each with its prompt and reward under it."""
+    from common import captions
+
     plt, lines = _pyplot(), -(-len(images) // columns)
-    figure, axes = plt.subplots(lines, columns, figsize=(2.4 * columns, 2.8 * lines), squeeze=False)
+    figure, axes = plt.subplots(
+        lines, columns, figsize=(2.4 * columns, 2.9 * lines), squeeze=False, gridspec_kw=dict(hspace=0.35)
+    )
     for axis in axes.flat:
         axis.axis("off")
     for axis, image, prompt, reward in zip(axes.flat, images, prompts, rewards):
         axis.imshow(image.float().clamp(0, 1).movedim(0, -1).cpu().numpy(), interpolation="nearest")
-        text = prompt if len(prompt) <= 60 else prompt[:57] + "..."
-        axis.set_title(f"{text}\n{float(reward):.2f}", fontsize=7, y=-0.02, verticalalignment="top", wrap=True)
+        captions.put(axis, prompt, f"\n{float(reward):.2f}", lines=3, size=7, y=-0.02, pad=0, va="top")
     figure.savefig(path, dpi=110, bbox_inches="tight")
     plt.close(figure)
 
@@ -132,12 +135,14 @@ def save_strips(path, clips, prompts, rewards, frames=8):
     """A PNG with a line for each of n clips [n, F, 3, H, W] in [0, 1]: some of its frames, its prompt and reward."""
     from torchvision.utils import make_grid
 
+    from common import captions
+
     plt, chosen = _pyplot(), torch.linspace(0, clips.shape[1] - 1, min(frames, clips.shape[1])).round().long()
     figure, axes = plt.subplots(len(clips), 1, figsize=(1.5 * len(chosen), 1.9 * len(clips)), squeeze=False)
     for axis, clip, prompt, reward in zip(axes.flat, clips[:, chosen], prompts, rewards):
         strip = make_grid(clip.float().clamp(0, 1), nrow=len(chosen), padding=1, pad_value=1.0)
         axis.imshow(strip.movedim(0, -1).cpu().numpy(), interpolation="nearest")
-        axis.set_title(f"{prompt[:90]}   {float(reward):.2f}", fontsize=8)
+        captions.put(axis, prompt, f"   {float(reward):.2f}", lines=1, size=8)
         axis.axis("off")
     figure.savefig(path, dpi=80, bbox_inches="tight")
     plt.close(figure)
@@ -163,10 +168,12 @@ def save_curves(path, rows, labels, quantity):
     for name, label in labels.items():
         points = [(row["step"], row[name]) for row in rows if name in row]
         style = "-" if len(points) > len(rows) / 2 else "o-"
-        axis.plot(*zip(*points) if points else ((), ()), style, label=label, markersize=4)
+        if points:  # a run without held-out prompts has no such curve
+            axis.plot(*zip(*points), style, label=label, markersize=4)
     axis.set(xlabel="step", ylabel=quantity)
     axis.grid(alpha=0.3)
-    axis.legend()
+    if axis.lines:
+        axis.legend()
     figure.savefig(path, dpi=120, bbox_inches="tight")
     plt.close(figure)
 
