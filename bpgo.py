@@ -50,7 +50,7 @@ class Args(arguments.Args):
     """CRT: weight of (reward - prior) / scale beside the step at the prior."""
     prior: Literal["running-mean", "sft", "first-frame", "constant"] = "running-mean"
     """Mean of the rewards so far; of the initial weights' own samples; of the conditioning image; --prior-value."""
-    prior_value: float = 0.0
+    prior_value: Annotated[float, arguments.From(-1e6, 1e6)] = 0.0
     """The reward that --prior constant expects."""
     reward_scale: Annotated[float, arguments.From(0, 1e6)] = 0.0
     """Unit of reward - prior in --k and --lam; 0: the spread that the rewards declare; 1: the equations as printed."""

@@ -36,7 +36,7 @@ EPS = 1e-8  # in every division by a standard deviation
 
 @dataclass
 class Args(arguments.Args):
-    thresholds: tuple[float, ...] = (0.77, 0.55)
+    thresholds: Annotated[tuple[float, ...], arguments.From(-1e6, 1e6)] = (0.77, 0.55)
     """tau of each stage after the first: the mean reward at which its gate is half open."""
     alpha: Annotated[float, arguments.From(0, 1000)] = 4.0
     """How sharply the weights follow the gates; 0: all stages count the same, the ablation `joint`."""

@@ -2,12 +2,11 @@
 
 import dataclasses
 import importlib.util
-import math
 import sys
 from dataclasses import dataclass
 from typing import Annotated, Literal, get_type_hints
 
-from common import models
+from common import errors, models
 from common.errors import InputError
 from common.prompts import sets
 
@@ -20,7 +19,7 @@ class From:
     high: float
 
     def __contains__(self, value):
-        return math.isfinite(value) and self.low <= value <= self.high
+        return self.low <= value <= self.high  # false for NaN, too
 
     def __str__(self):
         return f"{type(self).__name__.lower()} {self.low:g} and at most {self.high:g}"
@@ -30,7 +29,7 @@ class Above(From):
     """The same without the lower end."""
 
     def __contains__(self, value):
-        return math.isfinite(value) and self.low < value <= self.high
+        return self.low < value <= self.high
 
 
 @dataclass
@@ -202,24 +201,49 @@ def parse(cls, description):
     import tyro
 
     argv = sys.argv[1:]
-    if "--list-models" in argv:
-        print(models.table({name: settings(cls, name) for name in models.MODELS}))
-        sys.exit()
-    for i, word in enumerate(argv):
-        if word == "--resume" and (i + 1 == len(argv) or argv[i + 1].startswith("--")):
-            argv = [*argv[: i + 1], "latest", *argv[i + 1 :]]
-    named = [argv[i + 1] for i, word in enumerate(argv[:-1]) if word == "--model"]
-    named += [word.partition("=")[2] for word in argv if word.startswith("--model=")]
-    return tyro.cli(cls, args=argv, default=defaults(cls, *named[-1:]), description=description)
+    with errors.one_line():
+        if "--list-models" in argv:
+            print(models.table({name: settings(cls, name) for name in models.MODELS}))
+            sys.exit()
+        for i, word in enumerate(argv):
+            if word == "--resume" and (i + 1 == len(argv) or argv[i + 1].startswith("--")):
+                argv = [*argv[: i + 1], "latest", *argv[i + 1 :]]
+        _check_initials(cls, argv)
+        named = [argv[i + 1] for i, word in enumerate(argv[:-1]) if word == "--model"]
+        named += [word.partition("=")[2] for word in argv if word.startswith("--model=")]
+        return tyro.cli(cls, args=argv, default=defaults(cls, *named[-1:]), description=description)
+
+
+def _check_initials(cls, argv):
+    """Raises InputError for --lr and the like, which look like no flag to tyro: it suggests by the letters."""
+    names = [f.name for f in dataclasses.fields(cls)]
+    for word in argv:
+        short = word.partition("=")[0].removeprefix("--")
+        meant = [n for n in names if "_" in n and short == "".join(part[0] for part in n.split("_"))]
+        if word.startswith("--") and meant and short not in names:
+            raise InputError(f"there is no --{short}; did you mean {' or '.join(map(_flag, meant))}?")
+
+
+def _flag(name):
+    return "--" + name.replace("_", "-")
+
+
+def _check_value(flag, values, bounds):
+    """Raises InputError for a setting, or one of several, that is out of its bounds, or that no file could hold."""
+    for value in values if isinstance(values, tuple) else (values,):
+        try:
+            str(value).encode()
+        except UnicodeEncodeError:
+            raise InputError(f"{flag} {value!a:.300} is no UTF-8: choose a name that is") from None
+        for bound in () if isinstance(value, str) else bounds:
+            if value not in bound:
+                raise InputError(f"{flag} {str(value):.40}: must be {bound}")
 
 
 def check(args):
     """Raises InputError for the first setting that makes no sense; only a hub id as --model asks the network."""
     for name, hint in get_type_hints(type(args), include_extras=True).items():
-        value, flag = getattr(args, name), "--" + name.replace("_", "-")
-        for bound in getattr(hint, "__metadata__", ()) if not isinstance(value, str) else ():
-            if value not in bound:
-                raise InputError(f"{flag} {value}: must be {bound}")
+        _check_value(_flag(name), getattr(args, name), getattr(hint, "__metadata__", ()))
     if args.best_of % 2 or args.best_of > args.group_size:
         raise InputError(f"--best-of {args.best_of}: must be even and at most --group-size {args.group_size}")
     can_be_noisy = args.sampling_steps - 1

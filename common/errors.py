@@ -1,5 +1,8 @@
 """The errors that a person can cause, and the line that they get instead of a traceback."""
 
+import contextlib
+import os
+import signal
 import sys
 
 
@@ -20,36 +23,95 @@ class Stopped(Exception):
         self.number = number
 
 
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C at a moment when nothing has to be finished. A KeyboardInterrupt of another class is somebody's code's."""
+
+
 rescues = []  # what to call after a RunError; the Runtime of the run puts its own there
 
 
 def run(main, args):
     """main(args); an InputError or RunError ends it with one line on stderr, and of the latter the finished steps are
     saved. Tracebacks are for our own bugs."""
-    try:
+    with one_line():
         main(args)
-    except (InputError, RunError) as error:
-        _say("error", error)
-        if isinstance(error, InputError):
+
+
+@contextlib.contextmanager
+def one_line():
+    """Inside, what a person, a machine or a signal can cause ends the program with one line on stderr."""
+    with _lasting_streams(), _own_interrupt():
+        try:
+            yield
+        except InputError as error:
+            _say("error", error)
             sys.exit(2)
-        for rescue in list(rescues):
-            try:
-                rescue()
-            except RunError as worse:
-                _say("error", worse)
-        sys.exit(1)
-    except RuntimeError as error:
-        if not _lost_a_process(error):
-            raise
-        _say(
-            "error",
+        except RunError as error:
+            _say("error", error)
+            _rescue()
+            sys.exit(1)
+        except Stopped as stopped:
+            _say("stopped", stopped)
+            sys.exit(128 + stopped.number)
+        except KeyboardInterrupt:
+            _say("stopped", "SIGINT: at once; --resume latest goes on from the last checkpoint, if there is one")
+            sys.exit(128 + signal.SIGINT)
+        except Exception as error:
+            line = _of_the_machine(error)
+            if line:
+                _say("error", line)
+            if os.environ.get("WORLD_SIZE", "1") == "1":  # the other processes, if any, know nothing of this
+                _rescue()
+            if not line:
+                raise
+            sys.exit(1)
+
+
+def from_a_signal(error):
+    """Whether an exception is Ctrl-C's, and not one of the same class that somebody's code raised."""
+    plain = isinstance(error, KeyboardInterrupt) and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    return plain or isinstance(error, Interrupted)
+
+
+def text(error):
+    """What an exception says, or its class where it says nothing or cannot be asked, of no more than 500 letters."""
+    try:
+        words = str(error)
+    except Exception:  # anybody's class
+        words = ""
+    words = " ".join(words.split()) or type(error).__name__
+    return words if len(words) <= 500 else f"{words[:500]}..."
+
+
+def _rescue():
+    for rescue in list(rescues):
+        try:
+            rescue()
+        except Exception as worse:
+            _say("error", f"the finished steps could not be saved: {text(worse)}")
+
+
+def _of_the_machine(error):
+    """The line for what a machine without memory, a disk without room or a lost process makes Python or torch raise;
+    "" for all else."""
+    if _lost_a_process(error):
+        return (
             "another process of this run is gone; what it said stands above or in its machine's log, and the last "
-            "checkpoint is intact: start again with --resume latest",
+            "checkpoint is intact: start again with --resume latest"
         )
-        sys.exit(1)
-    except Stopped as stopped:
-        _say("stopped", stopped)
-        sys.exit(128 + stopped.number)
+    if isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__ or "allocate memory" in str(error):
+        return (
+            f"out of memory ({text(error)}): lower --micro-batch, --decode-batch, --reward-batch or the size of the "
+            "samples, train a LoRA (--lora-rank), add --gradient-checkpointing or --offload-encoders"
+        )
+    if isinstance(error, OSError):
+        return f"{text(error)}; is the disk full, or gone? Earlier checkpoints are intact: go on with --resume latest"
+    return ""
+
+
+def _lost_a_process(error):
+    """Whether the processes' exchange failed: torch's own errors of NCCL and the store, and gloo's, which has none."""
+    return isinstance(error, RuntimeError) and (type(error).__name__.startswith("Dist") or "gloo" in str(error))
 
 
 def _say(what, line):
@@ -57,6 +119,66 @@ def _say(what, line):
     sys.stderr.write(f"{what}: {' '.join(str(line).split())}\n")
 
 
-def _lost_a_process(error):
-    """Whether the processes' exchange failed: torch's own errors of NCCL and the store, and gloo's, which has none."""
-    return type(error).__name__.startswith("Dist") or "gloo" in str(error)
+# --- Ctrl-C, and streams that end before the run does ---
+
+
+@contextlib.contextmanager
+def _own_interrupt():
+    """Inside, Ctrl-C raises Interrupted, where it would have raised KeyboardInterrupt."""
+
+    def interrupt(number, frame):
+        raise Interrupted
+
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@contextlib.contextmanager
+def _lasting_streams():
+    """Inside, a closed pipe or a full device under stdout or stderr ends nothing but the output, and letters that its
+    encoding lacks are written as numbers."""
+    before = sys.stdout, sys.stderr
+    for stream in before:
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    sys.stdout, sys.stderr = map(_Lasting, before)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        if sys.stdout.lost:
+            _say("warning", f"standard output ended early: {text(sys.stdout.lost)}")
+        sys.stderr.flush()
+        sys.stdout, sys.stderr = before
+
+
+class _Lasting:
+    """A text stream; once it cannot be written to, what is written goes nowhere."""
+
+    def __init__(self, stream):
+        self.stream, self.lost = stream, None
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, words):
+        self._try(self.stream.write, words)
+        return len(words)
+
+    def flush(self):
+        self._try(self.stream.flush)
+
+    def _try(self, action, *words):
+        try:
+            action(*words)
+        except OSError as error:
+            self.lost = error
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.stream.fileno())  # what waits in its buffer goes there too, when Python ends
+            os.close(nowhere)

@@ -15,12 +15,12 @@ What each is good for, and its licence: README.md beside this file.
 
 import difflib
 import importlib
-import math
 import traceback
 from pathlib import Path
 
 import torch
 
+from common import errors
 from common.errors import InputError, RunError
 from common.prompts import caption_of
 from common.rewards.weights import Source
@@ -56,14 +56,16 @@ def parse(specs):
     weights = {}
     for spec in specs:
         name, equals, weight = spec.partition("=")
+        if weights and spec.replace(".", "", 1).isdigit():
+            raise InputError(f"reward: {spec!r} stands alone; write {list(weights)[-1]}={spec}")
         try:
             value = float(weight) if equals else 1.0
         except ValueError:
             raise InputError(
                 f"reward: {spec!r} has no number after '='; write NAME or NAME=WEIGHT, as in jpeg=0.5"
             ) from None
-        if not math.isfinite(value):
-            raise InputError(f"reward: the weight in {spec!r} is not finite")
+        if not abs(value) <= 1e6:
+            raise InputError(f"reward: the weight in {spec!r} must be finite, at most 1e6")
         if name in weights:
             raise InputError(f"reward: {name!r} is there twice; give it once, with one weight")
         weights[name] = value
@@ -130,10 +132,11 @@ def chosen_frames(which, number):
 
 
 def score(scorers, media, prompts):
-    """Every scorer on every sample: media [b, ...], b prompts -> {name: [b] float32}
+    """Every scorer on every sample: media [b, ...], b prompts -> {name: [b] float32}, without gradients, on the media's
+    device.
 
-    A scorer that raises gets infinite scores and its error is kept, for `check_finite` to raise on every process: one
-    process that stopped here would leave the others waiting for it.
+    A scorer that raises, whatever it is, gets infinite scores and its error is kept, for `check_finite` to raise on
+    every process: one process that stopped here would leave the others waiting for it.
     """
     scores, captions = {}, [caption_of(prompt) for prompt in prompts]
     numbers = media.isfinite().all()
@@ -144,10 +147,15 @@ def score(scorers, media, prompts):
                     "the samples are no numbers: the weights have diverged. Go on from an earlier checkpoint "
                     "(--resume OUTPUT/checkpoints/step_NNNNNN), in a new run with a lower --learning-rate"
                 )
-            scores[name] = score_one(scorer, media, captions).float()
+            before = media._version
+            scores[name] = torch.as_tensor(score_one(scorer, media, captions)).detach().to(media.device, torch.float32)
             if scores[name].shape != (len(prompts),):
                 raise ValueError(f"it returned {tuple(scores[name].shape)} for {len(prompts)} samples")
-        except Exception as error:  # a reward is anybody's code
+            if media._version != before:
+                raise ValueError("it changed the media, which the other rewards and the pictures need; clone them")
+        except BaseException as error:  # a reward is anybody's code: it may end the program
+            if errors.from_a_signal(error):
+                raise
             scorer.error, scores[name] = error, torch.full((len(prompts),), torch.inf, device=media.device)
     return scores
 
@@ -165,7 +173,7 @@ def try_out(scorers, model, prompt):
 def score_one(scorer, media, captions):
     """The scores [b] of media [b, ...]; of a clip, by a scorer of images, the mean of the chosen frames' scores."""
     if media.ndim == 4 or scorer.video:
-        return scorer.score(media, captions)
+        return scorer.score(media, list(captions))
     chosen = media[:, chosen_frames(getattr(scorer, "frames", "all"), media.shape[1])]
     b, f = chosen.shape[:2]
     return scorer.score(chosen.flatten(0, 1), [caption for caption in captions for _ in range(f)]).view(b, f).mean(1)
@@ -177,7 +185,7 @@ def failure(name, scorer):
     if error is None or isinstance(error, (InputError, RunError)):
         return str(error or "")
     *_, place = traceback.extract_tb(error.__traceback__)
-    return f"reward {name} raised {type(error).__name__}: {error} ({place.filename}, line {place.lineno})"
+    return f"reward {name} raised {type(error).__name__}: {errors.text(error)} ({place.filename}, line {place.lineno})"
 
 
 def check_finite(scores, scorers, prompts):
