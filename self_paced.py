@@ -7,7 +7,7 @@ exact log-probability. A step samples G images for each of P prompts, scores the
 above their group's mean:
 
     S(r) = (sqrt(G) - |r|_1 / |r|_2) / (sqrt(G) - 1)                     hoyer_sparsity            eq 8
-    g_k  = sigmoid(slope (mean r_k - tau_k)) + beta (S(r_k-1) - S(r_k))  stage_weights             eq 9
+    g_k  = sigmoid(slope (mean r_k-1 - tau_k-1)) + beta (S(r_k-1) - S(r_k))  stage_weights         eq 9
     R    = sum_k w_k r_k,  w = softmax(alpha g)                          combine_scores            eq 5, 6
     A_ij = (R_ij - mean_j R_ij) / (std_j R_ij + eps)                     compute_advantages
     rho  = exp(log_prob_new - log_prob_old)                              sde.sde_step, to sample and to re-score
@@ -37,7 +37,9 @@ EPS = 1e-8  # in every division by a standard deviation
 @dataclass
 class Args(arguments.Args):
     thresholds: Annotated[tuple[float, ...], arguments.From(-1e6, 1e6)] = (0.77, 0.55)
-    """tau of each stage after the first: the mean reward at which its gate is half open."""
+    """tau of each stage that opens a gate: the mean reward at which that gate is half open."""
+    gate: Literal["previous", "own"] = "previous"
+    """Whose mean reward opens a stage's gate: the stage's before it, as the text says; its own, as eq 9 is printed."""
     alpha: Annotated[float, arguments.From(0, 1000)] = 4.0
     """How sharply the weights follow the gates; 0: all stages count the same, the ablation `joint`."""
     beta: Annotated[float, arguments.From(0, 1000)] = 0.5
@@ -49,8 +51,8 @@ class Args(arguments.Args):
     only_stage: Annotated[int, arguments.From(0, 100)] = 0
     """Train on this stage alone, the ablations `one-stage` (1) and `two-stage` (2 holds 1); 0: on all."""
     calibrate: bool = False
-    """Train each stage after the first alone for 50 steps first; its threshold is where it started + 0.7 * its gain."""
-    SETTINGS = papers.SELF_PACED
+    """Train each stage that opens a gate alone for 50 steps first; its tau is where it started + 0.7 * its gain."""
+    SETTINGS, CURVES = papers.SELF_PACED, ("weight", "competence")
 
 
 def combine_scores(scores, weights):
@@ -64,12 +66,12 @@ def hoyer_sparsity(rewards):
     return torch.where(size > 0, (root - rewards.abs().nansum(-1) / size) / (root - 1).clamp(min=EPS), 0.0)
 
 
-def stage_weights(rewards, thresholds, alpha, beta, slope, saturation="hoyer", only=0):
+def stage_weights(rewards, thresholds, alpha, beta, slope, saturation="hoyer", only=0, gate="previous"):
     """Rewards [K, P, G] of K stages, K - 1 thresholds -> weights [K, P] (eq 6, 9). The first gate stands half open."""
-    saturated = hoyer_sparsity(rewards) if saturation == "hoyer" else 1 - hoyer_sparsity(rewards)  # [K, P]
-    gates = torch.full_like(saturated, 0.5)
-    gates[1:] = torch.sigmoid(slope * (rewards[1:].nanmean(-1) - rewards.new_tensor(thresholds)[:, None]))
-    gates[1:] += beta * (saturated[:-1] - saturated[1:])
+    S = hoyer_sparsity(rewards) if saturation == "hoyer" else 1 - hoyer_sparsity(rewards)  # [K, P]
+    gates, opening = torch.full_like(S, 0.5), rewards[:-1] if gate == "previous" else rewards[1:]
+    above = opening.nanmean(-1) - rewards.new_tensor(thresholds)[:, None]  # [K - 1, P]
+    gates[1:] = torch.sigmoid(slope * above) + beta * (S[:-1] - S[1:])
     alone = torch.eye(len(gates)).to(gates)[:, only - 1, None].expand_as(gates)
     return alone if only else torch.softmax(alpha * gates, dim=0)
 
@@ -83,14 +85,17 @@ def check_stages(args, scorers, weights):
 
 
 def calibrate(args):
-    """args with thresholds from a run of each stage after the first alone (appendix A), in folders beside --output."""
-    thresholds = []
-    for name in args.reward[1:]:
-        output = f"{args.output or 'runs/self_paced'}-calibrate-{name.replace(':', '-')}"
-        start, end = main(replace(args, reward=(name,), thresholds=(), steps=50, output=output)).ends("reward_mean", 5)
+    """args with the run's own thresholds, or with new ones from runs of each stage that opens a gate (appendix A)."""
+    folder, known = Runtime.find(args)
+    if known:
+        return replace(args, thresholds=tuple(known["thresholds"]))
+    thresholds, alone = [], replace(args, thresholds=(), steps=50, calibrate=False, resume=args.resume and "latest")
+    for name in args.reward[:-1] if args.gate == "previous" else args.reward[1:]:
+        report = main(replace(alone, reward=(name,), output=f"{folder}/calibrate-{name.replace(':', '-')}"))
+        start, end = report.ends("reward_mean", 5)
         thresholds.append(start + 0.7 * (end - start))
-    print("measured: --thresholds", *(f"{threshold:.3f}" for threshold in thresholds), flush=True)
-    return replace(args, thresholds=tuple(thresholds))
+    report.run.print("measured: --thresholds", *(f"{threshold:.3f}" for threshold in thresholds))
+    return replace(args, thresholds=tuple(thresholds), output=str(folder))
 
 
 def compute_advantages(reward, adv_clip_max):
@@ -121,8 +126,7 @@ def keep_rows(reward, best_of):
 def main(args):
     # --- Setup ---
     arguments.check(args)
-    if args.calibrate:
-        args = calibrate(replace(args, calibrate=False))
+    args = calibrate(args) if args.calibrate else args
     prompts, reward_weights = read_prompts(args.prompts), rewards.parse(args.reward)
     eval_prompts = read_prompts(args.eval_prompts) if args.eval_prompts else []
     scorers = rewards.load([*reward_weights, *args.watch], prompts + eval_prompts, **arguments.of_rewards(args))
@@ -135,7 +139,7 @@ def main(args):
     stateful = {"optimizer": run.prepare(model), **model.trainable}  # what a checkpoint holds
     rewards.try_out(scorers, model, prompts[0])
     start = run.resume(stateful)
-    report = Report(run, start, curves=("weight", "competence"))
+    report = Report(run, start)
     P, G, B = args.prompts_per_step, args.group_size, args.prompts_per_step * args.group_size
     transition = sde.TRANSITIONS[args.sde]
     rows = run.rows(B)  # [b]
@@ -172,7 +176,7 @@ def main(args):
 
         # --- Advantage ---
         stages = rewards.on_unit_interval(scores, scorers, rewards.parse(args.reward))  # K times [P, G]
-        pace = (args.thresholds, args.alpha, args.beta, args.slope, args.saturation, args.only_stage)
+        pace = (args.thresholds, args.alpha, args.beta, args.slope, args.saturation, args.only_stage, args.gate)
         w = stage_weights(torch.stack(list(stages.values())), *pace)  # [K, P]
         reward = combine_scores(stages, dict(zip(stages, w[:, :, None])))  # [P, G]
         advantages = compute_advantages(reward, args.adv_clip_max)

@@ -14,17 +14,14 @@ from common.run_folder import write_text
 class Report:
     """Writes on the main process only. A resumed run writes metrics.jsonl again from row `start` on.
 
-    Besides reward.png there is a NAME.png of all metrics NAME_... for each name in `curves`.
+    Besides reward.png there is a NAME.png of all metrics NAME_... for each name in CURVES of the script's Args.
     """
 
-    def __init__(self, run, start, curves=()):
-        self.run, self.path, self.curves = run, run.output / "metrics.jsonl", curves
-        self.rows = []
+    def __init__(self, run, start):
+        self.run, self.path, self.curves = run, run.output / "metrics.jsonl", getattr(run.args, "CURVES", ())
+        rows = map(_json, self.path.read_text().splitlines()) if start and self.path.exists() else ()
+        self.rows = [row for row in rows if row and row["step"] < start]  # on every process: `ends` is asked on all
         if run.is_main:
-            if start and self.path.exists():
-                self.rows = [
-                    row for row in map(_json, self.path.read_text().splitlines()) if row and row["step"] < start
-                ]
             write_text(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
         run.accelerator.init_trackers("vgrpo", {name: str(value) for name, value in vars(run.args).items()})
 

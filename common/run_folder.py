@@ -27,20 +27,28 @@ def choose(args):
     return f"runs/{name}-{max(taken, default=0) + (not args.resume)}"
 
 
-def check(folder, args):
-    """A folder that holds a run needs --resume, and the same settings as before; raises InputError."""
+def before(folder, args):
+    """The settings with which the run in a folder was started, {} if there is none; raises InputError, also if there is
+    one and no --resume."""
     config = folder / "config.json"
-    if os.path.exists(config) and not args.resume:
+    if not os.path.exists(config):
+        return {}
+    if not args.resume:
         raise InputError(f"--output {folder} already holds a run: go on with --resume latest, or choose another folder")
-    now = settings(args)
     try:
-        before = json.loads(config.read_text()) if os.path.exists(config) else now
+        return json.loads(config.read_text())
     except (OSError, ValueError):
         raise InputError(f"--output {folder}: its config.json cannot be read; choose another folder") from None
-    for name in sorted({*before, *now} - set(FREE)):
-        if before.get(name) != now.get(name):
+
+
+def check(folder, args):
+    """A folder that holds a run needs --resume, and the same settings as before; raises InputError."""
+    now = settings(args)
+    then = before(folder, args) or now
+    for name in sorted({*then, *now} - set(FREE)):
+        if then.get(name) != now.get(name):
             raise InputError(
-                f"--resume: {folder} was started with {name} {before.get(name)!r}, now it is {now.get(name)!r}"
+                f"--resume: {folder} was started with {name} {then.get(name)!r}, now it is {now.get(name)!r}"
             )
 
 

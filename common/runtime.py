@@ -40,7 +40,7 @@ class Runtime:
                 f"--prompts-per-step {args.prompts_per_step} x --group-size {args.group_size} = {rows} samples "
                 f"cannot be dealt evenly to {self.world} processes"
             )
-        self.output = Path(broadcast_object_list([run_folder.choose(args) if self.is_main else None])[0])
+        self.output, _ = self.find(args)
         self.accelerator = Accelerator(
             mixed_precision=self.precision,
             cpu=not on_gpu,
@@ -56,6 +56,13 @@ class Runtime:
         self.signal = 0  # the number of the one that asked this process to stop
         run_folder.check(self.output, args)
         self.checkpoint = self._find_checkpoint()
+
+    @staticmethod
+    def find(args):
+        """The folder of a run, the same on every process, and the settings that it was started with, {} before that."""
+        is_main = PartialState(cpu=not torch.cuda.is_available()).is_main_process
+        folder = Path(broadcast_object_list([run_folder.choose(args) if is_main else None])[0])
+        return folder, run_folder.before(folder, args)
 
     # --- Rows ---
 

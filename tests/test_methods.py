@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ import bpgo
 import grpo_base
 import self_paced
 import slas
-from common import arguments, errors, fisher, heldout, models, rewards
+from common import arguments, errors, fisher, heldout, models, report, rewards
 from common.models.flux import Flux
 from common.prompts import prompts_of_step, read_prompts
 from lab.readme_diffs import with_diffs
@@ -191,11 +192,12 @@ def test_hoyer_sparsity_of_known_groups():
     assert self_paced.hoyer_sparsity(groups).tolist() == [1, 0, 0]
 
 
+@pytest.mark.parametrize("gate", ["previous", "own"])
 @pytest.mark.parametrize("saturation", ["hoyer", "one-minus-hoyer"])
 @pytest.mark.parametrize("alpha, beta, slope", [(4.0, 0.5, 10.0), (1.0, 0.0, 3.0), (0.0, 0.5, 10.0)])
-def test_stage_weights(alpha, beta, slope, saturation):
+def test_stage_weights(alpha, beta, slope, saturation, gate):
     K, P, G = 4, 3, 6
-    r, tau = RNG.uniform(0, 1, (K, P, G)), [None, 0.4, 0.5, 0.6]
+    r, tau = RNG.uniform(0, 1, (K, P, G)), [0.4, 0.5, 0.6]
     S = [[(6**0.5 - abs(g).sum() / (g @ g) ** 0.5) / (6**0.5 - 1) for g in stage] for stage in r]
     if saturation != "hoyer":
         S = [[1 - s for s in row] for row in S]
@@ -203,20 +205,42 @@ def test_stage_weights(alpha, beta, slope, saturation):
     for p in range(P):
         g = [0.5]
         for j in range(1, K):
-            g.append(1 / (1 + np.exp(-slope * (r[j, p].mean() - tau[j]))) + beta * (S[j - 1][p] - S[j][p]))
+            mean = r[j - 1, p].mean() if gate == "previous" else r[j, p].mean()
+            g.append(1 / (1 + np.exp(-slope * (mean - tau[j - 1]))) + beta * (S[j - 1][p] - S[j][p]))
         e = np.exp(alpha * np.array(g))
         expected[:, p] = e / e.sum()
-    ours = self_paced.stage_weights(tensor(r), tau[1:], alpha, beta, slope, saturation)
+    ours = self_paced.stage_weights(tensor(r), tau, alpha, beta, slope, saturation, gate=gate)
     close(ours, expected)
     close(ours.sum(0), np.ones(P))
     if alpha == 0:
         assert torch.equal(ours, torch.full((K, P), 0.25, dtype=torch.float64))
 
 
-def test_a_stage_gains_weight_as_its_reward_passes_its_threshold():
+def weights_at(*means, tau=(0.75, 0.75), **settings):
+    """The stages' weights of a prompt whose samples all have these mean rewards, one for each stage."""
+    samples = tensor(means)[:, None, None].repeat(1, 1, 16)
+    return self_paced.stage_weights(samples, tau, 4.0, 0.0, 10.0, **settings)[:, 0]
+
+
+def test_stage_weights_before_training_as_figure_7_has_the_means():
+    close(weights_at(0.724, 0.672, 0.466), [0.44, 0.34, 0.21], 0.005)
+    close(weights_at(0.724, 0.672, 0.466, gate="own"), [0.61, 0.29, 0.10], 0.005)
+
+
+def test_the_first_gate_opens_as_the_first_stage_rises_as_in_figure_10():
+    before, after = weights_at(0.73, 0.672, 0.466), weights_at(0.81, 0.672, 0.466)
+    assert before.argmax() == 0 and after.argmax() == 1
+    assert weights_at(0.81, 0.77, 0.55).argmax() == 1 and weights_at(0.81, 0.83, 0.55).argmax() == 2
+    # the third stage's own mean, far below tau, would keep it shut
+    assert weights_at(0.81, 0.83, 0.55, gate="own").argmin() == 2
+
+
+@pytest.mark.parametrize("gate, opener", [("previous", 1), ("own", 2)])
+def test_a_stage_gains_weight_as_the_one_that_opens_its_gate_passes_its_threshold(gate, opener):
     def third(mean):
-        rewards_ = torch.stack([torch.full((1, 4), 0.9), torch.full((1, 4), 0.7), torch.full((1, 4), mean)])
-        return self_paced.stage_weights(rewards_, (0.75, 0.5), 4.0, 0.5, 10.0)[2, 0].item()
+        means = [0.9, 0.7, 0.6]
+        means[opener] = mean
+        return weights_at(*means, tau=(0.75, 0.5), gate=gate)[2].item()
 
     assert third(0.2) < third(0.4) < third(0.5) < third(0.6) < third(0.9)
 
@@ -476,23 +500,32 @@ def test_layout_stage_does_not_ask_what_the_objects_are():
     assert (right["verifier:layout"] <= right["verifier:quality"] + 1e-6).all()
 
 
-def test_calibrate_trains_the_later_stages_alone_and_goes_on_exactly(train, capsys):
+@pytest.mark.parametrize("gate, opener", [("previous", "verifier:quality"), ("own", "verifier")])
+def test_calibrate_trains_alone_the_stage_that_opens_a_gate_and_only_once(train, capsys, gate, opener):
     settings = dict(prompts_per_step=1, group_size=2, sampling_steps=2, learning_rate=1e-3, save_every=10)
-    folder, rows = train(self_paced, steps=2, calibrate=True, **settings)
-    expected = []
-    for name in STAGES[1:]:
-        alone = metrics(folder.with_name(f"run-calibrate-{name.replace(':', '-')}"))
-        means = [row["reward_mean"] for row in alone]
-        assert len(means) == 50 and f"{name}_mean" in alone[0]
-        start, end = sum(means[:5]) / 5, sum(means[-5:]) / 5
-        expected.append(start + 0.7 * (end - start))
-    assert json.loads((folder / "config.json").read_text())["thresholds"] == expected
-    assert "measured: --thresholds " + " ".join(f"{tau:.3f}" for tau in expected) in capsys.readouterr().out
-    # lost: the run itself, and the end of the second calibration
-    shutil.rmtree(folder)
-    shutil.rmtree(folder.with_name("run-calibrate-verifier") / "checkpoints/step_000050")
-    _, again = train(self_paced, steps=2, calibrate=True, resume="latest", **settings)
-    assert again == rows
+    settings |= dict(reward=("verifier:quality", "verifier"), calibrate=True, gate=gate)
+    folder, rows = train(self_paced, steps=2, **settings)
+    (calibration,) = folder.glob("calibrate-*")
+    means = [row["reward_mean"] for row in metrics(calibration)]
+    assert len(means) == 50 and means == [row[f"{opener}_mean"] for row in metrics(calibration)]
+    tau = 0.3 * sum(means[:5]) / 5 + 0.7 * sum(means[-5:]) / 5
+    assert json.loads((folder / "config.json").read_text())["thresholds"] == pytest.approx([tau], abs=1e-9)
+    assert f"measured: --thresholds {tau:.3f}" in capsys.readouterr().out
+    # stopped in the calibration: it goes on
+    for lost in (folder / "config.json", folder / "checkpoints", calibration / "checkpoints/step_000050"):
+        lost.unlink() if lost.is_file() else shutil.rmtree(lost)
+    assert train(self_paced, steps=2, resume="latest", **settings)[1] == rows
+    # stopped later: the thresholds are the run's
+    shutil.rmtree(calibration)
+    _, more = train(self_paced, steps=3, resume=str(folder / "checkpoints/step_000002"), **settings)
+    assert more[:2] == rows and len(more) == 3 and not calibration.exists()
+
+
+def test_every_process_knows_the_rows_of_a_run_that_goes_on(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("".join(f'{{"step": {n}, "reward_mean": {n / 10}}}\n' for n in range(9)))
+    other = SimpleNamespace(output=tmp_path, args=self_paced.Args(), is_main=False)
+    other.accelerator = SimpleNamespace(init_trackers=lambda *_: None)
+    assert report.Report(other, 8).ends("reward_mean", 2) == pytest.approx((0.05, 0.65))
 
 
 # --- Bad input ---
