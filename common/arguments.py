@@ -6,7 +6,7 @@ import sys
 from dataclasses import dataclass
 from typing import Annotated, Literal, get_type_hints
 
-from common import errors, models
+from common import errors, models, run_folder
 from common.errors import InputError
 from common.prompts import sets
 
@@ -196,8 +196,8 @@ def of_rewards(args):
 
 
 def parse(cls, description):
-    """The command line -> cls. The defaults are those of its --model; a lone `--resume` means `--resume latest`.
-    `--list-models` prints the table and ends the program."""
+    """The command line -> cls. The defaults are those of its --model, with --resume the settings of that run; a lone
+    `--resume` means `--resume latest`. `--list-models` prints the table and ends the program."""
     import tyro
 
     argv = sys.argv[1:]
@@ -209,9 +209,17 @@ def parse(cls, description):
             if word == "--resume" and (i + 1 == len(argv) or argv[i + 1].startswith("--")):
                 argv = [*argv[: i + 1], "latest", *argv[i + 1 :]]
         _check_initials(cls, argv)
-        named = [argv[i + 1] for i, word in enumerate(argv[:-1]) if word == "--model"]
-        named += [word.partition("=")[2] for word in argv if word.startswith("--model=")]
-        return tyro.cli(cls, args=argv, default=defaults(cls, *named[-1:]), description=description)
+        model, resume, output = (_given(argv, flag) for flag in ("--model", "--resume", "--output"))
+        default = defaults(cls, *model)
+        if resume:
+            default = run_folder.inherit(default, *resume, *output or [""])
+        return tyro.cli(cls, args=argv, default=default, description=description)
+
+
+def _given(argv, flag):
+    """[what a flag was last given], [] if it was not."""
+    pairs = [word.split("=", 1) if "=" in word else (word, next_one) for word, next_one in zip(argv, [*argv[1:], None])]
+    return [value for word, value in pairs if word == flag and value is not None][-1:]
 
 
 def _check_initials(cls, argv):

@@ -10,6 +10,7 @@ of which the first three are the Runtime's `save`.
 
 import json
 import os
+import re
 import shutil
 from dataclasses import dataclass
 
@@ -45,14 +46,17 @@ def put(output, step, states, part=None):
             os.fsync(file.fileno())  # a machine that dies must not leave a renamed folder of empty files
 
 
-def publish(output, step, parts, keep=0):
-    """Makes what was put the checkpoint of a step, and removes the oldest ones beyond `keep`, 0: none. parts {name: how
-    many processes wrote it, 0: it is not sharded}."""
-    beside, final = _beside(output, step), output / "checkpoints" / f"step_{step:06d}"
-    (beside / "checkpoint.json").write_text(json.dumps({"step": step, "parts": parts}))
+def publish(output, step, parts, run="", keep=0):
+    """Makes what was put the checkpoint of a step, and removes the oldest ones beyond `keep` that this run wrote, 0:
+    none. parts {name: how many processes wrote it, 0: it is not sharded}; run: what config.json calls this run."""
+    beside, final = _beside(output, step), output / "checkpoints" / name_of(step)
+    (beside / "checkpoint.json").write_text(json.dumps({"step": step, "parts": parts, "run": run}))
+    if not _wrote(final, run, or_nobody=True):
+        _make_way(final)
     shutil.rmtree(final, ignore_errors=True)
     os.replace(beside, final)
-    for folder in newest_first(output)[keep:] if keep else ():
+    own = [folder for folder in newest_first(output) if _wrote(folder, run)]
+    for folder in own[keep:] if keep else ():
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -61,38 +65,110 @@ def discard(output, step):
     shutil.rmtree(_beside(output, step), ignore_errors=True)
 
 
+def copy(folder, output, step):
+    """Another run's checkpoint as this one's first. Its files are linked where the disk can: no checkpoint is ever
+    written to again. Raises OSError."""
+    beside, final = _beside(output, step), output / "checkpoints" / name_of(step)
+    if not os.path.exists(final):
+        shutil.rmtree(beside, ignore_errors=True)
+        shutil.copytree(folder, beside, copy_function=_link)
+        os.replace(beside, final)
+
+
+def name_of(step):
+    return f"step_{step:06d}"
+
+
+def number_of(folder):
+    """The step that a checkpoint's name says; None if that is no name of a checkpoint."""
+    match = re.fullmatch("step_([0-9]+)", folder.name)
+    return match and int(match[1])
+
+
 def newest_first(output):
-    """The folders of a run's checkpoints."""
-    return sorted(output.glob("checkpoints/step_*"), reverse=True)
+    """The folders of a run's checkpoints, by their numbers. What lies beside them under other names is somebody's."""
+    folders = [folder for folder in output.glob("checkpoints/step_*") if number_of(folder) is not None]
+    return sorted(folders, key=number_of, reverse=True)
 
 
 def read(folder):
     """-> (step, {name: state} on the CPU, sharded tensors as Pieces); raises Broken with the reason."""
+    about, states = _about(folder), {}
+    for name, number in about["parts"].items():
+        try:
+            states[name] = (
+                _join([_load(folder / f"{name}.{part}.pt", mmap=True) for part in range(number)])
+                if number
+                else _load(folder / f"{name}.pt")
+            )
+        except (KeyError, TypeError, IndexError):
+            raise Broken(f"the parts of its {name} do not belong together") from None
+    return about["step"], states
+
+
+def flaw(states, process=0, processes=1):
+    """Why states are none to go on from: a tensor with something in it that is no number; "" if there is none. Each of
+    `processes` looks at its share of the tensors."""
+    tensors = [(name, tensor) for name, state in states.items() for tensor in _tensors(state)]
+    for name, tensor in tensors[process::processes]:
+        if not tensor.isfinite().all():
+            return f"its {name} holds values that are no numbers"
+    return ""
+
+
+def _about(folder):
+    """checkpoint.json: {"step", "parts", "run"}; raises Broken."""
     try:
         about = json.loads((folder / "checkpoint.json").read_text())
-        step, parts = about["step"], dict(about["parts"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, RecursionError):
         raise Broken("it has no checkpoint.json that can be read") from None
-    states = {}
-    for name, number in parts.items():
-        states[name] = (
-            _join([_load(folder / f"{name}.{part}.pt", mmap=True) for part in range(number)])
-            if number
-            else _load(folder / f"{name}.pt")
-        )
-    return step, states
+    step, parts = (about.get(name) for name in ("step", "parts")) if isinstance(about, dict) else (None, None)
+    if not _natural(step) or not isinstance(parts, dict) or not parts or not all(map(_natural, parts.values())):
+        raise Broken("its checkpoint.json names no step, or no parts")
+    return about
+
+
+def _natural(number):
+    return type(number) is int and number >= 0
+
+
+def _wrote(folder, run, or_nobody=False):
+    """Whether this run wrote a folder, as the checkpoint that its name says."""
+    try:
+        about = _about(folder)
+    except Broken:
+        return or_nobody
+    return about.get("run") == run and folder.name == name_of(about["step"])
+
+
+def _make_way(folder):
+    """Another name for a folder, which is not this run's to remove."""
+    number = 1
+    while os.path.exists(other := folder.with_name(f"{folder.name}_other_{number}")):
+        number += 1
+    os.replace(folder, other)
+
+
+def _link(source, target):
+    try:
+        os.link(source, target)
+    except OSError:  # another disk, or one that knows no links
+        shutil.copy(source, target)
 
 
 def _beside(output, step):
-    return output / "checkpoints" / f".step_{step:06d}.tmp"
+    return output / "checkpoints" / f".{name_of(step)}.tmp"
 
 
 def _load(file, mmap=False):
     try:
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # whatever a broken file makes torch say
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise Broken(f"its {file.name} does not load: {reason}") from None
+    if not isinstance(state, dict):
+        raise Broken(f"its {file.name} holds a {type(state).__name__}, no state")
+    return state
 
 
 def _join(parts):
@@ -103,3 +179,12 @@ def _join(parts):
             return Pieces([part["shard"] for part in parts])
         return {name: _join([part[name] for part in parts]) for name in first}
     return [_join(list(values)) for values in zip(*parts)] if isinstance(first, list) else first
+
+
+def _tensors(state):
+    """The tensors of numbers with a point in a tree of dictionaries, lists and Pieces."""
+    if isinstance(state, Pieces):
+        state = state.tensors
+    if isinstance(state, (dict, list)):
+        return [leaf for part in (state.values() if isinstance(state, dict) else state) for leaf in _tensors(part)]
+    return [state] if torch.is_tensor(state) and state.is_floating_point() else []

@@ -147,4 +147,4 @@ class TrustRegion:
         return self.measured
 
     def load_state_dict(self, state):
-        self.measured.update(state)
+        self.measured.update({name: float(value) for name, value in state.items()})

@@ -8,7 +8,7 @@ from torch.nn.functional import pad
 from tqdm import tqdm
 
 from common.prompts import caption_of
-from common.run_folder import write_text
+from common.run_folder import rows_before, write_rows
 
 
 class Report:
@@ -19,10 +19,9 @@ class Report:
 
     def __init__(self, run, start):
         self.run, self.path, self.curves = run, run.output / "metrics.jsonl", getattr(run.args, "CURVES", ())
-        rows = map(_json, self.path.read_text().splitlines()) if start and self.path.exists() else ()
-        self.rows = [row for row in rows if row and row["step"] < start]  # on every process: `ends` is asked on all
+        self.rows = rows_before(self.path, start)  # on every process: `ends` is asked on all
         if run.is_main:
-            write_text(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
+            write_rows(self.path, self.rows)
         run.accelerator.init_trackers("vgrpo", {name: str(value) for name, value in vars(run.args).items()})
 
     def steps(self, start, stop):
@@ -184,9 +183,3 @@ def _pyplot():
 
     return matplotlib.pyplot
 
-
-def _json(line):
-    try:
-        return json.loads(line)
-    except ValueError:  # the last line of a killed process
-        return None

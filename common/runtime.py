@@ -41,6 +41,7 @@ class Runtime:
                 f"cannot be dealt evenly to {self.world} processes"
             )
         self.output, _ = self.find(args)
+        self.name = ""  # what checkpoints call the run, on the main process
         self.accelerator = Accelerator(
             mixed_precision=self.precision,
             cpu=not on_gpu,
@@ -54,8 +55,8 @@ class Runtime:
         self.moved = False  # whether the step that is not finished has changed the weights
         self.kept = {}  # the method's own states after the last finished step
         self.signal = 0  # the number of the one that asked this process to stop
-        run_folder.check(self.output, args)
-        self.checkpoint = self._find_checkpoint()
+        self.changes = run_folder.check(self.output, args)
+        self.checkpoint = run_folder.find_checkpoint(self) if args.resume else None  # (folder, step, states)
 
     @staticmethod
     def find(args):
@@ -114,7 +115,9 @@ class Runtime:
                 self._adapt(module, args.lora_targets or model.lora_targets)
         preflight.check(self, model)
         if self.is_main:
-            run_folder.claim(self.output, args)
+            self.name, moved = run_folder.claim(self.output, args, self.checkpoint and self.checkpoint[:2])
+            if moved:
+                self.print(moved)
         for name, module in model.pipe.components.items():
             if isinstance(module, torch.nn.Module) and name not in model.trainable:
                 waits = args.offload_encoders and name in model.encoders
@@ -258,7 +261,8 @@ class Runtime:
         self._together(self.is_main, checkpoints.begin, self.output, step)
         self._together(self.is_main, checkpoints.put, self.output, step, others)
         self._together(bool(shares), checkpoints.put, self.output, step, shares, self.accelerator.process_index)
-        self._together(self.is_main, checkpoints.publish, self.output, step, parts, self.args.keep_checkpoints)
+        keep = self.args.keep_checkpoints
+        self._together(self.is_main, checkpoints.publish, self.output, step, parts, self.name, keep)
         self.saved = step
 
     def _together(self, here, action, output, step, *arguments):
@@ -269,13 +273,16 @@ class Runtime:
                 action(output, step, *arguments)
         except (OSError, RuntimeError) as error:
             reason = f"{error}"
-        reasons = gather_object([reason]) if self.world > 1 else [reason]
-        if any(reasons):
+        if reason := self.first(reason):
             checkpoints.discard(output, step)
             raise RunError(
-                f"cannot save step {step} in {output}/checkpoints ({next(filter(None, reasons))}); is the disk full? "
+                f"cannot save step {step} in {output}/checkpoints ({reason}); is the disk full? "
                 "Earlier checkpoints are intact"
             )
+
+    def first(self, reason):
+        """All processes together: the first reason that one of them has, "" if none has any."""
+        return next(filter(None, gather_object([reason]) if self.world > 1 else [reason]), "")
 
     @contextlib.contextmanager
     def signals_end_the_step(self):
@@ -319,32 +326,6 @@ class Runtime:
         if self.saved:
             self.print(f"{self.saved} steps are saved; go on with --output {self.output} --resume latest")
 
-    def _find_checkpoint(self):
-        """(folder, step, states) of --resume; None without one, or before the first save. Of the latest ones that are
-        broken (a machine that died while it wrote) it says so and takes the one before."""
-        if not self.args.resume:
-            return None
-        latest = self.args.resume == "latest"
-        folders = checkpoints.newest_first(self.output) if latest else [Path(self.args.resume)]
-        for folder in folders:
-            try:
-                step, states = checkpoints.read(folder)
-            except checkpoints.Broken as error:
-                if not latest:
-                    raise InputError(
-                        f"--resume: {folder} is no checkpoint ({error}); give `latest` or a "
-                        f"{self.output}/checkpoints/step_NNNNNN"
-                    ) from None
-                self.print(f"passing over {folder}: {error}")
-                continue
-            if step > self.args.steps:
-                raise InputError(f"--steps {self.args.steps}: {folder} is already at step {step}")
-            return folder, step, states
-        if folders:
-            raise InputError(f"--resume: none of the {len(folders)} checkpoints in {self.output} can be read")
-        self.print(f"{self.output} has no checkpoint yet: starting from the beginning")
-        return None
-
     def resume(self, stateful):
         """Loads the checkpoint of --resume into `stateful` and returns its step; 0 without one."""
         if self.average:
@@ -363,9 +344,12 @@ class Runtime:
         for name, thing in stateful.items():
             try:
                 self._load_state(thing, states[name])
-            except (ValueError, RuntimeError, KeyError) as error:
-                raise InputError(f"--resume: {folder}/{name}.pt does not fit: {str(error).splitlines()[0]}") from None
-        self.print(f"resuming {self.output} at step {step}")
+            except (ValueError, RuntimeError, LookupError, TypeError, AttributeError) as error:
+                reason = (str(error) or type(error).__name__).splitlines()[0]
+                raise InputError(f"--resume: {folder}/{name}.pt does not fit: {reason}") from None
+        for group in self.optimizer.param_groups:  # the state has those that it was saved with
+            group.update(lr=self.args.learning_rate, weight_decay=self.args.weight_decay)
+        self.print(f"resuming {self.output} at step {step}{f', from here on with {self.changes}' * bool(self.changes)}")
         self.saved = self.step = step
         return step
 
@@ -381,10 +365,15 @@ class Runtime:
 
     def _load_state(self, thing, state):
         if isinstance(thing, dict):
+            if {name: type(value) for name, value in thing.items()} != {n: type(value) for n, value in state.items()}:
+                raise ValueError(f"it is {state}")
             return thing.update(state)
         if not isinstance(thing, torch.nn.Module):
             sharded = thing is self.optimizer or thing is self.average
-            return thing.load_state_dict(sharding.deal(state, self.mesh if sharded else None))
+            thing.load_state_dict(sharding.deal(state, self.mesh if sharded else None))
+            if thing is self.optimizer and not all(map(_belong, thing.state, thing.state.values())):
+                raise ValueError("its moments are those of other weights")
+            return None
         expected = self._state(thing)
         if expected.keys() != state.keys():
             raise ValueError(f"it has {len(state)} weights, {len(expected)} are trained here")
@@ -409,6 +398,11 @@ def _average(weights, decay):
     from diffusers.training_utils import EMAModel
 
     return EMAModel(weights, decay=decay)
+
+
+def _belong(weight, moments):
+    """Whether AdamW's moments are this weight's: torch asks only when it uses them."""
+    return all(getattr(moments.get(name), "shape", None) == weight.shape for name in ("exp_avg", "exp_avg_sq"))
 
 
 def _trained(module):

@@ -1,0 +1,414 @@
+"""--resume: in which folder, with which settings, from which checkpoint, and what becomes of the rest."""
+
+import json
+import shutil
+import sys
+
+import pytest
+import torch
+from conftest import metrics, weights
+
+import bpgo
+import grpo_base
+import self_paced
+import slas
+from common import arguments, checkpoints, errors, run_folder
+from common.errors import InputError
+
+SMALL = (
+    "--prompts-per-step=1 --group-size=4 --sampling-steps=3 --micro-batch=4 --tracker=none --eval-every=0 "
+    "--sample-every=0 --learning-rate=1e-3 --save-every=1"
+).split()
+SCRIPTS = {script.__name__: script for script in (grpo_base, bpgo, slas, self_paced)}
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch, capfd):
+    """A script's command line, run here in an empty folder; returns what it said. A mistake raises SystemExit."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(words, script=grpo_base):
+        monkeypatch.setattr(sys, "argv", [script.__file__, *(words.split() if isinstance(words, str) else words)])
+        capfd.readouterr()
+        errors.run(script.main, arguments.parse(script.Args, script.__doc__))
+        return capfd.readouterr().out
+
+    def refused(words, script=grpo_base):
+        with pytest.raises(SystemExit) as ended:
+            run(words, script)
+        (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert ended.value.code == 2
+        return line
+
+    run.refused = refused
+    return run
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """{script: the folder of a run of three steps}, each made when it is first asked for."""
+    folders = {}
+
+    def folder(script=grpo_base):
+        if script not in folders:
+            folders[script] = tmp_path_factory.mktemp(script.__name__) / "run"
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(sys, "argv", [script.__file__, *SMALL, "--steps=3", f"--output={folders[script]}"])
+                script.main(arguments.parse(script.Args, ""))
+        return folders[script]
+
+    return folder
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """A copy of such a run, as runs/NAME."""
+
+    def copy(name="one", script=grpo_base):
+        shutil.copytree(finished(script), tmp_path / "runs" / name)
+        return tmp_path / "runs" / name
+
+    return copy
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def moved(folder, before, after, other=None):
+    """The largest change of a weight from one step's checkpoint to another's."""
+    old, new = weights(folder, before), weights(other or folder, after)
+    return max((new[name] - value).abs().max().item() for name, value in old.items())
+
+
+def same_weights(left, right, step):
+    old, new = weights(left, step), weights(right, step)
+    return old.keys() == new.keys() and all(torch.equal(new[name], value) for name, value in old.items())
+
+
+# --- The folder ---
+
+
+@pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS)
+def test_a_checkpoint_goes_on_in_its_own_run(command, copied, script):
+    """Not in the newest one of that name."""
+    run, newest = copied(f"{script.__name__}-tiny-flux-1", script), copied(f"{script.__name__}-tiny-flux-2", script)
+    shutil.rmtree(run / "checkpoints/step_000003")
+    before = contents(newest)
+    said = command("--resume runs/{}/checkpoints/step_000002".format(run.name), script)
+    assert f"resuming runs/{run.name} at step 2" in said
+    assert contents(newest) == before
+    assert metrics(run) == metrics(newest) and same_weights(run, newest, 3)
+
+
+def test_the_newest_run_is_one_of_that_model(command, copied):
+    copied("grpo_base-tiny-flux-1")
+    copied("grpo_base-tiny-flux-small-7")
+    copied("grpo_base-tiny-flux-1_from_20")
+    assert "resuming runs/grpo_base-tiny-flux-1 at step 3" in command("--resume")
+    assert not (copied("x").with_name("grpo_base-tiny-flux-7")).exists()
+
+
+def test_a_checkpoint_does_not_go_on_in_another_run(command, copied):
+    copied("one")
+    before = contents(copied("two"))
+    line = command.refused("--output runs/two --resume runs/one/checkpoints/step_000002")
+    assert "runs/two holds another run" in line and "choose a new folder" in line
+    assert contents(copied("three")) == before  # the runs are copies of one
+
+
+def test_a_checkpoint_from_elsewhere_needs_a_folder_to_go_on_in(command, copied, tmp_path):
+    run = copied()
+    (run / "checkpoints/step_000002").rename(tmp_path / "kept")
+    assert "name the folder with --output" in command.refused([*SMALL, "--resume", "kept"])
+    said = command([*SMALL, "--steps", "3", "--resume", "kept", "--output", "new"])
+    assert "new begins with kept" in said and "resuming new at step 2" in said
+    assert same_weights(run, tmp_path / "new", 3)
+
+
+# --- The settings ---
+
+
+@pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS)
+def test_a_new_learning_rate_and_weight_decay_are_those_of_the_next_step(command, copied, script):
+    run = copied("one", script)
+    said = command("--output runs/one --resume --steps 4 --learning-rate 1e-12 --weight-decay 0.9", script)
+    assert "from here on with learning_rate 1e-12 instead of 0.001, weight_decay 0.9 instead of 0.0001" in said
+    assert 0 < moved(run, 3, 4) < 1e-9
+    (group,) = weights(run, 4, "optimizer")["param_groups"]
+    assert (group["lr"], group["weight_decay"]) == (1e-12, 0.9)
+    command("--output runs/one --resume --steps 5 --learning-rate 0.5 --weight-decay 0", script)
+    assert moved(run, 4, 5) > 0.1
+
+
+def test_the_settings_of_a_run_are_the_defaults_of_its_command_line(command, copied):
+    run = copied()
+    before = json.loads((run / "config.json").read_text())
+    shutil.rmtree(run / "checkpoints/step_000003")
+    command("--output runs/one --resume latest --save-every 2")
+    after = json.loads((run / "config.json").read_text())
+    assert {name for name in before if before[name] != after[name]} == {"resume", "save_every", "output"}
+    assert after["group_size"] == 4 and after["save_every"] == 2 and after["steps"] == 3
+
+
+FIXED = {
+    "--seed 1": "seed 0, now it is 1",
+    "--group-size 8": "group_size 4, now it is 8",
+    "--lora-rank 2": "lora_rank 0, now it is 2",
+    "--kl-coef 1": "kl_coef 0.0, now it is 1.0",
+    "--model tiny-sd": "model 'tiny-flux', now it is 'tiny-sd'",
+    "--reward jpeg": "reward ['verifier'], now it is ['jpeg']",
+}
+
+
+@pytest.mark.parametrize("flags", FIXED)
+def test_what_may_not_change_is_one_line(command, copied, flags):
+    before = contents(copied())
+    line = command.refused(f"--output runs/one --resume {flags}")
+    assert line == f"error: --resume: runs/one was started with {FIXED[flags]}"
+    assert contents(copied("two")) == before
+
+
+def test_every_setting_that_may_change_is_one():
+    names = set(vars(arguments.Args()))
+    assert set(run_folder.FREE + run_folder.FREE_IN_A_NEW_FOLDER + run_folder.NOT_INHERITED) <= names
+    assert not set(run_folder.FREE) & set(run_folder.FREE_IN_A_NEW_FOLDER)
+
+
+def test_other_micro_batches_go_on_with_the_same_numbers_up_to_rounding(command, copied):
+    run, whole = copied(), copied("whole")
+    for step in (2, 3):
+        shutil.rmtree(run / f"checkpoints/step_00000{step}")
+    command("--output runs/one --resume --micro-batch 2 --gradient-checkpointing --decode-batch 1")
+    for row, other in zip(metrics(run), metrics(whole), strict=True):
+        assert row["reward_mean"] == pytest.approx(other["reward_mean"], abs=1e-5)
+    # AdamW's first steps turn rounding of gradients near 0 into steps of any size up to the learning rate
+    assert moved(whole, 3, 3, other=run) < 2e-4
+
+
+def test_code_is_trusted_by_a_flag_and_by_no_file(command, copied, monkeypatch):
+    config = copied() / "config.json"
+    config.write_text(config.read_text().replace('"trust_remote_code": false', '"trust_remote_code": true'))
+    monkeypatch.setattr(sys, "argv", ["grpo_base.py", "--output", "runs/one", "--resume"])
+    assert not arguments.parse(grpo_base.Args, "").trust_remote_code
+
+
+ODD = {
+    "no dictionary": ("[1]", "config.json cannot be read"),
+    "nested deep": ("[" * 100_000, "config.json cannot be read"),
+    "a word for a number": ({"group_size": "four"}, "group_size 'four', now it is 12"),
+    "a number for a list": ({"reward": 3}, "reward 3, now it is ['verifier']"),
+    "another script's": ({"script": "bpgo", "alpha": 0.5}, "script 'bpgo', now it is 'grpo_base'"),
+    "a setting more": ({"temperature": 1}, "another version: its config.json has temperature"),
+    "a setting less": ({"seed": None}, "another version: its config.json lacks seed, and this version takes 0"),
+}
+
+
+@pytest.mark.parametrize("what", ODD)
+def test_an_odd_config_is_one_line(command, copied, what):
+    text, mention = ODD[what]
+    config = copied() / "config.json"
+    if isinstance(text, dict):
+        kept = {**json.loads(config.read_text()), **text}
+        text = json.dumps({name: value for name, value in kept.items() if value is not None})
+    config.write_text(text)
+    assert mention in command.refused("--output runs/one --resume")
+
+
+# --- An earlier checkpoint ---
+
+
+def test_an_earlier_checkpoint_becomes_a_new_run(command, copied):
+    """With what may change there; the old run stays as it is; the same command once more goes on with the new one."""
+    run = copied()
+    before = contents(run)
+    line = "--resume runs/one/checkpoints/step_000001 --output runs/new --learning-rate 1e-4 --seed 5"
+    assert "runs/new begins with runs/one/checkpoints/step_000001" in command(line)
+    new = run.with_name("new")
+    assert contents(run) == before
+    assert [row["step"] for row in metrics(new)] == [0, 1, 2]
+    assert metrics(new)[0] == metrics(run)[0] and metrics(new)[1] != metrics(run)[1]
+    assert same_weights(run, new, 1) and 0 < moved(new, 1, 2) < 2e-4
+    assert (new / "checkpoints/step_000001/optimizer.pt").samefile(run / "checkpoints/step_000001/optimizer.pt")
+
+    shutil.rmtree(new / "checkpoints/step_000003")
+    rows, kept = metrics(new), (new / "config.json").read_text()
+    assert "resuming runs/new at step 2" in command(line)
+    assert metrics(new) == rows and (new / "config.json").read_text() == kept
+    assert "resuming runs/new at step 3" in command("--output runs/new --resume")
+    assert "resuming runs/new at step 3" in command(line)
+    assert "group_size 4, now it is 8" in command.refused(
+        "--resume runs/one/checkpoints/step_000001 --output runs/newer --group-size 8"
+    )
+    assert not run.with_name("newer").exists()
+
+
+def test_a_killed_beginning_is_begun_again(command, copied, monkeypatch):
+    run = copied()
+    line = "--resume runs/one/checkpoints/step_000002 --output runs/new"
+
+    def die(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run_folder, "write_rows", die)
+    with pytest.raises(BaseException):
+        command(line)
+    monkeypatch.undo()
+    monkeypatch.chdir(run.parents[1])
+    command(line)
+    assert metrics(run.with_name("new")) == metrics(run) and same_weights(run, run.with_name("new"), 3)
+
+
+def test_an_earlier_step_is_exported_by_a_command(command, copied):
+    run = copied()
+    before = contents(run)
+    said = command("--resume runs/one/checkpoints/step_000002 --steps 2 --output runs/step_2")
+    assert 'FluxPipeline.from_pretrained("runs/step_2/export")' in said
+    assert contents(run) == before
+    exported = grpo_base.models.load("runs/step_2/export", torch.float32, height=32, width=32)
+    for name, value in weights(run, 2).items():
+        assert torch.equal(exported.pipe.transformer.state_dict()[name], value)
+    line = command.refused("--output runs/one --resume latest --steps 2")
+    assert "--steps 2: runs/one/checkpoints/step_000003 is already at step 3" in line
+
+
+def test_what_comes_after_an_earlier_checkpoint_is_set_aside(command, copied):
+    run, whole = copied(), copied("whole")
+    said = command("--resume runs/one/checkpoints/step_000001 --learning-rate 1e-4")
+    aside = run / "after_step_000001_1"
+    assert f"runs/one has after step 1 is set aside: --output {aside.relative_to(run.parents[1])} --resume" in said
+    assert [path.name for path in checkpoints.newest_first(aside)] == ["step_000003", "step_000002"]
+    assert metrics(aside) == metrics(whole)
+    assert metrics(run)[0] == metrics(whole)[0] and not same_weights(run, aside, 3)
+
+    shutil.rmtree(aside / "checkpoints/step_000003")
+    command(f"--output {aside} --resume latest")  # it is a run
+    assert metrics(aside) == metrics(whole) and same_weights(aside, whole, 3)
+    command("--resume runs/one/checkpoints/step_000002")
+    assert (run / "after_step_000002_1/checkpoints/step_000003").exists()
+    assert not (run / "after_step_000003_1").exists()
+
+
+# --- Which checkpoints there are ---
+
+
+def test_the_latest_is_that_of_the_highest_number(command, copied):
+    """Beyond 999999 they do not sort as text."""
+    run = copied()
+    for name, step in (("step_000003", 1_000_002), ("step_000002", 999_999)):
+        folder = (run / "checkpoints" / name).rename(run / f"checkpoints/step_{step}")
+        about = json.loads((folder / "checkpoint.json").read_text())
+        (folder / "checkpoint.json").write_text(json.dumps({**about, "step": step}))
+    assert [path.name for path in checkpoints.newest_first(run)] == ["step_1000002", "step_999999", "step_000001"]
+    assert "resuming runs/one at step 1000002" in command("--output runs/one --resume --steps 1000002")
+
+
+def test_only_what_the_run_wrote_is_removed(command, copied):
+    run, other = copied(), copied("other")
+    for name in ("step_000001_best", "step_000000", "step_old"):  # copies of its own under other names
+        shutil.copytree(run / "checkpoints/step_000001", run / "checkpoints" / name)
+    config = other / "config.json"
+    config.write_text(config.read_text().replace(json.loads(config.read_text())["run"], "another"))
+    command("--output runs/other --resume --steps 4")
+    shutil.copytree(other / "checkpoints/step_000004", run / "checkpoints/step_000005")
+    shutil.move(other / "checkpoints/step_000004", run / "checkpoints/step_000004")
+    command("--output runs/one --resume runs/one/checkpoints/step_000003 --steps 5 --keep-checkpoints 1")
+    names = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert names == ["step_000000", "step_000001_best", "step_000005", "step_old"]
+    assert (run / "after_step_000003_1/checkpoints/step_000004").exists()
+
+
+def test_a_checkpoint_of_another_run_in_the_way_is_kept(tmp_path):
+    state = {"x": {"value": torch.ones(1)}}
+    for run in ("mine", "theirs", "mine", "mine"):
+        checkpoints.begin(tmp_path, 7)
+        checkpoints.put(tmp_path, 7, state)
+        checkpoints.publish(tmp_path, 7, {"x": 0}, run)
+    names = {path.name: json.loads((path / "checkpoint.json").read_text())["run"] for path in tmp_path.glob("*/*")}
+    assert names == {"step_000007": "mine", "step_000007_other_1": "mine", "step_000007_other_2": "theirs"}
+
+
+# --- Checkpoints that are none ---
+
+
+def rewrite(name, change):
+    def spoil(folder):
+        state = torch.load(folder / f"{name}.pt", weights_only=True)
+        torch.save(change(state), folder / f"{name}.pt")
+
+    return spoil
+
+
+def listed(**changes):
+    def spoil(folder):
+        about = json.loads((folder / "checkpoint.json").read_text())
+        (folder / "checkpoint.json").write_text(json.dumps({**about, **changes}))
+
+    return spoil
+
+
+def not_a_number(state):
+    next(iter(state.values()))[0] = torch.nan
+    return state
+
+
+def infinite(state):
+    state["state"][0]["exp_avg_sq"][0] = torch.inf
+    return state
+
+
+SPOILT = {  # how, and what is said of it
+    "weights that are no numbers": (rewrite("transformer", not_a_number), "transformer holds values that are no numbers"),
+    "moments that are infinite": (rewrite("optimizer", infinite), "optimizer holds values that are no numbers"),
+    "None for weights": (rewrite("transformer", lambda state: None), "transformer.pt holds a NoneType, no state"),
+    "a list for a state": (rewrite("optimizer", lambda state: [1]), "optimizer.pt holds a list, no state"),
+    "a step that is text": (listed(step="3"), "names no step, or no parts"),
+    "a step that is true": (listed(step=True), "names no step, or no parts"),
+    "a step below 0": (listed(step=-3), "names no step, or no parts"),
+    "another step": (listed(step=2), "its checkpoint.json says step 2"),
+    "parts that are a list": (listed(parts=["transformer"]), "names no step, or no parts"),
+    "parts that are text": (listed(parts={"transformer": "0", "optimizer": 0}), "names no step, or no parts"),
+    "no parts": (listed(parts={}), "names no step, or no parts"),
+    "a list that is none": (lambda folder: (folder / "checkpoint.json").write_text("3"), "names no step, or no parts"),
+}  # fmt: skip
+
+
+def test_the_latest_passes_over_what_is_no_checkpoint(command, copied):
+    run, whole = copied(), copied("whole")
+    for number, (spoil, reason) in enumerate(SPOILT.values()):
+        folder = copied(f"run{number}")
+        spoil(folder / "checkpoints/step_000003")
+        said = command(f"--output runs/{folder.name} --resume")
+        assert f"passing over runs/{folder.name}/checkpoints/step_000003: " in said and reason in said, reason
+        assert f"resuming runs/{folder.name} at step 2" in said and metrics(folder) == metrics(whole), reason
+        assert same_weights(folder, whole, 3), reason
+    for name in ("step_000001", "step_000002", "step_000003"):
+        SPOILT["weights that are no numbers"][0](run / "checkpoints" / name)
+    assert "none of the 3 checkpoints in runs/one can be read" in command.refused("--output runs/one --resume")
+    line = command.refused("--output runs/one --resume runs/one/checkpoints/step_000002")
+    assert "step_000002 is no checkpoint (its transformer holds values that are no numbers)" in line
+
+
+MISFITS = {
+    "moments of other weights": ("optimizer", lambda state: {**state, "state": {0: {"step": torch.ones(())}}}),
+    "no groups": ("optimizer", lambda state: {**state, "param_groups": None}),
+    "weights of another shape": ("transformer", lambda state: {name: torch.ones(3) for name in state}),
+    "texts for weights": ("transformer", lambda state: dict.fromkeys(state, "one")),
+    "numbers for weights": ("transformer", lambda state: dict(enumerate(state.values()))),
+}
+
+
+@pytest.mark.parametrize("what", MISFITS)
+def test_a_state_that_does_not_fit_is_one_line(command, copied, what):
+    name, change = MISFITS[what]
+    run = copied()
+    rewrite(name, change)(run / "checkpoints/step_000003")
+    line = command.refused("--output runs/one --resume --steps 4")
+    assert f"step_000003/{name}.pt does not fit: " in line and len(line) < 400
+
+
+@pytest.mark.parametrize("change", [{"mean": None}, {"steps": "3"}, {"known": []}, {"more": 1}], ids=str)
+def test_a_methods_state_that_does_not_fit_is_one_line(command, copied, change):
+    run = copied("one", bpgo)
+    rewrite("prior", lambda state: {**state, **change})(run / "checkpoints/step_000003")
+    assert "step_000003/prior.pt does not fit: " in command.refused("--output runs/one --resume --steps 4", bpgo)
