@@ -1,30 +1,61 @@
 """The trained weights as plain diffusers reads them."""
 
+import os
+import shutil
+
 import torch
 from accelerate import init_empty_weights
+from safetensors import SafetensorError
 
 from common import sharding
+from common.errors import RunError
 
 
 def write(run, folder):
     """All processes together: the LoRA, or the whole trained pipeline, into a folder; returns the line that loads it.
-    Raises OSError."""
+    It is written beside and moved, so that who stops it leaves the one before. Raises RunError."""
     pipe, lora = run.model.pipe, run.args.lora_rank
     modules = {name: getattr(pipe, name) for name in run.model.trainable}
     weights = {name: trained_weights(module, run, lora) for name, module in modules.items()}
-    if run.is_main and lora:
+    beside, reason = folder.with_name(f".{folder.name}.tmp"), ""
+    try:
+        if run.is_main:
+            shutil.rmtree(beside, ignore_errors=True)
+            save(run, beside, modules, weights)
+            shutil.copytree(beside, folder, copy_function=_move, dirs_exist_ok=True)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        reason = f"{error}"
+    finally:
+        if run.is_main:
+            shutil.rmtree(beside, ignore_errors=True)
+    if reason := run.first(reason):
+        raise RunError(f"cannot write {folder} ({reason}); is the disk full? --resume latest writes it once more")
+    return f'pipe.load_lora_weights("{folder}")' if lora else f'{type(pipe).__name__}.from_pretrained("{folder}")'
+
+
+def save(run, folder, modules, weights):
+    """The weights {name: state} of the pipeline's trained modules {name: module}, as files."""
+    pipe = run.model.pipe
+    if run.args.lora_rank:
         from peft import get_peft_model_state_dict
 
         layers = {name: get_peft_model_state_dict(modules[name], state) for name, state in weights.items()}
-        run.model.save_lora(folder, layers)
-    elif run.is_main:
+        return run.model.save_lora(folder, layers)
+    try:
         for name, state in weights.items():
             setattr(pipe, name, plain_copy(modules[name], state))
         pipe.save_pretrained(folder)
+    finally:
         for name, module in modules.items():
             setattr(pipe, name, module)
-    run.accelerator.wait_for_everyone()
-    return f'pipe.load_lora_weights("{folder}")' if lora else f'{type(pipe).__name__}.from_pretrained("{folder}")'
+
+
+def _move(source, target):
+    """safetensors makes its files readable by their owner alone; others shall load a model as they may read the run."""
+    mask = os.umask(0)
+    os.umask(mask)
+    os.chmod(source, 0o666 & ~mask)
+    os.replace(source, target)
 
 
 def trained_weights(module, run, lora):

@@ -86,9 +86,9 @@ class Report:
                 f"held-out reward {held_out[0]:.3f} -> {held_out[-1]:.3f} ({held_out[-1] - held_out[0]:+.3f}; "
                 "fixed prompts, fixed starting noise, noise-free sampling)"
             )
-        self.run.print(
-            f"look at {self.run.output}/reward.png and {self.run.output}/samples; the trained model: {export}"
-        )
+        samples = self.run.output / "samples"
+        shown = f" and {samples}" * samples.exists()
+        self.run.print(f"look at {self.run.output}/reward.png{shown}; the trained model: {export}")
         return self
 
     def ends(self, name, number):

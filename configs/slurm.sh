@@ -1,6 +1,7 @@
 #!/bin/bash
 # Four machines of eight GPUs. A job that is preempted or runs out of time gets SIGTERM ten minutes before: the run
-# finishes its step, saves and exits, and `--resume latest` in the same command goes on when the job is queued again.
+# finishes its step, saves and exits, and `--resume latest` in the same command goes on when the job is queued again;
+# a --resume of your own stands instead of it, which begins a new run once and goes on with it after that.
 #     sbatch configs/slurm.sh bpgo.py --model flux --output /shared/runs/flux
 #SBATCH --job-name=vgrpo
 #SBATCH --nodes=4
@@ -15,8 +16,9 @@
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=570  # what the launcher leaves its processes for that step, else 30 seconds
 export MAIN_ADDRESS=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export GPUS=${SLURM_GPUS_PER_NODE:-8}
-export WORDS="$*"
+case " $* " in *" --resume"[\ =]*) ;; *) set -- "$@" --resume latest ;; esac
 
+# one word for each of ours: a folder with a space, a regular expression
 srun bash -c 'accelerate launch --config_file configs/fsdp2_multi_node.yaml \
     --num_machines "$SLURM_NNODES" --num_processes $((SLURM_NNODES * GPUS)) --machine_rank "$SLURM_NODEID" \
-    --main_process_ip "$MAIN_ADDRESS" --main_process_port 29500 $WORDS --resume latest'
+    --main_process_ip "$MAIN_ADDRESS" --main_process_port 29500 "$@"' bash "$@"

@@ -103,7 +103,10 @@ def test_two_processes_train_as_one(runs, tmp_path, monkeypatch):
             jobs.insert(0, [*jobs[0], "--steps=2"])
             jobs[1] = [*jobs[1], "--resume=latest"]
             jobs.append([*words(*RUNS["average"], folder / "often"), "--exchange-often"])
-        two(tmp_path, jobs, config)
+        going_on = [name for name in names if "-" in name][: None if runs is ALL else 1]  # of one script, or of all
+        two(tmp_path, [*jobs, *(job for name in going_on for job in lower(folder, name))], config)
+        for name in going_on:
+            assert_lower(folder, name)
     for name in dict.fromkeys([name for names in runs.values() for name in names]):
         alone = one(monkeypatch, name, tmp_path / "alone" / name)
         for config in (config for config, names in runs.items() if name in names):
@@ -130,6 +133,22 @@ def test_two_processes_train_as_one(runs, tmp_path, monkeypatch):
         kept = weights(tmp_path / "alone/average", 4)
         torch.testing.assert_close(dict(raw), kept, rtol=0, atol=1e-5)
         assert any((raw[name] - mean[name]).abs().max() > 1e-7 for name in raw)
+
+
+def lower(folder, name):
+    """Goes on from an earlier checkpoint in a new run with a lower learning rate, and with that run's own last one."""
+    script, new = RUNS[name][0].__file__, folder / f"{name}-lower"
+    first = [f"--resume={folder / name}/checkpoints/step_000002", f"--output={new}", "--learning-rate=1e-12"]
+    return [[script, *first, "--steps=3"], [script, f"--resume={new}/checkpoints/step_000003", "--steps=4"]]
+
+
+def assert_lower(folder, name):
+    new = folder / f"{name}-lower"
+    assert metrics(new)[:2] == metrics(folder / name)[:2] and len(metrics(new)) == 4
+    states = [sharding.deal(checkpoints.read(path)[1]["transformer"]) for path in checkpoints.newest_first(new)]
+    assert len(states) == 3 and len(checkpoints.newest_first(folder / name)) == 2
+    for after, before in zip(states, states[1:]):
+        assert 0 < max((after[key] - value).abs().max() for key, value in before.items()) < 1e-9
 
 
 # --- Sharding ---
