@@ -182,4 +182,3 @@ def _pyplot():
     import matplotlib.pyplot
 
     return matplotlib.pyplot
-

@@ -356,31 +356,40 @@ def infinite(state):
     return state
 
 
+NAMELESS = "its checkpoint.json names no step, or no parts"
 SPOILT = {  # how, and what is said of it
     "weights that are no numbers": (rewrite("transformer", not_a_number), "its transformer holds values that are no"),
-    "moments that are infinite": (rewrite("optimizer", infinite), "optimizer holds values that are no numbers"),
-    "None for weights": (rewrite("transformer", lambda state: None), "transformer.pt holds a NoneType, no state"),
-    "a list for a state": (rewrite("optimizer", lambda state: [1]), "optimizer.pt holds a list, no state"),
-    "a step that is text": (listed(step="3"), "names no step, or no parts"),
-    "a step that is true": (listed(step=True), "names no step, or no parts"),
-    "a step below 0": (listed(step=-3), "names no step, or no parts"),
+    "moments that are infinite": (rewrite("optimizer", infinite), "its optimizer holds values that are no numbers"),
+    "None for weights": (rewrite("transformer", lambda state: None), "its transformer.pt holds a NoneType, no state"),
+    "a list for a state": (rewrite("optimizer", lambda state: [1]), "its optimizer.pt holds a list, no state"),
+    "a step that is text": (listed(step="3"), NAMELESS),
+    "a step that is true": (listed(step=True), NAMELESS),
+    "a step below 0": (listed(step=-3), NAMELESS),
     "another step": (listed(step=2), "its checkpoint.json says step 2"),
-    "parts that are a list": (listed(parts=["transformer"]), "names no step, or no parts"),
-    "parts that are text": (listed(parts={"transformer": "0", "optimizer": 0}), "names no step, or no parts"),
-    "no parts": (listed(parts={}), "names no step, or no parts"),
-    "a list that is none": (lambda folder: (folder / "checkpoint.json").write_text("3"), "names no step, or no parts"),
-}  # fmt: skip
+    "parts that are a list": (listed(parts=["transformer"]), NAMELESS),
+    "parts that are text": (listed(parts={"transformer": "0", "optimizer": 0}), NAMELESS),
+    "no parts": (listed(parts={}), NAMELESS),
+    "a list that is none": (lambda folder: (folder / "checkpoint.json").write_text("3"), NAMELESS),
+}
 
 
 def test_the_latest_passes_over_what_is_no_checkpoint(command, copied):
+    """All of them lie above a good one, in one run."""
     run, whole = copied(), copied("whole")
-    for number, (spoil, reason) in enumerate(SPOILT.values()):
-        folder = copied(f"run{number}")
-        spoil(folder / "checkpoints/step_000003")
-        said = command(f"--output runs/{folder.name} --resume")
-        assert f"passing over runs/{folder.name}/checkpoints/step_000003: " in said and reason in said, reason
-        assert f"resuming runs/{folder.name} at step 2" in said and metrics(folder) == metrics(whole), reason
-        assert same_weights(folder, whole, 3), reason
+    for number, (spoil, _) in enumerate(SPOILT.values(), 3):
+        folder = run / f"checkpoints/step_{number:06d}"
+        shutil.copytree(whole / "checkpoints/step_000003", folder, dirs_exist_ok=True)
+        listed(step=number)(folder)
+        spoil(folder)
+    said = command("--output runs/one --resume")
+    for number, (_, reason) in enumerate(SPOILT.values(), 3):
+        assert f"passing over runs/one/checkpoints/step_{number:06d}: {reason}" in said
+    assert "resuming runs/one at step 2" in said
+    assert metrics(run) == metrics(whole) and same_weights(run, whole, 3)
+
+
+def test_a_run_without_a_good_checkpoint_is_one_line(command, copied):
+    run = copied()
     for name in ("step_000001", "step_000002", "step_000003"):
         SPOILT["weights that are no numbers"][0](run / "checkpoints" / name)
     assert "none of the 3 checkpoints in runs/one can be read" in command.refused("--output runs/one --resume")
