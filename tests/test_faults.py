@@ -116,42 +116,6 @@ def test_only_the_latest_checkpoints_are_kept(train):
     assert [path.name for path in checkpoints.newest_first(folder)] == ["step_000005", "step_000004", "step_000002"]
 
 
-BREAK = {
-    "cut short": lambda folder: os.truncate(folder / "transformer.pt", 5000),
-    "emptied": lambda folder: (folder / "optimizer.pt").write_bytes(b""),
-    "overwritten": lambda folder: (folder / "transformer.pt").write_bytes(b"nonsense" * 100),
-    "without a file": lambda folder: (folder / "optimizer.pt").unlink(),
-    "without its list": lambda folder: (folder / "checkpoint.json").unlink(),
-    "with a broken list": lambda folder: (folder / "checkpoint.json").write_text('{"step": 4, '),
-}
-
-
-def test_a_broken_checkpoint_is_passed_over(train, capsys):
-    whole, rows = train(steps=2, save_every=1, output="whole")
-    for how, spoil in BREAK.items():
-        folder = whole.with_name(how)
-        shutil.copytree(whole, folder)
-        spoil(folder / "checkpoints" / "step_000002")
-        capsys.readouterr()
-        _, again = train(steps=2, save_every=1, resume="latest", output=how)
-        said = capsys.readouterr().out
-        assert f"passing over {folder}/checkpoints/step_000002: it" in said, how
-        assert f"resuming {folder} at step 1" in said and again == rows, how
-        for name, value in weights(whole, 2).items():
-            assert torch.equal(value, weights(folder, 2)[name]), (how, name)
-
-
-def test_a_broken_checkpoint_that_was_asked_for_is_an_error(train):
-    folder, _ = train(steps=2, save_every=1)
-    last = folder / "checkpoints" / "step_000002"
-    BREAK["cut short"](last)
-    with pytest.raises(InputError, match=r"step_000002 is no checkpoint \(its transformer.pt does not load"):
-        train(steps=2, save_every=1, resume=str(last))
-    BREAK["emptied"](folder / "checkpoints" / "step_000001")
-    with pytest.raises(InputError, match="none of the 2 checkpoints in .* can be read"):
-        train(steps=2, save_every=1, resume="latest")
-
-
 def test_a_full_disk_leaves_the_earlier_checkpoints(train, monkeypatch):
     real, calls = torch.save, []
 

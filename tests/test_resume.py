@@ -1,6 +1,7 @@
 """--resume: in which folder, with which settings, from which checkpoint, and what becomes of the rest."""
 
 import json
+import os
 import shutil
 import sys
 
@@ -356,6 +357,7 @@ def infinite(state):
     return state
 
 
+LISTLESS = "it has no checkpoint.json that can be read"
 NAMELESS = "its checkpoint.json names no step, or no parts"
 SPOILT = {  # how, and what is said of it
     "weights that are no numbers": (rewrite("transformer", not_a_number), "its transformer holds values that are no"),
@@ -370,6 +372,19 @@ SPOILT = {  # how, and what is said of it
     "parts that are text": (listed(parts={"transformer": "0", "optimizer": 0}), NAMELESS),
     "no parts": (listed(parts={}), NAMELESS),
     "a list that is none": (lambda folder: (folder / "checkpoint.json").write_text("3"), NAMELESS),
+    "a file cut short": (
+        lambda folder: os.truncate(folder / "transformer.pt", 5000),
+        "its transformer.pt does not load",
+    ),
+    "an empty file": (lambda folder: os.truncate(folder / "optimizer.pt", 0), "its optimizer.pt does not"),
+    "nonsense": (
+        lambda folder: (folder / "optimizer.pt").write_bytes(b"nonsense" * 9),
+        "its optimizer.pt does not load",
+    ),
+    "a file less": (lambda folder: (folder / "optimizer.pt").unlink(), "its optimizer.pt does not"),
+    "without a list": (lambda folder: (folder / "checkpoint.json").unlink(), LISTLESS),
+    "a broken list": (lambda folder: (folder / "checkpoint.json").write_text('{"step": 4, '), LISTLESS),
+    "a list nested deep": (lambda folder: (folder / "checkpoint.json").write_text("[" * 100_000), LISTLESS),
 }
 
 
