@@ -17,7 +17,8 @@ import self_paced
 import slas
 from common import rewards
 from common.errors import InputError
-from common.prompts import HPSV2, read_prompts
+from common.prompts import read_prompts
+from common.prompts.sets import HPSV2
 from common.rewards.clip import HPSv2
 from common.rewards.weights import Source
 from lab import build_tiny_clip

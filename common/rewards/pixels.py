@@ -10,11 +10,13 @@ same (tests/test_rewards_clip.py). torchvision's own resize of a tensor rounds o
 
 import functools
 
+import PIL
 import torch
 import torch.nn.functional as F
 
 OPENAI = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))  # CLIP's mean and std of RGB
 ONE = 2.0**22  # PIL's fixed-point one
+HEIGHT_MAY_BE_FIRST = int(PIL.__version__.partition(".")[0]) >= 13  # Python 3.10 has no Pillow 13
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
@@ -30,10 +32,10 @@ def normalised(images, mean_std=OPENAI):
 
 
 def resize_as_pil(images, height, width, mode="bicubic"):
-    """Levels [b, 3, H, W] -> levels [b, 3, height, width]: the width first, then the height; the other way round where
-    the height shrinks and the width grows, as Pillow 13 does (older ones: always the width first)."""
+    """Levels [b, 3, H, W] -> levels [b, 3, height, width]: the width first, then the height; where the height shrinks
+    and the width grows, as the Pillow that is installed does."""
     before = images.shape[-2:]
-    for side in (0, 1) if height < before[0] and width > before[1] else (1, 0):
+    for side in (0, 1) if HEIGHT_MAY_BE_FIRST and height < before[0] and width > before[1] else (1, 0):
         if before[side] != (height, width)[side]:
             weights = pil_weights(before[side], (height, width)[side], mode).to(images.device)
             sums = images.double() @ weights.T if side else weights @ images.double()
