@@ -88,8 +88,8 @@ def keep_rows(reward, best_of):
 
 
 def reliability_weights(group_mean, prior, alpha, k):
-    """Mean rewards and priors, each [P, 1] -> trust [P, 1] in [1 - alpha, 1 + alpha] (eq 2)."""
-    return 1 + alpha * (2 * torch.sigmoid(k * (group_mean - prior)) - 1)
+    """Mean rewards and priors, each [P, 1] -> trust [P, 1] in [1 - alpha, 1 + alpha] (eq 2); 1 for NaN, no score."""
+    return (1 + alpha * (2 * torch.sigmoid(k * (group_mean - prior)) - 1)).nan_to_num(1.0)
 
 
 def contrastive_rewards(rewards, prior, lam):
@@ -116,7 +116,7 @@ class Prior:
             new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in known]
             known.update(zip(new, self.ask(new).tolist()) if new else ())
             return reward.new_tensor([known[prompt] for prompt in prompts])[:, None]
-        if self.run.args.prior == "running-mean":
+        if self.run.args.prior == "running-mean" and reward.isfinite().any():
             own = reward.nanmean().item()
             self.state |= {"mean": mean + (own - mean) / min(steps + 1, MEMORY), "steps": steps + 1}
             mean = mean if steps else own  # the first step has no past

@@ -1,6 +1,6 @@
 """What a run leaves to look at: metrics.jsonl, trackers, sample grids, reward plot, progress bar, last line."""
 
-import json
+import math
 import time
 
 import torch
@@ -8,7 +8,7 @@ from torch.nn.functional import pad
 from tqdm import tqdm
 
 from common.prompts import caption_of
-from common.run_folder import rows_before, write_rows
+from common.run_folder import line_of, rows_before, write_rows
 
 
 class Report:
@@ -43,7 +43,7 @@ class Report:
         self.run.accelerator.log({name: value for name, value in row.items() if name != "step"}, step=step)
         if self.run.is_main:
             with self.path.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+                file.write(line_of(row))
             if "reward_mean" in row:
                 self.bar.set_postfix(reward=f"{row['reward_mean']:.3f}", ratio_error=f"{row['ratio_error']:.0e}")
 
@@ -92,8 +92,8 @@ class Report:
         return self
 
     def ends(self, name, number):
-        """Mean of a metric in the first `number` training steps, and in the last."""
-        values = [row[name] for row in self.rows if name in row]
+        """Mean of a metric in the first `number` training steps that have it, and in the last."""
+        values = [row[name] for row in self.rows if math.isfinite(row.get(name, math.nan))]
         return sum(values[:number]) / number, sum(values[-number:]) / number
 
 

@@ -4,6 +4,7 @@ makes of both."""
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import re
 import secrets
@@ -175,11 +176,18 @@ def claim(folder, args, checkpoint=None):
 def rows_before(path, step):
     """The rows of a metrics.jsonl of the steps before this one."""
     rows = map(_json, path.read_text(errors="replace").splitlines() if path.exists() else ())
-    return [row for row in rows if isinstance(row, dict) and row.get("step", step) < step]
+    rows = [row for row in rows if isinstance(row, dict) and row.get("step", step) < step]
+    return [{name: math.nan if value is None else value for name, value in row.items()} for row in rows]
 
 
 def write_rows(path, rows):
-    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+    write_text(path, "".join(map(line_of, rows)))
+
+
+def line_of(row):
+    """A row as a line of metrics.jsonl: JSON has no number that is none (NaN, infinity), so it says null."""
+    no_number = {name for name, value in row.items() if isinstance(value, float) and not math.isfinite(value)}
+    return json.dumps({**row, **dict.fromkeys(no_number)}) + "\n"
 
 
 def settings(args):

@@ -90,7 +90,8 @@ class Runtime:
         number = max(math.ceil(chunk.sum().item() / size) for chunk in chunks)
         mine = chunks[self.accelerator.process_index]
         batches = list(mine.nonzero().flatten().split(size)) if mine.any() else []
-        return batches + [(~mine).nonzero().flatten()[:1]] * (number - len(batches))
+        # each another tensor: the script asks which of them is the last
+        return batches + [(~mine).nonzero().flatten()[:1] for _ in range(number - len(batches))]
 
     # --- Weights ---
 

@@ -1,6 +1,8 @@
 """Rewards without jumps, for tests that compare runs whose roundings differ: two processes, other batch shapes. A
 verifier decides, a JPEG quantises: where a sample lies on an edge, the last bit of a weight changes its reward."""
 
+import torch
+
 from common import rewards
 
 
@@ -27,8 +29,20 @@ class Change:
         return (media[:, 1:] - media[:, :-1]).double().square().mean((1, 2, 3, 4))
 
 
+class Picky(_Colour):
+    """The red channel, and NaN for all samples of some prompts."""
+
+    channel, masks = 0, True
+
+    def score(self, media, prompts):
+        """media [b, 3, H, W] in [0, 1] -> [b]"""
+        refused = [any(words in prompt for words in ("red circle", "shapes")) for prompt in prompts]
+        return super().score(media, prompts).masked_fill(torch.tensor(refused), torch.nan)
+
+
 COLOURS = ("red", "green", "blue")
 for number, name in enumerate(COLOURS):
     globals()[name] = type(name, (_Colour,), {"channel": number})
     rewards.REWARDS[name] = (__name__, name)
 rewards.REWARDS["change"] = (__name__, "Change")
+rewards.REWARDS["picky"] = (__name__, "Picky")

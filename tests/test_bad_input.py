@@ -102,6 +102,7 @@ FILES = {
     "a weight nan": (grpo_base, "--reward verifier=nan", "finite"),
     "a weight beyond float32": (grpo_base, "--reward verifier=1e300", "1e300"),
     "a weight that stands alone": (grpo_base, "--reward hpsv2.1 0.7", "write hpsv2.1=0.7"),
+    "no reward to train on": (grpo_base, "--reward jpeg=0", "--watch NAME"),
     "a reward twice": (grpo_base, "--reward jpeg jpeg=2", "twice"),
     "a reward of clips on images": (grpo_base, "--reward motion", "motion scores clips"),
     "no such watched reward": (grpo_base, "--watch verifyer", "verifier"),

@@ -33,9 +33,22 @@ class Silent(Flaky):
         return torch.full((len(media),), NAN)
 
 
+class Evens(Flaky):
+    """The same, but NaN for every other sample, the second and so on."""
+
+    first = 0
+
+    def score(self, media, prompts):
+        return torch.where(torch.arange(len(media)) % 2 == self.first, media[:, 0].mean((1, 2)), NAN)
+
+
+class Odds(Evens):
+    first = 1
+
+
 @pytest.fixture
 def flaky(monkeypatch):
-    for name in ("Flaky", "Silent"):
+    for name in ("Flaky", "Silent", "Evens", "Odds"):
         monkeypatch.setitem(rewards.REWARDS, name.lower(), ("test_masking", name))
 
 
@@ -134,6 +147,21 @@ def test_a_masked_sample_stretches_no_other_reward_around_the_prior():
     )
 
 
+def test_a_group_without_a_score_is_trusted_as_any_other():
+    found = bpgo.reliability_weights(torch.tensor([[NAN], [0.5]]), torch.tensor([[0.5], [0.5]]), 0.5, 1.0)
+    assert found.tolist() == [[1.0], [1.0]]
+
+
+def test_a_step_without_a_score_leaves_the_running_mean_alone():
+    class Run:
+        args = bpgo.Args()
+
+    prior = bpgo.Prior(Run, None, {}, {})
+    for group in ([NAN, NAN], [0.2, NAN], [NAN, NAN], [0.6, 0.6]):
+        expected = prior.expect(["a"], torch.tensor([group]))
+    assert expected.item() == pytest.approx(0.2) and prior.state["mean"] == pytest.approx(0.4)
+
+
 # --- What may be NaN ---
 
 
@@ -174,6 +202,17 @@ def test_a_skipped_group_trains_nothing(train, flaky, monkeypatch):
         _, rows = train(prompts_per_step=2, group_size=2, steps=1, reward=("flaky",), kl_coef=kl, output=f"kl{kl}")
         assert rows[0]["skipped_groups"] == 2 and rows[0]["masked_samples"] == 2
         assert rows[0]["grad_norm"] == 0 and rows[0]["loss"] == 0
+
+
+def test_what_is_no_number_is_null_in_the_metrics_and_no_number_again_after_a_resume(train, flaky):
+    """Each of two rewards has scores, their sum has none."""
+    for script in METHODS:
+        settings = dict(reward=("evens", "odds"), output=script.__name__, sampling_steps=2, lora_rank=2)
+        settings |= dict(thresholds=(0.5,)) if script is self_paced else {}
+        _, rows = train(script, steps=1, **settings)
+        assert rows[0]["reward_mean"] is None and rows[0]["grad_norm"] == 0
+    _, rows = train(script, steps=2, resume="latest", **settings)
+    assert [row["reward_mean"] for row in rows] == [None, None]
 
 
 def test_a_step_without_any_score_stops_the_run(train, flaky):

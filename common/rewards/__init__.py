@@ -71,6 +71,8 @@ def parse(specs):
         weights[name] = value
     if not weights:
         raise InputError(f"reward: name at least one of {', '.join(REWARDS)}")
+    if not any(weights.values()):
+        raise InputError("reward: all weights are 0; --watch NAME scores a reward without training on it")
     return weights
 
 
