@@ -10,13 +10,9 @@ from learned import PROMPTS, check_contract, check_half_precision, loaded, photo
 
 from common import rewards
 from common.errors import InputError
-from common.rewards.videoclip_xl import VideoClipXL
+from common.rewards.videoclip_xl import TwoEncoders, VideoClipXL, renamed, sizes
 
-VIDEO, TEXT, OUT, SIZE, PATCH = (32, 2, 4), (24, 2, 2), 16, 28, 14  # width, layers, heads
-
-
-class Small(VideoClipXL):
-    settings = dict(size=SIZE, patch=PATCH, video=VIDEO, text=TEXT, output=OUT)
+VIDEO, TEXT, OUT, SIZE, PATCH = (128, 2, 2), (64, 1, 1), 16, 28, 14  # width, layers, heads
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +128,7 @@ def squashed(frame):
 
 def test_videoclip_xl_is_the_official_model(checkpoint):
     path, w = checkpoint
-    scorer = loaded(Small, "videoclip-xl", path)
+    scorer = loaded(VideoClipXL, "videoclip-xl", path)
     long = " ".join(f"and then number {i}" for i in range(200))
     ours, expected = [], []
     for i, (frames, prompt) in enumerate([(8, "a red circle"), (17, PROMPTS[-1]), (53, long)]):
@@ -146,17 +142,28 @@ def test_videoclip_xl_is_the_official_model(checkpoint):
 
 def test_contract(checkpoint):
     clips = photos(48, 30, 40).view(6, 8, 3, 30, 40)
-    check_contract(lambda batch: loaded(Small, "videoclip-xl", checkpoint[0], batch), clips, PROMPTS)
+    check_contract(lambda batch: loaded(VideoClipXL, "videoclip-xl", checkpoint[0], batch), clips, PROMPTS)
 
 
 def test_the_order_of_the_frames_matters(checkpoint):
-    scorer, clip = loaded(Small, "videoclip-xl", checkpoint[0]), photos(8, 30, 40)[None]
+    scorer, clip = loaded(VideoClipXL, "videoclip-xl", checkpoint[0]), photos(8, 30, 40)[None]
     forward, backward = scorer.score(torch.cat([clip, clip.flip(1)]), ["a dog"] * 2)
     assert (forward - backward).abs() > 1e-3
 
 
+def test_sizes_are_those_of_the_weights(checkpoint):
+    state = renamed({**checkpoint[1]})
+    found = dict(size=SIZE, patch=PATCH, video=VIDEO, text=TEXT, output=OUT, vocabulary=49408)
+    assert sizes(state) == found
+    with torch.device("meta"):
+        released = TwoEncoders()
+    expected = dict(size=224, patch=14, video=(1024, 24, 16), text=(768, 12, 12), output=768, vocabulary=49408)
+    assert sizes(released.state_dict()) == expected
+    assert sizes({}) == {}
+
+
 def test_too_few_frames_and_image_models_are_refused(checkpoint):
-    scorer = loaded(Small, "videoclip-xl", checkpoint[0])
+    scorer = loaded(VideoClipXL, "videoclip-xl", checkpoint[0])
     with pytest.raises(InputError, match="looks at 8 frames of a clip, these have 5"):
         scorer.score(torch.rand(1, 5, 3, 28, 28), ["a"])
     with pytest.raises(InputError, match="videoclip-xl scores clips, and this --model makes images"):
@@ -166,5 +173,5 @@ def test_too_few_frames_and_image_models_are_refused(checkpoint):
 def test_half_precision_is_close(checkpoint, monkeypatch):
     clips = photos(48, 30, 40).view(6, 8, 3, 30, 40)
     check_half_precision(
-        monkeypatch, lambda batch: loaded(Small, "videoclip-xl", checkpoint[0], batch), clips, PROMPTS, 3e-3
+        monkeypatch, lambda batch: loaded(VideoClipXL, "videoclip-xl", checkpoint[0], batch), clips, PROMPTS, 3e-3
     )

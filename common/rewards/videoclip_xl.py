@@ -5,6 +5,8 @@ other. The text encoder is CLIP's with 248 positions, the first 20 of which are 
 Both are put together here from open_clip's transformer, whose names for the weights are the checkpoint's.
 """
 
+import math
+
 import open_clip
 import torch
 import torch.nn.functional as F
@@ -46,6 +48,7 @@ class TwoEncoders(torch.nn.Module):
     def __init__(self, size=224, patch=14, video=(1024, 24, 16), text=(768, 12, 12), output=768, vocabulary=49408):
         """video, text: width, layers, heads."""
         super().__init__()
+        self.size = size
         self.video, (width, layers, heads) = ClipOfFrames(size, patch, *video, output), text
         self.text = TextTransformer(CONTEXT, vocabulary, width, heads, layers, output_dim=output, act_layer=QuickGELU)
 
@@ -65,6 +68,24 @@ def renamed(state):
     return named
 
 
+def sizes(state):
+    """The weights under TwoEncoders' names -> its sizes, which they tell; a head has 64 numbers, as in every CLIP. Of
+    weights that lack some, none: then its own sizes stand."""
+    try:
+        width, _, _, patch, _ = state["video.conv1.weight"].shape
+        places, output = len(state["video.positional_embedding"]) - 1, state["video.proj"].shape[1]
+        vocabulary, told = state["text.token_embedding.weight"].shape
+    except (KeyError, ValueError):
+        return {}
+
+    def part(name, width):
+        blocks = {key.split(".")[3] for key in state if key.startswith(f"{name}.transformer.resblocks.")}
+        return width, len(blocks), max(1, width // 64)
+
+    encoders = dict(video=part("video", width), text=part("text", told))
+    return dict(size=patch * math.isqrt(places), patch=patch, output=output, vocabulary=vocabulary, **encoders)
+
+
 class VideoClipXL(Cosine):
     """Reward: the cosine of clip and prompt, typically 0.1 to 0.35. Needs clips of at least 8 frames.
 
@@ -76,16 +97,16 @@ class VideoClipXL(Cosine):
     """
 
     repo, file = "alibaba-pai/VideoCLIP-XL", "VideoCLIP-XL.bin"
-    settings = {}  # of another size, over TwoEncoders' defaults
     video, image = True, False
     scale = 0.02
 
     def build(self, source):
         path = source.find(self.repo, self.file)
-        self.size = self.settings.get("size", 224)
         self.tokens = open_clip.SimpleTokenizer(context_length=CONTEXT)
         state = renamed(weights.read(source.name, path))
-        return weights.fill(source.name, TwoEncoders(**self.settings), state, path)
+        module = TwoEncoders(**sizes(state))
+        self.size = module.size
+        return weights.fill(source.name, module, state, path)
 
     def media(self, clips):
         if clips.shape[1] < FRAMES:
