@@ -7,6 +7,8 @@ from diffusers import (
     AutoencoderKLWan,
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
     HunyuanVideoPipeline,
     HunyuanVideoTransformer3DModel,
     StableDiffusionPipeline,
@@ -22,6 +24,8 @@ from transformers import (
     LlamaConfig,
     LlamaModel,
     PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
     UMT5Config,
     UMT5EncoderModel,
 )
@@ -42,14 +46,37 @@ def clip_text(tokenizer, width, longest):
     )  # fmt: skip
 
 
-def sd():
-    """32x32 -> latents [4, 8, 8]; the scheduler's settings are those of Stable Diffusion 1.4."""
+def flux():
+    """Any size in multiples of 16 -> a token for 16x16 pixels, as FLUX.1-dev."""
+    torch.manual_seed(0)
+    tokenizer, tokenizer_2 = clip_tokenizer(CORPUS, 77), t5_tokenizer(CORPUS, 32)
+    return FluxPipeline(
+        vae=AutoencoderKL(
+            block_out_channels=(4,) * 4, down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4, latent_channels=4, norm_num_groups=2, sample_size=1024,
+            scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False,
+        ),
+        text_encoder=clip_text(tokenizer, 16, 77), tokenizer=tokenizer, tokenizer_2=tokenizer_2,
+        text_encoder_2=T5EncoderModel(
+            T5Config(vocab_size=len(tokenizer_2), d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+        ),
+        transformer=FluxTransformer2DModel(
+            in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=12, num_attention_heads=1,
+            joint_attention_dim=16, pooled_projection_dim=16, guidance_embeds=True, axes_dims_rope=(4, 4, 4),
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+    )  # fmt: skip
+
+
+def sd(blocks=3):
+    """32x32 -> latents [4, 8, 8], or with more blocks larger images; the scheduler's settings are Stable Diffusion
+    1.4's."""
     torch.manual_seed(0)
     tokenizer = clip_tokenizer(CORPUS, 12)
     return StableDiffusionPipeline(
         vae=AutoencoderKL(
-            block_out_channels=(8, 8, 16), down_block_types=("DownEncoderBlock2D",) * 3,
-            up_block_types=("UpDecoderBlock2D",) * 3, latent_channels=4, norm_num_groups=4, sample_size=32,
+            block_out_channels=(*(8,) * (blocks - 1), 16), down_block_types=("DownEncoderBlock2D",) * blocks,
+            up_block_types=("UpDecoderBlock2D",) * blocks, latent_channels=4, norm_num_groups=4, sample_size=32,
             scaling_factor=0.18215,
         ),
         text_encoder=clip_text(tokenizer, 16, 12), tokenizer=tokenizer,
@@ -66,14 +93,18 @@ def sd():
     )  # fmt: skip
 
 
-def wan(experts=1, images=False):
-    """Clips of 5 frames, 32x32 -> latents [4, 3, 8, 8]"""
+SMALL_VAE = dict(temperal_downsample=[False, True], scale_factor_spatial=4, scale_factor_temporal=2)
+
+
+def wan(experts=1, images=False, vae=SMALL_VAE, patch_size=(1, 2, 2)):
+    """Clips of 5 frames, 32x32 -> latents [4, 3, 8, 8]; other sizes with another VAE."""
     torch.manual_seed(0)
     tokenizer = t5_tokenizer(CORPUS, 12)
     channels = 4
     transformers = [
         WanTransformer3DModel(
-            num_attention_heads=2, attention_head_dim=12, in_channels=2 * channels + 2 if images else channels,
+            num_attention_heads=2, attention_head_dim=12, patch_size=patch_size,
+            in_channels=2 * channels + vae["scale_factor_temporal"] if images else channels,
             out_channels=channels, text_dim=16, ffn_dim=32, num_layers=2, freq_dim=16,
         )
         for _ in range(experts)
@@ -87,9 +118,8 @@ def wan(experts=1, images=False):
             )
         ),
         vae=AutoencoderKLWan(
-            base_dim=4, z_dim=channels, dim_mult=[1, 2, 2], num_res_blocks=1, temperal_downsample=[False, True],
+            **{**dict(base_dim=4, dim_mult=[1, 2, 2], num_res_blocks=1, z_dim=channels), **vae},
             latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[1.5, 0.8, 1.2, 1.0],
-            scale_factor_spatial=4, scale_factor_temporal=2,
         ),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         transformer=transformers[0], transformer_2=transformers[1] if experts == 2 else None,
@@ -97,8 +127,8 @@ def wan(experts=1, images=False):
     )  # fmt: skip
 
 
-def hunyuan():
-    """Clips of 5 frames, 32x32 -> latents [4, 2, 4, 4]"""
+def hunyuan(width=8, layers=1, patch_size=1, patch_size_t=1):
+    """Clips of 5 frames, 32x32 -> latents [4, 2, 4, 4]; `width` and `layers` of the VAE's blocks."""
     torch.manual_seed(0)
     tokenizer_2 = clip_tokenizer(CORPUS, 77)
     return HunyuanVideoPipeline(
@@ -112,12 +142,13 @@ def hunyuan():
         text_encoder_2=clip_text(tokenizer_2, 8, 77), tokenizer_2=tokenizer_2,
         transformer=HunyuanVideoTransformer3DModel(
             in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=12, num_layers=1,
-            num_single_layers=1, num_refiner_layers=1, patch_size=1, patch_size_t=1, guidance_embeds=True,
+            num_single_layers=1, num_refiner_layers=1, patch_size=patch_size, patch_size_t=patch_size_t,
+            guidance_embeds=True,
             text_embed_dim=16, pooled_projection_dim=8, rope_axes_dim=(2, 4, 6),
         ),
         vae=AutoencoderKLHunyuanVideo(
-            latent_channels=4, block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4,
-            scaling_factor=0.476986,
+            latent_channels=4, block_out_channels=(width,) * 4, layers_per_block=layers,
+            norm_num_groups=min(4, width), scaling_factor=0.476986,
             down_block_types=("HunyuanVideoDownBlock3D",) * 4, up_block_types=("HunyuanVideoUpBlock3D",) * 4,
         ),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),

@@ -1,0 +1,167 @@
+"""docs/reproduce.md: every command parses, names files that there are, and has the settings that its paper prints.
+
+The numbers below were read in the papers, not in this code. What stands in none of them is not compared.
+"""
+
+import re
+import shlex
+import sys
+
+import pytest
+import yaml
+from conftest import ROOT
+
+import bpgo
+import grpo_base
+import self_paced
+import slas
+from common import arguments
+from common.prompts import sets
+
+SCRIPTS = {"grpo_base": grpo_base, "bpgo": bpgo, "slas": slas, "self_paced": self_paced}
+
+# 2511.18919, section 4.1 (group sizes, rewards, priors), table 3 (alpha), appendix B.1 (batch, GPUs, steps, prompts)
+T2V = dict(gpus=32, prompts_per_step=32, group_size=8, steps=200, reward=("videoclip-xl",), best_of=0)
+I2V = dict(gpus=16, prompts_per_step=16, group_size=8, steps=200, reward=("videoclip-xl",), best_of=0)
+T2I = dict(gpus=8, prompts_per_step=8, group_size=12, steps=200, reward=("hpsv2",), prompts="dancegrpo:images")
+SFT, FRAME, MEAN = dict(prior="sft"), dict(prior="first-frame"), dict(prior="running-mean")
+BPGO = {
+    "BPGO, table 1, text to video, GRPO": T2V,
+    "BPGO, table 1, text to video, ours": {**T2V, **SFT, "alpha": 0.5},
+    "BPGO, table 1, image to video, GRPO": I2V,
+    "BPGO, table 1, image to video, ours": {**I2V, **FRAME, "alpha": 0.5},
+    "BPGO, table 1, text to image, GRPO": {**T2I, "eval_prompts": "hpsv2:all"},
+    "BPGO, table 1, text to image, ours": {**T2I, **MEAN, "alpha": 0.5, "eval_prompts": "hpsv2:all"},
+    **{f"BPGO, table 3, alpha {alpha}": {**T2V, **SFT, "alpha": alpha} for alpha in (0.1, 0.5, 0.7, 0.9)},
+}
+for task, settings in {"text to video": {**T2V, **SFT}, "image to video": {**I2V, **FRAME}}.items():
+    BPGO[f"BPGO, table 2, {task}, RAS"] = {**settings, "beta": 0, "alpha": 0.5}
+    BPGO[f"BPGO, table 2, {task}, CRT"] = {**settings, "alpha": 0}
+BPGO["BPGO, table 2, text to image, RAS"] = {**T2I, **MEAN, "beta": 0, "alpha": 0.5}
+BPGO["BPGO, table 2, text to image, CRT"] = {**T2I, **MEAN, "alpha": 0}
+
+# 2605.10937, section 6.1: two nodes of eight GPUs for FLUX, one for SD1.4; HPS-v2.1 and CLIP 1:1 and 0.7:1.4; HPD-v2
+SD = dict(gpus=8, reward=("hpsv2.1", "clip-h"), prompts="hpdv2")
+FLUX = dict(gpus=16, reward=("hpsv2.1=0.7", "clip-h=1.4"), prompts="hpdv2")
+SLAS = {
+    f"SLAS, table 1, {model}, {method}": settings
+    for model, settings in {"Stable Diffusion": SD, "FLUX": FLUX}.items()
+    for method in ("DanceGRPO", "SLAS")
+}
+
+# 2511.19356, section 5.2 (size, rate, thresholds, group, steps, GPUs) and appendix A (the rest)
+PACED = dict(
+    sampling_steps=16, noise_level=0.5, shift=5.0, group_size=16, best_of=8, timestep_fraction=0.6, same_noise=True,
+    clip_range=1e-4, adv_clip_max=5.0, weight_decay=1e-4, max_grad_norm=1.0, frames=53, fps=15.0,
+    prompts="dancegrpo:videos", gradient_checkpointing=True, batched_guidance=False,
+)  # fmt: skip
+SMALL = dict(PACED, height=480, width=832, learning_rate=5e-6, steps=150, gpus=8, prompts_per_step=8)
+LARGE = dict(PACED, height=240, width=416, learning_rate=5e-6, steps=220, gpus=16, prompts_per_step=16)
+HUNYUAN = dict(PACED, height=240, width=416, learning_rate=2e-6, steps=100, gpus=16)
+THREE = dict(reward=("judge:quality", "judge:smoothness", "judge:alignment"))
+J7, J72 = (dict(judge_model=f"Qwen/Qwen2.5-VL-{size}B-Instruct") for size in (7, 72))
+SELF_PACED = {
+    "Self-Paced, table 1, 1.3B, DanceGRPO": dict(SMALL, reward=("videoalign",)),
+    "Self-Paced, table 1, 1.3B, 7B judge": {**SMALL, **THREE, **J7, "thresholds": (0.75, 0.75)},
+    "Self-Paced, table 1, 1.3B, 72B judge": {**SMALL, **THREE, **J72, "thresholds": (0.75, 0.75)},
+    "Self-Paced, table 1, 14B, 72B judge": {**LARGE, **THREE, **J72, "thresholds": (0.75, 0.73)},
+    "Self-Paced, table 2, HunyuanVideo": {**HUNYUAN, **THREE, **J72, "thresholds": (0.70, 0.68)},
+    "Self-Paced, table 3, joint": {**SMALL, **THREE, "alpha": 0},
+    "Self-Paced, table 3, one stage": {**SMALL, **THREE, "only_stage": 1},
+    "Self-Paced, table 3, two stages": {**SMALL, **THREE, "only_stage": 2},
+    "Self-Paced, table 3, ours": {**SMALL, **THREE, "only_stage": 0, "thresholds": (0.75, 0.75)},
+    "Self-Paced, appendix A, thresholds": {**SMALL, **THREE, "calibrate": True},
+    "Self-Paced, figure 7": {**SMALL, **THREE, "steps": 1, "prompts_per_step": 64},
+}
+PRINTED = {**BPGO, **SLAS, **SELF_PACED}
+
+
+def commands():
+    """{what stands above it: command} of docs/reproduce.md."""
+    text = (ROOT / "docs/reproduce.md").read_text().replace("\\\n", " ")
+    found = [line for block in re.findall(r"```\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
+    titles, lines = found[::2], found[1::2]
+    assert all(title.startswith("# ") for title in titles) and not any(line.startswith("#") for line in lines)
+    return dict(zip((title[2:] for title in titles), lines, strict=True))
+
+
+COMMANDS = commands()
+
+
+def parsed(command, monkeypatch):
+    """(the script's name, its arguments, GPUs) of a command, every file that it names being there."""
+    words = shlex.split(command)
+    at = next(i for i, word in enumerate(words) if word.endswith(".py"))
+    launcher, script = words[:at], words[at]
+    if launcher[0] == "sbatch":
+        assert launcher[-1] == "configs/slurm.sh" and (ROOT / launcher[-1]).is_file()
+        lines = (ROOT / launcher[-1]).read_text()
+        nodes = int(launcher[2]) if launcher[1] == "--nodes" else int(re.search(r"#SBATCH --nodes=(\d+)", lines)[1])
+        gpus = nodes * int(re.search(r"#SBATCH --gpus-per-node=(\d+)", lines)[1])
+        sharded = "fsdp" in lines
+    else:
+        assert launcher[:3] == ["accelerate", "launch", "--config_file"] and len(launcher) == 4
+        config = yaml.safe_load((ROOT / launcher[3]).read_text())
+        gpus, sharded = config["num_processes"], config["distributed_type"] == "FSDP"
+    cls = SCRIPTS[script.removesuffix(".py")].Args
+    monkeypatch.setattr(sys, "argv", words[at:])
+    args = arguments.parse(cls, "about")
+    arguments.check(args)
+    assert sharded or not args.exchange_often
+    assert launcher[0] != "sbatch" or args.output  # slurm.sh resumes, and what has no name yet cannot be resumed
+    return script.removesuffix(".py"), args, gpus
+
+
+def test_every_command_has_its_paper_and_every_table_its_command():
+    assert COMMANDS.keys() == PRINTED.keys()
+
+
+@pytest.mark.parametrize("title", COMMANDS)
+def test_the_settings_are_the_printed_ones(title, monkeypatch):
+    script, args, gpus = parsed(COMMANDS[title], monkeypatch)
+    for setting, value in PRINTED[title].items():
+        found = gpus if setting == "gpus" else getattr(args, setting)
+        assert found == value, f"{setting} is {found}, the paper has {value}"
+    assert args.prompts_per_step * args.group_size % gpus == 0
+    for spec in filter(None, (args.prompts, args.eval_prompts)):
+        assert sets.is_name(spec)
+
+
+@pytest.mark.parametrize(
+    "title, other",
+    [
+        *((f"BPGO, table 2, text to video, {term}", "BPGO, table 1, text to video, ours") for term in ("RAS", "CRT")),
+        *((f"BPGO, table 2, image to video, {term}", "BPGO, table 1, image to video, ours") for term in ("RAS", "CRT")),
+        *((f"BPGO, table 2, text to image, {term}", "BPGO, table 1, text to image, ours") for term in ("RAS", "CRT")),
+        *((f"BPGO, table 3, alpha {alpha}", "BPGO, table 1, text to video, ours") for alpha in (0.1, 0.5, 0.7, 0.9)),
+        *(
+            (f"Self-Paced, table 3, {kind}", "Self-Paced, table 3, ours")
+            for kind in ("joint", "one stage", "two stages")
+        ),
+        ("Self-Paced, table 1, 1.3B, 7B judge", "Self-Paced, table 1, 1.3B, 72B judge"),
+    ],
+)
+def test_an_ablation_differs_from_its_method_in_nothing_else(title, other, monkeypatch):
+    ours, theirs = (vars(parsed(COMMANDS[name], monkeypatch)[1]) for name in (title, other))
+    differing = {name for name in ours if ours[name] != theirs[name]}
+    method = {"alpha", "beta", "only_stage", "judge_model", "judge_url"}
+    exam = {"watch", "eval_prompts", "eval_every", "output"}
+    assert differing & method and differing <= method | exam
+
+
+@pytest.mark.parametrize(
+    "method, baseline",
+    [
+        ("BPGO, table 1, text to video, ours", "BPGO, table 1, text to video, GRPO"),
+        ("BPGO, table 1, image to video, ours", "BPGO, table 1, image to video, GRPO"),
+        ("BPGO, table 1, text to image, ours", "BPGO, table 1, text to image, GRPO"),
+        ("SLAS, table 1, Stable Diffusion, SLAS", "SLAS, table 1, Stable Diffusion, DanceGRPO"),
+        ("SLAS, table 1, FLUX, SLAS", "SLAS, table 1, FLUX, DanceGRPO"),
+        ("Self-Paced, table 1, 1.3B, 7B judge", "Self-Paced, table 1, 1.3B, DanceGRPO"),
+    ],
+)
+def test_a_method_and_its_baseline_share_every_shared_setting(method, baseline, monkeypatch):
+    ours, theirs = (vars(parsed(COMMANDS[name], monkeypatch)[1]) for name in (method, baseline))
+    assert {name for name in theirs if ours[name] != theirs[name]} - {"output"} <= (
+        {"reward"} if "Self" in method else set()
+    )
