@@ -18,7 +18,9 @@ from pathlib import Path
 import hub
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT
+from huggingface_hub import constants
 from PIL import Image
 from test_rewards_videoalign import save as save_videoalign
 
@@ -26,7 +28,7 @@ import bpgo
 import grpo_base
 import self_paced
 import slas
-from common import arguments
+from common import arguments, models
 from common.prompts import files, sets
 
 SCRIPTS = {"grpo_base": grpo_base, "bpgo": bpgo, "slas": slas, "self_paced": self_paced}
@@ -99,6 +101,19 @@ def first_line(command, folder, home, seconds):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     return json.loads(found[0].read_text().splitlines()[0]), found[0].parent
+
+
+@pytest.mark.parametrize("name", hub.PIPELINES)
+def test_named_models_load_offline_from_the_cache_at_their_own_sizes(name, tmp_path, monkeypatch):
+    for constant, value in {"HF_HOME": tmp_path, "HF_HUB_CACHE": tmp_path / "hub", "HF_HUB_OFFLINE": True}.items():
+        monkeypatch.setattr(constants, constant, value)
+    hub.put_model(tmp_path, name, tmp_path / "model")
+    for script in SCRIPTS.values():
+        args = arguments.defaults(script.Args, name)
+        model = models.load(name, torch.float32, **arguments.of_model(args))
+        assert len(model.sigmas(args.sampling_steps, args.shift)) == args.sampling_steps + 1
+        assert (model.height, model.width) == (args.height, args.width)
+        assert model.video == bool(args.frames) and model.images == (name == "wan2.2-i2v")
 
 
 @pytest.mark.slow
