@@ -57,7 +57,7 @@ def one_line():
             _say("stopped", "SIGINT: at once; --resume latest goes on from the last checkpoint, if there is one")
             sys.exit(128 + signal.SIGINT)
         except Exception as error:
-            line = _of_the_machine(error)
+            line = of_the_machine(error)
             if line:
                 _say("error", line)
             if os.environ.get("WORLD_SIZE", "1") == "1":  # the other processes, if any, know nothing of this
@@ -83,15 +83,7 @@ def text(error):
     return words if len(words) <= 500 else f"{words[:500]}..."
 
 
-def _rescue():
-    for rescue in list(rescues):
-        try:
-            rescue()
-        except Exception as worse:
-            _say("error", f"the finished steps could not be saved: {text(worse)}")
-
-
-def _of_the_machine(error):
+def of_the_machine(error):
     """The line for what a machine without memory, a disk without room or a lost process makes Python or torch raise;
     "" for all else."""
     if _lost_a_process(error):
@@ -107,6 +99,14 @@ def _of_the_machine(error):
     if isinstance(error, OSError):
         return f"{text(error)}; is the disk full, or gone? Earlier checkpoints are intact: go on with --resume latest"
     return ""
+
+
+def _rescue():
+    for rescue in list(rescues):
+        try:
+            rescue()
+        except Exception as worse:
+            _say("error", f"the finished steps could not be saved: {text(worse)}")
 
 
 def _lost_a_process(error):

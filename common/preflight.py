@@ -33,6 +33,17 @@ def memory(model, args, precision, shards=1):
     }
 
 
+def samples(model, args, world=1):
+    """Bytes that one of `world` processes holds of its samples, by kind: the latents of a rollout with all steps, and
+    the pixels of a micro-batch."""
+    rows = args.prompts_per_step * args.group_size / world
+    pixels = 3 * model.height * model.width * getattr(model, "frames", 1)
+    return {
+        "latents": 4 * rows * (args.sampling_steps + 1) * math.prod(model.noise_shape),
+        "pixels": 4 * min(args.micro_batch, rows) * pixels,
+    }
+
+
 def disk(model, args, precision, start=0):
     """(bytes of one checkpoint, how many are there at once, bytes of the export)"""
     trained = trained_number(model, args)
@@ -46,7 +57,7 @@ def disk(model, args, precision, start=0):
 def check(run, model):
     """Raises InputError if the memory or the disk cannot be enough."""
     args, precision = run.args, run.dtype.itemsize
-    kinds = memory(model, args, precision, run.world if run.sharding else 1)
+    kinds = memory(model, args, precision, run.world if run.sharding else 1) | samples(model, args, run.world)
     need = sum(kinds.values())
     if run.device.type == "cuda":
         have = torch.cuda.mem_get_info(run.device)[0]
@@ -57,8 +68,8 @@ def check(run, model):
         listed = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in kinds.items() if size)
         raise InputError(
             f"--model {args.model}: each process would hold {need / 2**30:.1f} GiB before any activation ({listed}), "
-            f"{have / 2**30:.1f} GiB are free; train a LoRA (--lora-rank), add --offload-encoders, or shard over more "
-            "processes (configs/fsdp2.yaml, with --exchange-often)"
+            f"{have / 2**30:.1f} GiB are free; make fewer or smaller samples (--height, --width), train a LoRA "
+            "(--lora-rank), add --offload-encoders, or shard over more processes (configs/fsdp2.yaml, --exchange-often)"
         )
     if run.is_main:
         _check_disk(run, *disk(model, args, precision, run.checkpoint[1] if run.checkpoint else 0))

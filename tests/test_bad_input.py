@@ -1,9 +1,13 @@
 """Every mistake that a person can make on the command line or in a file gets one clear line, and no traceback."""
 
+import os
+import struct
 import sys
+import zlib
 
 import pytest
 from conftest import ROOT
+from PIL import Image
 
 import bpgo
 import grpo_base
@@ -139,6 +143,11 @@ FILES = {
     "a stage without bounds": (self_paced, "--reward jpeg verifier --thresholds 0.5", "bounds"),
     "image to video without images": (grpo_base, "--model tiny-wan-i2v --prompts {tmp}/motion.txt", "no image"),
     "an image that is not there": (grpo_base, "--model tiny-wan-i2v --prompts {tmp}/lost.txt", "lost.png"),
+    "an image cut short": (grpo_base, "--model tiny-wan-i2v --prompts {tmp}/cut.txt", "cut.png is no picture"),
+    "a photograph cut short": (grpo_base, "--model tiny-wan-i2v --prompts {tmp}/photo.txt", "photo.jpg is no picture"),
+    "an image that fills the memory": (grpo_base, "--model tiny-wan-i2v --prompts {tmp}/bomb.txt", "bomb.png is no"),
+    "samples that fill the memory": (grpo_base, "--height 99968 --width 99968", "latents"),
+    "more samples than fit": (grpo_base, "--prompts-per-step 1000000 --group-size 100000", "latents"),
     "an image that is none": (grpo_base, "--model tiny-wan-i2v --prompts {tmp}/nopicture.txt", "no picture"),
 }  # fmt: skip
 
@@ -154,6 +163,15 @@ def tmp(tmp_path_factory):
         "sd/model_index.json": '{"_class_name": "StableDiffusionPipeline"}', "run/config.json": "{",
         "table.csv": "caption\na dog\n",
     }  # fmt: skip
+    for name in ("cut.png", "photo.jpg", "bomb.png"):
+        texts[name.replace(".png", ".txt").replace(".jpg", ".txt")] = f"{name}\ta red circle moving left\n"
+        image = Image.effect_noise((64, 64), 99)
+        image.save(folder / name, quality=95)
+        os.truncate(folder / name, (folder / name).stat().st_size * 2 // 3)
+    png = bytearray((folder / "cut.png").read_bytes())
+    png[16:24] = struct.pack(">II", 100_000, 100_000)
+    png[29:33] = struct.pack(">I", zlib.crc32(png[12:29]))
+    (folder / "bomb.png").write_bytes(png)
     for name, text in texts.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(text)

@@ -167,7 +167,7 @@ def with_code(tmp_path):
 
 def test_code_of_a_repository_runs_only_if_it_is_trusted(with_code, monkeypatch, tmp_path):
     monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path / "cache"))
-    with pytest.raises(InputError, match="it brings Python code; --trust-remote-code runs it"):
+    with pytest.raises(InputError, match="its transformer brings Python code; --trust-remote-code runs it"):
         models.load(with_code, torch.float32)
     trusted = models.load(with_code, torch.float32, trust_remote_code=True)
     assert type(trusted.pipe.transformer).__name__ == "Brought"

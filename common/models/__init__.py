@@ -10,7 +10,7 @@ A model is one class per diffusers pipeline family (common/models/family.py), wi
     trainable                                {name: module}, what is trained
     trained_at(sigma)                        the name of the one that computes the velocity there
     lora_targets, blocks                     regular expression of the layers that LoRA adapts; classes to shard
-    pipe                                     the diffusers pipeline itself
+    pipe, source                             the diffusers pipeline itself, and its folder
 """
 
 import difflib
@@ -18,7 +18,7 @@ import importlib
 import json
 from pathlib import Path
 
-from common.errors import InputError
+from common.errors import InputError, text
 
 ASSETS = Path(__file__).resolve().parents[2] / "assets"
 
@@ -119,34 +119,58 @@ def family_of(name):
     """
     index = _index_file(settings(name).get("source", name))
     try:
-        pipeline = json.loads(index.read_text()).get("_class_name")
-    except (OSError, ValueError, AttributeError):
-        raise InputError(f"model: {index} is broken; download {name} again") from None
+        content = json.loads(index.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        content = None
+    pipeline = content.get("_class_name") if isinstance(content, dict) else None
+    if not isinstance(pipeline, str):
+        raise InputError(f"model: {index} is broken, it names no class of a pipeline; download {name} again")
     if pipeline not in FAMILIES:
-        raise InputError(f"model: {name} is a {pipeline}; supported are {', '.join(FAMILIES)}")
+        raise InputError(f"model: {name} is a {pipeline:.60}; supported are {', '.join(FAMILIES)}")
     module, attribute = FAMILIES[pipeline]
     return getattr(importlib.import_module(module), attribute)
 
 
-def load(name, dtype, prompts=(), **settings):
+def load(name, dtype, prompts=(), trust_remote_code=False, **settings):
     """The model on the CPU, weights in `dtype`, having looked at the prompts that it will be given; settings: those of
     Family, for a named model over the table's. Raises InputError."""
-    import diffusers  # seconds: who asks for --help need not wait for it
-    import transformers
+    from common.models import folder  # and with it diffusers: seconds, and who asks for --help need not wait for it
 
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
     source, cls = MODELS.get(name, {}).get("source", name), family_of(name)
+    cls.check(prompts)
+    path = _whole(source, cls, trust_remote_code)
+    own = {key: MODELS[name][key] for key in ("height", "width", "frames", "guidance") if key in MODELS.get(name, {})}
+    pipe = folder.load(cls, path, dtype, trust_remote_code)
     try:
-        own = {
-            key: MODELS[name][key] for key in ("height", "width", "frames", "guidance") if key in MODELS.get(name, {})
-        }
-        model = cls.load(source, dtype, **{**own, **settings})
-        model.check(prompts)
-    except (OSError, ValueError) as error:  # a missing or broken weight file; a size or a prompt that does not fit
-        reason = "it brings Python code; --trust-remote-code runs it" if "trust_remote_code" in str(error) else error
-        raise InputError(f"model: {source} does not load: {reason}") from None
+        model = cls(pipe, **{**own, **settings})
+    except InputError:
+        raise
+    except Exception as error:  # a configuration with a word for a number, or the like
+        raise folder.wrong(path, f"has configurations that do not fit together ({text(error):.300})") from None
+    model.source = path
     return model
+
+
+def _whole(source, cls, trusted):
+    """The folder of a model, with all its files: it is one, or is in the cache of the hub, or is downloaded into it."""
+    from common import hub
+    from common.models import folder
+
+    path = _index_file(source).parent
+    try:
+        folder.check(cls, path, trusted)
+    except InputError as reason:
+        if Path(source).is_dir() or "--trust-remote-code" in str(reason):
+            raise
+        hub.settle()
+        try:
+            return Path(cls.pipeline.download(source, trust_remote_code=trusted))
+        except Exception as error:  # the hub's, the network's, the disk's
+            raise InputError(
+                f"model: {source} is not wholly in the Hugging Face cache, and the hub does not give the rest: "
+                f"{text(error)}; run `hf download {source}` where there is a network, or give --model PATH"
+            ) from None
+    return path
 
 
 def table(pairs):
@@ -182,11 +206,12 @@ def _index_file(source):
             f"model: there is no folder {source}{' (did you mean ' + ' or '.join(near) + '?)' if near else ''}; give a "
             f"folder, a hub id OWNER/NAME, or one of {', '.join(MODELS)}"
         )
-    from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    from common import hub
+
     try:
-        return Path(hf_hub_download(source, "model_index.json"))
+        return hub.find(source, "model_index.json")
     except GatedRepoError:
         raise InputError(
             f"model: {source} is gated: accept its licence on huggingface.co, run `hf auth login`, then start again"

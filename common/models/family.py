@@ -8,9 +8,12 @@ import torch
 from PIL import Image
 
 from common import sde
+from common.errors import InputError, of_the_machine, text
 from common.prompts import caption_of, image_of
 
 KEPT = 2**30  # bytes of embeddings that stay: 256 prompts of FLUX or Wan, a run visits thousands
+
+CURE = "download the whole model again, or give another --model"
 
 
 class Family:
@@ -19,9 +22,10 @@ class Family:
     height, width, frames: of a sample; 0: the model's own. guidance: the scale, inside `velocity`; guidance_2: of the
     second expert where there is one, 0: the same. batched_guidance: both halves of classifier-free guidance in one
     forward pass. decode_batch: rows that the VAE decodes at once, 0: all. offload_encoders: text and image encoders
-    wait on the CPU between prompts. Raises ValueError for what the family cannot do.
+    wait on the CPU between prompts. Raises InputError for what the family cannot do.
     """
 
+    source = "it"  # its folder, in what it says
     pipeline = None  # the diffusers class
     trained = ("transformer",)  # components that are trained
     encoders = ()  # components that only `embed` needs
@@ -41,35 +45,53 @@ class Family:
         self.trainable = {name: getattr(pipe, name) for name in self.trained if getattr(pipe, name, None) is not None}
         self.embedded, self.unwanted, self.room = {}, {}, math.inf
         if frames and not self.video:
-            raise ValueError(f"{type(pipe).__name__} makes images: --frames has no meaning")
+            raise InputError(f"--frames has no meaning: {type(pipe).__name__} makes images")
         if guidance_2 and len(self.trainable) < 2:
-            raise ValueError("--guidance-2 belongs to a model with two experts")
+            raise InputError("--guidance-2 belongs to a model with two experts, and this one has one")
         if batched_guidance and not self.negative:
-            raise ValueError(f"{type(pipe).__name__} takes its guidance as an input: --batched-guidance has no meaning")
-
-    @classmethod
-    def load(cls, source, dtype, trust_remote_code=False, **settings):
-        return cls(cls.pipeline.from_pretrained(source, dtype=dtype, trust_remote_code=trust_remote_code), **settings)
+            raise InputError(f"--batched-guidance has no meaning: {type(pipe).__name__} takes its guidance as an input")
 
     @classmethod
     def task(cls):
         return f"{'image' if cls.images else 'text'}-to-{'video' if cls.video else 'image'}"
 
-    def check(self, prompts):
-        """Raises ValueError for the first prompt that this model cannot take."""
+    @classmethod
+    def check(cls, prompts):
+        """Raises InputError for the first prompt that this family cannot take; every image is read, once."""
         for prompt in prompts:
             image = image_of(prompt)
-            if self.images and not image:
-                raise ValueError(f"prompt {prompt[:60]!r} has no image; write lines IMAGE <tab> CAPTION for this model")
-            if image and not self.images:
-                raise ValueError(f"prompt {prompt[:60]!r} has an image, which this model does not take")
-            if image and not Path(image).is_file():
-                raise ValueError(f"there is no image {image}; paths count from the prompt file's folder")
+            if cls.images and not image:
+                raise InputError(
+                    f"prompts: {prompt[:60]!r} has no image; write lines IMAGE <tab> CAPTION for this model"
+                )
+            if image and not cls.images:
+                raise InputError(f"prompts: {prompt[:60]!r} has an image, which this model does not take")
+        for image in dict.fromkeys(map(image_of, prompts)):
             if image:
-                try:
-                    Image.open(image).close()
-                except OSError:
-                    raise ValueError(f"{image} is no picture that can be read") from None
+                _check_image(image)
+
+    @torch.no_grad()
+    def try_out(self, prompt):
+        """A sample of noise, decoded, [1, ...], once the model has computed with it at two noise levels, in both
+        experts. Raises InputError where its parts do not fit together, or what comes out is no number."""
+        try:
+            cond, x = self.encode([prompt]), torch.zeros(1, *self.noise_shape, device=self.device)
+            found = [self.velocity(x, torch.tensor(sigma), cond) for sigma in (0.97, 0.03)]
+            found.append(self.decode(x))
+        except Exception as error:  # a configuration of another size, a tokenizer without a length, ...
+            if of_the_machine(error):
+                raise
+            raise InputError(f"model: {self.source} does not work: {text(error)}; {CURE}") from None
+        if not all(media.isfinite().all() for media in found):
+            raise InputError(f"model: {self.source} computes no numbers{self._not_finite()}; {CURE}")
+        return found[-1]
+
+    def _not_finite(self):
+        for name, part in self.pipe.components.items():
+            for key, weight in part.named_parameters() if isinstance(part, torch.nn.Module) else ():
+                if not weight.isfinite().all():
+                    return f", as {key} of its {name} holds none: it is broken, or was saved after training diverged"
+        return f" in {self.pipe.dtype}, though all its weights are numbers"
 
     @property
     def device(self):
@@ -151,15 +173,29 @@ class Family:
     def _size(self, unit, height, width):
         """(height, width) in pixels, once they are known to be multiples of `unit`."""
         if height % unit or width % unit or not height or not width:
-            raise ValueError(f"height and width must be multiples of {unit} for this model, not {height}x{width}")
+            raise InputError(f"--height and --width must be multiples of {unit} for this model, not {height}x{width}")
         return height, width
 
     def _length(self, factor, frames):
         """The number of frames, once it is known to be one more than a multiple of `factor`."""
         if frames % factor != 1:
-            raise ValueError(f"frames must be one more than a multiple of {factor} for this model, not {frames}")
+            raise InputError(f"--frames must be one more than a multiple of {factor} for this model, not {frames}")
         return frames
 
     def save_lora(self, folder, layers):
         """layers {trained module: its LoRA's weights} -> files that the pipeline's load_lora_weights reads."""
         self.pipe.save_lora_weights(folder, **{f"{name}_lora_layers": weights for name, weights in layers.items()})
+
+
+def _check_image(path):
+    """Raises InputError for an image that is not there, or that does not open to its end."""
+    try:
+        if not Path(path).is_file():
+            raise InputError(f"prompts: there is no image {path}; paths count from the prompt file's folder")
+        with Image.open(path) as picture:
+            picture.draft("RGB", (64, 64))  # a JPEG is read whole, and decoded small
+            picture.load()
+    except InputError:
+        raise
+    except Exception as error:  # whatever a broken file makes PIL say; a huge one, too
+        raise InputError(f"prompts: {path} is no picture that can be read: {text(error)}") from None

@@ -33,7 +33,7 @@ class StableDiffusion(Family):
         self.noise_shape = (pipe.unet.config.in_channels, self.height // factor, self.width // factor)
         self.ddim = DDIMScheduler.from_config(pipe.scheduler.config)
         if self.ddim.config.prediction_type != "epsilon":
-            raise ValueError(f"the U-Net predicts {self.ddim.config.prediction_type}; supported is epsilon")
+            raise InputError(f"model: the U-Net predicts {self.ddim.config.prediction_type}; supported is epsilon")
         noise = self.ddim.alphas_cumprod.double()
         self.table = _sigma(noise)  # of every training timestep
         self.last = _sigma(self.ddim.final_alpha_cumprod.double())  # where sampling ends

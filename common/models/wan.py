@@ -4,6 +4,7 @@ import torch
 from diffusers import WanImageToVideoPipeline, WanPipeline
 from PIL import Image
 
+from common.errors import InputError
 from common.models.family import Family
 from common.prompts import image_of
 
@@ -22,7 +23,9 @@ class Wan(Family):
     def __init__(self, pipe, height=0, width=0, frames=0, **settings):
         super().__init__(pipe, **settings)
         if pipe.config.expand_timesteps:
-            raise ValueError("Wan2.2 TI2V, with a timestep for each token, is not supported; take a T2V or I2V model")
+            raise InputError(
+                "model: Wan2.2 TI2V, with a timestep for each token, is not supported; take a T2V or I2V model"
+            )
         space, time = pipe.vae_scale_factor_spatial, pipe.vae_scale_factor_temporal
         unit = space * pipe.transformer.config.patch_size[1]
         self.height, self.width = self._size(unit, height or 480, width or 832)

@@ -163,10 +163,9 @@ def score(scorers, media, prompts):
 
 
 def try_out(scorers, model, prompt):
-    """Scores one sample of nothing, so that what would fail after the first rollout (too few frames, a server that
-    takes no pictures) fails before it; raises InputError."""
-    nothing = torch.zeros(1, *model.noise_shape, device=model.device)
-    score(scorers, model.decode(nothing), [prompt])
+    """Lets the model and the rewards work on one sample of nothing: what would fail after the first rollout (weights
+    that are no numbers, too few frames, a server that takes no pictures) fails before it. Raises InputError."""
+    score(scorers, model.try_out(prompt), [prompt])
     for name, scorer in scorers.items():
         if failure(name, scorer):
             raise InputError(failure(name, scorer)) from scorer.error
