@@ -115,8 +115,9 @@ def _lost_a_process(error):
 
 
 def _say(what, line):
-    # one write: other processes write too
-    sys.stderr.write(f"{what}: {' '.join(str(line).split())}\n")
+    line = " ".join(str(line).split())
+    line = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line)  # a server's, a file's
+    sys.stderr.write(f"{what}: {line}\n")  # one write: other processes write too
 
 
 # --- Ctrl-C, and streams that end before the run does ---
