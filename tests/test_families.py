@@ -1,6 +1,8 @@
 """Every family of models against the diffusers pipeline that it wraps, on small random weights in the real classes."""
 
 import json
+import os
+import time
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -355,6 +357,28 @@ def test_a_file_that_is_no_picture_is_one_clear_line(tmp_path, picture):
     (tmp_path / "words.png").write_text("no picture")
     with pytest.raises(InputError, match="words.png is no picture"):
         models.load(i2v, torch.float32, [f"{tmp_path}/words.png\ta red circle moving left"], **CLIP)
+
+
+def test_of_many_images_the_first_are_read_and_the_rest_are_there(tmp_path, picture):
+    many = [tmp_path / f"{i}.png" for i in range(5000)]
+    for path in many:
+        os.link(picture, path)
+    prompts = [f"{path}\ta red circle moving left" for path in many for _ in range(2)]
+    started = time.process_time()
+    WanImageToVideo.check(prompts)
+    assert time.process_time() - started < 2  # 0.3 on a slow core; all of them to their end would be 10 times that
+    many[100].unlink()
+    many[100].write_text("no picture")
+    with pytest.raises(InputError, match="100.png is no picture"):
+        WanImageToVideo.check(prompts)
+    many[4000].unlink()
+    many[4000].write_text("no picture")  # found when its turn comes
+    model = WanImageToVideo(pipelines.wan(images=True), **CLIP)
+    with pytest.raises(InputError, match="4000.png is no picture"):
+        model.encode([f"{many[4000]}\ta red circle moving left"])
+    many[4500].unlink()
+    with pytest.raises(InputError, match="there is no image .*4500.png"):
+        WanImageToVideo.check(prompts[2 * 101 :])
 
 
 def test_sds_schedule_takes_no_shift_and_ddim_no_eta_above_one():

@@ -61,7 +61,7 @@ def github(server, tmp_path, monkeypatch):
     """That server as the mirror, an empty cache, and a small file under each set's name with its own blob."""
     monkeypatch.setenv("VGRPO_GITHUB", server.url + "/")
     monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     for name, item in sets.PUBLISHED.items():
         data = ROWS.get(name, IMAGES).encode()
         monkeypatch.setitem(sets.PUBLISHED, name, item._replace(blob=sets.blob_id(data)))
@@ -108,7 +108,7 @@ def test_a_set_is_downloaded_once(github, monkeypatch, name, prompts):
     assert read_prompts(name) == prompts
     item = sets.PUBLISHED[name]
     assert github.asked == [f"/{item.repository}/{item.commit}/{item.path}"]
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert read_prompts(name) == prompts and len(github.asked) == 1
     assert os.listdir(item.place().parent) == [item.place().name]
 
@@ -138,7 +138,7 @@ def test_without_the_file_one_line_says_where_it_belongs(github, monkeypatch, wh
     if why == "no server":
         monkeypatch.setenv("VGRPO_GITHUB", "http://127.0.0.1:9")
     if why == "offline":
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     if why == "no address":
         monkeypatch.setenv("VGRPO_GITHUB", "nowhere")
     said = refused("dancegrpo:videos")

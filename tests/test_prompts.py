@@ -4,7 +4,6 @@ import csv
 import json
 import time
 from collections import Counter
-from types import SimpleNamespace
 
 import pyarrow
 import pyarrow.parquet
@@ -199,9 +198,9 @@ def test_fifty_thousand_prompts_are_read_and_dealt_out_at_once(tmp_path):
     from common.models.flux import Flux
 
     (tmp_path / "many.txt").write_text("\n".join(f"a photo of {i} red circles in a row" for i in range(50_000)))
-    started = time.perf_counter()
+    started = time.process_time()
     prompts = read_prompts(tmp_path / "many.txt")
-    Flux.check(SimpleNamespace(images=False), prompts)
+    Flux.check(prompts)
     steps = [prompts_of_step(prompts, step, 8, seed=0) for step in range(200)]
     assert len(set(sum(steps, []))) == 1600
-    assert time.perf_counter() - started < 1.0  # 0.2 on one slow core
+    assert time.process_time() - started < 1.0  # 0.2 on one slow core

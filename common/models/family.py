@@ -11,6 +11,7 @@ from common import sde
 from common.errors import InputError, of_the_machine, text
 from common.prompts import caption_of, image_of
 
+READ = 500  # images that are read to their end before a run
 KEPT = 2**30  # bytes of embeddings that stay: 256 prompts of FLUX or Wan, a run visits thousands
 
 CURE = "download the whole model again, or give another --model"
@@ -57,7 +58,8 @@ class Family:
 
     @classmethod
     def check(cls, prompts):
-        """Raises InputError for the first prompt that this family cannot take; every image is read, once."""
+        """Raises InputError for the first prompt that this family cannot take. The first images are read to their end,
+        once; of tens of thousands it would take minutes, so of the others only whether they are there."""
         for prompt in prompts:
             image = image_of(prompt)
             if cls.images and not image:
@@ -66,9 +68,12 @@ class Family:
                 )
             if image and not cls.images:
                 raise InputError(f"prompts: {prompt[:60]!r} has an image, which this model does not take")
-        for image in dict.fromkeys(map(image_of, prompts)):
-            if image:
-                _check_image(image)
+        images = [image for image in dict.fromkeys(map(image_of, prompts)) if image]
+        for i, image in enumerate(images):
+            if not Path(image).is_file():
+                raise InputError(f"prompts: there is no image {image}; paths count from the prompt file's folder")
+            if i < READ:
+                read_image(image, small=True)
 
     @torch.no_grad()
     def try_out(self, prompt):
@@ -187,15 +192,12 @@ class Family:
         self.pipe.save_lora_weights(folder, **{f"{name}_lora_layers": weights for name, weights in layers.items()})
 
 
-def _check_image(path):
-    """Raises InputError for an image that is not there, or that does not open to its end."""
+def read_image(path, small=False):
+    """The image as PIL's, in RGB; small: a JPEG is read whole but decoded small. Raises InputError."""
     try:
-        if not Path(path).is_file():
-            raise InputError(f"prompts: there is no image {path}; paths count from the prompt file's folder")
         with Image.open(path) as picture:
-            picture.draft("RGB", (64, 64))  # a JPEG is read whole, and decoded small
-            picture.load()
-    except InputError:
-        raise
+            if small:
+                picture.draft("RGB", (64, 64))
+            return picture.convert("RGB")
     except Exception as error:  # whatever a broken file makes PIL say; a huge one, too
         raise InputError(f"prompts: {path} is no picture that can be read: {text(error)}") from None

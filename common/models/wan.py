@@ -2,10 +2,9 @@
 
 import torch
 from diffusers import WanImageToVideoPipeline, WanPipeline
-from PIL import Image
 
 from common.errors import InputError
-from common.models.family import Family
+from common.models.family import Family, read_image
 from common.prompts import image_of
 
 
@@ -85,8 +84,8 @@ class WanImageToVideo(Wan):
         _, still = self.pipe.prepare_latents(image, 1, *shape, dtype=torch.float32, device=self.device)
         cond = {**super().embed(prompt), "still": still[0]}
         if self.pipe.transformer.config.image_dim is not None:  # Wan 2.1 also shows the image to CLIP
-            with Image.open(image_of(prompt)) as picture:
-                cond["encoder_hidden_states_image"] = self.pipe.encode_image(picture.convert("RGB"), self.device)[0]
+            picture = read_image(image_of(prompt))
+            cond["encoder_hidden_states_image"] = self.pipe.encode_image(picture, self.device)[0]
         return cond
 
     def still(self, prompts):
@@ -96,6 +95,6 @@ class WanImageToVideo(Wan):
 
     def _image(self, prompt):
         """[1, 3, H, W] in [-1, 1]"""
-        with Image.open(image_of(prompt)) as picture:
-            image = self.pipe.video_processor.preprocess(picture.convert("RGB"), height=self.height, width=self.width)
+        picture = read_image(image_of(prompt))
+        image = self.pipe.video_processor.preprocess(picture, height=self.height, width=self.width)
         return image.to(self.device, torch.float32)

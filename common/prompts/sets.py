@@ -123,7 +123,7 @@ def _fetched(name, item):
     if place.is_file() and blob_id(place.read_bytes()) == item.blob:
         return place
     try:
-        if constants.HF_HUB_OFFLINE:
+        if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):  # the hub's own reading of it
             raise OSError("HF_HUB_OFFLINE is set")
         with urllib.request.urlopen(url, timeout=30) as answer:
             data = answer.read()
