@@ -325,8 +325,11 @@ def test_processes_exchange_gradients_when_told_and_not_before(tmp_path):
     [
         ("sd", dict(frames=5), "--frames has no meaning"),
         ("sd", dict(guidance_2=2.0), "--guidance-2 belongs to a model with two experts"),
+        ("sd", dict(guidance=0.5), "--guidance 0.5: below 1 it would lead away from the prompt; 1 is without guidance"),
         ("sd", dict(height=30), "multiples of 8"),
         ("wan", dict(guidance_2=2.0), "--guidance-2 belongs to a model with two experts"),
+        ("wan", dict(guidance=0.0), "--guidance 0: below 1"),
+        ("i2v, two experts", dict(guidance=2.0, guidance_2=0.9), "--guidance-2 0.9: below 1"),
         ("wan", dict(frames=4), "one more than a multiple of 2"),
         ("wan", dict(width=36), "multiples of 8"),
         ("hunyuan", dict(frames=6), "one more than a multiple of 4"),
