@@ -87,6 +87,12 @@ def keep_rows(reward, best_of):
     return valid & (number > 1) & ((rank < half) | (rank >= number - half))
 
 
+def split_rows(kept, number):
+    """Rows to train on [P, G] bool -> `number` disjoint minibatches of them, each with its share of every group."""
+    turn = kept.cumsum(1)  # the samples of a group are dealt out in turn
+    return [kept & (turn % number == part) for part in range(number)]
+
+
 def reliability_weights(group_mean, prior, alpha, k):
     """Mean rewards and priors, each [P, 1] -> trust [P, 1] in [1 - alpha, 1 + alpha] (eq 2); 1 for NaN, no score."""
     return (1 + alpha * (2 * torch.sigmoid(k * (group_mean - prior)) - 1)).nan_to_num(1.0)
@@ -180,19 +186,21 @@ def main(args):
         deviation, unit = reward - expected, args.reward_scale or rewards.scale(scorers, reward_weights)
         trust = reliability_weights(deviation.nanmean(1, keepdim=True), 0, args.alpha, args.k / unit)  # [P, 1]
         contrast = compute_advantages(contrastive_rewards(deviation, 0, args.lam / unit), args.adv_clip_max)
-        kept = keep_rows(reward, args.best_of)
-        trained_rows = kept.sum().item()
-        if not args.kl_coef:  # rows without advantage and without KL have no gradient
-            kept &= ~zero_variance(reward)
-        advantage, weight = run.local(advantages), run.local(kept / trained_rows)  # [b]
+        advantage = run.local(advantages)  # [b]
+        minibatches = split_rows(keep_rows(reward, args.best_of), args.minibatches)  # of [P, G]
         w, contrast = run.local(trust.expand_as(reward)), run.local(contrast)  # [b]
 
         # --- Update ---
         diagnostics = []
-        for update in range(args.updates_per_step):
+        for update in range(args.updates_per_step * args.minibatches):
+            minibatch = minibatches[update % args.minibatches]
+            # rows without advantage and without KL have no gradient
+            learning = minibatch if args.kl_coef else minibatch & ~zero_variance(reward)
+            weight = run.local(learning / minibatch.sum())  # [b]
+            diagnostics.append([])
             trained = sde.noisy_steps(s, args.timestep_fraction, chance)
             last_use = {model.trained_at(sigmas[t]): t for t in trained}  # of each trained module
-            batches = run.micro_batches(kept, args.micro_batch)
+            batches = run.micro_batches(learning, args.micro_batch)
             for mb in batches:
                 cond_mb = models.take(cond, mb)
                 for t in trained:
@@ -209,12 +217,12 @@ def main(args):
                         row_loss += args.kl_coef * loss.gaussian_kl(mean, reference, sde.transition_std(*at))
                     batch_loss = (weight[mb] * row_loss).sum() / len(trained)
                     run.backward(batch_loss)
-                    diagnostics.append(loss.diagnostics(ratio, args.clip_range, weight[mb], batch_loss, update))
+                    diagnostics[-1].append(loss.diagnostics(ratio, args.clip_range, weight[mb], batch_loss, update))
             metrics["grad_norm"] = run.update() if batches else 0.0
         metrics["update_seconds"] = clock.lap()
 
         # --- Log ---
-        metrics |= run.summarise(diagnostics, args.updates_per_step)
+        metrics |= run.summarise(diagnostics)
         run.check_ratio(metrics["ratio_error"])
         metrics |= {
             "reward_mean": reward.nanmean(),

@@ -24,7 +24,6 @@ BPGO = {
     "wan2.1-14b": _T2V,
     "wan2.2-i2v": dict(_T2V, paper=_BPGO, prior="first-frame"),
     "hunyuan": _T2V,
-    "tiny-wan-i2v": dict(reward_scale=1.0),
 }
 
 # Section 6.1: two nodes of 8 GPUs for FLUX, one for Stable Diffusion, otherwise as DanceGRPO.

@@ -78,6 +78,12 @@ def keep_rows(reward, best_of):
     return valid & (number > 1) & ((rank < half) | (rank >= number - half))
 
 
+def split_rows(kept, number):
+    """Rows to train on [P, G] bool -> `number` disjoint minibatches of them, each with its share of every group."""
+    turn = kept.cumsum(1)  # the samples of a group are dealt out in turn
+    return [kept & (turn % number == part) for part in range(number)]
+
+
 def main(args):
     # --- Setup ---
     arguments.check(args)
@@ -132,18 +138,20 @@ def main(args):
         reward = combine_scores(scores, reward_weights)  # [P, G]
         gamma = region.exponent(compute_advantages(reward, 0, torch.inf)) if args.gamma == "auto" else args.gamma
         advantages = compute_advantages(reward, gamma, args.adv_clip_max, args.normalize)
-        kept = keep_rows(reward, args.best_of)
-        trained_rows = kept.sum().item()
-        if not args.kl_coef:  # rows without advantage and without KL have no gradient
-            kept &= ~zero_variance(reward)
-        advantage, weight = run.local(advantages), run.local(kept / trained_rows)  # [b]
+        advantage = run.local(advantages)  # [b]
+        minibatches = split_rows(keep_rows(reward, args.best_of), args.minibatches)  # of [P, G]
 
         # --- Update ---
         diagnostics = []
-        for update in range(args.updates_per_step):
+        for update in range(args.updates_per_step * args.minibatches):
+            minibatch = minibatches[update % args.minibatches]
+            # rows without advantage and without KL have no gradient
+            learning = minibatch if args.kl_coef else minibatch & ~zero_variance(reward)
+            weight = run.local(learning / minibatch.sum())  # [b]
+            diagnostics.append([])
             trained = sde.noisy_steps(s, args.timestep_fraction, chance)
             last_use = {model.trained_at(sigmas[t]): t for t in trained}  # of each trained module
-            batches = run.micro_batches(kept, args.micro_batch)
+            batches = run.micro_batches(learning, args.micro_batch)
             for mb in batches:
                 cond_mb = models.take(cond, mb)
                 for t in trained:
@@ -159,14 +167,14 @@ def main(args):
                         row_loss += args.kl_coef * loss.gaussian_kl(mean, reference, sde.transition_std(*at))
                     batch_loss = (weight[mb] * row_loss).sum() / len(trained)
                     run.backward(batch_loss)
-                    diagnostics.append(loss.diagnostics(ratio, args.clip_range, weight[mb], batch_loss, update))
+                    diagnostics[-1].append(loss.diagnostics(ratio, args.clip_range, weight[mb], batch_loss, update))
             metrics["grad_norm"] = run.update() if batches else 0.0
         if args.gamma == "auto" and batches:
-            region.measure(step, model, x, cond_mb, at, advantages, metrics["grad_norm"])
+            region.measure(step, model, x, cond_mb, at, advantages[minibatch], metrics["grad_norm"])
         metrics["update_seconds"] = clock.lap()
 
         # --- Log ---
-        metrics |= run.summarise(diagnostics, args.updates_per_step)
+        metrics |= run.summarise(diagnostics)
         run.check_ratio(metrics["ratio_error"])
         metrics |= {
             "reward_mean": reward.nanmean(),

@@ -113,7 +113,10 @@ class Args:
     best_of: Annotated[int, From(0, 1e5)] = 0
     """Train on the n/2 best and n/2 worst samples of each group; advantages still come from all G. 0: train on all."""
     updates_per_step: Annotated[int, From(1, 1000)] = 1
-    """Optimizer updates on each rollout."""
+    """Passes over each rollout."""
+    minibatches: Annotated[int, From(1, 1e5)] = 1
+    """Optimizer updates of a pass, each on its share of every group. The first update of a rollout finds the ratio 1:
+    only in later ones --clip-range does something."""
     micro_batch: Annotated[int, From(1, 1e6)] = 8
     """Rows of one forward pass, in rollout and update alike."""
     clip_range: Annotated[float, Above(0, 1)] = 1e-4
@@ -254,6 +257,11 @@ def check(args):
         _check_value(_flag(name), getattr(args, name), getattr(hint, "__metadata__", ()))
     if args.best_of % 2 or args.best_of > args.group_size:
         raise InputError(f"--best-of {args.best_of}: must be even and at most --group-size {args.group_size}")
+    if args.minibatches > (args.best_of or args.group_size):
+        raise InputError(
+            f"--minibatches {args.minibatches}: each takes some of the {args.best_of or args.group_size} samples of "
+            "every group that are trained on"
+        )
     can_be_noisy = args.sampling_steps - 1
     for flag, number in (("--sde-steps", args.sde_steps), ("--sde-window", args.sde_window)):
         if number > can_be_noisy:

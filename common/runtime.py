@@ -224,22 +224,25 @@ class Runtime:
             self.average.step(weights)
         return norm
 
-    def summarise(self, diagnostics, updates):
-        """The micro-batches' loss.diagnostics -> one number each, over all rows, processes and updates."""
+    def summarise(self, diagnostics):
+        """loss.diagnostics, a list of each update's micro-batches -> one number each, over all rows, processes and
+        updates; and of each update N after the first, whose ratio has moved, clip_fraction_N and approx_kl_N."""
         names = ("ratio_error", "clip_fraction", "approx_kl", "loss", "rows")
-        if not diagnostics:
-            return dict.fromkeys(names[:4], 0.0)
-        local = torch.stack(
-            [torch.stack([part[name] for name in names]) for part in diagnostics]
-        )  # [micro-batches, names]
-        total = self.gather(local.sum(0, keepdim=True)).sum(0)
+        later = {name: n for n in range(2, len(diagnostics) + 1) for name in (f"clip_fraction_{n}", f"approx_kl_{n}")}
+        if not any(diagnostics):
+            return dict.fromkeys([*names[:4], *later], 0.0)
+        number = [len(update) for update in diagnostics]
+        local = torch.stack([torch.stack([part[name] for name in names]) for update in diagnostics for part in update])
+        sums = torch.stack([part.sum(0) for part in (local, *local.split(number))])  # [1 + updates, names]
+        total = self.gather(sums[None]).sum(0)
         worst = self.gather(local[:, :1].amax(0)).max()
-        rows = total[-1]
+        clipped, kl = total[:, 1:3].div(total[:, 4:].clamp(min=1)).T.tolist()  # of no rows: 0
         return {
             "ratio_error": worst.item(),
-            "clip_fraction": (total[1] / rows).item(),
-            "approx_kl": (total[2] / rows).item(),
-            "loss": (total[3] / updates).item(),
+            "clip_fraction": clipped[0],
+            "approx_kl": kl[0],
+            "loss": (total[0, 3] / len(diagnostics)).item(),
+            **{name: (clipped if name.startswith("clip") else kl)[n] for name, n in later.items()},
         }
 
     def check_ratio(self, error):

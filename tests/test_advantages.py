@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from grpo_base import EPS, combine_scores, compute_advantages, keep_rows, zero_variance
+from grpo_base import EPS, combine_scores, compute_advantages, keep_rows, split_rows, zero_variance
 
 NO_CLAMP = 1e9
 
@@ -120,6 +120,17 @@ def test_best_of_zero_or_the_whole_group_keeps_every_row(best_of):
     for reward in (torch.tensor(random_rewards(3, 12)), torch.zeros(3, 12)):
         kept = keep_rows(reward, best_of)
         assert kept.dtype == torch.bool and kept.shape == (3, 12) and kept.all()
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 4])
+def test_minibatches_are_disjoint_and_have_as_much_of_every_group(number):
+    kept = keep_rows(torch.tensor(random_rewards(6, 12)), 8)
+    kept[0] = True  # a group with more rows than the others
+    parts = split_rows(kept, number)
+    assert len(parts) == number and torch.equal(sum(part.int() for part in parts), kept.int())
+    sizes = torch.stack([part.sum(1) for part in parts])  # [number, P]
+    assert (sizes.amax(0) - sizes.amin(0) <= 1).all() and (sizes > 0).all()
+    assert number > 1 or torch.equal(parts[0], kept)
 
 
 # --- Rewards ---

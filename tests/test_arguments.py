@@ -75,6 +75,12 @@ def test_tiny_flux_needs_no_flags():
     check(args)
 
 
+def test_a_rollout_has_an_update_for_every_four_samples_of_a_group_as_the_papers_code_accumulates_them():
+    for name in ("flux", "wan2.1-1.3b", "wan2.1-14b", "wan2.2-i2v", "hunyuan"):
+        args = defaults(Args, name)
+        assert args.minibatches == (args.best_of or args.group_size) / 4
+
+
 def test_values_win_over_the_table():
     args = defaults(Args, "tiny-flux", learning_rate=0.5, prompts="mine.txt")
     assert (args.learning_rate, args.prompts) == (0.5, "mine.txt")
@@ -128,7 +134,8 @@ def test_no_number_may_be_negative_or_not_finite(name, value):
 @pytest.mark.parametrize(
     "name",
     ["steps", "prompts_per_step", "group_size", "sampling_steps", "noise_level", "shift", "timestep_fraction"]
-    + ["updates_per_step", "micro_batch", "clip_range", "adv_clip_max", "learning_rate", "max_grad_norm"],
+    + ["minibatches", "updates_per_step", "micro_batch", "clip_range", "adv_clip_max", "learning_rate"]
+    + ["max_grad_norm"],
 )
 def test_zero_is_refused_where_it_makes_no_sense(name):
     assert refused(**{name: 0}).startswith(f"{flag(name)} 0: must be ")
@@ -155,6 +162,7 @@ def test_zero_is_refused_where_it_makes_no_sense(name):
         ("best_of", 3),
         ("best_of", 1),
         ("best_of", 14),  # of 12
+        ("minibatches", 13),
         ("sde_window", 8),  # of 8 steps, the last of which is never noisy
         ("sde_window", 500),
         ("sde_steps", 8),
@@ -195,6 +203,8 @@ def test_a_folder_that_is_no_supported_model(tmp_path):
     "values",
     [
         dict(best_of=12, group_size=12),
+        dict(minibatches=12, group_size=12),
+        dict(minibatches=2, best_of=2),
         dict(best_of=2, group_size=2),
         dict(sde_window=7, sampling_steps=8),
         dict(sde_window=1, sampling_steps=2),

@@ -38,6 +38,8 @@ RUNS |= {
     "experts": (grpo_base, MOVING),
     "window": (grpo_base, {**MOVING, "sde_window": 1}),  # steps that train one expert alone
     "average": (grpo_base, {**SMALL, "kl_coef": 0.1, "best_of": 2, "ema": 0.9}),
+    # three rows a part, wherever their processes are: of two parts, one may have all of its rows in one process
+    "parts": (grpo_base, {**SMALL, "best_of": 2, "minibatches": 2, "micro_batch": 1, "clip_range": 1e-6}),
 }
 # a prompt without any score, once in the middle and once at the end, where one process has less to do than the other
 MASKED = {
@@ -47,7 +49,7 @@ MASKED = {
 MASKED["self_paced_masked"][1].update(reward=("picky", "green"), thresholds=(0.5,))
 RUNS |= MASKED
 SOME = {
-    "ddp": ("grpo_base-full", "slas-full", "self_paced-lora", "experts", *MASKED),
+    "ddp": ("grpo_base-full", "slas-full", "self_paced-lora", "experts", "parts", *MASKED),
     "fsdp2": ("grpo_base-full", "bpgo-lora", "window", "average"),
 }
 ALL = dict.fromkeys(SOME, tuple(RUNS))

@@ -66,8 +66,9 @@ def test_a_ratio_that_is_off_stops_the_run(train, monkeypatch):
 # --- The objective ---
 
 
-def objective(model, args, step):
-    """Loss of one whole step, written out row by row from the definition, without micro-batches."""
+def objective(model, args, step, update=0, moved=None):
+    """Loss of one update of a step, written out row by row from the definition, without micro-batches. moved: the
+    weights before an update that is not the first."""
     P, G, T = args.prompts_per_step, args.group_size, args.sampling_steps
     chance = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
     sigmas = sde.shifted_sigmas(T, args.shift)
@@ -82,13 +83,18 @@ def objective(model, args, step):
         noise = sde.RowNoise(args.seed, step, range(P * G, 2 * P * G))
         latents, old = sde.rollout(partial(model.velocity, cond=cond), x, sigmas, s, noise)
         scores = rewards.score(rewards.load(["jpeg"], []), model.decode(latents[:, -1]), captions)["jpeg"].view(P, G)
-    trained = sde.noisy_steps(s, args.timestep_fraction, chance)
+    for _ in range(update + 1):
+        trained = sde.noisy_steps(s, args.timestep_fraction, chance)
+    if moved:
+        model.pipe.transformer.load_state_dict(moved)
     total, count = 0.0, 0
     for group in range(P):
         r = scores[group]
         order = sorted(range(G), key=lambda j: r[j].item())
         chosen = order[: args.best_of // 2] + order[G - args.best_of // 2 :] if args.best_of else order
-        for j in chosen:
+        for turn, j in enumerate(sorted(chosen), 1):  # the samples of a group are dealt out in turn
+            if (turn - update) % args.minibatches:
+                continue
             advantage = ((r[j] - r.mean()) / r.std(unbiased=False)).clamp(-args.adv_clip_max, args.adv_clip_max)
             row, one = group * G + j, slice(group * G + j, group * G + j + 1)
             for t in trained:
@@ -110,29 +116,46 @@ def objective(model, args, step):
         dict(best_of=2, micro_batch=2),
         dict(same_noise=True, sde_window=2, timestep_fraction=0.6, sde="dance"),
         dict(sde_steps=1),
+        dict(minibatches=2, best_of=2, timestep_fraction=0.5, learning_rate=1e-5),
     ],
-    ids=["one batch", "micro-batches", "best of 2", "same noise, window, fraction", "first step"],
+    ids=["one batch", "micro-batches", "best of 2", "same noise, window, fraction", "first step", "minibatches"],
 )
 def test_gradient_of_a_step_is_that_of_the_objective_written_out(train, settings, monkeypatch):
-    seen = {}
+    seen = []
     honest = grpo_base.Runtime.update
 
     def update(run):
-        seen["grads"] = {name: p.grad.clone() for name, p in run.model.pipe.transformer.named_parameters()}
+        module = run.model.pipe.transformer
+        grads = {name: p.grad.clone() for name, p in module.named_parameters()}
+        seen.append((grads, {name: value.clone() for name, value in module.state_dict().items()}))
         return honest(run)
 
     monkeypatch.setattr(grpo_base.Runtime, "update", update)
     train(steps=1, reward=("jpeg",), **settings)
     base = dict(prompts_per_step=2, group_size=4, sampling_steps=4)
     args = arguments.defaults(grpo_base.Args, **base, **{**dict(micro_batch=8), **settings})
-    model = models.load("tiny-flux", torch.float32, height=32, width=32)
-    model.pipe.transformer.requires_grad_(True)
-    objective(model, args, step=0).backward()
-    expected = {name: p.grad for name, p in model.pipe.transformer.named_parameters()}
-    scale = math.sqrt(sum(g.square().sum().item() for g in expected.values()))
-    difference = math.sqrt(sum((seen["grads"][n] - g).square().sum().item() for n, g in expected.items()))
-    assert scale > 1e-3
-    assert difference <= 1e-4 * scale
+    assert len(seen) == args.minibatches
+    for number, (grads, moved) in enumerate(seen):
+        model = models.load("tiny-flux", torch.float32, height=32, width=32)
+        model.pipe.transformer.requires_grad_(True)
+        objective(model, args, 0, number, moved).backward()
+        expected = {name: p.grad for name, p in model.pipe.transformer.named_parameters()}
+        scale = math.sqrt(sum(g.square().sum().item() for g in expected.values()))
+        difference = math.sqrt(sum((grads[n] - g).square().sum().item() for n, g in expected.items()))
+        assert scale > 1e-3
+        assert difference <= 1e-4 * scale
+
+
+def test_the_ratio_moves_and_is_clipped_in_the_later_minibatches(train):
+    settings = dict(reward=("jpeg",), learning_rate=1e-3, clip_range=1e-3, save_every=0)
+    _, rows = train(minibatches=2, **settings)
+    for row in rows:
+        assert row["ratio_error"] <= 1e-5  # another batch shape than the rollout's
+        assert row["clip_fraction_2"] > 0 and row["approx_kl_2"] > 0
+        assert row["clip_fraction"] == pytest.approx(row["clip_fraction_2"] / 2)  # the first found the ratio 1
+        assert row["approx_kl"] == pytest.approx(row["approx_kl_2"] / 2, rel=1e-3)
+    _, one = train(output="one", minibatches=1, **settings)
+    assert not any(name.startswith(("clip_fraction_", "approx_kl_")) for name in one[0])
 
 
 def test_groups_without_spread_are_not_trained_on_and_change_nothing(train, monkeypatch):
@@ -174,7 +197,9 @@ def test_two_runs_of_one_seed_write_the_same_metrics(train, tmp_path):
     assert first[1] != other[1]
 
 
-@pytest.mark.parametrize("settings", [{}, dict(lora_rank=4, best_of=2, updates_per_step=2, timestep_fraction=0.5)])
+@pytest.mark.parametrize(
+    "settings", [{}, dict(lora_rank=4, best_of=2, updates_per_step=2, minibatches=2, timestep_fraction=0.5)]
+)
 def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(train, settings):
     whole, rows = train(steps=4, save_every=1, learning_rate=1e-3, **settings)
     train(steps=2, save_every=1, learning_rate=1e-3, output="parts", **settings)

@@ -49,10 +49,10 @@ _PAPERS = dict(
     clip_range=1e-4, learning_rate=1e-5, micro_batch=1, prompts="dancegrpo:images", reward=("hpsv2.1",),
     offload_encoders=True, keep_checkpoints=2,  # with optimizer a checkpoint of FLUX has 133 GiB
 )  # fmt: skip
-# 2511.19356, appendix A: best 4 and worst 4 of 16. The reward is that of its baseline.
+# 2511.19356, appendix A: best 4 and worst 4 of 16, an update for every 4. The reward is that of its baseline.
 _VIDEO = dict(
-    _PAPERS, group_size=16, best_of=8, shift=5.0, noise_level=0.5, learning_rate=5e-6, frames=53, fps=15.0,
-    prompts="dancegrpo:videos", reward=("videoalign",), gradient_checkpointing=True,
+    _PAPERS, group_size=16, best_of=8, minibatches=2, shift=5.0, noise_level=0.5, learning_rate=5e-6, frames=53,
+    fps=15.0, prompts="dancegrpo:videos", reward=("videoalign",), gradient_checkpointing=True,
     reward_batch=8,  # clips of 480x832x53: two GiB
 )  # fmt: skip
 
@@ -77,7 +77,7 @@ MODELS = {
     },
     "flux": dict(
         _PAPERS, source="black-forest-labs/FLUX.1-dev", height=720, width=720, guidance=3.5, steps=200, shift=3.0,
-        noise_level=0.3, gradient_checkpointing=True,
+        noise_level=0.3, gradient_checkpointing=True, minibatches=3,
     ),
     "sd1.4": dict(
         _PAPERS, source="CompVis/stable-diffusion-v1-4", height=512, width=512, guidance=5.0, steps=300,
@@ -176,7 +176,8 @@ def _whole(source, cls, trusted):
 def table(pairs):
     """The named models and a script's settings for them, {name: settings}, as text for --list-models."""
     columns = ("paper", "height", "width", "frames", "fps", "sampling_steps", "shift", "noise_level", "sde", "guidance")
-    columns += ("prompts_per_step", "group_size", "best_of", "learning_rate", "steps", "reward", "prompts", "source")
+    columns += ("prompts_per_step", "group_size", "best_of", "minibatches", "learning_rate", "steps")
+    columns += ("reward", "prompts", "source")
     rows = [("name", *columns)]
     for name, values in pairs.items():
         cells = {column: values.get(column, "-") for column in columns} | {"reward": " ".join(values["reward"])}
