@@ -54,6 +54,7 @@ PACED = dict(
     sampling_steps=16, noise_level=0.5, shift=5.0, group_size=16, best_of=8, timestep_fraction=0.6, same_noise=True,
     clip_range=1e-4, adv_clip_max=5.0, weight_decay=1e-4, max_grad_norm=1.0, frames=53, fps=15.0,
     prompts="dancegrpo:videos", gradient_checkpointing=True, batched_guidance=False,
+    minibatches=2,  # of the 8 samples that are kept, the gradients of 4 are accumulated
 )  # fmt: skip
 SMALL = dict(PACED, height=480, width=832, learning_rate=5e-6, steps=150, gpus=8, prompts_per_step=8)
 LARGE = dict(PACED, height=240, width=416, learning_rate=5e-6, steps=220, gpus=16, prompts_per_step=16)
