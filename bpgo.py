@@ -191,6 +191,7 @@ def main(args):
         w, contrast = run.local(trust.expand_as(reward)), run.local(contrast)  # [b]
 
         # --- Update ---
+        run.blame = partial(rewards.blame, scores, advantages, batch)  # for a gradient that is no number
         diagnostics = []
         for update in range(args.updates_per_step * args.minibatches):
             minibatch = minibatches[update % args.minibatches]

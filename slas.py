@@ -142,6 +142,7 @@ def main(args):
         minibatches = split_rows(keep_rows(reward, args.best_of), args.minibatches)  # of [P, G]
 
         # --- Update ---
+        run.blame = partial(rewards.blame, scores, advantages, batch)  # for a gradient that is no number
         diagnostics = []
         for update in range(args.updates_per_step * args.minibatches):
             minibatch = minibatches[update % args.minibatches]

@@ -15,6 +15,10 @@ class RunError(RuntimeError):
     raised on every process, or the others would wait for it."""
 
 
+class Diverged(RunError):
+    """The weights, or what they make, are no numbers: these steps are not worth saving."""
+
+
 class Stopped(Exception):
     """A signal asked the run to stop, and its work is saved: one line, exit code 128 + the signal's number."""
 
@@ -27,7 +31,7 @@ class Interrupted(KeyboardInterrupt):
     """Ctrl-C at a moment when nothing has to be finished. A KeyboardInterrupt of another class is somebody's code's."""
 
 
-rescues = []  # what to call after a RunError; the Runtime of the run puts its own there
+rescues = []  # what to call with a RunError; the Runtime of the run puts its own there
 
 
 def run(main, args):
@@ -48,7 +52,7 @@ def one_line():
             sys.exit(2)
         except RunError as error:
             _say("error", error)
-            _rescue()
+            _rescue(error)
             sys.exit(1)
         except Stopped as stopped:
             _say("stopped", stopped)
@@ -61,7 +65,7 @@ def one_line():
             if line:
                 _say("error", line)
             if os.environ.get("WORLD_SIZE", "1") == "1":  # the other processes, if any, know nothing of this
-                _rescue()
+                _rescue(error)
             if not line:
                 raise
             sys.exit(1)
@@ -101,10 +105,10 @@ def of_the_machine(error):
     return ""
 
 
-def _rescue():
+def _rescue(error):
     for rescue in list(rescues):
         try:
-            rescue()
+            rescue(error)
         except Exception as worse:
             _say("error", f"the finished steps could not be saved: {text(worse)}")
 

@@ -7,6 +7,7 @@ import torch
 from torch.nn.functional import pad
 from tqdm import tqdm
 
+from common import signals
 from common.prompts import caption_of
 from common.run_folder import line_of, rows_before, write_rows
 
@@ -29,12 +30,11 @@ class Report:
         self.bar = tqdm(
             range(start, stop), initial=start, total=stop, disable=not self.run.is_main, dynamic_ncols=True, unit="step"
         )
-        with self.run.signals_end_the_step():
+        with signals.end_the_step(self.run):
             for step in self.bar:
                 yield step
                 self.run.finish(step + 1)
-                if step + 1 < stop:
-                    self.run.check_signals()
+                self.run.check_signals()
 
     def log(self, step, metrics):
         """Appends a row to metrics.jsonl and sends it to the tracker: {name: number or tensor of one element}."""

@@ -8,6 +8,7 @@ import math
 import os
 import re
 import secrets
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -171,6 +172,15 @@ def claim(folder, args, checkpoint=None):
     except OSError as error:
         raise InputError(f"--output {folder}: cannot write there ({error.strerror})") from None
     return own["run"], said
+
+
+def new_run(folder, step, flag, value):
+    """The command line of a run in a new folder that begins with a checkpoint of this one, with one other setting."""
+    new, number = f"{folder}_from_{step}", 1
+    while os.path.exists(new):
+        new, number = f"{folder}_from_{step}_{number + 1}", number + 1
+    words = ["--resume", f"{folder}/checkpoints/{checkpoints.name_of(step)}", "--output", new, flag, f"{value:.9g}"]
+    return shlex.join([sys.argv[0], *words])
 
 
 def rows_before(path, step):

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import math
 import re
+import shlex
 import signal
 from pathlib import Path
 
@@ -55,6 +56,7 @@ class Runtime:
         self.moved = False  # whether the step that is not finished has changed the weights
         self.kept = {}  # the method's own states after the last finished step
         self.signal = 0  # the number of the one that asked this process to stop
+        self.blame, self.cure = lambda: "lower --learning-rate", None  # what to say of a gradient that is no number
         self.changes = run_folder.check(self.output, args)
         self.checkpoint = run_folder.find_checkpoint(self) if args.resume else None  # (folder, step, states)
 
@@ -216,7 +218,10 @@ class Runtime:
         weights = self.weights()
         norm = sharding.whole(self.accelerator.clip_grad_norm_(weights, self.args.max_grad_norm))
         if not torch.isfinite(norm):
-            raise RunError(f"the gradient norm of step {self.step} is {norm.item()}: lower --learning-rate")
+            self.cure = (
+                ("--learning-rate", self.args.learning_rate / 10) if self.moved else ("--seed", self.args.seed + 1)
+            )
+            raise RunError(f"the gradient norm of step {self.step} is {norm.item()}; {self.blame()}")
         self.moved = True
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -258,6 +263,8 @@ class Runtime:
     def save(self, step, stateful):
         """checkpoints/step_NNNNNN with all of `stateful`: {name: module, or other object with state_dict and
         load_state_dict, or dictionary}."""
+        if self._any(not self._finite()):
+            raise errors.Diverged(f"the weights after step {step} are no numbers: lower --learning-rate")
         states = {name: self._state(thing) for name, thing in stateful.items()}
         shares = {name: sharding.local(state) for name, state in states.items() if sharding.has_shards(state)}
         others = {name: state for name, state in states.items() if name not in shares}
@@ -288,25 +295,6 @@ class Runtime:
         """All processes together: the first reason that one of them has, "" if none has any."""
         return next(filter(None, gather_object([reason]) if self.world > 1 else [reason]), "")
 
-    @contextlib.contextmanager
-    def signals_end_the_step(self):
-        """Inside, SIGTERM and SIGINT let the step finish, then `check_signals` ends the run; a second one ends it at
-        once."""
-        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-
-        def note(number, frame):
-            self.signal = number
-            signal.signal(number, before[number])
-            self.print(f"\n{signal.Signals(number).name}: finishing the step, then saving")
-
-        try:
-            for number in before:
-                signal.signal(number, note)
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
     def finish(self, step):
         """Counts a step as finished: from now on `rescue` saves it."""
         self.step, self.moved = step, False
@@ -320,15 +308,27 @@ class Runtime:
             self.rescue()
             raise errors.Stopped(number, f"{signal.Signals(number).name}: stopped after {self.step} steps")
 
-    def rescue(self):
+    def rescue(self, error=None):
         """Saves the finished steps, also in the middle of another that has not changed the weights yet, unless a
-        checkpoint holds them or the weights are no numbers; and says how to go on."""
+        checkpoint holds them or they are no good; and says how to go on after this error."""
         errors.rescues.clear()  # once: a disk that is full stays full
-        broken = torch.tensor([not all(weight.isfinite().all() for weight in map(sharding.mine, self.trained))])
-        if self.step > self.saved and not self.moved and not self.gather(broken.to(self.device)).any():
+        diverged = self._any(isinstance(error, errors.Diverged) or not self._finite())
+        if self.step > self.saved and not self.moved and not diverged:
             self.save(self.step, {**self.stateful, **self.kept})
-        if self.saved:
-            self.print(f"{self.saved} steps are saved; go on with --output {self.output} --resume latest")
+        if diverged:
+            self.cure = ("--learning-rate", self.args.learning_rate / 10)
+        if self.saved and not diverged:
+            output = shlex.quote(str(self.output))
+            self.print(f"{self.saved} steps are saved; go on with --output {output} --resume latest")
+        if self.saved and self.cure:
+            self.print(f"to get past this, in a new run: {run_folder.new_run(self.output, self.saved, *self.cure)}")
+
+    def _finite(self):
+        return all(weight.isfinite().all() for weight in map(sharding.mine, self.trained))
+
+    def _any(self, here):
+        """All processes together: whether it is so on one of them."""
+        return bool(self.gather(torch.tensor([here], device=self.device)).any())
 
     def resume(self, stateful):
         """Loads the checkpoint of --resume into `stateful` and returns its step; 0 without one."""

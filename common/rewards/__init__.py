@@ -145,9 +145,9 @@ def score(scorers, media, prompts):
     for name, scorer in scorers.items():
         try:
             if not numbers:
-                raise RunError(
-                    "the samples are no numbers: the weights have diverged. Go on from an earlier checkpoint "
-                    "(--resume OUTPUT/checkpoints/step_NNNNNN), in a new run with a lower --learning-rate"
+                raise errors.Diverged(
+                    "the samples are no numbers: the weights have diverged. Go on from an earlier checkpoint in a new "
+                    "run (--resume RUN/checkpoints/step_NNNNNN --output NEW), with a lower --learning-rate"
                 )
             before = media._version
             scores[name] = torch.as_tensor(score_one(scorer, media, captions)).detach().to(media.device, torch.float32)
@@ -195,7 +195,8 @@ def check_finite(scores, scorers, prompts):
     for name, values in scores.items():
         masks = getattr(scorers[name], "masks", False)
         if failure(name, scorers[name]):
-            raise RunError(failure(name, scorers[name])) from scorers[name].error
+            kind = errors.Diverged if isinstance(scorers[name].error, errors.Diverged) else RunError
+            raise kind(failure(name, scorers[name])) from scorers[name].error
         if masks and values.isnan().all():
             raise RunError(f"reward {name} has no score for any of {values.numel()} samples")
         wrong = (~torch.isfinite(values) & ~(values.isnan() & masks)).nonzero().tolist()
@@ -205,6 +206,26 @@ def check_finite(scores, scorers, prompts):
                 f"reward {name} is {values[row, sample].item()} for the prompt {prompts[row]!r} "
                 f"({len(wrong)} of {values.numel()} samples), or it failed in another process"
             )
+
+
+def blame(scores, advantages, prompts):
+    """What a step whose gradient is no number can have stumbled over, as a line: the prompts whose scores give no
+    advantages, else all, with what each reward gave. {name: [P, G]}, advantages [P, G], P prompts."""
+    wrong = (~advantages.isfinite()).any(1).nonzero().flatten().tolist()
+    listed = []
+    for row in (wrong or range(len(prompts)))[:3]:
+        known = {name: values[row][values[row].isfinite()].tolist() or [torch.nan] for name, values in scores.items()}
+        given = ", ".join(f"{name} {min(values):.4g} to {max(values):.4g}" for name, values in known.items())
+        listed.append(f"{caption_of(prompts[row])[:100]!r} ({given})")
+    if wrong:
+        return (
+            f"no advantages follow from the rewards of {len(wrong)} prompts: {'; '.join(listed)}. Mend that reward, or "
+            "take the prompt out of --prompts"
+        )
+    return (
+        f"the rewards are not the cause: {'; '.join(listed)}. A new run with another --seed draws other samples, one "
+        "from an earlier checkpoint may have a lower --learning-rate"
+    )
 
 
 def require_range(scorers):

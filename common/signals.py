@@ -1,0 +1,26 @@
+"""Signals that ask a run to stop: it finishes its step first."""
+
+import contextlib
+import signal
+
+
+@contextlib.contextmanager
+def end_the_step(run):
+    """Inside, SIGINT, SIGTERM and SIGHUP (a closed terminal; not under nohup) let the step finish: run.signal is the
+    first one's number, and `Runtime.check_signals` saves and ends the run. The same one again ends it at once."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    if before[signal.SIGHUP] == signal.SIG_IGN:
+        del before[signal.SIGHUP]
+
+    def note(number, frame):
+        run.signal = run.signal or number
+        signal.signal(number, before[number])
+        run.print(f"\n{signal.Signals(number).name}: finishing the step, then saving; once more ends the run at once")
+
+    try:
+        for number in before:
+            signal.signal(number, note)
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
