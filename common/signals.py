@@ -15,7 +15,8 @@ def end_the_step(run):
     def note(number, frame):
         run.signal = run.signal or number
         signal.signal(number, before[number])
-        run.print(f"\n{signal.Signals(number).name}: finishing the step, then saving; once more ends the run at once")
+        with contextlib.suppress(RuntimeError):  # it may have come in the middle of another line
+            run.print(f"\n{signal.Signals(number).name}: finishing the step, then saving; once more ends it at once")
 
     try:
         for number in before:

@@ -2,18 +2,23 @@
 
 import json
 import os
+import shlex
 import shutil
+import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import metrics, weights
+from conftest import ROOT, metrics, weights
 
 import bpgo
 import grpo_base
 import self_paced
 import slas
-from common import arguments, checkpoints, errors, run_folder
+from common import arguments, checkpoints, errors, export, rewards, run_folder
+from common.models.flux import Flux
+from common.prompts import prompts_of_step, read_prompts
+from common.runtime import Runtime
 
 SMALL = (
     "--prompts-per-step=1 --group-size=4 --sampling-steps=3 --micro-batch=4 --tracker=none --eval-every=0 "
@@ -435,3 +440,141 @@ def test_a_methods_state_that_does_not_fit_is_one_line(command, copied, change):
     run = copied("one", bpgo)
     rewrite("prior", lambda state: {**state, **change})(run / "checkpoints/step_000003")
     assert "step_000003/prior.pt does not fit: " in command.refused("--output runs/one --resume --steps 4", bpgo)
+
+
+# --- A run that cannot go on as it is ---
+
+
+def broken(command, capfd, words, script=grpo_base):
+    """(the error's line, the command that is printed to get past it) of a run that ends with an error."""
+    with pytest.raises(SystemExit) as ended:
+        command(words, script)
+    said = capfd.readouterr()
+    (line,) = [line for line in said.err.splitlines() if "error: " in line]
+    (advice,) = [line for line in said.out.splitlines() if line.startswith("to get past this, in a new run: ")]
+    assert ended.value.code == 1 and "Traceback" not in said.err
+    return line, said.out, shlex.split(advice.removeprefix("to get past this, in a new run: "))
+
+
+def test_the_command_that_is_printed_after_divergence_works(command, copied, monkeypatch, capfd):
+    run, real = copied("a run"), Runtime.update
+
+    def diverge(run):
+        norm = real(run)
+        if run.args.learning_rate > 1e-4:
+            run.weights()[0].data.fill_(torch.nan)
+        return norm
+
+    monkeypatch.setattr(Runtime, "update", diverge)
+    line, said, advice = broken(command, capfd, ["--output", "runs/a run", "--resume", "--steps", "4"])
+    assert "the weights after step 4 are no numbers" in line and "go on with" not in said
+    assert [path.name for path in checkpoints.newest_first(run)][0] == "step_000003"
+    assert advice[1:] == [
+        "--resume", "runs/a run/checkpoints/step_000003", "--output", "runs/a run_from_3", "--learning-rate", "0.0001",
+    ]  # fmt: skip
+    assert "learning_rate 0.0001 instead of 0.001" in command(advice[1:])
+    assert 0 < moved(run, 3, 4, other=run.with_name("a run_from_3")) < 2e-4
+
+
+def test_samples_that_are_no_numbers_save_nothing_and_a_lower_rate_is_advised(command, copied, monkeypatch, capfd):
+    run, real = copied(), Flux.decode
+    monkeypatch.setattr(Flux, "decode", lambda model, x: real(model, x) * (torch.nan if len(x) > 1 else 1))
+    line, said, advice = broken(command, capfd, "--output runs/one --resume --steps 4")
+    assert "the samples are no numbers: the weights have diverged" in line and "go on with" not in said
+    assert advice[-2:] == ["--learning-rate", "0.0001"]
+    monkeypatch.undo()
+    monkeypatch.chdir(run.parents[1])
+    command(advice[1:])
+
+
+class Poisoned:
+    """Finite rewards from which no advantages follow, of one caption."""
+
+    scale, range, caption = 1.0, (None, None), ""
+
+    def score(self, media, prompts):
+        values = media.mean((1, 2, 3))
+        poison = torch.tensor([prompt == Poisoned.caption for prompt in prompts])
+        return torch.where(poison, values.sub(values.median()).sign() * 3.4e38, values)
+
+
+@pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS)
+def test_a_reward_that_poisons_a_step_is_named_with_its_prompt(command, monkeypatch, capfd, tmp_path, script):
+    monkeypatch.setitem(rewards.REWARDS, "poisoned", ("poisoned", "Poisoned"))
+    monkeypatch.setitem(sys.modules, "poisoned", type("poisoned", (), {"Poisoned": Poisoned}))
+    Poisoned.range = (0.0, 1.0) if script is self_paced else (None, None)
+    (tmp_path / "prompts.txt").write_text("a red circle\na blue square\na green triangle\n")
+    prompts = read_prompts(tmp_path / "prompts.txt")
+    Poisoned.caption = prompts_of_step(prompts, 1, 1, 0)[0]
+    words = [*SMALL, "--prompts=prompts.txt", "--eval-prompts=", "--steps=3", "--save-every=0", "--output=run"]
+    words += [
+        "--reward",
+        "poisoned",
+        *["verifier", "--thresholds", "0.5", "--only-stage", "1"] * (script is self_paced),
+    ]
+    line, said, advice = broken(command, capfd, words, script)
+    assert "the gradient norm of step 1 is nan; no advantages follow from the rewards of 1 prompts: " in line
+    assert f"{Poisoned.caption!r} (" in line and "poisoned -3.4e+38 to 3.4e+38)" in line
+    assert "1 steps are saved; go on with --output run --resume latest" in said
+    assert advice[-2:] == ["--seed", "1"]
+    Poisoned.caption = "mended"
+    command("--output run --resume", script)
+    assert len(metrics(tmp_path / "run")) == 3
+    command(advice[1:], script)
+    assert len(metrics(tmp_path / "run_from_1")) == 3
+
+
+# --- What else a run leaves ---
+
+
+@pytest.mark.parametrize("flags", [[], ["--lora-rank=2"]], ids=["full", "lora"])
+def test_exported_files_can_be_read_by_whom_the_run_can(command, flags, tmp_path):
+    before = os.umask(0o027)
+    try:
+        command([*SMALL, "--steps=1", "--output=run", *flags])
+    finally:
+        os.umask(before)
+    files = [path for path in (tmp_path / "run/export").rglob("*") if path.is_file()]
+    assert files and {oct(path.stat().st_mode & 0o777) for path in files} == {"0o640"}
+    assert not list((tmp_path / "run").glob(".*"))
+
+
+def test_an_export_that_does_not_fit_is_one_line_and_can_be_done_again(command, copied, monkeypatch, capfd):
+    run = copied()
+    before = contents(run / "export")
+    real = export.save
+
+    def full(run, folder, *words):
+        real(run, folder, *words)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(export, "save", full)
+    with pytest.raises(SystemExit) as ended:
+        command("--output runs/one --resume")
+    monkeypatch.undo()
+    assert ended.value.code == 1
+    assert "error: cannot write runs/one/export ([Errno 28] No space left on device); is the" in capfd.readouterr().err
+    assert contents(run / "export") == before and not (run / ".export.tmp").exists()
+
+
+def test_the_last_line_names_what_there_is(command, tmp_path):
+    said = command([*SMALL, "--steps=1", "--output=run"])
+    assert "look at run/reward.png; the trained model: " in said and not (tmp_path / "run/samples").exists()
+    said = command("--output=run --resume --sample-every=1")
+    assert "look at run/reward.png and run/samples; the trained model: " in said
+
+
+@pytest.mark.parametrize("words, last", [([], ["--resume", "latest"]), (["--resume", "x/step_1"], [])])
+def test_the_cluster_job_keeps_the_words_as_they_are(tmp_path, words, last):
+    commands = {
+        "srun": 'exec "$@"', "scontrol": "echo first; echo second", "accelerate": """printf '%s\n' "$@" > words""",
+    }  # fmt: skip
+    for name, text in commands.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    given = ["bpgo.py", "--output", "a folder/x", "--lora-targets", r"(^|\.)to_[qkv]*$ $HOME `ls`", "*", *words]
+    job = dict(SLURM_JOB_NODELIST="x", SLURM_NNODES="2", SLURM_NODEID="1", PATH=f"{tmp_path}:{os.environ['PATH']}")
+    subprocess.run(["bash", ROOT / "configs/slurm.sh", *given], cwd=tmp_path, env=job, check=True)
+    came = (tmp_path / "words").read_text().splitlines()
+    assert came[came.index("bpgo.py") :] == [*given, *last]
+    assert came[came.index("--main_process_ip") + 1] == "first" and came[came.index("--num_processes") + 1] == "16"
