@@ -153,7 +153,8 @@ class Args:
     output: str = ""
     """Folder of the run; default: runs/SCRIPT-MODEL-N with the next free N."""
     resume: str = ""
-    """`latest`, or the folder of a checkpoint of this run: go on from there."""
+    """`latest`, or RUN/checkpoints/step_NNNNNN: go on from there with that run's settings; in a new --output as a new
+    run."""
     keep_checkpoints: Annotated[int, From(0, 1e9)] = 0
     """Keep this many of the latest checkpoints; 0: all."""
     save_every: Annotated[int, From(0, 1e9)] = 20

@@ -507,14 +507,11 @@ def test_a_reward_that_poisons_a_step_is_named_with_its_prompt(command, monkeypa
     prompts = read_prompts(tmp_path / "prompts.txt")
     Poisoned.caption = prompts_of_step(prompts, 1, 1, 0)[0]
     words = [*SMALL, "--prompts=prompts.txt", "--eval-prompts=", "--steps=3", "--save-every=0", "--output=run"]
-    words += [
-        "--reward",
-        "poisoned",
-        *["verifier", "--thresholds", "0.5", "--only-stage", "1"] * (script is self_paced),
-    ]
+    words += ["--reward", "poisoned"]
+    words += ["verifier", "--thresholds", "0.5", "--only-stage", "1"] if script is self_paced else []
     line, said, advice = broken(command, capfd, words, script)
     assert "the gradient norm of step 1 is nan; no advantages follow from the rewards of 1 prompts: " in line
-    assert f"{Poisoned.caption!r} (" in line and "poisoned -3.4e+38 to 3.4e+38)" in line
+    assert f"{Poisoned.caption!r} (" in line and "poisoned -3.4e+38 to 3.4e+38" in line
     assert "1 steps are saved; go on with --output run --resume latest" in said
     assert advice[-2:] == ["--seed", "1"]
     Poisoned.caption = "mended"
