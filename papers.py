@@ -7,11 +7,11 @@ docs/reproduce.md has the commands for the papers' tables, tests/test_reproduce.
 
 _DANCE, _BPGO, _SLAS, _PACED = "2505.07818", "2511.18919", "2605.10937", "2511.19356"  # arXiv
 
-# DanceGRPO's published code: FLUX on 16 GPUs with one prompt each, Stable Diffusion on 8 with four, HunyuanVideo on 32
-# with one, by visual quality alone.
+# DanceGRPO's published code: FLUX on 16 GPUs with one prompt each, Stable Diffusion on 8 with four and two updates,
+# HunyuanVideo on 32 with one, by visual quality alone.
 GRPO = {
     "flux": dict(paper=_DANCE, prompts_per_step=16),
-    "sd1.4": dict(paper=_DANCE, prompts_per_step=32),
+    "sd1.4": dict(paper=_DANCE, prompts_per_step=32, minibatches=2),
     "hunyuan": dict(paper=_DANCE, prompts_per_step=32, steps=200, reward=("videoalign:vq",)),
 }
 
