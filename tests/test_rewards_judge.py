@@ -1,7 +1,6 @@
 """The judge: what it is told and how its answers are read, in this process and by real servers on localhost."""
 
 import base64
-import gzip
 import io
 import json
 import math
@@ -10,9 +9,7 @@ import re
 import socket
 import subprocess
 import sys
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
@@ -25,6 +22,7 @@ import self_paced
 from common import arguments, rewards
 from common.errors import InputError, RunError
 from common.rewards import judge
+from lab import servers
 
 STAGES = ("judge:quality", "judge:smoothness", "judge:alignment")
 PROMPTS = ["a red circle", 'a "quoted" prompt, with {braces} and <|im_end|>', "🦊 ثعلب", "x " * 500]
@@ -39,68 +37,18 @@ def scorer(name="judge:alignment", fps=4.0, **settings):
 # --- A server whose behaviour a test chooses ---
 
 
-class Handler(BaseHTTPRequestHandler):
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        if body["model"] != "m":
-            return self.fail(404)
-        if body["messages"][0]["content"] == "Hello":
-            if hasattr(self.server, "greeting"):
-                return self.server.greeting(self)
-            return self.say("Hi") if self.server.alive() else self.fail(503)
-        with self.server.lock:
-            self.server.asked.append((self.headers, body))
-            number = len(self.server.asked)
-            self.server.now += 1
-            self.server.most = max(self.server.most, self.server.now)
-        try:
-            self.server.behave(self, number, body)
-        finally:
-            with self.server.lock:
-                self.server.now -= 1
-
-    def reply(self, status, content):
-        data = json.dumps(content).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def say(self, text, likely=None):
-        choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
-        if likely:
-            top = [{"token": token, "logprob": math.log(p), "bytes": None} for token, p in likely.items()]
-            choice["logprobs"] = {"content": [{**top[0], "top_logprobs": top}]}
-        self.reply(200, {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]})
-
-    def fail(self, status=500):
-        self.reply(status, {"error": {"message": "something went wrong", "type": "server_error"}})
-
-    def hang_up(self):
-        self.connection.shutdown(socket.SHUT_RDWR)
-        self.connection.close()
-
-    def log_message(self, *args):
-        pass
-
-
 @pytest.fixture
 def serve():
     """serve(behave) -> (url, server); behave(handler, number of the request, its body) answers a request."""
-    servers = []
+    started = []
 
     def start(behave):
-        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        server.daemon_threads = True
-        server.behave, server.asked, server.lock, server.now, server.most = behave, [], threading.Lock(), 0, 0
-        server.alive = lambda: True
-        threading.Thread(target=server.serve_forever, kwargs=dict(poll_interval=0.05), daemon=True).start()
-        servers.append(server)
-        return f"http://127.0.0.1:{server.server_port}/v1", server
+        url, server = servers.start(behave)
+        started.append(server)
+        return url, server
 
     yield start
-    for server in servers:
+    for server in started:
         server.shutdown()
         server.server_close()
 
@@ -362,89 +310,25 @@ def test_smoothness_of_images_is_refused(serve):
 # --- Servers that mean harm, or are something else ---
 
 
-def begin(handler, status=200, **headers):
-    handler.send_response(status)
-    for name, value in {"Content-Type": "application/json", **headers}.items():
-        handler.send_header(name.replace("_", "-"), value)
-    handler.end_headers()
-
-
-def stream(handler, part, pause=0.0, seconds=20.0, status=200, **headers):
-    """Writes `part` again and again, until the client hangs up."""
-    if "head" not in headers:
-        begin(handler, status, **headers)
-    started = time.monotonic()
-    try:
-        while time.monotonic() - started < seconds:
-            handler.wfile.write(part)
-            handler.server.written = getattr(handler.server, "written", 0) + len(part)
-            time.sleep(pause)
-    except OSError:
-        pass
-
-
-def raw(handler, body, **headers):
-    begin(handler, Content_Length=str(len(body)), **headers)
-    handler.wfile.write(body)
-
-
-def drip_head(handler):
-    handler.wfile.write(b"HTTP/1.1 200 OK\r\n")
-    stream(handler, b"X-Drip: 1\r\n", pause=0.1, seconds=3, head=True)
-
-
-ANSWER = '{"choices": [{"message": {"content": %s}, "logprobs": %s}]}'
-HARM = {
-    "an endless body": lambda handler: stream(handler, b"[" * 65536),
-    "an endless error": lambda handler: stream(handler, b"no " * 20000, status=400),
-    "a body that drips": lambda handler: stream(handler, b" ", pause=0.1, seconds=3),
-    "a head that drips": drip_head,
-    "a large body": lambda handler: stream(handler, b"1" * 65536, Content_Length=str(300_000_000)),
-    "a small body that unpacks to a gigabyte": lambda handler: raw(
-        handler, gzip.compress(bytes(2**20)), Content_Encoding="gzip"
-    ),
-    "no JSON": lambda handler: raw(handler, b"<html>"),
-    "a page": lambda handler: raw(handler, b"<html>", Content_Type="text/html"),
-    "JSON nested deep": lambda handler: raw(handler, b"[" * 100_000),
-    "nothing": lambda handler: raw(handler, b"null"),
-    "a list": lambda handler: raw(handler, b"[1, 2]"),
-    "no choices": lambda handler: raw(handler, b'{"choices": []}'),
-    "choices of another kind": lambda handler: raw(handler, b'{"choices": {"a": 1}}'),
-    "a choice without a message": lambda handler: raw(handler, b'{"choices": [{"message": null}]}'),
-    "content that is a list": lambda handler: raw(handler, (ANSWER % ('["5"]', "null")).encode()),
-    "content that is a number": lambda handler: raw(handler, (ANSWER % ("5.5", "null")).encode()),
-    "a long number": lambda handler: raw(handler, (ANSWER % (f'"{"9" * 500_000}"', "null")).encode()),
-    "half a letter": lambda handler: raw(handler, (ANSWER % ('"\\ud800"', "null")).encode()),
-    "redirects without end": lambda handler: begin(handler, 307, Location=handler.path, Content_Length="0"),
-    "another protocol": lambda handler: handler.wfile.write(b"220 smtp ready\r\n" * 10),
-    "chances beyond measure": lambda handler: raw(
-        handler, (ANSWER % ('"7"', '{"content": [{"top_logprobs": [{"token": "7", "logprob": 1e9}]}]}')).encode()
-    ),
-    "chances of another kind": lambda handler: raw(handler, (ANSWER % ('"7"', '{"content": [1]}')).encode()),
-}
-
-
-@pytest.mark.parametrize("harm", HARM)
+@pytest.mark.parametrize("harm", servers.HARM)
 def test_an_answer_that_does_harm_costs_its_sample_a_moment_and_little_memory(serve, harm):
     """Every other request is answered: so the sample is masked, and the run goes on."""
 
     def behave(handler, number, body):
-        return HARM[harm](handler) if "poison" in words_of(body)[0] else handler.say("5", {"5": 0.9, "6": 0.1})
+        return servers.HARM[harm](handler) if "poison" in words_of(body)[0] else handler.say("5", {"5": 0.9, "6": 0.1})
 
     url, server = serve(behave)
     made = scorer(url=url, timeout=0.5, retries=0, expected="chances" in harm)
     started = time.perf_counter()
     score = made.score(clips(2), ["p", "poison"])
     assert score.isnan().tolist() == [False, True]
-    assert time.perf_counter() - started < 5 and getattr(server, "written", 0) < 20 * 2**20
+    assert time.perf_counter() - started < 5 and server.written < 20 * 2**20
 
 
-@pytest.mark.parametrize("harm", [name for name in HARM if "chances" not in name and "letter" not in name])
+@pytest.mark.parametrize("harm", [name for name in servers.HARM if name not in servers.SPOKEN])
 def test_a_server_that_does_nothing_else_is_refused_before_any_rollout(serve, harm):
     url, server = serve(None)
-    server.greeting = HARM[harm]
-    if harm == "a long number":
-        return scorer(url=url, timeout=0.5, retries=0)  # which is an answer
+    server.greeting = servers.HARM[harm]
     with pytest.raises(InputError, match="reward judge:alignment: .*--judge-url http") as error:
         scorer(url=url, timeout=0.5, retries=0)
     assert "\n" not in str(error.value) and len(str(error.value)) < 1000
