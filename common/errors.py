@@ -121,6 +121,7 @@ def _lost_a_process(error):
 def _say(what, line):
     line = " ".join(str(line).split())
     line = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line)  # a server's, a file's
+    line = line if len(line) <= 1000 else f"{line[:700]} ... {line[-300:]}"
     sys.stderr.write(f"{what}: {line}\n")  # one write: other processes write too
 
 

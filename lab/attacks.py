@@ -4,8 +4,8 @@
     python -m lab.attacks --only folders --number 40 --seed 7
 
 Each attack is a small run that ends well: it comes to its end, or says in one line what is wrong; without a traceback,
-without a hang, within 4 GiB, and whatever it had finished is saved. One process imports everything and forks for each
-attack, which calls the script's own main through errors.run; one in fifteen is a process of its own.
+with 60 seconds of computing and 4 GiB, and whatever it had finished is saved. One process imports everything and forks
+for each attack, which calls the script's own main through errors.run; one in fifteen is a process of its own.
 """
 
 import dataclasses
@@ -46,7 +46,7 @@ SMALL = (
     f"--steps={STEPS} --prompts-per-step=2 --group-size=2 --sampling-steps=3 --micro-batch=4 --save-every=0 "
     "--eval-every=0 --sample-every=0 --tracker=none --learning-rate=1e-4"
 ).split()
-LIMIT = 60.0  # seconds of an attack; with nothing else on the machine most take two
+LIMIT, WAIT = 60, 300.0  # seconds that an attack computes, and that it waits; most take two in all
 MEMORY = 4 * 2**30  # bytes
 
 
@@ -54,6 +54,8 @@ MEMORY = 4 * 2**30  # bytes
 class Args:
     number: int = 300
     """Attacks."""
+    first: int = 0
+    """The first one's number: `--first 59 --number 1` repeats one alone."""
     seed: int = 0
     """Of all that is random about them."""
     only: str = ""
@@ -375,6 +377,7 @@ def begin(attack, folder):
         os.setpgid(0, 0)
         os.chdir(folder)
         os.environ.update(attack.environment)
+        resource.setrlimit(resource.RLIMIT_CPU, (LIMIT, LIMIT))
         reader, writer = os.pipe()
         os.close(reader)
         out = writer if attack.stdout == "|" else os.open(attack.stdout or "stdout.txt", os.O_WRONLY | os.O_CREAT)
@@ -404,7 +407,7 @@ def verdict(attack, folder, status, seconds, memory):
     if "For full helptext" in said:  # tyro's box
         lines = [" ".join(said.replace("│", " ").split())]
     code, line = os.waitstatus_to_exitcode(status), (lines or [""])[-1]
-    if seconds > LIMIT:
+    if seconds > WAIT or code == -signal.SIGXCPU:
         return "a hang", f"{seconds:.0f} s"
     if "Traceback (most recent call last)" in said:
         return "a traceback", said[-2000:]
@@ -455,7 +458,7 @@ def template():
 
 def attacks(args, root):
     """(number, kind, attack, its folder), one after the other."""
-    for number in range(args.number):
+    for number in range(args.first, args.first + args.number):
         kind = args.only or ROUND[number % len(ROUND)]
         rng = random.Random(f"{args.seed} {number} {kind}")
         folder = root / str(number)
@@ -482,7 +485,7 @@ def main(args):
             for child, (number, kind, attack, folder, began) in list(running.items()):
                 done, status, usage = os.wait4(child, os.WNOHANG)
                 seconds = time.time() - began
-                if not done and seconds > LIMIT:
+                if not done and seconds > WAIT:
                     with_suppressed(os.killpg, child, signal.SIGKILL)
                     done, status, usage = os.wait4(child, 0)
                 if done:

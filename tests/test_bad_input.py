@@ -115,6 +115,10 @@ FILES = {
     "a path that is not there": (grpo_base, "--reward clip --reward-path clip={tmp}/nowhere", "nowhere"),
     "a checkpoint that is none": (grpo_base, "--reward clip --reward-path clip={tmp}/garbage.pt", "garbage.pt"),
     "weights that are not there": (grpo_base, "--reward hpsv2 --reward-path hpsv2={tmp}", "HPS_v2_compressed.pt"),
+    "a reward with a broken configuration": (
+        grpo_base, "--reward pickscore --reward-path pickscore={tmp}/pick", "--reward-path pickscore=",
+    ),
+    "prompts nested deep": (grpo_base, "--prompts {tmp}/deep.json", "deep.json is no JSON"),
     "no prompt file": (grpo_base, "--prompts {tmp}/nowhere.txt", "nowhere.txt"),
     "a folder of prompts": (grpo_base, "--prompts {tmp}", "prompts"),
     "prompts without a prompt": (grpo_base, "--prompts {tmp}/empty.txt", "no prompt"),
@@ -161,7 +165,8 @@ def tmp(tmp_path_factory):
         "lost.txt": "lost.png\ta red circle moving left\n", "nopicture.txt": "fine.txt\ta red circle moving left\n",
         "toaster/model_index.json": '{"_class_name": "ToasterPipeline"}', "broken/model_index.json": "{",
         "sd/model_index.json": '{"_class_name": "StableDiffusionPipeline"}', "run/config.json": "{",
-        "table.csv": "caption\na dog\n",
+        "table.csv": "caption\na dog\n", "deep.json": "[" * 100_000,
+        "pick/config.json": '{"vision_config": 5}', "pick/model.safetensors": "",
     }  # fmt: skip
     for name in ("cut.png", "photo.jpg", "bomb.png"):
         texts[name.replace(".png", ".txt").replace(".jpg", ".txt")] = f"{name}\ta red circle moving left\n"

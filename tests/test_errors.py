@@ -48,6 +48,12 @@ def test_what_the_machine_lacks_is_one_line(error, words, capsys):
     assert re.match(f"error: .*{words}", line)
 
 
+def test_a_line_is_no_longer_than_a_person_reads_and_moves_no_cursor(capsys):
+    assert ended(lambda: raises(InputError(f"no \x1b[2J{'a' * 5000}; take another"))) == 2
+    line = capsys.readouterr().err
+    assert line.startswith(r"error: no \x1b[2Jaaa") and line.endswith("aaa; take another\n") and len(line) < 1020
+
+
 def test_a_bug_of_ours_keeps_its_traceback():
     with pytest.raises(RuntimeError, match="a bug"):
         errors.run(lambda _: raises(RuntimeError("a bug")), None)

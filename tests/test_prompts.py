@@ -10,7 +10,7 @@ import pyarrow.parquet
 import pytest
 
 from common.errors import InputError
-from common.prompts import prompts_of_step, read_prompts
+from common.prompts import files, prompts_of_step, read_prompts
 
 
 def written(tmp_path, content):
@@ -204,3 +204,15 @@ def test_fifty_thousand_prompts_are_read_and_dealt_out_at_once(tmp_path):
     steps = [prompts_of_step(prompts, step, 8, seed=0) for step in range(200)]
     assert len(set(sum(steps, []))) == 1600
     assert time.process_time() - started < 1.0  # 0.2 on one slow core
+
+
+def test_a_file_without_end_is_refused(monkeypatch):
+    monkeypatch.setattr(files, "LONGEST", 10**6)
+    with pytest.raises(InputError, match="/dev/zero has more than 1000000 bytes"):
+        read_prompts("/dev/zero")
+
+
+def test_a_file_of_one_endless_line_is_refused(tmp_path):
+    (tmp_path / "line.txt").write_text("a red circle " * 10_000)
+    with pytest.raises(InputError, match="line.txt has a prompt of more than 100000 letters; write one prompt a line"):
+        read_prompts(tmp_path / "line.txt")

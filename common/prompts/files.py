@@ -8,6 +8,8 @@ from pathlib import Path
 from common.errors import InputError
 
 TABLES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+LONGEST = 2**30  # bytes of a file
+LETTERS = 100_000  # of a prompt; the models read some hundred words
 COLUMN = "prompt"  # of a table, where none is named
 
 
@@ -37,20 +39,30 @@ def read(path, column=COLUMN, called=None):
         raise InputError(f"prompts: {called} is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
     if not prompts:
         raise InputError(f"prompts: {called} has no prompt in it; give a text file with one prompt a line")
+    if len(max(prompts, key=len)) > LETTERS:
+        raise InputError(f"prompts: {called} has a prompt of more than {LETTERS} letters; write one prompt a line")
     return prompts
 
 
+def text_of(path):
+    """What a text file holds; raises InputError for one without end, as /dev/zero."""
+    with open(path, "rb") as file:
+        data = file.read(LONGEST + 1)
+    if len(data) > LONGEST:
+        raise InputError(f"prompts: {path} has more than {LONGEST} bytes; is it a file of prompts?")
+    return data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+
+
 def lines(path):
-    text = path.read_text(encoding="utf-8-sig")
-    prompts = [line.strip() for line in text.split("\n") if line.strip()]
+    prompts = [line.strip() for line in text_of(path).split("\n") if line.strip()]
     return [str(path.parent / prompt) if "\t" in prompt else prompt for prompt in prompts]
 
 
 def table(path, column, called):
     try:
         rows = ROWS[path.suffix.lower()](path, column)
-    except (ValueError, csv.Error, ImportError) as error:
-        if isinstance(error, UnicodeDecodeError):
+    except (ValueError, csv.Error, ImportError, RecursionError) as error:
+        if isinstance(error, (UnicodeDecodeError, InputError)):
             raise
         raise InputError(f"prompts: {called} is no {path.suffix[1:].upper()} ({str(error).splitlines()[0]})") from None
     return [prompt for number, row in enumerate(rows, 1) if (prompt := cell(row, column, number, called))]
@@ -78,7 +90,7 @@ def one_line(text):
 
 def _jsonl(path, column):
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
+    for number, line in enumerate(text_of(path).split("\n"), 1):
         try:
             rows += [json.loads(line)] if line.strip() else []
         except ValueError as error:
@@ -87,7 +99,7 @@ def _jsonl(path, column):
 
 
 def _json(path, column):
-    rows = json.loads(path.read_text(encoding="utf-8-sig"))
+    rows = json.loads(text_of(path))
     if not isinstance(rows, list):
         raise ValueError("it is no list of rows")
     return rows

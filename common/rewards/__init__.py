@@ -98,8 +98,21 @@ def load(names, prompts, reward_path=(), reward_batch=16, reward_frames="all", f
     for name, scorer in scorers.items():  # gigabytes, so after everything that can be wrong without them
         scorer.frames, scorer.fps, scorer.judge = reward_frames, fps, judge
         if hasattr(scorer, "load"):
-            scorer.load(Source(name, paths), reward_batch)
+            _load(name, scorer, Source(name, paths), reward_batch)
     return scorers
+
+
+def _load(name, scorer, source, batch):
+    try:
+        scorer.load(source, batch)
+    except Exception as error:  # whatever a broken file of a reward makes its libraries say
+        if isinstance(error, InputError) or errors.of_the_machine(error):
+            raise
+        where = f"--reward-path {name}={source.given}" if source.given else "the hub's cache"
+        raise InputError(
+            f"reward {name}: its files in {where} do not load ({type(error).__name__}: {errors.text(error)}); "
+            "download them again"
+        ) from None
 
 
 def check_name(name):
