@@ -53,7 +53,7 @@ _PAPERS = dict(
 _VIDEO = dict(
     _PAPERS, group_size=16, best_of=8, minibatches=2, shift=5.0, noise_level=0.5, learning_rate=5e-6, frames=53,
     fps=15.0, prompts="dancegrpo:videos", reward=("videoalign",), gradient_checkpointing=True,
-    reward_batch=8,  # clips of 480x832x53: two GiB
+    reward_batch=4,  # clips of 480x832x53: one GiB
 )  # fmt: skip
 
 # Settings by name; --model NAME makes them the defaults of the command line. Where the papers are silent about a

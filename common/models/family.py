@@ -154,7 +154,7 @@ class Family:
         size = self.decode_batch or len(x0)
         for start in range(0, len(x0), size):
             pixels = self.pixels(x0[start : start + size])
-            if not start:  # in place: 8 clips at once, and once more in parts, would be 4 GiB
+            if not start:  # in place: to join the parts would hold them twice
                 media = pixels.new_empty(len(x0), *pixels.shape[1:])
             media[start : start + size] = pixels
         return media

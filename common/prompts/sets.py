@@ -126,7 +126,7 @@ def _fetched(name, item):
         if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):  # the hub's own reading of it
             raise OSError("HF_HUB_OFFLINE is set")
         with urllib.request.urlopen(url, timeout=30) as answer:
-            data = answer.read()
+            data = answer.read(files.LONGEST)
         if blob_id(data) != item.blob:
             raise OSError(f"what it gives is another file: git blob {blob_id(data)}, not {item.blob}")
         _keep(place, data)
