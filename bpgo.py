@@ -1,5 +1,4 @@
-"""BPGO, Bayesian prior-guided optimization (arXiv 2511.18919): GRPO that asks how far a reward can be trusted.
-Against grpo_base.py:
+"""Bayesian prior-guided optimization (BPGO, arXiv 2511.18919): how far is a reward trusted? Against grpo_base.py:
 
   1. a prior says which reward a prompt's samples are expected to get (section 4.1);
   2. RAS: a group counts more when its mean is above the prior, less when it is below;
@@ -41,11 +40,13 @@ MEMORY = 50  # steps that the running mean goes back: the mean of all while ther
 @dataclass
 class Args(arguments.Args):
     alpha: Annotated[float, arguments.From(0, 1)] = 0.5
-    """RAS: how far trust goes from 1 (table 3: best of 0.1, 0.5, 0.7, 0.9); 0: CRT alone."""
+    """RAS: how far trust goes from 1 (table 3: best of 0.1, 0.5, 0.7, 0.9); 0: a plain first term."""
     k: Annotated[float, arguments.From(0, 1000)] = 1.0
     """RAS: how steeply trust rises with (mean reward - prior) / scale."""
     beta: Annotated[float, arguments.From(0, 1000)] = 0.5
     """CRT: weight of the second term; 0: RAS alone."""
+    crt_alone: bool = False
+    """The second term by itself, without a weight: eq 5."""
     lam: Annotated[float, arguments.From(0, 1000)] = 1.0
     """CRT: weight of (reward - prior) / scale beside the step at the prior."""
     prior: Literal["running-mean", "sft", "first-frame", "constant"] = "running-mean"
@@ -141,7 +142,8 @@ def main(args):
     if args.kl_coef:
         run.keep_initial(model)
     prior = Prior(run, model, scorers, reward_weights)
-    stateful = {"optimizer": run.prepare(model), **model.trainable, "prior": prior.state}  # what a checkpoint holds
+    stateful = {"optimizer": run.prepare(model), **model.trainable}  # what a checkpoint holds
+    stateful["prior"] = prior.state
     rewards.try_out(scorers, model, prompts[0])
     start = run.resume(stateful)
     report = Report(run, start)
@@ -181,14 +183,17 @@ def main(args):
 
         # --- Advantage ---
         reward = combine_scores(scores, reward_weights)  # [P, G]
-        advantages = compute_advantages(reward, args.adv_clip_max)
+        terms = rewards.terms(args.aggregate, reward, scores, reward_weights)  # what is normalised by itself
+        advantages = sum(w * compute_advantages(r, args.adv_clip_max) for r, w in terms)  # [P, G]
         expected = prior.expect(batch, reward)  # [P, 1]
         deviation, unit = reward - expected, args.reward_scale or rewards.scale(scorers, reward_weights)
         trust = reliability_weights(deviation.nanmean(1, keepdim=True), 0, args.alpha, args.k / unit)  # [P, 1]
         contrast = compute_advantages(contrastive_rewards(deviation, 0, args.lam / unit), args.adv_clip_max)
-        advantage = run.local(advantages)  # [b]
-        minibatches = split_rows(keep_rows(reward, args.best_of), args.minibatches)  # of [P, G]
-        w, contrast = run.local(trust.expand_as(reward)), run.local(contrast)  # [b]
+        both = (contrast, 0 * contrast) if args.crt_alone else (trust * advantages, args.beta * contrast)  # eq 5; 3, 6
+        advantage, contrast = map(run.local, both)  # [b]
+        spread = (reward - reward.nanmean(1, keepdim=True)).square().nanmean(1, keepdim=True).sqrt()  # [P, 1]
+        kept = keep_rows(reward, args.best_of) & ~(spread < args.min_spread)  # [P, G]
+        minibatches = split_rows(kept, args.minibatches)
 
         # --- Update ---
         run.blame = partial(rewards.blame, scores, advantages, batch)  # for a gradient that is no number
@@ -196,7 +201,7 @@ def main(args):
         for update in range(args.updates_per_step * args.minibatches):
             minibatch = minibatches[update % args.minibatches]
             # rows without advantage and without KL have no gradient
-            learning = minibatch if args.kl_coef else minibatch & ~zero_variance(reward)
+            learning = minibatch if args.kl_coef else minibatch & advantages.any(1, keepdim=True)
             weight = run.local(learning / minibatch.sum())  # [b]
             diagnostics.append([])
             trained = sde.noisy_steps(s, args.timestep_fraction, chance)
@@ -210,8 +215,8 @@ def main(args):
                     velocity = model.velocity(x, sigmas[t], cond_mb)
                     _, log_prob, mean = transition(velocity, x, *at, x_next=x_next)
                     ratio = torch.exp(log_prob - log_probs[mb, t])  # [mb]
-                    row_loss = w[mb] * loss.clipped_surrogate(ratio, advantage[mb], args.clip_range)
-                    row_loss += args.beta * loss.clipped_surrogate(ratio, contrast[mb], args.clip_range)
+                    row_loss = loss.clipped_surrogate(ratio, advantage[mb], args.clip_range)
+                    row_loss += loss.clipped_surrogate(ratio, contrast[mb], args.clip_range)
                     if args.kl_coef:
                         with run.initial_weights():
                             _, _, reference = transition(model.velocity(x, sigmas[t], cond_mb), x, *at)
@@ -227,10 +232,10 @@ def main(args):
         run.check_ratio(metrics["ratio_error"])
         metrics |= {
             "reward_mean": reward.nanmean(),
-            "reward_std": (reward - reward.nanmean(1, keepdim=True)).square().nanmean(1).sqrt().nanmean(),
+            "reward_std": spread.nanmean(),
             "advantage_abs_mean": advantages.abs().mean(),
             "masked_samples": reward.isnan().sum(),
-            "skipped_groups": (reward.isfinite().sum(1) < 2).sum(),
+            "skipped_groups": (~kept.any(1)).sum(),
         }
         metrics |= {"prior": expected.mean(), **{f"trust_{n}": getattr(trust, n)() for n in ("mean", "min", "max")}}
         metrics |= {f"{name}_mean": score.nanmean() for name, score in scores.items()}

@@ -122,9 +122,12 @@ def main(args):
 
         # --- Advantage ---
         reward = combine_scores(scores, reward_weights)  # [P, G]
-        advantages = compute_advantages(reward, args.adv_clip_max)
+        terms = rewards.terms(args.aggregate, reward, scores, reward_weights)  # what is normalised by itself
+        advantages = sum(w * compute_advantages(r, args.adv_clip_max) for r, w in terms)  # [P, G]
         advantage = run.local(advantages)  # [b]
-        minibatches = split_rows(keep_rows(reward, args.best_of), args.minibatches)  # of [P, G]
+        spread = (reward - reward.nanmean(1, keepdim=True)).square().nanmean(1, keepdim=True).sqrt()  # [P, 1]
+        kept = keep_rows(reward, args.best_of) & ~(spread < args.min_spread)  # [P, G]
+        minibatches = split_rows(kept, args.minibatches)
 
         # --- Update ---
         run.blame = partial(rewards.blame, scores, advantages, batch)  # for a gradient that is no number
@@ -132,7 +135,7 @@ def main(args):
         for update in range(args.updates_per_step * args.minibatches):
             minibatch = minibatches[update % args.minibatches]
             # rows without advantage and without KL have no gradient
-            learning = minibatch if args.kl_coef else minibatch & ~zero_variance(reward)
+            learning = minibatch if args.kl_coef else minibatch & advantages.any(1, keepdim=True)
             weight = run.local(learning / minibatch.sum())  # [b]
             diagnostics.append([])
             trained = sde.noisy_steps(s, args.timestep_fraction, chance)
@@ -162,10 +165,10 @@ def main(args):
         run.check_ratio(metrics["ratio_error"])
         metrics |= {
             "reward_mean": reward.nanmean(),
-            "reward_std": (reward - reward.nanmean(1, keepdim=True)).square().nanmean(1).sqrt().nanmean(),
+            "reward_std": spread.nanmean(),
             "advantage_abs_mean": advantages.abs().mean(),
             "masked_samples": reward.isnan().sum(),
-            "skipped_groups": (reward.isfinite().sum(1) < 2).sum(),
+            "skipped_groups": (~kept.any(1)).sum(),
         }
         metrics |= {f"{name}_mean": score.nanmean() for name, score in scores.items()}
         metrics["samples_per_second"] = B / sum(metrics[f"{part}_seconds"] for part in ("rollout", "reward", "update"))

@@ -26,10 +26,12 @@ BPGO = {
     "hunyuan": _T2V,
 }
 
-# Section 6.1: two nodes of 8 GPUs for FLUX, one for Stable Diffusion, otherwise as DanceGRPO.
+# Section 6.1: two nodes of 8 GPUs for FLUX, one for Stable Diffusion, otherwise as DanceGRPO, whose code adds up
+# advantages.
+_MIXED = dict(paper=_SLAS, prompts="hpdv2", aggregate="advantages")
 SLAS = {
-    "flux": dict(GRPO["flux"], paper=_SLAS, reward=("hpsv2.1=0.7", "clip-h=1.4"), prompts="hpdv2"),
-    "sd1.4": dict(GRPO["sd1.4"], paper=_SLAS, reward=("hpsv2.1", "clip-h"), prompts="hpdv2"),
+    "flux": dict(GRPO["flux"], **_MIXED, reward=("hpsv2.1=0.7", "clip-h=1.4")),
+    "sd1.4": dict(GRPO["sd1.4"], **_MIXED, reward=("hpsv2.1", "clip-h")),
 }
 
 # Section 5.2 and appendix A. Images have no smoothness to judge, so two stages are left of three.

@@ -78,8 +78,9 @@ def stage_weights(rewards, thresholds, alpha, beta, slope, saturation="hoyer", o
 
 def check_stages(args, scorers, weights):
     """Raises InputError for stages that cannot be mixed; returns the weights of the exam: the last stage's alone."""
-    if len(args.thresholds) != len(weights) - 1 or args.only_stage > len(weights) or set(weights.values()) != {1.0}:
-        raise errors.InputError(f"{len(weights)} stages take one threshold less, no =WEIGHT and no later --only-stage")
+    wrong = len(args.thresholds) != len(weights) - 1 or args.only_stage > len(weights) or args.aggregate != "rewards"
+    if wrong or set(weights.values()) != {1.0}:
+        raise errors.InputError(f"{len(weights)} stages: a threshold less; no =WEIGHT, --aggregate, later --only-stage")
     rewards.require_range({name: scorers[name] for name in weights})
     return {list(weights)[-1]: 1.0}
 
@@ -185,9 +186,12 @@ def main(args):
         pace = (args.thresholds, args.alpha, args.beta, args.slope, args.saturation, args.only_stage, args.gate)
         w = stage_weights(torch.stack(list(stages.values())), *pace)  # [K, P]
         reward = combine_scores(stages, dict(zip(stages, w[:, :, None])))  # [P, G]
-        advantages = compute_advantages(reward, args.adv_clip_max)
+        terms = rewards.terms(args.aggregate, reward, scores, reward_weights)  # what is normalised by itself
+        advantages = sum(w * compute_advantages(r, args.adv_clip_max) for r, w in terms)  # [P, G]
         advantage = run.local(advantages)  # [b]
-        minibatches = split_rows(keep_rows(reward, args.best_of), args.minibatches)  # of [P, G]
+        spread = (reward - reward.nanmean(1, keepdim=True)).square().nanmean(1, keepdim=True).sqrt()  # [P, 1]
+        kept = keep_rows(reward, args.best_of) & ~(spread < args.min_spread)  # [P, G]
+        minibatches = split_rows(kept, args.minibatches)
 
         # --- Update ---
         run.blame = partial(rewards.blame, scores, advantages, batch)  # for a gradient that is no number
@@ -195,7 +199,7 @@ def main(args):
         for update in range(args.updates_per_step * args.minibatches):
             minibatch = minibatches[update % args.minibatches]
             # rows without advantage and without KL have no gradient
-            learning = minibatch if args.kl_coef else minibatch & ~zero_variance(reward)
+            learning = minibatch if args.kl_coef else minibatch & advantages.any(1, keepdim=True)
             weight = run.local(learning / minibatch.sum())  # [b]
             diagnostics.append([])
             trained = sde.noisy_steps(s, args.timestep_fraction, chance)
@@ -225,10 +229,10 @@ def main(args):
         run.check_ratio(metrics["ratio_error"])
         metrics |= {
             "reward_mean": reward.nanmean(),
-            "reward_std": (reward - reward.nanmean(1, keepdim=True)).square().nanmean(1).sqrt().nanmean(),
+            "reward_std": spread.nanmean(),
             "advantage_abs_mean": advantages.abs().mean(),
             "masked_samples": reward.isnan().sum(),
-            "skipped_groups": (reward.isfinite().sum(1) < 2).sum(),
+            "skipped_groups": (~kept.any(1)).sum(),
         }
         metrics |= {f"weight_{n}": x.nanmean() for n, x in zip(stages, w)}
         metrics |= {f"competence_{n}": x.nanmean() for n, x in stages.items()}

@@ -39,8 +39,8 @@ EPS = 1e-8  # in every division by a standard deviation
 class Args(arguments.Args):
     gamma: Annotated[float | Literal["auto"], arguments.From(0, 10)] = 0.5
     """Advantages have the power 1 + gamma of the deviations; auto: the largest that --kl-limit allows."""
-    normalize: Literal["before", "after"] = "before"
-    """Divide by the batch's standard deviation before the power is taken, or after."""
+    normalize: Literal["before", "after", "shaped", "none"] = "before"
+    """Divide by the batch's standard deviation before the power is taken; after; by that of the shaped ones; not."""
     kl_limit: Annotated[float, arguments.Above(0, 1e6)] = 1e-4
     """zeta of --gamma auto: the KL that one update may cost, averaged over rows and dimensions."""
     SETTINGS = papers.SLAS
@@ -59,7 +59,9 @@ def compute_advantages(reward, gamma, adv_clip_max, normalize="before"):
     centred = reward - reward.nanmean(1, keepdim=True)
     std = (reward - reward.nanmean()).square().nanmean().sqrt() + EPS  # of the whole batch
     z = centred / std
-    advantages = z.sign() * z.abs() ** (1 + gamma) * (std**gamma if normalize == "after" else 1)
+    power = z.sign() * z.abs() ** (1 + gamma)
+    shaped = (power - power.nanmean()).square().nanmean().sqrt() + EPS  # their own, of the whole batch
+    advantages = power * {"after": std**gamma, "shaped": 1 / shaped, "none": std ** (1 + gamma)}.get(normalize, 1)
     return torch.where(zero_variance(reward) | reward.isnan(), 0.0, advantages).clamp(-adv_clip_max, adv_clip_max)
 
 
@@ -136,10 +138,14 @@ def main(args):
 
         # --- Advantage ---
         reward = combine_scores(scores, reward_weights)  # [P, G]
-        gamma = region.exponent(compute_advantages(reward, 0, torch.inf)) if args.gamma == "auto" else args.gamma
-        advantages = compute_advantages(reward, gamma, args.adv_clip_max, args.normalize)
+        terms = rewards.terms(args.aggregate, reward, scores, reward_weights)  # what is normalised by itself
+        deviations = sum(w * compute_advantages(r, 0, torch.inf, args.normalize) for r, w in terms)  # [P, G]
+        gamma = region.exponent(deviations) if args.gamma == "auto" else args.gamma
+        advantages = sum(w * compute_advantages(r, gamma, args.adv_clip_max, args.normalize) for r, w in terms)
         advantage = run.local(advantages)  # [b]
-        minibatches = split_rows(keep_rows(reward, args.best_of), args.minibatches)  # of [P, G]
+        spread = (reward - reward.nanmean(1, keepdim=True)).square().nanmean(1, keepdim=True).sqrt()  # [P, 1]
+        kept = keep_rows(reward, args.best_of) & ~(spread < args.min_spread)  # [P, G]
+        minibatches = split_rows(kept, args.minibatches)
 
         # --- Update ---
         run.blame = partial(rewards.blame, scores, advantages, batch)  # for a gradient that is no number
@@ -147,7 +153,7 @@ def main(args):
         for update in range(args.updates_per_step * args.minibatches):
             minibatch = minibatches[update % args.minibatches]
             # rows without advantage and without KL have no gradient
-            learning = minibatch if args.kl_coef else minibatch & ~zero_variance(reward)
+            learning = minibatch if args.kl_coef else minibatch & advantages.any(1, keepdim=True)
             weight = run.local(learning / minibatch.sum())  # [b]
             diagnostics.append([])
             trained = sde.noisy_steps(s, args.timestep_fraction, chance)
@@ -179,10 +185,10 @@ def main(args):
         run.check_ratio(metrics["ratio_error"])
         metrics |= {
             "reward_mean": reward.nanmean(),
-            "reward_std": (reward - reward.nanmean(1, keepdim=True)).square().nanmean(1).sqrt().nanmean(),
+            "reward_std": spread.nanmean(),
             "advantage_abs_mean": advantages.abs().mean(),
             "masked_samples": reward.isnan().sum(),
-            "skipped_groups": (reward.isfinite().sum(1) < 2).sum(),
+            "skipped_groups": (~kept.any(1)).sum(),
         }
         metrics |= {"gamma": gamma, "batch_std": reward[reward.isfinite()].std(unbiased=False), **region.measured}
         metrics |= {f"{name}_mean": score.nanmean() for name, score in scores.items()}

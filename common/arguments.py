@@ -41,6 +41,9 @@ class Args:
     """A named model (--list-models), the folder of a diffusers pipeline, or a hub id."""
     reward: tuple[str, ...] = ()
     """Rewards to train on, NAME or NAME=WEIGHT, several separated by spaces; common/rewards/README.md lists them."""
+    aggregate: Literal["rewards", "advantages"] = "rewards"
+    """Of several rewards: normalise their weighted sum, where the one with the largest spread decides; or each by
+    itself, and add up the advantages with the weights."""
     watch: tuple[str, ...] = ()
     """Rewards to score and log beside those, without training on them."""
     reward_path: tuple[str, ...] = ()
@@ -112,6 +115,8 @@ class Args:
     """Share of the noisy denoising steps that an update trains on, drawn at random for each update."""
     best_of: Annotated[int, From(0, 1e5)] = 0
     """Train on the n/2 best and n/2 worst samples of each group; advantages still come from all G. 0: train on all."""
+    min_spread: Annotated[float, From(0, 1e6)] = 0.0
+    """Leave out the groups whose rewards have a smaller standard deviation than this (2605.10937, Imp1)."""
     updates_per_step: Annotated[int, From(1, 1000)] = 1
     """Passes over each rollout."""
     minibatches: Annotated[int, From(1, 1e5)] = 1

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from common import rewards
 from grpo_base import EPS, combine_scores, compute_advantages, keep_rows, split_rows, zero_variance
 
 NO_CLAMP = 1e9
@@ -24,9 +25,9 @@ def random_rewards(prompts, group, centre=0.0, spread=1.0):
 
 
 # --- Advantages ---
-@pytest.mark.parametrize("rewards", [[0.360, 0.370, 0.380, 0.390], [0.366, 0.367, 0.368, 0.369]])
-def test_population_std_gives_the_values_printed_by_slas(rewards):
-    got = compute_advantages(torch.tensor([rewards]), NO_CLAMP)
+@pytest.mark.parametrize("group", [[0.360, 0.370, 0.380, 0.390], [0.366, 0.367, 0.368, 0.369]])
+def test_population_std_gives_the_values_printed_by_slas(group):
+    got = compute_advantages(torch.tensor([group]), NO_CLAMP)
     np.testing.assert_allclose(got.numpy(), [[-1.342, -0.447, 0.447, 1.342]], rtol=0, atol=5e-4)
 
 
@@ -139,6 +140,36 @@ def test_combined_reward_is_the_weighted_sum_of_the_named_scores():
     got = combine_scores({"hps": a, "unused": c, "clip": b}, {"clip": 1.4, "hps": 0.7})
     assert got.shape == (2, 4)
     np.testing.assert_allclose(got.numpy(), 0.7 * a.numpy() + 1.4 * b.numpy(), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("aggregate", ["rewards", "advantages"])
+def test_several_rewards_are_normalised_as_one_or_each_by_itself(aggregate):
+    """As DanceGRPO's code adds them up: sum_k w_k (R_k - mean R_k) / std R_k, each clamped."""
+    a, b = random_rewards(3, 6, 0.3, 0.01), random_rewards(4, 6, 0.4, 0.02)[:3]
+    a[0, 1] = np.nan  # a sample without one of the scores has none
+    scores, weights = {"hps": torch.tensor(a), "clip": torch.tensor(b)}, {"hps": 0.7, "clip": 1.4}
+    terms = rewards.terms(aggregate, combine_scores(scores, weights), scores, weights)
+    got = sum(w * compute_advantages(r, 1.5) for r, w in terms)
+    assert got[0, 1] == 0
+    for p in range(3):
+        kept = np.isfinite(a[p])
+        if aggregate == "rewards":
+            expected = np.clip(advantages_of([0.7 * a[p, kept] + 1.4 * b[p, kept]], EPS)[0], -1.5, 1.5)
+        else:
+            parts = [np.clip(advantages_of([r[p, kept]], EPS)[0], -1.5, 1.5) for r in (a, b)]
+            expected = 0.7 * parts[0] + 1.4 * parts[1]
+        np.testing.assert_allclose(got[p, kept].numpy(), expected, rtol=0, atol=1e-9)
+
+
+def test_the_reward_with_the_larger_spread_decides_a_sum_and_not_the_sum_of_advantages():
+    """Of independent rewards with spreads 1 and 2 and weights 1 and 2, the first has the correlation 1 / sqrt(17) with
+    the one and 1 / sqrt(5) with the other."""
+    a, b = torch.randn(2, 1, 40_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    scores, weights = {"a": 0.01 * a, "b": 0.02 * b}, {"a": 0.7, "b": 1.4}
+    for aggregate, correlation in (("rewards", 17**-0.5), ("advantages", 5**-0.5)):
+        terms = rewards.terms(aggregate, combine_scores(scores, weights), scores, weights)
+        got = sum(w * compute_advantages(r, NO_CLAMP) for r, w in terms)
+        assert torch.corrcoef(torch.cat([a, got]))[0, 1].item() == pytest.approx(correlation, abs=0.015)
 
 
 def test_one_reward_of_weight_one_is_left_bit_for_bit():

@@ -204,6 +204,22 @@ def test_a_skipped_group_trains_nothing(train, flaky, monkeypatch):
         assert rows[0]["grad_norm"] == 0 and rows[0]["loss"] == 0
 
 
+@pytest.mark.parametrize("method", [grpo_base, slas])
+def test_a_group_with_less_spread_than_asked_for_is_left_out_as_one_without_scores(train, flaky, monkeypatch, method):
+    narrow, wide, none = [0.4, 0.5, 0.4, 0.5], [0.1, 0.9, 0.1, 0.9], [NAN] * 4
+    settings = dict(prompts_per_step=2, group_size=4, steps=1, reward=("flaky",), lora_rank=2, sampling_steps=2)
+    settings |= dict(normalize="none") if method is slas else {}  # the batch's spread is that of other groups
+    found = []
+    for name, first in (("spread", narrow), ("masked", none)):
+        scores_ = torch.tensor(first + wide)
+        monkeypatch.setattr(Flaky, "score", lambda self, media, prompts, s=scores_: s[-len(media) :])
+        output, spread = f"{method.__name__}-{name}", 0.2 if name == "spread" else 0.0
+        _, (row, *_) = train(method, min_spread=spread, output=output, **settings)
+        found.append([row[key] for key in ("skipped_groups", "grad_norm", "advantage_abs_mean")])
+    (skipped, norm, both), (_, expected, one) = found
+    assert skipped == 1 and norm == pytest.approx(expected, rel=1e-5) and norm > 0 and both > one
+
+
 def test_what_is_no_number_is_null_in_the_metrics_and_no_number_again_after_a_resume(train, flaky):
     """Each of two rewards has scores, their sum has none."""
     for script in METHODS:

@@ -146,16 +146,16 @@ def test_the_exponent_is_bounded():
 
 @pytest.mark.parametrize("R", CASES)
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
-@pytest.mark.parametrize("normalize", ["before", "after"])
+@pytest.mark.parametrize("normalize", ["before", "after", "shaped", "none"])
 def test_super_linear_advantages(R, gamma, normalize):
     deviation, std = R - R.mean(1, keepdims=True), R.std()
-    if normalize == "before":
-        expected = np.sign(deviation) * np.abs(deviation / std) ** (1 + gamma)
-    else:
-        expected = np.sign(deviation) * np.abs(deviation) ** (1 + gamma) / std
+    shaped = np.sign(deviation) * np.abs(deviation) ** (1 + gamma)
+    unit = {"before": std ** (1 + gamma), "after": std, "shaped": shaped.std(), "none": 1.0}[normalize]
+    expected = shaped / unit
     ours = slas.compute_advantages(tensor(R), gamma, 1e9, normalize)
-    close(ours, expected, 1e-5)  # eps against a standard deviation of 0.003
-    assert slas.compute_advantages(tensor(R), gamma, 0.1, normalize).abs().max() <= 0.1
+    close(ours / np.abs(expected).max(), expected / np.abs(expected).max(), 1e-5)  # eps against deviations of 0.003
+    top = np.abs(expected).max() / 2
+    close(slas.compute_advantages(tensor(R), gamma, top, normalize) / top, (expected / top).clip(-1, 1), 1e-5)
 
 
 def test_prompts_keep_their_own_spread():
@@ -432,8 +432,10 @@ def test_gradient_of_both_terms_is_theirs_added(train):
     trusted = gradient("ras", alpha=0.5, beta=0.0)
     contrast = gradient("crt", alpha=0.0, beta=1.0) - plain
     everything = gradient("both", alpha=0.5, beta=0.7)
+    alone = gradient("alone", alpha=0.5, beta=0.3, crt_alone=True)
     assert contrast.norm() > 0.1 * plain.norm() and (trusted - plain).norm() > 0.01 * plain.norm()
     assert (everything - trusted - 0.7 * contrast).norm() <= 1e-4 * everything.norm()
+    assert (alone - contrast).norm() <= 1e-4 * contrast.norm()  # eq 5
 
 
 # --- The trust region ---
@@ -537,11 +539,12 @@ BAD = {
     "bpgo --prior first-frame": "has no conditioning image",
     "slas --gamma -0.5": "--gamma -0.5: must be from 0",
     "slas --kl-limit 0": "--kl-limit 0",
-    "self_paced --thresholds 0.5": "3 stages take one threshold less",
-    "self_paced --reward verifier": "1 stages take one threshold less",
+    "self_paced --thresholds 0.5": "3 stages: a threshold less",
+    "self_paced --reward verifier": "1 stages: a threshold less",
     "self_paced --reward jpeg verifier --thresholds 0.5": "reward jpeg: its scores have no bounds",
     "self_paced --reward verifier=2 --thresholds": "no =WEIGHT",
-    "self_paced --only-stage 4": "no later --only-stage",
+    "self_paced --only-stage 4": "later --only-stage",
+    "self_paced --aggregate advantages": "no =WEIGHT, --aggregate",
 }
 
 

@@ -28,6 +28,9 @@ SMALL = dict(
     prompts_per_step=3, group_size=4, sampling_steps=4, micro_batch=6, steps=4, save_every=2, eval_every=0,
     sample_every=0, tracker="none", learning_rate=1e-5, reward=("red",),
 )  # fmt: skip
+PARTS = dict(
+    best_of=2, minibatches=2, micro_batch=1, clip_range=1e-6, reward=("red", "green=2"), aggregate="advantages"
+)
 MOVING = {**SMALL, "model": "tiny-wan-i2v", "steps": 2, "micro_batch": 3, "reward": ("change",)}
 RUNS = {
     f"{script.__name__}-{kind}": (script, {**SMALL, "lora_rank": 4 * (kind == "lora"), "reward": rewards})
@@ -39,7 +42,7 @@ RUNS |= {
     "window": (grpo_base, {**MOVING, "sde_window": 1}),  # steps that train one expert alone
     "average": (grpo_base, {**SMALL, "kl_coef": 0.1, "best_of": 2, "ema": 0.9}),
     # three rows a part, wherever their processes are: of two parts, one may have all of its rows in one process
-    "parts": (grpo_base, {**SMALL, "best_of": 2, "minibatches": 2, "micro_batch": 1, "clip_range": 1e-6}),
+    "parts": (grpo_base, SMALL | PARTS),
 }
 # a prompt without any score, once in the middle and once at the end, where one process has less to do than the other
 MASKED = {

@@ -198,7 +198,12 @@ def test_two_runs_of_one_seed_write_the_same_metrics(train, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, dict(lora_rank=4, best_of=2, updates_per_step=2, minibatches=2, timestep_fraction=0.5)]
+    "settings",
+    [
+        {},
+        dict(lora_rank=4, best_of=2, updates_per_step=2, minibatches=2, timestep_fraction=0.5)
+        | dict(reward=("verifier", "jpeg=0.5"), aggregate="advantages"),
+    ],
 )
 def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(train, settings):
     whole, rows = train(steps=4, save_every=1, learning_rate=1e-3, **settings)

@@ -264,6 +264,14 @@ def scale(scorers, weights):
     return sum(abs(weight) * scorers[name].scale for name, weight in weights.items())
 
 
+def terms(aggregate, total, scores, weights):
+    """What advantages are computed from, [(rewards [P, G], its weight)]: the weighted sum `total` of the scores {name:
+    [P, G]}; or, "advantages", each of them by itself, a sample without one of them (NaN) having none."""
+    if aggregate == "rewards":
+        return [(total, 1.0)]
+    return [(scores[name].masked_fill(total.isnan(), torch.nan), weight) for name, weight in weights.items()]
+
+
 def weighted_sum(scores, weights):
     """{name: [...]} and {name: weight} -> [...]"""
     return sum(weights[name] * scores[name] for name in weights)
