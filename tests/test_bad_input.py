@@ -141,7 +141,7 @@ FILES = {
     "a server that is no URL": (grpo_base, "--reward judge:quality --judge-url nowhere --judge-retries 0", "nowhere"),
     "a judge that is not there": (grpo_base, "--reward judge:quality --judge-model {tmp}/nowhere", "--judge-model"),
     "a prior of an image that is not there": (bpgo, "--prior first-frame", "conditioning image"),
-    "thresholds too many": (self_paced, "--thresholds 0.1 0.2 0.3", "one threshold less"),
+    "thresholds too many": (self_paced, "--thresholds 0.1 0.2 0.3", "a threshold less"),
     "a stage that is not there": (self_paced, "--only-stage 4", "--only-stage"),
     "stages with weights": (self_paced, "--reward verifier:quality=2 verifier --thresholds 0.5", "no =WEIGHT"),
     "a stage without bounds": (self_paced, "--reward jpeg verifier --thresholds 0.5", "bounds"),
