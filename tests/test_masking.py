@@ -139,6 +139,12 @@ def test_a_sample_without_one_of_the_stages_has_none():
     assert [str(round(x, 3)) for x in stages["b"][0].tolist()] == ["0.5", "nan", "nan"]
 
 
+def test_a_reward_without_weight_takes_no_score_away():
+    found = {"a": torch.tensor([[0.2, 0.4]]), "b": torch.tensor([[NAN, 0.1]])}
+    assert rewards.weighted_sum(found, {"a": 2.0, "b": 0.0}).tolist()[0] == pytest.approx([0.4, 0.8])
+    assert rewards.weighted_sum(found, {"a": 2.0, "b": 1.0}).isnan().tolist() == [[True, False]]
+
+
 def test_a_masked_sample_stretches_no_other_reward_around_the_prior():
     reward = torch.tensor([[0.3, NAN, 0.8]])
     found = bpgo.contrastive_rewards(reward, torch.tensor([[0.5]]), 1.0)

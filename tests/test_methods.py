@@ -513,6 +513,8 @@ def test_calibrate_trains_alone_the_stage_that_opens_a_gate_and_only_once(train,
     tau = 0.3 * sum(means[:5]) / 5 + 0.7 * sum(means[-5:]) / 5
     assert json.loads((folder / "config.json").read_text())["thresholds"] == pytest.approx([tau], abs=1e-9)
     assert f"measured: --thresholds {tau:.3f}" in capsys.readouterr().out
+    if gate == "own":
+        return
     # stopped in the calibration: it goes on
     for lost in (folder / "config.json", folder / "checkpoints", calibration / "checkpoints/step_000050"):
         lost.unlink() if lost.is_file() else shutil.rmtree(lost)

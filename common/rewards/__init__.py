@@ -273,5 +273,5 @@ def terms(aggregate, total, scores, weights):
 
 
 def weighted_sum(scores, weights):
-    """{name: [...]} and {name: weight} -> [...]"""
-    return sum(weights[name] * scores[name] for name in weights)
+    """{name: [...]} and {name: weight} -> [...]; a reward of weight 0 takes no part, nor does its NaN."""
+    return sum(weight * scores[name] for name, weight in weights.items() if not isinstance(weight, float) or weight)
