@@ -8,6 +8,7 @@ if workers := os.getenv("PYTEST_XDIST_WORKER_COUNT"):  # they share the cores; b
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import json
+import signal
 import socket
 import subprocess
 
@@ -18,6 +19,7 @@ import grpo_base
 from common import arguments
 
 ROOT = Path(__file__).resolve().parents[1]
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it; tests send it
 TIMINGS = ("rollout_seconds", "reward_seconds", "update_seconds", "samples_per_second")
 
 

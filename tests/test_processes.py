@@ -232,7 +232,8 @@ def test_states_of_several_processes_are_put_together_in_order(tmp_path):
 
 def test_a_launch_outlives_a_killed_process_and_a_signal(tmp_path):
     """When one of two is killed the other ends; when the launcher gets SIGTERM, both finish their step and save it."""
-    settings = {**SMALL, "prompts_per_step": 2, "steps": 1000, "save_every": 1, "keep_checkpoints": 3}
+    settings = {**SMALL, "reward": ("verifier",), "prompts_per_step": 2, "steps": 1000, "save_every": 1}
+    settings["keep_checkpoints"] = 3
     run = tmp_path / "run"
     process = launched(2, *words(grpo_base, settings, run))
     while len(checkpoints.newest_first(run)) < 2:
