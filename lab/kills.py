@@ -1,9 +1,10 @@
-"""Kills a run at random moments, lets `--resume latest` finish it, and compares it with a run that nothing disturbed.
+"""Kills runs at random moments, lets `--resume latest` finish them, and compares them with runs that nothing disturbed.
 
-    python -m lab.kills                       # 20 kills (SIGKILL), every fourth while a checkpoint is being written
-    python -m lab.kills --script bpgo.py --times 5
+    python -m lab.kills                       # 20 kills (SIGKILL): all scripts, and all that a checkpoint has to hold
+    python -m lab.kills --script bpgo --times 3
 
-Same means: every number of metrics.jsonl but the timings, and every tensor of the last checkpoint, bit for bit.
+Same means, bit for bit: every number of metrics.jsonl but the timings, every tensor of the last checkpoint, and every
+file of the exports.
 """
 
 import json
@@ -27,20 +28,44 @@ SMALL = (
     "--sample-every=0 --tracker=none --learning-rate=1e-3 --micro-batch=8"
 ).split()
 TIMINGS = ("rollout_seconds", "reward_seconds", "update_seconds", "samples_per_second")
+CALIBRATED = "self_paced --calibrate --sampling-steps=2 --group-size=2"
+KILLS = (  # what runs, and in what it is killed
+    ("grpo_base", "a step"),
+    ("bpgo", "a checkpoint"),
+    ("slas --gamma=auto", "a step"),
+    ("self_paced", "a step, twice"),
+    (CALIBRATED, "the calibration"),
+    ("grpo_base", "the export"),
+    ("grpo_base --lora-rank=4 --kl-coef=0.1 --ema=0.9", "a step"),
+    ("grpo_base --lora-rank=4 --kl-coef=0.1 --ema=0.9", "the export"),
+    ("grpo_base --kl-coef=0.1 --ema=0.9 --best-of=2", "a checkpoint"),
+    ("grpo_base --kl-coef=0.1 --ema=0.9 --best-of=2", "a step, twice"),
+    ("grpo_base --updates-per-step=2 --timestep-fraction=0.6", "a step"),
+    ("bpgo --prior=sft --lora-rank=4", "a step"),
+    ("bpgo --prior=sft --lora-rank=4", "a checkpoint, twice"),
+    ("bpgo", "a step, twice"),
+    ("slas --gamma=auto", "a checkpoint, twice"),
+    ("slas --lora-rank=4 --best-of=2", "a step"),
+    ("slas --lora-rank=4 --best-of=2", "the export"),
+    ("self_paced", "a checkpoint"),
+    ("self_paced --lora-rank=4 --ema=0.9", "a step, twice"),
+    (CALIBRATED, "a step"),
+)
 
 
 @dataclass
 class Args:
-    script: str = "grpo_base.py"
-    """The script that is killed."""
-    times: int = 20
+    script: str = ""
+    """The one that is killed; none: all."""
+    times: int = len(KILLS)
     """How often, each time in a new run."""
     seed: int = 0
     """Of the moments."""
 
 
-def start(script, folder, *flags):
-    words = [sys.executable, str(ROOT / script), *SMALL, f"--output={folder}", *flags]
+def start(job, folder, *flags):
+    script, *more = job.split()
+    words = [sys.executable, str(ROOT / f"{script}.py"), *SMALL, *more, f"--output={folder}", *flags]
     return subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
@@ -54,60 +79,80 @@ def steps_done(folder):
     return len(path.read_text().splitlines()) if path.exists() else 0
 
 
-def kill(process, folder, rng, writing):
-    """Kills a run in a random step, after a random part of it, or while it writes that step's checkpoint; returns a
-    line that says when."""
-    step, after = rng.randrange(STEPS), rng.random()
-    while steps_done(folder) < step:
-        _wait(process)
-    while writing and not list(folder.glob("checkpoints/.step_*")):
-        _wait(process)
-    if not writing:
-        time.sleep(after * (8.0 if step == 0 else 0.6))  # the first begins with the start of Python
+def kill(process, folder, rng, moment):
+    """Kills a run in a random step, after a random part of it, or in what `moment` names; returns a line that says
+    when, or that it had finished."""
+    first, again = _saved(folder), rng.random()
+    if "checkpoint" in moment:
+        _wait(process, lambda: list(folder.glob("checkpoints/.step_*")))
+    elif "export" in moment:
+        _wait(process, (folder / ".export.tmp").exists)
+    elif "calibration" in moment:
+        step = rng.randrange(50)
+        _wait(process, lambda: any(steps_done(part) > step for part in folder.glob("calibrate-*")))
+    else:
+        step = rng.randrange(STEPS)
+        if first:  # it goes on: half of the times it dies before it has done anything
+            _wait(process, lambda: again < 0.5 or _saved(folder) > first)
+        else:
+            _wait(process, lambda: steps_done(folder) >= step)
+        time.sleep(rng.random() * (8.0 if step == 0 or first and again < 0.5 else 0.6))  # the start of Python is long
     process.kill()
-    process.wait()
-    saved = [path.name for path in checkpoints.newest_first(folder)[:1]]
-    where = "writing a checkpoint" if writing else f"{steps_done(folder)} steps logged"
-    return f"{where}, {saved[0] if saved else 'none'} saved" + ", finished before" * (process.returncode == 0)
+    process.communicate()
+    where = f"in {moment}" if "step" not in moment else f"{steps_done(folder)} steps logged"
+    return f"{where}, {_saved(folder)} saved" + ", finished before" * (process.returncode == 0)
 
 
-def _wait(process):
-    assert process.poll() is None, process.stderr.read()
-    time.sleep(0.0005)
+def _saved(folder):
+    return max([0, *map(checkpoints.number_of, checkpoints.newest_first(folder))])
+
+
+def _wait(process, until):
+    while not until() and process.poll() != 0:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.0005)
 
 
 def same(folder, whole):
-    """Whether two finished runs left the same numbers and weights."""
-    numbers, states = [], []
+    """Whether two finished runs left the same numbers, weights and exports."""
+    numbers, states, exports = [], [], []
     for run in (folder, whole):
         rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         numbers.append([{name: row[name] for name in row if name not in TIMINGS} for row in rows])
         step, state = checkpoints.read(checkpoints.newest_first(run)[0])
         states.append([step, *torch.utils._pytree.tree_leaves(state)])
-    return numbers[0] == numbers[1] and all(
-        torch.equal(a, b) if torch.is_tensor(a) else a == b for a, b in zip(*states, strict=True)
+        files = [path for path in run.glob("export*/**/*") if path.is_file()]
+        exports.append({path.relative_to(run): path.read_bytes() for path in files})
+    return (
+        numbers[0] == numbers[1]
+        and exports[0] == exports[1]
+        and all(torch.equal(a, b) if torch.is_tensor(a) else a == b for a, b in zip(*states, strict=True))
     )
 
 
-def kill_and_resume(script, folder, whole, rng, writing):
+def kill_and_resume(job, folder, whole, rng, moment):
     """(when it was killed, whether the resumed run equals `whole`)"""
-    when = kill(start(script, folder), folder, rng, writing)
-    finish(start(script, folder, "--resume=latest"))
-    return when, same(folder, whole)
+    when = [kill(start(job, folder), folder, rng, moment)]
+    if "twice" in moment:
+        when.append(kill(start(job, folder, "--resume=latest"), folder, rng, moment))
+    finish(start(job, folder, "--resume=latest"))
+    return "; ".join(when), same(folder, whole)
 
 
 def main(args):
-    rng = random.Random(args.seed)
+    kills = [(job, moment) for job, moment in KILLS if job.split()[0] == args.script or not args.script]
+    rng, equal, wholes = random.Random(args.seed), 0, {}
+    print("| | run | killed in | when | the same at the end |\n| --- | --- | --- | --- | --- |")
     with tempfile.TemporaryDirectory() as root:
-        whole = Path(root) / "whole"
-        finish(start(args.script, whole))
-        equal = 0
-        print("| kill | when | the same at the end |\n| --- | --- | --- |")
         for number in range(args.times):
-            when, agrees = kill_and_resume(args.script, Path(root) / str(number), whole, rng, number % 4 == 3)
+            job, moment = kills[number % len(kills)]
+            if job not in wholes:
+                wholes[job] = Path(root) / f"whole{number}"
+                finish(start(job, wholes[job]))
+            when, agrees = kill_and_resume(job, Path(root) / str(number), wholes[job], rng, moment)
             equal += agrees
-            print(f"| {number + 1} | {when} | {'yes' if agrees else 'NO'} |", flush=True)
-    print(f"\n{args.script}: {equal} of {args.times} the same")
+            print(f"| {number + 1} | `{job}` | {moment} | {when} | {'yes' if agrees else 'NO'} |", flush=True)
+    print(f"\n{equal} of {args.times} the same")
     return equal == args.times
 
 

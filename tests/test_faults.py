@@ -49,9 +49,9 @@ def test_a_run_killed_at_any_moment_goes_on_exactly(train, tmp_path):
     settings = dict(steps=kills.STEPS, save_every=1, learning_rate=1e-3)
     whole, _ = train(**settings)
     rng = random.Random(1)
-    for number in range(3):
+    for number, moment in enumerate(("a step", "a step", "a checkpoint")):
         folder = tmp_path / str(number)
-        kills.kill(kills.start("grpo_base.py", folder), folder, rng, writing=number == 2)
+        kills.kill(kills.start("grpo_base", folder), folder, rng, moment)
         train(output=str(folder), resume="latest", **settings)
         assert kills.same(folder, whole)
 
