@@ -433,7 +433,10 @@ def lost(attack, folder, code, line):
             continue
         steps = len((run / "metrics.jsonl").read_text().splitlines())
         done = checkpoints.newest_first(run)
-        saved = checkpoints.read(done[0])[0] if done else 0
+        try:
+            saved = checkpoints.read(done[0])[0] if done else 0
+        except checkpoints.Broken as error:
+            return "a loss", str(error)
         if saved != steps or (code == 0 and not (run / "export").is_dir()):
             return "a loss", f"{steps} steps, {saved} saved: {line}"
     return None

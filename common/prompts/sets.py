@@ -203,6 +203,7 @@ def _hpsv2(style):
         import hpsv2
     except ImportError as error:
         raise InputError(f"prompts: hpsv2:{style} takes the package hpsv2 ({error}); pip install hpsv2") from None
+    hub.settle()
     try:
         try:
             prompts = hpsv2.benchmark_prompts(style)

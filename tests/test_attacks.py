@@ -1,0 +1,75 @@
+"""The attacker sees what went wrong; `python -m lab.attacks` attacks 300 times."""
+
+import signal
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from common import checkpoints
+from lab import attacks
+
+GOOD = "error: --steps 0: must be from 1\n"
+TRACE = "Traceback (most recent call last):\n  File x\nKeyError: 1\n"
+
+
+def verdict(tmp_path, said="", code=0, seconds=1.0, memory=0, **attack):
+    (tmp_path / "stderr.txt").write_text(said)
+    status = -code if code < 0 else code << 8
+    return attacks.verdict(attacks.Attack("SIGTERM", [], **attack), tmp_path, status, seconds, memory)[0]
+
+
+def test_an_attack_that_ends_well(tmp_path):
+    assert verdict(tmp_path) == "its end"
+    assert verdict(tmp_path, GOOD, 2) == "one line"
+    assert verdict(tmp_path, "╭─ Parsing error ─╮\n│ --stepz │\n│ For full helptext, see --help │", 2) == "one line"
+    assert verdict(tmp_path, code=-signal.SIGTERM) == "one line"
+
+
+@pytest.mark.parametrize(
+    "given, result",
+    [
+        (dict(said=TRACE, code=1), "a traceback"),
+        (dict(said=GOOD + TRACE, code=1), "a traceback"),
+        (dict(code=1), "0 lines"),
+        (dict(said=GOOD * 2, code=2), "2 lines"),
+        (dict(said=f"error: {'x' * 2000}", code=2), "1 lines"),
+        (dict(seconds=attacks.WAIT + 1), "a hang"),
+        (dict(code=-signal.SIGXCPU), "a hang"),
+        (dict(code=-signal.SIGSEGV), "an end by signal"),
+        (dict(memory=attacks.MEMORY + 1), "too much memory"),
+    ],
+)
+def test_an_attack_that_does_not(given, result, tmp_path):
+    assert verdict(tmp_path, **given) == result
+
+
+def test_steps_that_are_lost_are_seen(tmp_path):
+    (tmp_path / "run/export").mkdir(parents=True)
+    (tmp_path / "run/metrics.jsonl").write_text("{}\n{}\n")
+    assert verdict(tmp_path, GOOD, 1) == "a loss"
+    for step in (1, 2):
+        checkpoints.begin(tmp_path / "run", step)
+        checkpoints.put(tmp_path / "run", step, {"prior": {}})
+        checkpoints.publish(tmp_path / "run", step, {"prior": 0})
+        assert verdict(tmp_path, GOOD, 1) == ("a loss" if step == 1 else "one line")
+    assert verdict(tmp_path) == "its end"
+    (tmp_path / "run/export").rmdir()
+    assert verdict(tmp_path) == "a loss"
+
+
+def test_what_an_attack_had_to_leave_alone(tmp_path):
+    kept = tmp_path / "kept"
+    kept.write_text("a")
+    assert verdict(tmp_path, kept=((kept, b"a"),)) == "its end"
+    assert verdict(tmp_path, kept=((kept, b"b"),)) == "a loss"
+
+
+@pytest.mark.slow
+def test_a_round_of_attacks_leaves_every_run_whole():
+    done = subprocess.run(
+        [sys.executable, "-m", "lab.attacks", "--number", "27"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "27 of 27 without traceback, hang or loss" in done.stdout
