@@ -217,7 +217,7 @@ def parse(cls, description):
         for i, word in enumerate(argv):
             if word == "--resume" and (i + 1 == len(argv) or argv[i + 1].startswith("--")):
                 argv = [*argv[: i + 1], "latest", *argv[i + 1 :]]
-        _check_initials(cls, argv)
+        _check_words(cls, argv)
         model, resume, output = (_given(argv, flag) for flag in ("--model", "--resume", "--output"))
         default = defaults(cls, *model)
         if resume:
@@ -231,10 +231,13 @@ def _given(argv, flag):
     return [value for word, value in pairs if word == flag and value is not None][-1:]
 
 
-def _check_initials(cls, argv):
-    """Raises InputError for --lr and the like, which look like no flag to tyro: it suggests by the letters."""
+def _check_words(cls, argv):
+    """Raises InputError for --lr and the like, which look like no flag to tyro: it suggests by the letters; and for
+    words longer than any path, which it would repeat."""
     names = [f.name for f in dataclasses.fields(cls)]
     for word in argv:
+        if len(word) > 4096:
+            raise InputError(f"{word[:40]}...: a word of {len(word)} letters; no setting is so long")
         short = word.partition("=")[0].removeprefix("--")
         meant = [n for n in names if "_" in n and short == "".join(part[0] for part in n.split("_"))]
         if word.startswith("--") and meant and short not in names:

@@ -24,6 +24,7 @@ VALUES = {
     "no such flag": (grpo_base, "--stepz 5", "--stepz"),
     "a flag by its initials": (grpo_base, "--lr 1e-4", "--learning-rate"),
     "a number of 400 digits": (grpo_base, f"--steps {10**400}", "--steps"),
+    "a number of 5000 letters": (grpo_base, f"--timestep-fraction={'a' * 5000}", "5020 letters"),
     "a name that is no UTF-8": (grpo_base, "--output run\udcff", "UTF-8"),
     "no such word": (grpo_base, "train", "train"),
     "another method's flag": (grpo_base, "--gamma 0.5", "--gamma"),
