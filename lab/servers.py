@@ -132,7 +132,7 @@ SPOKEN = ("a long number", "half a letter", "chances beyond measure", "chances o
 def start(behave, greeting=None):
     """A server in a thread of this process -> (its URL, the server)."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
+    server.daemon_threads, server.handle_error = True, lambda request, client: None  # a client that did not wait
     server.behave, server.greeting, server.alive = behave, greeting, lambda: True
     server.asked, server.lock, server.now, server.most, server.written = [], threading.Lock(), 0, 0, 0
     threading.Thread(target=server.serve_forever, kwargs=dict(poll_interval=0.05), daemon=True).start()
