@@ -54,7 +54,9 @@ def initial_reward(run, model, scorers, weights, prompts):
 def still_reward(run, model, scorers, weights, prompts):
     """Reward of each of n prompts' conditioning images, shown as a still video: [n]"""
     scorers = {name: scorers[name] for name in weights}
-    scores = score(scorers, model.still(prompts), prompts)
+    parts = [prompts[i : i + run.score_batch] for i in range(0, len(prompts), run.score_batch)]
+    found = [score(scorers, model.still(part), part) for part in parts]
+    scores = {name: torch.cat([part[name] for part in found]) for name in scorers}
     scores = {name: run.gather(value[None]).T for name, value in scores.items()}  # [n, processes]
     check_finite(scores, scorers, prompts)
     return expected(weighted_sum(scores, weights)[:, 0], prompts)  # a judge may answer each process otherwise
