@@ -7,6 +7,7 @@ Same means, bit for bit: every number of metrics.jsonl but the timings, every te
 file of the exports.
 """
 
+import contextlib
 import json
 import random
 import subprocess
@@ -82,25 +83,30 @@ def steps_done(folder):
 def kill(process, folder, rng, moment):
     """Kills a run in a random step, after a random part of it, or in what `moment` names; returns a line that says
     when, or that it had finished."""
-    first, again = _saved(folder), rng.random()
-    if "checkpoint" in moment:
-        _wait(process, lambda: list(folder.glob("checkpoints/.step_*")))
-    elif "export" in moment:
-        _wait(process, (folder / ".export.tmp").exists)
-    elif "calibration" in moment:
+    began, before, step, coin = time.time(), _saved(folder), rng.randrange(STEPS), rng.random() < 0.5
+    if "calibration" in moment:
         step = rng.randrange(50)
         _wait(process, lambda: any(steps_done(part) > step for part in folder.glob("calibrate-*")))
+    elif "export" in moment:
+        _wait(process, lambda: _written(folder, ".export.tmp", began))
+    elif before:  # it goes on, and dies as it starts or when it has done something
+        _wait(process, lambda: coin or _saved(folder) > before)
     else:
-        step = rng.randrange(STEPS)
-        if first:  # it goes on: half of the times it dies before it has done anything
-            _wait(process, lambda: again < 0.5 or _saved(folder) > first)
-        else:
-            _wait(process, lambda: steps_done(folder) >= step)
-        time.sleep(rng.random() * (8.0 if step == 0 or first and again < 0.5 else 0.6))  # the start of Python is long
+        _wait(process, lambda: steps_done(folder) >= step)
+    if "checkpoint" in moment:
+        _wait(process, lambda: _written(folder, "checkpoints/.step_*", began))
+    elif "step" in moment:
+        time.sleep(rng.random() * (8.0 if (coin if before else step == 0) else 0.6))  # Python starts for seconds
     process.kill()
     process.communicate()
-    where = f"in {moment}" if "step" not in moment else f"{steps_done(folder)} steps logged"
-    return f"{where}, {_saved(folder)} saved" + ", finished before" * (process.returncode == 0)
+    where = f"{steps_done(folder)} steps logged, {_saved(folder)} saved"
+    return where + ", finished before" * (process.returncode == 0)
+
+
+def _written(folder, pattern, began):
+    """Whether something that is being written is there, and not from a run before."""
+    with contextlib.suppress(FileNotFoundError):  # it may go while we look
+        return any(path.stat().st_mtime >= began for path in folder.glob(pattern))
 
 
 def _saved(folder):
