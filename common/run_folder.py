@@ -170,7 +170,7 @@ def claim(folder, args, checkpoint=None):
             said = _set_aside(folder, checkpoint[1])
         write_text(folder / "config.json", json.dumps({**settings(args), **own}, indent=2) + "\n")
     except OSError as error:
-        raise InputError(f"--output {folder}: cannot write there ({error.strerror})") from None
+        raise InputError(f"--output {folder}: cannot write there ({error.strerror or error})") from None
     return own["run"], said
 
 
@@ -186,7 +186,7 @@ def new_run(folder, step, flag, value):
 def rows_before(path, step):
     """The rows of a metrics.jsonl of the steps before this one."""
     rows = map(_json, path.read_text(errors="replace").splitlines() if path.exists() else ())
-    rows = [row for row in rows if isinstance(row, dict) and row.get("step", step) < step]
+    rows = [row for row in rows if isinstance(row, dict) and type(row.get("step")) is int and row["step"] < step]
     return [{name: math.nan if value is None else value for name, value in row.items()} for row in rows]
 
 
@@ -250,7 +250,7 @@ def _config(folder):
         config = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError, RecursionError):
         config = None
-    if not isinstance(config, dict):
+    if not config or not isinstance(config, dict):
         raise InputError(f"--output {folder}: its config.json cannot be read; choose another folder")
     return config
 

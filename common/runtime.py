@@ -64,7 +64,8 @@ class Runtime:
     def find(args):
         """The folder of a run, the same on every process, and the settings that it was started with, {} before that."""
         is_main = PartialState(cpu=not torch.cuda.is_available()).is_main_process
-        folder = Path(broadcast_object_list([run_folder.choose(args) if is_main else None])[0])
+        chosen = run_folder.choose(args) if is_main or args.resume else None  # what is wrong with --resume, all say
+        folder = Path(broadcast_object_list([chosen])[0])
         return folder, run_folder.before(folder, args)
 
     # --- Rows ---

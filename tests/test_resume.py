@@ -154,7 +154,10 @@ def test_the_settings_of_a_run_are_the_defaults_of_its_command_line(command, cop
     run = copied()
     before = json.loads((run / "config.json").read_text())
     shutil.rmtree(run / "checkpoints/step_000003")
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('[3]\n{"step": "two"}\n{"step": null, "x": 1}\n{}\n{"step": 2')  # of a killed process
     command("--output runs/one --resume latest --save-every 2")
+    assert [row["step"] for row in metrics(run)] == [0, 1, 2]
     after = json.loads((run / "config.json").read_text())
     assert {name for name in before if before[name] != after[name]} == {"resume", "save_every", "output"}
     assert after["group_size"] == 4 and after["save_every"] == 2 and after["steps"] == 3
@@ -214,6 +217,7 @@ def test_code_is_trusted_by_a_flag_and_by_no_file(command, copied, monkeypatch):
 
 ODD = {
     "no dictionary": ("[1]", "config.json cannot be read"),
+    "empty": ("{}", "config.json cannot be read"),
     "nested deep": ("[" * 100_000, "config.json cannot be read"),
     "a word for a number": ({"group_size": "four"}, "group_size 'four', now it is 12"),
     "a number for a list": ({"reward": 3}, "reward 3, now it is ['verifier']"),
