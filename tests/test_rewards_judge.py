@@ -13,7 +13,9 @@ import time
 
 import pytest
 import torch
+import transformers
 from conftest import ROOT, launch
+from packaging.version import Version
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from vlm import clips, save_judge
@@ -23,6 +25,10 @@ from common import arguments, rewards
 from common.errors import InputError, RunError
 from common.rewards import judge
 from lab import servers
+
+in_this_process = pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.23"), reason="a judge in this process takes transformers 5.23"
+)
 
 STAGES = ("judge:quality", "judge:smoothness", "judge:alignment")
 PROMPTS = ["a red circle", 'a "quoted" prompt, with {braces} and <|im_end|>', "🦊 ثعلب", "x " * 500]
@@ -366,6 +372,7 @@ def folder(tmp_path_factory):
     return folder
 
 
+@in_this_process
 def test_a_model_in_this_process_says_what_it_finds_likeliest(folder):
     """Against one forward pass for each sample alone, put together by hand."""
     media, prompts = clips(9), (PROMPTS * 3)[:9]
@@ -375,6 +382,7 @@ def test_a_model_in_this_process_says_what_it_finds_likeliest(folder):
     assert found.tolist() == expected and len(set(expected)) > 4
 
 
+@in_this_process
 def test_expected_scores_of_a_model_in_this_process(folder):
     media, prompts = clips(5), [PROMPTS[i % 4] for i in range(5)]
     judge.local.cache_clear()
@@ -436,6 +444,13 @@ def test_a_model_that_is_not_there_is_said_before_any_rollout(tmp_path):
         scorer(model=str(tmp_path / "nothing"))
 
 
+@pytest.mark.skipif(not in_this_process.args[0], reason="it is refused by older ones alone")
+def test_a_release_whose_prompts_can_spell_control_tokens_is_refused(folder):
+    with pytest.raises(InputError, match="takes transformers 5.23.*--judge-url"):
+        scorer(model=str(folder))
+
+
+@in_this_process
 def test_transformers_own_server(folder):
     """`transformers serve` with the small model: what it answers is what the model in this process says."""
     port = free_url().rpartition(":")[2].removesuffix("/v1")

@@ -19,6 +19,8 @@ from pathlib import Path
 
 import openai
 import torch
+import transformers
+from packaging.version import Version
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -190,6 +192,11 @@ class Local:
                 f"reward judge: --judge-model {model} cannot be loaded ({text(error)}); run `hf download {model}` "
                 "where there is a network, give a folder, or --judge-url of a server"
             ) from None
+        if Version(transformers.__version__) < Version("5.23"):  # in older ones prompts can spell control tokens
+            raise InputError(
+                "reward judge: a model in this process takes transformers 5.23, and so Python 3.11; installed is "
+                f"{transformers.__version__}: use --judge-url of a server"
+            )
         self.processor.tokenizer.padding_side = "left"
 
     @torch.no_grad()
