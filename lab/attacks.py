@@ -431,7 +431,8 @@ def lost(attack, folder, code, line):
     for run in folder.glob("r*n*"):
         if not attack.saved or attack.kept or not (run / "metrics.jsonl").is_file():
             continue
-        steps = len((run / "metrics.jsonl").read_text().splitlines())
+        rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+        steps = sum("reward_mean" in row for row in rows)  # the last evaluation has a row of its own
         done = checkpoints.newest_first(run)
         try:
             saved = checkpoints.read(done[0])[0] if done else 0

@@ -47,7 +47,7 @@ def test_an_attack_that_does_not(given, result, tmp_path):
 
 def test_steps_that_are_lost_are_seen(tmp_path):
     (tmp_path / "run/export").mkdir(parents=True)
-    (tmp_path / "run/metrics.jsonl").write_text("{}\n{}\n")
+    (tmp_path / "run/metrics.jsonl").write_text('{"reward_mean": 0}\n' * 2 + '{"eval_reward": 0}\n')
     assert verdict(tmp_path, GOOD, 1) == "a loss"
     for step in (1, 2):
         checkpoints.begin(tmp_path / "run", step)
