@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 from safetensors.torch import load_file, save_file
+from transformers import CLIPConfig, CLIPImageProcessor
 
 from common import hub, models
 from common.errors import InputError
@@ -177,6 +179,23 @@ def test_whole_folders_pass_and_load_as_diffusers_loads_them(name):
         if isinstance(module, torch.nn.Module):
             state = getattr(ours, part).state_dict()
             assert all(torch.equal(value, state[key]) for key, value in module.state_dict().items())
+
+
+def test_stable_diffusions_safety_checker_comes_from_a_pipelines_module(copy):
+    """As the index of CompVis/stable-diffusion-v1-4 has it."""
+    model = copy("tiny-sd")
+    small = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    vision = dict(small, image_size=32, patch_size=16)
+    config = CLIPConfig(text_config=small, vision_config=vision, projection_dim=8)
+    StableDiffusionSafetyChecker(config).save_pretrained(model / "safety_checker")
+    CLIPImageProcessor().save_pretrained(model / "feature_extractor")
+    index = {"safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"], "requires_safety_checker": True}
+    setting(INDEX, feature_extractor=["transformers", "CLIPImageProcessor"], **index)(model)
+    pipe = models.load(str(model), torch.float32).pipe
+    assert type(pipe.safety_checker) is StableDiffusionSafetyChecker and pipe.feature_extractor is not None
+    cut("safety_checker/model.safetensors", 100)(model)
+    with pytest.raises(InputError, match="broken safety_checker/model.safetensors"):
+        models.load(str(model), torch.float32)
 
 
 def test_a_machine_without_a_network_is_asked_for_the_hub_once(monkeypatch):

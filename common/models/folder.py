@@ -20,7 +20,7 @@ import transformers
 
 from common.errors import InputError, text
 
-LIBRARIES = ("diffusers", "transformers")  # a part of any other is code that the folder brings
+LIBRARIES = ("diffusers", "transformers")  # and the modules of diffusers.pipelines; any other is code in the folder
 VOCABULARIES = ("tokenizer.json", "merges.txt", "spiece.model", "tokenizer.model", "vocab.txt")  # of a tokenizer
 POINTER = int.from_bytes(b"version ", "little")  # how a file begins that git-lfs has not fetched
 LARGEST = 10**6  # steps of a schedule
@@ -57,9 +57,11 @@ def check(cls, folder, trusted=False):
             continue
         if not (isinstance(entry, list) and len(entry) == 2 and all(isinstance(word, str) for word in entry)):
             raise wrong(folder, f"has a model_index.json whose {name} is {entry!r:.60}, no library and class")
-        if entry[0] not in LIBRARIES and not trusted:
+        library = _library(entry[0])
+        if library is None and not trusted:
             raise InputError(f"model: {folder}: its {name} brings Python code; --trust-remote-code runs it")
-        parts[name] = _class_of(folder, name, *entry, kinds) if entry[0] in LIBRARIES else None
+        kinds = (torch.nn.Module,) if name in cls.encoders else kinds
+        parts[name] = _class_of(folder, name, library, entry[1], kinds) if library else None
     for name, of in parts.items():
         if of is not None:
             _check_files(folder, name, of)
@@ -87,14 +89,22 @@ def read_json(folder, file):
     return content
 
 
+def _library(name):
+    """The module that the index names for a part; None where it is the folder's own."""
+    if name in LIBRARIES:
+        return importlib.import_module(name)
+    return getattr(diffusers.pipelines, name, None) if name.isidentifier() else None  # SD's safety checker is there
+
+
 def _class_of(folder, name, library, class_name, kinds):
     """The class that the index names for a part, once it is one that the pipeline takes; kinds: what it declares."""
     try:
-        of = getattr(importlib.import_module(library), class_name)
+        of = getattr(library, class_name)
     except Exception:  # it imports what it finds by that name
         of = None
     if not isinstance(of, type) or not hasattr(of, "from_pretrained"):
-        raise wrong(folder, f"has a model_index.json whose {name} is {library}.{class_name:.60}, which does not exist")
+        called = f"{library.__name__}.{class_name:.60}"
+        raise wrong(folder, f"has a model_index.json whose {name} is {called}, which does not exist")
     modules = tuple(kind for kind in kinds if _is_module(kind))
     fits = issubclass(of, modules) if modules else not _is_module(of)
     if not fits or issubclass(of, diffusers.SchedulerMixin) != (name == "scheduler"):
@@ -142,7 +152,7 @@ def _check_files(folder, name, of):
 
 def _check_weights(folder, name, of):
     """The number of tensors in a module's weights, by the heads of its files; without .safetensors: infinite."""
-    stem = "model" if of.__module__.startswith("transformers.") else "diffusion_pytorch_model"
+    stem = "model" if issubclass(of, transformers.PreTrainedModel) else "diffusion_pytorch_model"
     file, table = f"{name}/{stem}.safetensors", f"{name}/{stem}.safetensors.index.json"
     if (folder / file).is_file():
         return _check_safetensors(folder, file)
