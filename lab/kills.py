@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 STEPS = 6
 SMALL = (
     f"--prompts-per-step=2 --group-size=4 --sampling-steps=4 --steps={STEPS} --save-every=1 --eval-every=0 "
-    "--sample-every=0 --tracker=none --learning-rate=1e-3 --micro-batch=8"
+    "--sample-every=0 --tracker=none --learning-rate=1e-3 --micro-batch=8 --minibatches=1"
 ).split()
 TIMINGS = ("rollout_seconds", "reward_seconds", "update_seconds", "samples_per_second")
 CALIBRATED = "self_paced --calibrate --sampling-steps=2 --group-size=2"

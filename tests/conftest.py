@@ -28,7 +28,7 @@ def train(tmp_path, monkeypatch):
     """Runs a script's main here on small settings; returns (folder, rows of metrics.jsonl without the timings)."""
 
     def run(script=grpo_base, output="run", **settings):
-        small = dict(prompts_per_step=2, group_size=4, sampling_steps=4, micro_batch=8, tracker="none")
+        small = dict(prompts_per_step=2, group_size=4, sampling_steps=4, micro_batch=8, minibatches=1, tracker="none")
         small |= dict(steps=2, eval_every=0, sample_every=0)
         monkeypatch.setattr(sys, "argv", [script.__file__])
         folder = tmp_path / output

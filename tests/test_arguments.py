@@ -205,7 +205,7 @@ def test_a_folder_that_is_no_supported_model(tmp_path):
         dict(best_of=12, group_size=12),
         dict(minibatches=12, group_size=12),
         dict(minibatches=2, best_of=2),
-        dict(best_of=2, group_size=2),
+        dict(best_of=2, group_size=2, minibatches=1),
         dict(sde_window=7, sampling_steps=8),
         dict(sde_window=1, sampling_steps=2),
         dict(sde_window=3, sde_steps=3, sampling_steps=4),

@@ -25,7 +25,7 @@ from common import arguments, checkpoints, errors, models, sharding
 from common.runtime import Runtime
 
 SMALL = dict(
-    prompts_per_step=3, group_size=4, sampling_steps=4, micro_batch=6, steps=4, save_every=2, eval_every=0,
+    prompts_per_step=3, group_size=4, sampling_steps=4, micro_batch=6, minibatches=1, steps=4, save_every=2, eval_every=0,
     sample_every=0, tracker="none", learning_rate=1e-5, reward=("red",),
 )  # fmt: skip
 PARTS = dict(

@@ -133,7 +133,7 @@ def test_gradient_of_a_step_is_that_of_the_objective_written_out(train, settings
     monkeypatch.setattr(grpo_base.Runtime, "update", update)
     train(steps=1, reward=("jpeg",), **settings)
     base = dict(prompts_per_step=2, group_size=4, sampling_steps=4)
-    args = arguments.defaults(grpo_base.Args, **base, **{**dict(micro_batch=8), **settings})
+    args = arguments.defaults(grpo_base.Args, **base, **{**dict(micro_batch=8, minibatches=1), **settings})
     assert len(seen) == args.minibatches
     for number, (grads, moved) in enumerate(seen):
         model = models.load("tiny-flux", torch.float32, height=32, width=32)
