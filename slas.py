@@ -24,6 +24,7 @@ from functools import partial
 from typing import Annotated, Literal
 
 import torch
+from torch.nn.functional import pad
 
 import papers
 from common import arguments, errors, heldout, loss, models, rewards, sde
@@ -119,13 +120,13 @@ def main(args):
         cond = model.encode(captions)
         first = rows // G * G if args.same_noise else rows  # whose initial noise a row starts from
         trajectories = []
-        for mb in torch.arange(len(rows)).split(args.micro_batch):
+        for mb in run.batches(len(rows)):
             x = sde.RowNoise(args.seed, step, first[mb], run.device)(model.noise_shape)
             noise = sde.RowNoise(args.seed, step, B + rows[mb], run.device)
             velocity = partial(model.velocity, cond=models.take(cond, mb))
             with torch.no_grad():
                 trajectories.append(sde.rollout(velocity, x, sigmas, s, noise, transition))
-        latents, log_probs = map(torch.cat, zip(*trajectories))  # [b, T+1, ...], [b, T]
+        latents, log_probs = (torch.cat(part)[: len(rows)] for part in zip(*trajectories))  # [b, T+1, ...], [b, T]
         metrics["rollout_seconds"] = clock.lap()
 
         # --- Reward ---
@@ -154,11 +155,11 @@ def main(args):
             minibatch = minibatches[update % args.minibatches]
             # rows without advantage and without KL have no gradient
             learning = minibatch if args.kl_coef else minibatch & advantages.any(1, keepdim=True)
-            weight = run.local(learning / minibatch.sum())  # [b]
+            weight = pad(run.local(learning / minibatch.sum()), (0, 1))  # [b + 1]: 0 for row -1, the filler
             diagnostics.append([])
             trained = sde.noisy_steps(s, args.timestep_fraction, chance)
             last_use = {model.trained_at(sigmas[t]): t for t in trained}  # of each trained module
-            batches = run.micro_batches(learning, args.micro_batch)
+            batches = run.micro_batches(learning)
             for mb in batches:
                 cond_mb = models.take(cond, mb)
                 for t in trained:

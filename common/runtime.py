@@ -11,11 +11,14 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list, gather_object
+from torch.nn.functional import pad
 
 from common import checkpoints, errors, export, preflight, run_folder, sharding
 from common.errors import InputError, RunError
 
-# Largest |rho - 1| before the first update that is still rounding: float32, and bf16 autocast.
+# Of the forward pass, and of all weights that are not trained: Accelerate's word for it, and the dtype.
+PRECISION = {"cuda": ("bf16", torch.bfloat16), "cpu": ("no", torch.float32)}
+# Largest |rho - 1| before the first update that can be rounding: float32, and bf16 autocast.
 RATIO_LIMIT = {"no": 1e-4, "bf16": 0.05}
 
 
@@ -25,10 +28,7 @@ class Runtime:
     def __init__(self, args):
         self.args = args
         on_gpu = torch.cuda.is_available()
-        self.precision = "bf16" if on_gpu else "no"
-        self.dtype = (
-            torch.bfloat16 if on_gpu else torch.float32
-        )  # of the forward pass, and of all weights that are not trained
+        self.precision, self.dtype = PRECISION["cuda" if on_gpu else "cpu"]
         state = PartialState(cpu=not on_gpu)
         self.device, self.is_main, self.world = state.device, state.is_main_process, state.num_processes
         self.sharding = sharding.take_plugin()
@@ -49,6 +49,7 @@ class Runtime:
             log_with=None if args.tracker == "none" else args.tracker,
             project_dir=self.output,
         )
+        self.batch = batch_size(args, rows // self.world)  # rows of a forward pass
         # rows decoded and scored together: micro-batches until they make up a batch of the rewards
         self.score_batch = args.micro_batch * max(1, args.reward_batch // args.micro_batch)
         self.frozen = {}
@@ -83,18 +84,22 @@ class Runtime:
         """[P, G] -> this process's rows [b]."""
         return value.flatten()[self.rows(value.numel()).to(value.device)]
 
-    def micro_batches(self, kept, size):
-        """kept [P, G] bool, the same on every process -> local indices of this process's kept rows, by `size`.
+    def batches(self, number):
+        """Indices of `number` rows, by `batch`; -1, the last row once more, fills up the last of them."""
+        return pad(torch.arange(number), (0, -number % self.batch), value=-1).split(self.batch)
 
-        Every process gets equally many micro-batches (sharded and data-parallel modules hang otherwise): one with
-        fewer kept rows runs a row that is not kept, whose weight the script sets to 0.
+    def micro_batches(self, kept):
+        """kept [P, G] bool, the same on every process -> local indices of this process's kept rows, by `batch`, and -1,
+        the last row, as a filler, whose weight the script sets to 0.
+
+        All have one shape: of another one the kernels round otherwise than the rollout's did. And every process gets
+        equally many (sharded and data-parallel modules hang otherwise).
         """
         chunks = kept.flatten().cpu().view(self.world, -1)
-        number = max(math.ceil(chunk.sum().item() / size) for chunk in chunks)
-        mine = chunks[self.accelerator.process_index]
-        batches = list(mine.nonzero().flatten().split(size)) if mine.any() else []
+        number = max(math.ceil(chunk.sum().item() / self.batch) for chunk in chunks)
+        mine = chunks[self.accelerator.process_index].nonzero().flatten()
         # each another tensor: the script asks which of them is the last
-        return batches + [(~mine).nonzero().flatten()[:1] for _ in range(number - len(batches))]
+        return list(pad(mine, (0, number * self.batch - len(mine)), value=-1).split(self.batch)) if number else []
 
     # --- Weights ---
 
@@ -252,11 +257,14 @@ class Runtime:
         }
 
     def check_ratio(self, error):
-        """Stops a run whose first ratio is not 1: its policy gradient would be that of another policy."""
-        if not error <= RATIO_LIMIT[self.precision]:
+        """Stops a run whose first ratio is not 1: its policy gradient would be that of another policy, and what is
+        beyond the clip range would be clipped on one side: an error of the ratio that the sign of A chooses."""
+        limit = min(RATIO_LIMIT[self.precision], self.args.clip_range)
+        if not error <= limit:
             raise RunError(
-                f"the ratio is off by {error:.1e} before the first update (limit {RATIO_LIMIT[self.precision]:.0e}): "
-                "rollout and update see different weights, dtypes, guidance or conditioning"
+                f"the ratio is off by {error:.1e} before the first update (limit {limit:.0e}"
+                f"{', the clip range' * (limit == self.args.clip_range)}): rollout and update see different weights, "
+                "dtypes, guidance, conditioning or kernels"
             )
 
     # --- Checkpoints ---
@@ -397,6 +405,18 @@ class Runtime:
     def print(self, *words):
         if self.is_main:
             print(*words, flush=True)
+
+
+def batch_size(args, share):
+    """Rows of every forward pass of a process that has a `share` of the samples, at most --micro-batch: by them the
+    rollout comes out even, or a minibatch of what is trained on, whichever takes fewer fillers."""
+    rows = math.ceil(share / args.group_size * math.ceil((args.best_of or args.group_size) / args.minibatches))
+    sizes = [math.ceil(number / math.ceil(number / args.micro_batch)) for number in (share, rows)]
+
+    def cost(size):  # a backward pass takes as long as two forward passes
+        return math.ceil(share / size) * size + 3 * args.minibatches * math.ceil(rows / size) * size
+
+    return min(sizes, key=cost)
 
 
 def _average(weights, decay):

@@ -14,9 +14,10 @@ import subprocess
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 import grpo_base
-from common import arguments
+from common import arguments, runtime
 
 ROOT = Path(__file__).resolve().parents[1]
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it; tests send it
@@ -36,6 +37,15 @@ def train(tmp_path, monkeypatch):
         return folder, metrics(folder)
 
     return run
+
+
+@pytest.fixture
+def bf16(monkeypatch):
+    """Inside, the passes are in bfloat16, as on GPUs."""
+    monkeypatch.setitem(runtime.PRECISION, "cpu", ("bf16", torch.bfloat16))
+    AcceleratorState._reset_state(reset_partial_state=False)  # it keeps the precision of the first run
+    yield
+    AcceleratorState._reset_state(reset_partial_state=False)
 
 
 def no_json(constant):

@@ -22,7 +22,7 @@ import grpo_base
 import self_paced
 import slas
 from common import arguments, checkpoints, errors, models, sharding
-from common.runtime import Runtime
+from common.runtime import Runtime, batch_size
 
 SMALL = dict(
     prompts_per_step=3, group_size=4, sampling_steps=4, micro_batch=6, minibatches=1, steps=4, save_every=2, eval_every=0,
@@ -167,16 +167,35 @@ def assert_lower(folder, name):
 
 
 def test_every_process_gets_as_many_micro_batches_and_can_tell_which_is_the_last():
-    """Four rows are kept of one process's eight and none of the others': three micro-batches, and as many of filler."""
+    """Four rows are kept of one process's eight and none of the others': three micro-batches, and as many of filler,
+    all of one shape."""
     kept = torch.zeros(4, 6, dtype=torch.bool)
     kept[0, [0, 2, 3, 5]] = kept[1, 1] = True
     for process in range(3):
-        run = SimpleNamespace(world=3, accelerator=SimpleNamespace(process_index=process))
-        batches = Runtime.micro_batches(run, kept, 2)
-        assert [len(rows) for rows in batches] == ([2, 2, 1] if process == 0 else [1, 1, 1])
+        run = SimpleNamespace(world=3, accelerator=SimpleNamespace(process_index=process), batch=2)
+        batches = Runtime.micro_batches(run, kept)
+        assert [len(rows) for rows in batches] == [2, 2, 2]
         assert sum(rows is batches[-1] for rows in batches) == 1
-        weight = kept.flatten()[8 * process :]
-        assert process == 0 or not any(weight[rows].any() for rows in batches)
+        assert torch.cat(batches).tolist() == ([0, 2, 3, 5, 7, -1] if process == 0 else [-1] * 6)
+    assert Runtime.micro_batches(run, torch.zeros(4, 6, dtype=torch.bool)) == []
+
+
+@pytest.mark.parametrize(
+    "share, settings, size",
+    [
+        (96, dict(micro_batch=96), 96),
+        (96, dict(micro_batch=32), 32),
+        (96, dict(micro_batch=96, minibatches=3), 32),  # and not 96, of which two thirds would be filler
+        (96, dict(micro_batch=96, best_of=4), 32),
+        (16, dict(micro_batch=1, best_of=8, minibatches=2), 1),
+        (10, dict(micro_batch=4), 4),
+        (10, dict(micro_batch=8), 5),
+        (9, dict(micro_batch=2), 2),
+    ],
+)
+def test_rows_of_a_pass_leave_few_fillers(share, settings, size):
+    args = arguments.defaults(grpo_base.Args, group_size=12, **settings)
+    assert batch_size(args, share) == size
 
 
 # --- Sharding ---
