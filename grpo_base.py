@@ -78,7 +78,7 @@ def main(args):
     prompts, reward_weights = read_prompts(args.prompts), rewards.parse(args.reward)
     eval_prompts = read_prompts(args.eval_prompts) if args.eval_prompts else []
     scorers = rewards.load([*reward_weights, *args.watch], prompts + eval_prompts, **arguments.of_rewards(args))
-    run = Runtime(args)
+    run = Runtime(args, scorers)
     model = models.load(args.model, run.dtype, prompts + eval_prompts, **arguments.of_model(args))
     sigmas = model.sigmas(args.sampling_steps, args.shift)  # [T+1]
     if args.kl_coef:

@@ -142,7 +142,7 @@ class Args:
     """Compute activations again in the backward pass instead of keeping them: slower, for much less memory."""
     exchange_often: bool = False
     """Sharded weights: processes exchange gradients after every backward pass instead of once an update; more traffic,
-    but none of them holds the gradients of all weights."""
+    but none of them holds the gradients of all weights. Chosen by itself where they would not fit otherwise."""
     ema: Annotated[float, From(0, 0.99999)] = 0.0
     """Decay of a running average of the trained weights, exported beside them; 0: no average."""
     kl_coef: Annotated[float, From(0, 1e6)] = 0.0
@@ -152,7 +152,8 @@ class Args:
     seed: Annotated[int, From(0, 2**31)] = 0
     """Everything random follows from it."""
     offload_encoders: bool = False
-    """Keep the text and image encoders off the accelerator except when a new prompt has to be encoded."""
+    """Keep the text and image encoders off the accelerator except when a new prompt has to be encoded. Chosen by itself
+    where the run would not fit otherwise, as is --gradient-checkpointing."""
     decode_batch: Annotated[int, From(0, 1e6)] = 0
     """Rows that the VAE decodes at once; 0: a micro-batch."""
     output: str = ""

@@ -1,21 +1,35 @@
 """What can be known before the first rollout: whether the weights fit into memory, and the checkpoints on the disk.
 
-The estimate leaves activations out (benchmarks/memory.py counts them), so what it refuses cannot work.
+`settle` comes before anything is loaded, from the configurations in the model's folder: it chooses what decides whether
+a run fits and was not asked for, or refuses with a command that fits. `check` comes when all is there.
 """
 
+import contextlib
+import dataclasses
 import math
 import os
+import shlex
 import shutil
+import sys
 
 import psutil
 import torch
+from accelerate.utils import gather_object
 
+from common import arguments, models, sharding
 from common.errors import InputError
 
+SMALL = 2**30  # bytes of a model's files below which nothing has to be chosen, and no activations are counted
+ROOM = 0.9  # of the free memory: what a kernel needs while it runs, and the allocator's gaps, are not counted
+LORA = 64  # the rank of a LoRA that is proposed
+ON_THE_HOST = ("trained weights", "frozen weights", "gradients", "optimizer")  # of shards between passes, offloaded
 
-def memory(model, args, precision, shards=1):
-    """Bytes that one of `shards` processes holds from start to end, by kind. precision: bytes of a weight in the
-    forward pass. The model's modules are as the Runtime makes them before it moves them: a LoRA is there already."""
+
+def memory(model, args, precision, shards=1, initial=False, activations=0, scorers=()):
+    """Bytes that one of `shards` processes holds, by kind: weights from start to end, activations of one row for a
+    moment. precision: bytes of a weight in the forward pass; initial: whether a copy of the initial weights is kept;
+    activations: bytes of one row; scorers: the rewards. The model's modules are as the Runtime makes them before it
+    moves them: a LoRA is there already."""
     weights = {name: number(module) for name, module in _modules(model)}
     trained = trained_number(model, args)
     master = 4 * trained / shards
@@ -25,12 +39,38 @@ def memory(model, args, precision, shards=1):
     unsharded = shards == 1 or not args.exchange_often
     return {
         "trained weights": master,
-        "frozen weights": base / shards if args.lora_rank or args.kl_coef else 0.0,
+        "frozen weights": base / shards if args.lora_rank or initial else 0.0,
         "gradients": 4 * trained if unsharded else master,
         "optimizer": 2 * master,
         "average": master * bool(args.ema),
         "encoders, VAE": precision * others,
+        "rewards": sum(precision * number(module) for module in reward_modules(scorers)),
+        "weights of a pass": _whole_weights(model, args, precision, shards),
+        # with --offload-encoders they come for a moment, too, before there are activations
+        "activations": max(activations, precision * sum(weights.get(name, 0) for name in waiting)),
     }
+
+
+def _whole_weights(model, args, precision, shards):
+    """Of shards two blocks are whole for a moment, the one that computes and the next, and the gradients of one. Else
+    autocast holds a copy of all trained weights, where they have another precision."""
+    if shards > 1:
+        parts = (part for module in model.trainable.values() for part in module.modules())
+        largest = max((number(part) for part in parts if type(part).__name__ in model.blocks), default=0)
+        return (2 * precision + 4 * (not args.lora_rank)) * largest
+    return precision * trained_number(model, args) if precision < 4 else 0
+
+
+def reward_modules(scorers):
+    """The modules of rewards, each once, a judge in this process among them."""
+    found = {}
+    for scorer in scorers:
+        for owner in (scorer, *vars(scorer).values()):
+            for part in [owner, *vars(owner).values()] if hasattr(owner, "__dict__") else ():
+                if isinstance(part, torch.nn.Module):
+                    found[id(part)] = part
+    inner = {id(part) for module in found.values() for part in list(module.modules())[1:]}
+    return [module for key, module in found.items() if key not in inner]
 
 
 def samples(model, args, world=1):
@@ -44,6 +84,101 @@ def samples(model, args, world=1):
     }
 
 
+# --- Activations, counted on tensors without contents ---
+
+
+class Kept:
+    """Inside, counts the bytes that autograd keeps for the backward pass, weights left out, each storage once."""
+
+    def __init__(self, modules):
+        self.weights = {weight.untyped_storage()._cdata for module in modules for weight in module.parameters()}
+        self.seen, self.tensors = {}, []
+
+    def pack(self, tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.weights:
+            self.seen[storage._cdata] = storage.nbytes()
+            self.tensors.append(tensor)  # alive, so that no other storage gets its address
+        return tensor
+
+    @property
+    def bytes(self):
+        return sum(self.seen.values())
+
+    def __enter__(self):
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(self.pack, lambda tensor: tensor)
+        self.hooks.__enter__()
+        return self
+
+    def __exit__(self, *error):
+        self.hooks.__exit__(*error)
+
+
+def activations(model, dtype, checkpointing):
+    """Bytes that autograd keeps of one row's velocity, of a model whose weights need not be there. With gradient
+    checkpointing: the blocks' inputs, and all of the largest block, which is computed again. Guidance against the
+    empty prompt is a second pass."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode(allow_non_fake_inputs=True), contextlib.ExitStack() as stack:
+        for part in (model.trainable[model.trained_at(1.0)], model.pipe.vae):  # the VAE's is the model's device
+            stack.enter_context(_on_fake_cpu(part))
+        return count(model, dtype, checkpointing)
+
+
+def count(model, dtype, checkpointing):
+    """The same on tensors that are there."""
+    module, largest, before = model.trainable[model.trained_at(1.0)], 0, {}
+
+    def entered(block, *_):
+        before[block] = kept.bytes
+
+    def left(block, *_):
+        nonlocal largest
+        largest = max(largest, kept.bytes - before[block])
+
+    def velocity():
+        blank = {name: value[None] for name, value in model.blank().items()}
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            model.velocity(torch.zeros(1, *model.noise_shape), 1.0, blank)
+
+    model.unwanted = {name: value for name, value in model.blank().items() if name == "encoder_hidden_states"}
+    if checkpointing:
+        parts = [part for part in module.modules() if type(part).__name__ in model.blocks]
+        handles = [part.register_forward_pre_hook(entered) for part in parts]
+        handles += [part.register_forward_hook(left) for part in parts]
+        with Kept([module]) as kept:
+            velocity()
+        for handle in handles:
+            handle.remove()
+        module.enable_gradient_checkpointing()
+    with Kept([module]) as kept:
+        velocity()
+    module.disable_gradient_checkpointing()
+    model.unwanted = {}
+    return kept.bytes + largest
+
+
+@contextlib.contextmanager
+def _on_fake_cpu(module):
+    """Inside FakeTensorMode: the module's weights stand on a CPU that holds nothing; attention is counted as GPUs do
+    it."""
+    before = [(part, dict(part._parameters), dict(part._buffers)) for part in module.modules()]
+    for part, weights, buffers in before:
+        for key, weight in weights.items():
+            if weight is not None:
+                empty = torch.empty(weight.shape, dtype=weight.dtype)
+                part._parameters[key] = torch.nn.Parameter(empty, weight.requires_grad)
+        for key, buffer in buffers.items():
+            part._buffers[key] = None if buffer is None else torch.empty(buffer.shape, dtype=buffer.dtype)
+    try:
+        yield
+    finally:
+        for part, weights, buffers in before:
+            part._parameters.update(weights)
+            part._buffers.update(buffers)
+
+
 def disk(model, args, precision, start=0):
     """(bytes of one checkpoint, how many are there at once, bytes of the export)"""
     trained = trained_number(model, args)
@@ -54,20 +189,150 @@ def disk(model, args, precision, start=0):
     return checkpoint, min(saves, args.keep_checkpoints + 1) if args.keep_checkpoints else saves, export
 
 
+# --- Choosing ---
+
+
+def settle(run, scorers):
+    """Before anything is loaded: chooses --offload-encoders, --gradient-checkpointing, --exchange-often and sharding
+    where they decide whether the run fits, and leaves `run.activations`, the bytes of a pass. Raises InputError with a
+    command that fits. Of small models it has nothing to say."""
+    plan = Plan(run, scorers)
+    if plan.model is None:
+        return
+    plan.check_host()
+    for changes in plan.ways():
+        args = dataclasses.replace(run.args, **{name: True for name in changes if name != "sharded"})
+        shards = run.world if run.sharding or "sharded" in changes else 1
+        kinds = plan.kinds(args, shards)
+        if sum(kinds.values()) <= plan.have:
+            break
+    else:
+        raise InputError(plan.refusal(kinds))
+    vars(run.args).update(vars(args))
+    if "sharded" in changes:
+        run.sharding = sharding.own_plugin()
+    run.activations = kinds["activations"]
+    if changes:
+        chosen = ", ".join("sharded" if name == "sharded" else _flag(name) for name in changes)
+        run.print(f"{args.model}: {chosen}, for the {plan.have / 2**30:.1f} GiB of memory that each process may take")
+
+
+class Plan:
+    """What a run would take, in several ways of running it. `have`: bytes that each process may take."""
+
+    def __init__(self, run, scorers):
+        self.run, self.scorers, self.counted = run, scorers, {}
+        self.model = self.outline(run.args.lora_rank)
+        self.have = ROOM * min(gather_object([free(run)]) if run.world > 1 else [free(run)])
+
+    def outline(self, lora_rank):
+        """The model without contents, with the LoRA that would be trained; None if it is small."""
+        args = self.run.args
+        model = models.outline(args.model, self.run.dtype, SMALL, **arguments.of_model(args))
+        for module in model.trainable.values() if model else ():
+            module.requires_grad_(not lora_rank)
+            if lora_rank:
+                with torch.device("meta"):
+                    self.run.adapt(module, args.lora_targets or model.lora_targets, lora_rank)
+        return model
+
+    def ways(self):
+        """Names of what is chosen besides what is asked for, what costs least first."""
+        args, run = self.run.args, self.run
+        chosen = [()]
+        for name in ("offload_encoders", "gradient_checkpointing"):
+            if not getattr(args, name):
+                chosen.append((*chosen[-1], name))
+        if run.world > 1 and not run.sharding:
+            chosen.append((*chosen[-1], "sharded"))
+        if run.world > 1 and not args.exchange_often:
+            chosen.append((*chosen[-1], "exchange_often"))
+        return chosen
+
+    def kinds(self, args, shards, model=None, batch=None):
+        """Bytes that each process would hold, by kind."""
+        model, run = model or self.model, self.run
+        key = bool(args.lora_rank), args.gradient_checkpointing or bool(run.sharding or shards > 1)
+        if key not in self.counted:
+            self.counted[key] = activations(model, run.dtype, key[1])
+        row, initial = self.counted[key], bool(args.kl_coef)
+        held = memory(model, args, run.dtype.itemsize, shards, initial, row * (batch or run.batch), self.scorers)
+        if run.sharding and sharding.offloads(run.sharding, run.device.type):
+            held |= dict.fromkeys(ON_THE_HOST, 0)
+        return held | samples(model, args, max(run.world, shards))
+
+    def check_host(self):
+        """Raises InputError where the processes of this machine cannot load what each of them loads."""
+        run, processes = self.run, int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        each = run.dtype.itemsize * sum(number(module) for _, module in _modules(self.model))
+        have = psutil.virtual_memory().available
+        if run.device.type == "cuda" and processes * each > have:
+            raise InputError(
+                f"--model {run.args.model}: {processes} processes on this machine load {each / 2**30:.1f} GiB each "
+                f"before they move it to their GPUs, {have / 2**30:.1f} GiB of its memory are free; start fewer "
+                "processes on each machine (--num_processes), or take a machine with more memory"
+            )
+
+    def refusal(self, kinds):
+        listed = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in kinds.items() if size)
+        fits = "; ".join(f"{words} ({size / 2**30:.0f} GiB)" for words, size in self.others())
+        return (
+            f"--model {self.run.args.model}: each process would hold {sum(kinds.values()) / 2**30:.1f} GiB ({listed}), "
+            f"and may take {self.have / 2**30:.1f}; what fits: "
+            + (fits or "smaller samples (--height, --width, --frames), fewer of them, or more GPUs")
+        )
+
+    def others(self):
+        """Command lines that would fit, with their bytes: a smaller --micro-batch, a LoRA, more GPUs."""
+        run, script = self.run, shlex.join(sys.argv)
+        asked = dataclasses.replace(run.args, offload_encoders=True, gradient_checkpointing=True, exchange_often=True)
+        world = run.world if run.sharding or run.world > 1 else 1
+        lora = dataclasses.replace(asked, lora_rank=asked.lora_rank or LORA)
+        tries = [(f"accelerate launch {script} --micro-batch 1", asked, world, self.model)] * (run.batch > 1)
+        if not asked.lora_rank:
+            tries.append((f"accelerate launch {script} --lora-rank {LORA}", lora, world, self.outline(LORA)))
+        found = [(words, sum(self.kinds(args, n, model, 1).values())) for words, args, n, model in tries]
+        for n in (2, 4, 8, 16, 32):
+            if n > run.world and asked.prompts_per_step * asked.group_size % n == 0:
+                config = "fsdp2" if n <= 8 else "fsdp2_multi_node"
+                size = sum(self.kinds(asked, n, batch=1).values())
+                words = f"accelerate launch --config_file configs/{config}.yaml --num_processes {n} {script}"
+                found.append((words + " --micro-batch 1" * (run.batch > 1), size))
+                if size <= self.have:
+                    break
+        return [(words, size) for words, size in found if size <= self.have]
+
+
+def free(run):
+    """Bytes of memory that this process may take as yet."""
+    if run.device.type == "cuda":
+        return torch.cuda.mem_get_info(run.device)[0]
+    return psutil.virtual_memory().available / run.world
+
+
+def _flag(name):
+    return "--" + name.replace("_", "-")
+
+
+# --- Checking ---
+
+
 def check(run, model):
     """Raises InputError if the memory or the disk cannot be enough."""
     args, precision = run.args, run.dtype.itemsize
-    kinds = memory(model, args, precision, run.world if run.sharding else 1) | samples(model, args, run.world)
-    need = sum(kinds.values())
-    if run.device.type == "cuda":
-        have = torch.cuda.mem_get_info(run.device)[0]
-    else:  # what is loaded is there already, and all processes share the rest
-        loaded = sum(_bytes(module) for _, module in _modules(model))
-        have = psutil.virtual_memory().available / run.world + loaded
+    kinds = memory(
+        model, args, precision, run.world if run.sharding else 1, bool(run.frozen), run.activations, run.scorers
+    )
+    if run.sharding and sharding.offloads(run.sharding, run.device.type):
+        kinds |= dict.fromkeys(ON_THE_HOST, 0)
+    kinds |= samples(model, args, run.world)
+    need, have = sum(kinds.values()), free(run)
+    if run.device.type != "cuda":  # what is loaded is there already, and all processes share the rest
+        have += sum(_bytes(module) for _, module in _modules(model))
     if need > have:
         listed = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in kinds.items() if size)
         raise InputError(
-            f"--model {args.model}: each process would hold {need / 2**30:.1f} GiB before any activation ({listed}), "
+            f"--model {args.model}: each process would hold {need / 2**30:.1f} GiB ({listed}), "
             f"{have / 2**30:.1f} GiB are free; make fewer or smaller samples (--height, --width), train a LoRA "
             "(--lora-rank), add --offload-encoders, or shard over more processes (configs/fsdp2.yaml, --exchange-often)"
         )

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import math
+import os
 import re
 import shlex
 import signal
@@ -25,14 +26,15 @@ RATIO_LIMIT = {"no": 1e-4, "bf16": 0.05}
 class Runtime:
     """One process of a run. The B rows of a step are dealt out in contiguous chunks; a group may span processes."""
 
-    def __init__(self, args):
-        self.args = args
+    def __init__(self, args, scorers=None):
+        if "PYTORCH_ALLOC_CONF" not in os.environ:  # samples, passes and encoders of many sizes leave gaps otherwise
+            os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+        self.args, self.scorers = args, list((scorers or {}).values())
         on_gpu = torch.cuda.is_available()
         self.precision, self.dtype = PRECISION["cuda" if on_gpu else "cpu"]
         state = PartialState(cpu=not on_gpu)
         self.device, self.is_main, self.world = state.device, state.is_main_process, state.num_processes
         self.sharding = sharding.take_plugin()
-        self.mesh = sharding.mesh_of(self.device, self.world) if self.sharding else None
         if args.exchange_often and not self.sharding:
             raise InputError("--exchange-often belongs to sharded weights (configs/fsdp2.yaml)")
         rows = args.prompts_per_step * args.group_size
@@ -53,6 +55,9 @@ class Runtime:
         # rows decoded and scored together: micro-batches until they make up a batch of the rewards
         self.score_batch = args.micro_batch * max(1, args.reward_batch // args.micro_batch)
         self.frozen = {}
+        self.activations = 0  # bytes of a pass, where they were counted
+        preflight.settle(self, self.scorers)
+        self.mesh = sharding.mesh_of(self.device, self.world) if self.sharding else None
         self.step = self.saved = 0  # finished steps, and those that a checkpoint holds
         self.moved = False  # whether the step that is not finished has changed the weights
         self.kept = {}  # the method's own states after the last finished step
@@ -107,8 +112,6 @@ class Runtime:
         """Before `prepare`: makes `initial_weights` work. Full weights get a frozen copy; a LoRA needs none."""
         if not self.args.lora_rank and not self.frozen:  # one copy, whoever asks for it
             self.frozen = copy.deepcopy(model.trainable)
-            for module in self.frozen.values():
-                self._place(module.requires_grad_(False).eval(), model)
 
     def prepare(self, model):
         """Moves the model to the device, makes its weights or a LoRA trainable in float32, returns the optimizer.
@@ -121,7 +124,7 @@ class Runtime:
             if args.gradient_checkpointing or (self.sharding and self.sharding.activation_checkpointing):
                 module.enable_gradient_checkpointing()
             if args.lora_rank:
-                self._adapt(module, args.lora_targets or model.lora_targets)
+                self.adapt(module, args.lora_targets or model.lora_targets, args.lora_rank)
         preflight.check(self, model)
         if self.is_main:
             self.name, moved = run_folder.claim(self.output, args, self.checkpoint and self.checkpoint[:2])
@@ -132,6 +135,8 @@ class Runtime:
                 waits = args.offload_encoders and name in model.encoders
                 module.requires_grad_(False).eval().to("cpu" if waits else self.device)
         self.accelerator.wait_for_everyone()
+        for module in self.frozen.values():
+            self._place(module.requires_grad_(False).eval(), model)
         for name, module in model.trainable.items():
             self._place(module, model)
             if not args.lora_rank:
@@ -151,12 +156,11 @@ class Runtime:
         )
         return self.optimizer
 
-    def _adapt(self, module, targets):
+    def adapt(self, module, targets, rank):
         """Adds a LoRA with float32 weights."""
         from peft import LoraConfig
 
         torch.manual_seed(self.args.seed)  # the same one on every process
-        rank = self.args.lora_rank
         try:
             module.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets))
         except (ValueError, re.error) as error:  # no layer of that name, or no regular expression

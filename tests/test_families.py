@@ -133,6 +133,14 @@ def test_slices_and_waiting_encoders_change_no_number(family, picture):
     assert (results[0][1] - results[1][1]).abs().max() <= 1e-5  # another batch shape
 
 
+@pytest.mark.parametrize("family", [*FAMILIES, "flux"])
+def test_a_blank_conditioning_has_the_shapes_of_a_real_one(family, picture):
+    model, prompts = (Flux(pipelines.flux()), CAPTIONS) if family == "flux" else build(family, picture)
+    real, blank = model.encode(prompts[:1]), model.blank()
+    assert real.keys() == blank.keys()
+    assert all(value.shape == real[name].shape[1:] for name, value in blank.items()), family
+
+
 # --- Stable Diffusion's change of variables ---
 
 

@@ -1,16 +1,24 @@
 """What is refused before the first rollout, and the count of memory behind README's table."""
 
+import os
+import sys
+from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import psutil
 import pytest
 import torch
+import yaml
+from conftest import ROOT
 from peft import LoraConfig
 
+import bpgo
 import grpo_base
 from benchmarks import memory
-from common import arguments, models, preflight
+from common import arguments, models, preflight, sharding
 from common.errors import InputError
+from common.runtime import Runtime
 
 GIB = 2**30
 
@@ -29,13 +37,18 @@ def test_memory_of_full_weights_and_of_a_lora(tiny):
     others += size(tiny.pipe.text_encoder_2)
     args = arguments.defaults(grpo_base.Args, ema=0.9)
     full = {"trained weights": 4 * n, "frozen weights": 0, "gradients": 4 * n, "optimizer": 8 * n, "average": 4 * n}
-    assert preflight.memory(tiny, args, 2) == {**full, "encoders, VAE": 2 * others}
+    rest = {"encoders, VAE": 2 * others, "rewards": 0, "activations": 100}
+    found = preflight.memory(tiny, args, 2, activations=100)
+    assert found == {**full, **rest, "weights of a pass": 2 * n}  # autocast's copies
     split = {name: value / 4 for name, value in full.items()}
-    assert preflight.memory(tiny, args, 2, shards=4) == {
-        **split, "gradients": 4 * n, "encoders, VAE": 2 * others,
-    }  # fmt: skip
+    block = max(map(size, tiny.pipe.transformer.transformer_blocks))
+    rest["weights of a pass"] = 8 * block  # in bfloat16 two blocks, in float32 the gradients of one
+    assert preflight.memory(tiny, args, 2, 4, activations=100) == {**split, **rest, "gradients": 4 * n}
+    assert preflight.memory(tiny, args, 2, 4, initial=True)["frozen weights"] == 2 * n / 4
     args.exchange_often = args.offload_encoders = True
-    assert preflight.memory(tiny, args, 2, shards=4) == {**split, "encoders, VAE": 2 * size(tiny.pipe.vae)}
+    rest["encoders, VAE"] = 2 * size(tiny.pipe.vae)
+    rest["activations"] = 2 * others - rest["encoders, VAE"]  # the encoders come for a moment
+    assert preflight.memory(tiny, args, 2, 4, activations=100) == {**split, **rest}
 
     tiny.pipe.transformer.requires_grad_(False)
     tiny.pipe.transformer.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=tiny.lora_targets))
@@ -74,21 +87,126 @@ def test_too_little_disk_is_one_line_before_the_first_rollout(train, monkeypatch
 
 def test_too_little_memory_is_one_line_before_the_first_rollout(train, monkeypatch):
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=int(0.001 * GIB)))
-    with pytest.raises(InputError, match=r"each process would hold 0.0 GiB before any activation \(trained weights"):
+    with pytest.raises(InputError, match=r"each process would hold 0.0 GiB \(trained weights"):
         train()
 
 
-def test_activations_without_contents_are_those_of_a_real_pass(tiny):
-    module = tiny.pipe.transformer.requires_grad_(True)
-    values = dict(
-        hidden_states=torch.randn(1, 64, module.config.in_channels), timestep=torch.ones(1), guidance=torch.ones(1),
-        encoder_hidden_states=torch.randn(1, 16, module.config.joint_attention_dim), txt_ids=torch.zeros(16, 3),
-        pooled_projections=torch.randn(1, module.config.pooled_projection_dim), img_ids=torch.zeros(64, 3),
+@pytest.mark.parametrize("name", ["tiny-flux", "tiny-sd", "tiny-wan-i2v"])
+@pytest.mark.parametrize("lora", [False, True], ids=["all", "lora"])
+def test_activations_without_contents_are_those_of_a_real_pass(name, lora):
+    real, outline = models.load(name, torch.float32), models.outline(name, torch.float32, 0)
+    for model in (real, outline):
+        for module in model.trainable.values():
+            module.requires_grad_(not lora)
+            if lora:
+                module.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=model.lora_targets))
+    counted = [preflight.activations(outline, torch.float32, checkpointing) for checkpointing in (False, True)]
+    assert counted == [preflight.count(real, torch.float32, checkpointing) for checkpointing in (False, True)]
+    assert 0 < counted[1] < counted[0]
+    assert all(weight.device.type == "meta" for weight in outline.pipe.vae.parameters())
+
+
+def test_rewards_are_counted_once_and_a_judge_in_this_process_too():
+    class Judge:
+        def __init__(self, module):
+            self.model, self.name = module, "judge"
+
+    module = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    scorer = SimpleNamespace(module=module, head=module[0], judge=Judge(torch.nn.Linear(2, 2)), words=["a"])
+    other = SimpleNamespace(client=scorer.judge)
+    assert sum(map(size, preflight.reward_modules([scorer, other]))) == 40 + 6
+
+
+def test_the_table_in_the_readme_is_not_stale():
+    assert memory.row("sd1.4", True) in (ROOT / "README.md").read_text()
+
+
+# --- What is chosen before anything is loaded ---
+
+
+def plan_of(monkeypatch, available, **settings):
+    """What tiny-flux takes by itself where so many bytes are free, as if it were a large model."""
+    monkeypatch.setattr(preflight, "SMALL", 0)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=available))
+    args = arguments.defaults(
+        grpo_base.Args, **{**dict(prompts_per_step=2, group_size=4, sampling_steps=4, micro_batch=8), **settings}
+    )
+    run = SimpleNamespace(
+        args=args, world=1, sharding=None, dtype=torch.float32, device=torch.device("cpu"), batch=args.micro_batch,
+        adapt=partial(Runtime.adapt, SimpleNamespace(args=args)), print=print,
     )  # fmt: skip
-    real = memory.activations(module, tiny.blocks, values)
-    module.disable_gradient_checkpointing()
-    with memory.FakeTensorMode() as mode:
-        fake = memory.activations(
-            memory.on_fake_cpu(module), tiny.blocks, {k: mode.from_tensor(v) for k, v in values.items()}
-        )
-    assert fake == real and 0 < real[1] and real[0] < real[1] * 8
+    return preflight.Plan(run, [])
+
+
+def test_what_decides_is_chosen_from_the_memory_that_is_free(train, monkeypatch, capsys):
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "")
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF")
+    plan = plan_of(monkeypatch, 0)
+    args = plan.run.args
+    sizes = [sum(plan.kinds(replace(args, **dict.fromkeys(way, True)), 1).values()) for way in plan.ways()]
+    assert sizes == sorted(sizes, reverse=True) and len(sizes) == 3
+    loaded = []
+    for size_, way in zip(sizes, plan.ways()):
+        plan_of(monkeypatch, size_ / preflight.ROOM + 1000)
+        monkeypatch.setattr(preflight, "check", lambda run, model: loaded.append(run.args))
+        train(output=f"{len(way)}", steps=1)
+        assert [name for name in ("offload_encoders", "gradient_checkpointing") if getattr(loaded[-1], name)] == [*way]
+        assert ("--offload-encoders" in capsys.readouterr().out) == ("offload_encoders" in way)
+    assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
+    plan_of(monkeypatch, sizes[-1] / preflight.ROOM - 1000)
+    monkeypatch.setattr(models, "load", None)
+    with pytest.raises(InputError, match=r"each process would hold 0.0 GiB .*; what fits: .* --micro-batch 1"):
+        train(output="none")
+
+
+@pytest.mark.parametrize(
+    "name, lora, world, gib, ways, offers",
+    [
+        ("flux", 0, 1, 80, None, ["--lora-rank 64", "--num_processes 4"]),
+        ("flux", 0, 1, 48, None, ["--lora-rank 64", "--num_processes 8"]),
+        ("flux", 64, 1, 48, (), []),
+        ("flux", 0, 8, 80, ("offload_encoders", "sharded", "exchange_often"), []),
+        ("wan2.1-1.3b", 0, 8, 80, (), []),
+    ],
+)
+def test_full_sizes_fit_or_are_told_a_command_that_does(name, lora, world, gib, ways, offers, monkeypatch):
+    monkeypatch.setattr(preflight.Plan, "outline", lambda plan, rank: memory.full_size(name, rank))
+    monkeypatch.setattr(preflight, "gather_object", lambda one: one * world)
+    monkeypatch.setattr(preflight, "free", lambda run: gib * 10**9)
+    args = arguments.defaults(bpgo.Args, name, lora_rank=lora)
+    run = SimpleNamespace(
+        args=args, world=world, sharding=None, dtype=torch.bfloat16, device=torch.device("cpu"), batch=1, print=print
+    )
+    if ways is None:
+        monkeypatch.setattr(sys, "argv", ["bpgo.py", "--model", name])
+        with pytest.raises(InputError) as refused:
+            preflight.settle(run, [])
+        assert all(f"{words}" in str(refused.value) for words in offers), refused.value
+        assert str(refused.value).count("bpgo.py --model flux") == len(offers)
+    else:
+        preflight.settle(run, [])
+        assert [name for name in ways if name != "sharded" and not getattr(args, name)] == []
+        assert bool(run.sharding) == ("sharded" in ways) and args.exchange_often == ("exchange_often" in ways)
+        assert run.activations > GIB
+
+
+def test_processes_that_cannot_all_load_the_model_are_refused_before_they_do(monkeypatch):
+    plan = plan_of(monkeypatch, 10**7)
+    plan.run.device = torch.device("cuda")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    with pytest.raises(InputError, match="8 processes on this machine load 0.0 GiB each"):
+        plan.check_host()
+
+
+@pytest.mark.parametrize("name", ["fsdp2", "fsdp2_offload"])
+def test_sharding_by_itself_is_that_of_the_shipped_configuration(name, monkeypatch):
+    flags = yaml.safe_load((ROOT / f"configs/{name}.yaml").read_text())["fsdp_config"]
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")  # as accelerate launch hands the file on
+    for flag, value in flags.items():
+        monkeypatch.setenv(flag.upper(), str(value))
+    shipped, own = sharding.take_plugin(), sharding.own_plugin()
+    for what in ("fsdp_version", "reshard_after_forward", "activation_checkpointing"):
+        assert getattr(shipped, what) == getattr(own, what) == flags[f"fsdp_{what.removeprefix('fsdp_')}"], what
+    offloaded = name == "fsdp2_offload"
+    assert sharding.offloads(shipped, "cuda") == offloaded and not sharding.offloads(own, "cuda")
+    assert not sharding.offloads(shipped, "cpu")

@@ -6,6 +6,7 @@ A model is one class per diffusers pipeline family (common/models/family.py), wi
     sigmas(steps, shift) -> [T+1]            the noise levels that sampling visits
     velocity(x, sigma, cond) -> [b, ...]     float32, guidance inside; x [b, *noise_shape], sigma a scalar (or [b])
     decode(x0) -> [b, C, H, W] in [0, 1]     clips: [b, F, C, H, W]
+    blank() -> {name: [...]}                 zeros like the conditioning of one prompt, to count memory with
     still(prompts) -> [b, F, C, H, W]        image-to-video alone: the conditioning image as a still video
     trainable                                {name: module}, what is trained
     trained_at(sigma)                        the name of the one that computes the velocity there
@@ -47,12 +48,12 @@ _MOTION = dict(
 _PAPERS = dict(
     prompts_per_step=8, group_size=12, sampling_steps=16, sde="dance", timestep_fraction=0.6, same_noise=True,
     clip_range=1e-4, learning_rate=1e-5, micro_batch=1, prompts="dancegrpo:images", reward=("hpsv2.1",),
-    offload_encoders=True, keep_checkpoints=2,  # with optimizer a checkpoint of FLUX has 133 GiB
+    gradient_checkpointing=True, keep_checkpoints=2,  # with optimizer a checkpoint of FLUX has 133 GiB
 )  # fmt: skip
 # 2511.19356, appendix A: best 4 and worst 4 of 16, an update for every 4. The reward is that of its baseline.
 _VIDEO = dict(
     _PAPERS, group_size=16, best_of=8, minibatches=2, shift=5.0, noise_level=0.5, learning_rate=5e-6, frames=53,
-    fps=15.0, prompts="dancegrpo:videos", reward=("videoalign",), gradient_checkpointing=True,
+    fps=15.0, prompts="dancegrpo:videos", reward=("videoalign",),
     reward_batch=4,  # clips of 480x832x53: one GiB
 )  # fmt: skip
 
@@ -78,7 +79,7 @@ MODELS = {
     },
     "flux": dict(
         _PAPERS, source="black-forest-labs/FLUX.1-dev", height=720, width=720, guidance=3.5, steps=200, shift=3.0,
-        noise_level=0.3, gradient_checkpointing=True, minibatches=3,
+        noise_level=0.3, minibatches=3,
     ),
     "sd1.4": dict(
         _PAPERS, source="CompVis/stable-diffusion-v1-4", height=512, width=512, guidance=5.0, steps=300,
@@ -150,6 +151,20 @@ def load(name, dtype, prompts=(), trust_remote_code=False, **settings):
         raise folder.wrong(path, f"has configurations that do not fit together ({text(error):.300})") from None
     model.source = path
     return model
+
+
+def outline(name, dtype, large, trust_remote_code=False, **settings):
+    """What `load` would give, with weights that have no contents, to count them. None for a model whose files have
+    together less than `large` bytes, and where only `load` can say what is wrong. Raises InputError."""
+    source, cls = MODELS.get(name, {}).get("source", name), family_of(name)
+    path = Path(source) if Path(source).is_dir() else _whole(source, cls, trust_remote_code)
+    if sum(file.stat().st_size for file in path.glob("*/*") if file.is_file()) < large:
+        return None
+    from common.models import folder
+
+    own = {key: MODELS[name][key] for key in ("height", "width", "frames", "guidance") if key in MODELS.get(name, {})}
+    pipe = folder.outline(cls, path, dtype, trust_remote_code)
+    return pipe and cls(pipe, **{**own, **settings})
 
 
 def _whole(source, cls, trusted):

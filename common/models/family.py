@@ -105,6 +105,11 @@ class Family:
     def device(self):
         return self.pipe.vae.device
 
+    @property
+    def dtype(self):
+        """Of what the text encoders give."""
+        return self.pipe.text_encoder.dtype
+
     def sigmas(self, steps, shift):
         """The sigmas [T+1] that sampling visits, 1 (noise) first."""
         return sde.shifted_sigmas(steps, shift)

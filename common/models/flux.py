@@ -32,6 +32,13 @@ class Flux(Family):
         text, pooled, _ = self.pipe.encode_prompt(caption, None, device=self.device, max_sequence_length=longest)
         return {"encoder_hidden_states": text[0], "pooled_projections": pooled[0]}
 
+    def blank(self):
+        config, longest = self.pipe.transformer.config, min(512, self.pipe.tokenizer_2.model_max_length)
+        return {
+            "encoder_hidden_states": torch.zeros(longest, config.joint_attention_dim, dtype=self.dtype),
+            "pooled_projections": torch.zeros(config.pooled_projection_dim, dtype=self.dtype),
+        }
+
     def velocity(self, x, sigma, cond):
         """x [b, L, C], sigma a scalar or [b] -> velocity [b, L, C] float32"""
         b, device = len(x), x.device

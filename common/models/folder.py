@@ -40,6 +40,29 @@ def load(cls, folder, dtype, trusted):
             raise wrong(folder, f"does not load: {text(error):.300}") from None
 
 
+def outline(cls, folder, dtype, trusted):
+    """The pipeline that `load` would give, its weights without contents (on the meta device). None where the folder
+    brings code of its own, and where something is wrong that `load` has the words for."""
+    parts = check(cls, folder, trusted)
+    if None in parts.values():
+        return None
+    with _silence():
+        try:
+            parts = {name: _outline(folder, name, of, dtype) for name, of in parts.items()}
+            return cls.pipeline.from_pretrained(folder, dtype=dtype, **parts)
+        except Exception:  # whatever a wrong setting makes them say
+            return None
+
+
+def _outline(folder, name, of, dtype):
+    if not _is_module(of):
+        return of.from_pretrained(folder / name)
+    with torch.device("meta"):
+        if issubclass(of, transformers.PreTrainedModel):
+            return of(of.config_class.from_pretrained(folder / name)).to(dtype)
+        return of.from_config(read_json(folder, f"{name}/config.json")).to(dtype)
+
+
 def check(cls, folder, trusted=False):
     """Looks whether a folder has all that a family's pipeline needs, without loading it: {part: its class; None for
     code that the folder brings}. Raises InputError."""

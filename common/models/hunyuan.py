@@ -36,6 +36,14 @@ class HunyuanVideo(Family):
             "pooled_projections": pooled[0],
         }
 
+    def blank(self):
+        config = self.pipe.transformer.config
+        return {
+            "encoder_hidden_states": torch.zeros(256, config.text_embed_dim, dtype=self.dtype),
+            "encoder_attention_mask": torch.ones(256, dtype=self.dtype),
+            "pooled_projections": torch.zeros(config.pooled_projection_dim, dtype=self.dtype),
+        }
+
     def velocity(self, x, sigma, cond):
         """x [b, C, F', h, w], sigma a scalar or [b] -> velocity [b, C, F', h, w] float32"""
         b, device = len(x), x.device

@@ -50,6 +50,10 @@ class StableDiffusion(Family):
         text, _ = self.pipe.encode_prompt(caption, self.device, 1, False)
         return {"encoder_hidden_states": text[0]}
 
+    def blank(self):
+        shape = self.pipe.tokenizer.model_max_length, self.pipe.unet.config.cross_attention_dim
+        return {"encoder_hidden_states": torch.zeros(shape, dtype=self.dtype)}
+
     def velocity(self, x, sigma, cond):
         """x [b, C, h, w], sigma a scalar or [b] -> velocity [b, C, h, w] float32"""
         sigma = torch.as_tensor(sigma, dtype=torch.float64).cpu().expand(len(x))

@@ -44,6 +44,11 @@ class Wan(Family):
         text, _ = self.pipe.encode_prompt(caption, None, False, device=self.device, max_sequence_length=longest)
         return {"encoder_hidden_states": text[0]}
 
+    def blank(self):
+        longest = min(512, self.pipe.tokenizer.model_max_length)
+        shape = longest, self.pipe.transformer.config.text_dim
+        return {"encoder_hidden_states": torch.zeros(shape, dtype=self.dtype)}
+
     def velocity(self, x, sigma, cond):
         """x [b, C, F', h, w], sigma a scalar, for one expert moves all rows -> velocity [b, C, F', h, w] float32"""
         expert = self.trained_at(sigma)
@@ -86,6 +91,14 @@ class WanImageToVideo(Wan):
         if self.pipe.transformer.config.image_dim is not None:  # Wan 2.1 also shows the image to CLIP
             picture = read_image(image_of(prompt))
             cond["encoder_hidden_states_image"] = self.pipe.encode_image(picture, self.device)[0]
+        return cond
+
+    def blank(self):
+        config, (_, *shape) = self.pipe.transformer.config, self.noise_shape
+        cond = {**super().blank(), "still": torch.zeros(config.in_channels - self.noise_shape[0], *shape)}
+        if config.image_dim is not None:
+            tokens = (self.pipe.image_encoder.config.image_size // self.pipe.image_encoder.config.patch_size) ** 2 + 1
+            cond["encoder_hidden_states_image"] = torch.zeros(tokens, config.image_dim, dtype=self.dtype)
         return cond
 
     def still(self, prompts):
