@@ -99,7 +99,7 @@ def main(args):
     if args.kl_coef:
         run.keep_initial(model)
     stateful = {"optimizer": run.prepare(model), **model.trainable}  # what a checkpoint holds
-    region = stateful["region"] = TrustRegion(run, args.kl_limit)
+    region = stateful["region"] = TrustRegion(run, args.kl_limit, model if args.gamma == "auto" else None)
     rewards.try_out(scorers, model, prompts[0])
     start = run.resume(stateful)
     report = Report(run, start)

@@ -13,7 +13,7 @@ means, which is 0 there. Neither F nor J is ever formed; vectors are lists of te
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from common import sde
+from common import preflight, sde
 
 
 def gaussian_fisher_product(mean, weights, std, vector):
@@ -107,11 +107,15 @@ class TrustRegion:
         step_size               tau: AdamW moves each of N weights by about its learning rate, which makes it
                                 learning rate * sqrt(N) / |gradient|, of the step before
         limit                   2 zeta / (tau^2 * eigenvalue * G_max): what the moment may be
+    With a model, raises InputError where its measuring does not fit into memory.
     """
 
-    def __init__(self, run, zeta, every=10, iterations=15, gamma_max=1.0):
+    def __init__(self, run, zeta, model=None, every=10, iterations=15, gamma_max=1.0):
         self.run, self.zeta, self.every, self.iterations, self.gamma_max = run, zeta, every, iterations, gamma_max
         self.measured = {}
+        if model:
+            with sdpa_kernel(SDPBackend.MATH), run.plain_modules():
+                preflight.check_twice_differentiated(run, model)
 
     def exponent(self, deviation):
         """Deviations [P, G], in the scale in which the power is taken -> gamma; 0.0 before the first measurement."""

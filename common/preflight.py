@@ -74,12 +74,13 @@ def reward_modules(scorers):
 
 
 def samples(model, args, world=1):
-    """Bytes that one of `world` processes holds of its samples, by kind: the latents of a rollout with all steps, and
-    the pixels of a micro-batch."""
+    """Bytes that one of `world` processes holds of its samples, by kind: the latents of a rollout with all steps, what
+    they are conditioned on, and the pixels of a micro-batch."""
     rows = args.prompts_per_step * args.group_size / world
     pixels = 3 * model.height * model.width * getattr(model, "frames", 1)
     return {
         "latents": 4 * rows * (args.sampling_steps + 1) * math.prod(model.noise_shape),
+        "conditioning": rows * sum(value.nbytes for value in model.blank().values()),
         "pixels": 4 * min(args.micro_batch, rows) * pixels,
     }
 
@@ -138,11 +139,12 @@ def count(model, dtype, checkpointing):
         largest = max(largest, kept.bytes - before[block])
 
     def velocity():
-        blank = {name: value[None] for name, value in model.blank().items()}
+        cond = {name: value[None] for name, value in blank.items()}
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            model.velocity(torch.zeros(1, *model.noise_shape), 1.0, blank)
+            model.velocity(torch.zeros(1, *model.noise_shape), 1.0, cond)
 
-    model.unwanted = {name: value for name, value in model.blank().items() if name == "encoder_hidden_states"}
+    before, blank = model.unwanted, model.blank()
+    model.unwanted = {name: value for name, value in blank.items() if name == "encoder_hidden_states"}
     if checkpointing:
         parts = [part for part in module.modules() if type(part).__name__ in model.blocks]
         handles = [part.register_forward_pre_hook(entered) for part in parts]
@@ -154,8 +156,9 @@ def count(model, dtype, checkpointing):
         module.enable_gradient_checkpointing()
     with Kept([module]) as kept:
         velocity()
-    module.disable_gradient_checkpointing()
-    model.unwanted = {}
+    if checkpointing:
+        module.disable_gradient_checkpointing()
+    model.unwanted = before
     return kept.bytes + largest
 
 
@@ -338,6 +341,20 @@ def check(run, model):
         )
     if run.is_main:
         _check_disk(run, *disk(model, args, precision, run.checkpoint[1] if run.checkpoint else 0))
+
+
+def check_twice_differentiated(run, model):
+    """Under a kernel of attention that can be differentiated twice, which keeps the scores of every block: raises
+    InputError where a pass of `run.batch` rows and its derivative do not fit. Of small models it has nothing to say."""
+    if 4 * sum(map(number, model.trainable.values())) < SMALL:
+        return
+    need, have = 2 * run.batch * activations(model, run.dtype, checkpointing=False), free(run)
+    if need > have:
+        raise InputError(
+            f"--model {run.args.model}: to measure the Fisher matrix, attention scores of every block are kept: "
+            f"{need / 2**30:.1f} GiB for {run.batch} rows, and {have / 2**30:.1f} GiB are free; choose a number "
+            "for --gamma, or make smaller samples (--height, --width, --frames)"
+        )
 
 
 def _check_disk(run, checkpoint, number, export):

@@ -1,6 +1,5 @@
 """common/models/flux.py against diffusers' own FluxPipeline, on the embedded tiny-flux."""
 
-import math
 from functools import partial
 
 import pytest
@@ -70,8 +69,21 @@ def test_of_fifty_thousand_prompts_few_embeddings_are_kept(flux, monkeypatch):
     for i in range(40):
         some = [PROMPTS[(i + j) % len(PROMPTS)] for j in range(1 + i % 3)] + [f"a red circle {'big ' * i}"]
         assert torch.equal(flux.encode(some)["pooled_projections"][0], every["pooled_projections"][i % len(PROMPTS)])
-        assert set(some) <= set(flux.embedded) and len(flux.embedded) <= max(2, len(some))
-    flux.room = math.inf
+        assert list(flux.embedded)[-len(set(some)) :] == list(dict.fromkeys(some))
+        assert len(flux.embedded) <= max(2, len(some))
+
+
+@torch.no_grad()
+def test_embeddings_wait_on_the_cpu_whatever_the_model_is_on(flux, monkeypatch):
+    text = flux.text(PROMPTS[0])
+    flux.embedded.clear()
+    monkeypatch.setattr(type(flux), "device", torch.device("meta"))
+    monkeypatch.setattr(type(flux), "text", lambda model, caption: text)
+    cond = flux.encode(PROMPTS)
+    assert all(value.device.type == "meta" and len(value) == len(PROMPTS) for value in cond.values())
+    kept = [value for embedding in flux.embedded.values() for value in embedding.values()]
+    assert len(kept) == 2 * len(PROMPTS) and all(value.device.type == "cpu" for value in kept)
+    flux.embedded.clear()
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """What is refused before the first rollout, and the count of memory behind README's table."""
 
+import contextlib
 import os
 import sys
 from dataclasses import replace
@@ -12,11 +13,12 @@ import torch
 import yaml
 from conftest import ROOT
 from peft import LoraConfig
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import bpgo
 import grpo_base
 from benchmarks import memory
-from common import arguments, models, preflight, sharding
+from common import arguments, fisher, models, preflight, sharding
 from common.errors import InputError
 from common.runtime import Runtime
 
@@ -104,6 +106,26 @@ def test_activations_without_contents_are_those_of_a_real_pass(name, lora):
     assert counted == [preflight.count(real, torch.float32, checkpointing) for checkpointing in (False, True)]
     assert 0 < counted[1] < counted[0]
     assert all(weight.device.type == "meta" for weight in outline.pipe.vae.parameters())
+
+
+def test_attention_that_is_differentiated_twice_is_refused_where_its_scores_do_not_fit(monkeypatch):
+    large = models.outline("tiny-flux", torch.float32, 0, height=256, width=256)
+    module = large.pipe.transformer.requires_grad_(True)
+    plain = preflight.activations(large, torch.float32, False)
+    with sdpa_kernel(SDPBackend.MATH):
+        scores = preflight.activations(large, torch.float32, False)
+    tokens = large.noise_shape[0] + large.blank()["encoder_hidden_states"].shape[0]
+    blocks = len(module.transformer_blocks) + len(module.single_transformer_blocks)
+    assert scores - plain >= 0.9 * blocks * module.config.num_attention_heads * tokens**2 * 4
+    run = SimpleNamespace(args=SimpleNamespace(model="tiny-flux"), batch=3, dtype=torch.float32, world=1)
+    run.device, run.plain_modules = torch.device("cpu"), contextlib.nullcontext
+    monkeypatch.setattr(preflight, "SMALL", 0)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=6 * scores - 1))
+    fisher.TrustRegion(run, 1e-4)
+    with pytest.raises(InputError, match="attention scores of every block are kept: .* for 3 rows, .* --gamma"):
+        fisher.TrustRegion(run, 1e-4, large)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=6 * scores))
+    fisher.TrustRegion(run, 1e-4, large)
 
 
 def test_rewards_are_counted_once_and_a_judge_in_this_process_too():

@@ -1,7 +1,6 @@
 """What the families of models have in common: embeddings computed once, decoding in slices, one trained module."""
 
 import contextlib
-import math
 from pathlib import Path
 
 import torch
@@ -44,7 +43,7 @@ class Family:
         self.batched_guidance, self.decode_batch = batched_guidance, decode_batch
         self.offload_encoders = offload_encoders
         self.trainable = {name: getattr(pipe, name) for name in self.trained if getattr(pipe, name, None) is not None}
-        self.embedded, self.unwanted, self.room = {}, {}, math.inf
+        self.embedded, self.unwanted = {}, {}
         if frames and not self.video:
             raise InputError(f"--frames has no meaning: {type(pipe).__name__} makes images")
         if guidance_2 and len(self.trainable) < 2:
@@ -120,26 +119,34 @@ class Family:
 
     @torch.no_grad()
     def encode(self, prompts):
-        """b prompts -> {name: [b, ...]}; a prompt that was embedded before is looked up, while there is room."""
-        new = list(dict.fromkeys(prompt for prompt in prompts if prompt not in self.embedded))
-        if len(self.embedded) + len(new) > self.room:
-            self.embedded, new = {}, list(dict.fromkeys(prompts))
+        """b prompts -> {name: [b, ...]}; a prompt that was embedded before is looked up, while there is room: what was
+        used last stays."""
+        asked = list(dict.fromkeys(prompts))
+        new = [prompt for prompt in asked if prompt not in self.embedded]
         with self._encoders_at_hand() if new else contextlib.nullcontext():
             for prompt in new:  # one by one: an embedding must not depend on its neighbours
                 self.embedded[prompt] = self._kept(self.embed(prompt))
             if self.negative and not self.unwanted:
-                self.unwanted = self._kept(self.text(""))
-        rows = [self.embedded[prompt] for prompt in prompts]
-        self.room = KEPT // sum(value.nbytes for value in rows[0].values())
-        return {name: torch.stack([row[name] for row in rows]).to(self.device) for name in rows[0]}
+                self.unwanted = self._at_hand(self.text(""))
+        for prompt in asked:
+            self.embedded[prompt] = self.embedded.pop(prompt)  # to the end of the line
+        room = max(len(asked), KEPT // sum(value.nbytes for value in self.embedded[asked[0]].values()))
+        for prompt in list(self.embedded)[:-room]:
+            del self.embedded[prompt]
+        rows = {prompt: self._at_hand(self.embedded[prompt]) for prompt in asked}
+        return {name: torch.stack([rows[prompt][name] for prompt in prompts]) for name in rows[asked[0]]}
 
     def embed(self, prompt):
         """What the velocity is conditioned on: {name: [...]} without the batch dimension."""
         return self.text(caption_of(prompt))
 
     def _kept(self, embedding):
-        # with --offload-encoders memory is short, so the embeddings wait on the CPU too
-        return {name: value.to("cpu" if self.offload_encoders else self.device) for name, value in embedding.items()}
+        """Where it waits: on the CPU, as 50,000 prompts would fill any GPU, and pinned, for the GPU to fetch it."""
+        pinned = self.device.type == "cuda"
+        return {name: value.cpu().pin_memory() if pinned else value.cpu() for name, value in embedding.items()}
+
+    def _at_hand(self, embedding):
+        return {name: value.to(self.device, non_blocking=True) for name, value in embedding.items()}
 
     @contextlib.contextmanager
     def _encoders_at_hand(self):
@@ -172,7 +179,7 @@ class Family:
         b = len(next(iter(inputs.values())))
         unwanted = {
             **cond,
-            **{name: value.to(self.device).expand(b, *value.shape) for name, value in self.unwanted.items()},
+            **{name: value.expand(b, *value.shape) for name, value in self.unwanted.items()},
         }
         if self.batched_guidance:
             twice = {name: torch.cat([value, value]) for name, value in inputs.items()}
