@@ -177,7 +177,7 @@ def main(args):
         # --- Reward ---
         scores = []
         for mb in torch.arange(len(rows)).split(run.score_batch):
-            scores.append(rewards.score(scorers, model.decode(latents[mb, -1]), [captions[i] for i in mb]))
+            scores.append(rewards.of_samples(scorers, model, latents[mb, -1], [captions[i] for i in mb]))
         scores = {name: run.gather(torch.cat([part[name] for part in scores])).view(P, G) for name in scorers}
         rewards.check_finite(scores, scorers, batch)
         metrics["reward_seconds"] = clock.lap()
@@ -244,7 +244,7 @@ def main(args):
         report.log(step, metrics)
 
         # --- Checkpoint ---
-        if step + 1 == args.steps or (args.save_every and (step + 1) % args.save_every == 0):
+        if run.due(step + 1):
             run.save(step + 1, stateful)
 
     final = heldout.evaluate(run, report, model, scorers, reward_weights, eval_prompts, args.steps, last=True)

@@ -163,12 +163,16 @@ class Args:
     run."""
     keep_checkpoints: Annotated[int, From(0, 1e9)] = 0
     """Keep this many of the latest checkpoints; 0: all."""
-    save_every: Annotated[int, From(0, 1e9)] = 20
-    """Steps between checkpoints; the last step always saves. 0: only the last."""
+    save_every: Annotated[int | Literal["auto"], From(0, 1e9)] = "auto"
+    """Steps between checkpoints; the last step always saves. 0: only the last; auto: 20, or half an hour of them,
+    whichever comes first."""
     sample_every: Annotated[int, From(0, 1e9)] = 20
     """Steps between grids of samples; 0: never."""
     eval_every: Annotated[int, From(0, 1e9)] = 20
     """Steps between evaluations on --eval-prompts; first and last step always. 0: never."""
+    process_timeout: Annotated[float, Above(0, 1e5)] = 60.0
+    """Minutes that processes wait for one another: the main one's export of a large model takes some, a judge's retries
+    too."""
     trust_remote_code: bool = False
     """Run the Python code that the repository of a --model or --judge-model brings along; else it is refused."""
     tracker: Literal["tensorboard", "wandb", "none"] = "tensorboard"

@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import sys
+import traceback
 
 
 class InputError(ValueError):
@@ -31,7 +32,26 @@ class Interrupted(KeyboardInterrupt):
     """Ctrl-C at a moment when nothing has to be finished. A KeyboardInterrupt of another class is somebody's code's."""
 
 
+# By the function in which it happens: where that is, and what helps.
+OUT_OF_MEMORY = {
+    "score_one": ("a reward", "lower --reward-batch, or keep the judge behind a server (--judge-url)"),
+    "decode": ("the VAE", "lower --decode-batch, or the size of the samples (--height, --width, --frames)"),
+    "encode": ("the text encoders", "add --offload-encoders"),
+    "rollout": ("the rollout", "lower --micro-batch or --prompts-per-step, add --offload-encoders"),
+    "backward": (
+        "the update",
+        "lower --micro-batch, add --gradient-checkpointing or --exchange-often, train a LoRA (--lora-rank)",
+    ),
+}
+ANYWHERE = (
+    "lower --micro-batch, --decode-batch, --reward-batch or the size of the samples, train a LoRA (--lora-rank), add "
+    "--gradient-checkpointing or --offload-encoders"
+)
+OUT_OF_MEMORY["velocity"] = OUT_OF_MEMORY["update"] = OUT_OF_MEMORY["backward"]  # where it is no rollout's
+
 rescues = []  # what to call with a RunError; the Runtime of the run puts its own there
+alarms = []  # what tells the other processes that this one cannot go on, true if they heard it; the same
+last_checkpoint = ""  # the folder of the last one
 
 
 def run(main, args):
@@ -64,7 +84,10 @@ def one_line():
             line = of_the_machine(error)
             if line:
                 _say("error", line)
-            if os.environ.get("WORLD_SIZE", "1") == "1":  # the other processes, if any, know nothing of this
+            if line:
+                traceback.clear_frames(error.__traceback__)  # the memory that they hold, the rescue may need
+            # the other processes, if any, know nothing of this, unless they hear of it
+            if os.environ.get("WORLD_SIZE", "1") == "1" or _alarmed():
                 _rescue(error)
             if not line:
                 raise
@@ -95,14 +118,31 @@ def of_the_machine(error):
             "another process of this run is gone; what it said stands above or in its machine's log, and the last "
             "checkpoint is intact: start again with --resume latest"
         )
-    if isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__ or "allocate memory" in str(error):
-        return (
-            f"out of memory ({text(error)}): lower --micro-batch, --decode-batch, --reward-batch or the size of the "
-            "samples, train a LoRA (--lora-rank), add --gradient-checkpointing or --offload-encoders"
-        )
+    if out_of_memory(error):
+        where, cure = out_of_memory(error)
+        return f"out of memory{where} ({text(error)}): {cure}"
     if isinstance(error, OSError):
         return f"{text(error)}; is the disk full, or gone? Earlier checkpoints are intact: go on with --resume latest"
     return ""
+
+
+def out_of_memory(error):
+    """Where the memory ran out, by the functions under way, and the flags that help there, with the last checkpoint;
+    None for any other error."""
+    name, said = type(error).__name__, text(error)
+    if not isinstance(error, MemoryError) and "OutOfMemory" not in name and "allocate memory" not in said:
+        return None
+    names = {frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)}
+    where, cure = next((value for name, value in OUT_OF_MEMORY.items() if name in names), ("", ANYWHERE))
+    last = f"; the last checkpoint is {last_checkpoint}" if last_checkpoint else ""
+    return f" in {where}" if where else "", cure + last
+
+
+def _alarmed():
+    try:
+        return any([alarm() for alarm in alarms])
+    except Exception:  # they are gone
+        return False
 
 
 def _rescue(error):

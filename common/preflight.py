@@ -186,7 +186,8 @@ def disk(model, args, precision, start=0):
     """(bytes of one checkpoint, how many are there at once, bytes of the export)"""
     trained = trained_number(model, args)
     checkpoint = 4 * trained * (3 + bool(args.ema))
-    saves = math.ceil(args.steps / args.save_every) - start // args.save_every if args.save_every else 1
+    every = 20 if args.save_every == "auto" else args.save_every  # of long steps more, of which few are kept
+    saves = math.ceil(args.steps / every) - start // every if every else 1
     pipeline = precision * sum(number(module) for _, module in _modules(model))
     export = (1 + bool(args.ema)) * (4 * trained if args.lora_rank else pipeline)
     return checkpoint, min(saves, args.keep_checkpoints + 1) if args.keep_checkpoints else saves, export

@@ -22,8 +22,8 @@ from common.errors import InputError
 FREE = (
     # these change none of its numbers
     "output", "resume", "steps", "save_every", "keep_checkpoints", "sample_every", "eval_every", "tracker", "watch",
-    "judge_url", "judge_timeout", "judge_retries", "judge_concurrency", "trust_remote_code", "offload_encoders",
-    "gradient_checkpointing",
+    "process_timeout", "judge_url", "judge_timeout", "judge_retries", "judge_concurrency", "trust_remote_code",
+    "offload_encoders", "gradient_checkpointing",
     # these round them otherwise (what measures on a micro-batch, as --gamma auto does, sees other rows)
     "micro_batch", "decode_batch", "reward_batch", "batched_guidance", "exchange_often",
     # these are how far an update goes: what one turns when a run goes wrong

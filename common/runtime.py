@@ -7,6 +7,8 @@ import os
 import re
 import shlex
 import signal
+import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -23,6 +25,10 @@ PRECISION = {"cuda": ("bf16", torch.bfloat16), "cpu": ("no", torch.float32)}
 RATIO_LIMIT = {"no": 1e-4, "bf16": 0.05}
 
 
+AUTO_STEPS, AUTO_SECONDS = 20, 1800.0  # between checkpoints, whichever comes first
+LOST = 255  # in the place of a signal's number: a process cannot go on
+
+
 class Runtime:
     """One process of a run. The B rows of a step are dealt out in contiguous chunks; a group may span processes."""
 
@@ -32,7 +38,7 @@ class Runtime:
         self.args, self.scorers = args, list((scorers or {}).values())
         on_gpu = torch.cuda.is_available()
         self.precision, self.dtype = PRECISION["cuda" if on_gpu else "cpu"]
-        state = PartialState(cpu=not on_gpu)
+        state = processes(args)
         self.device, self.is_main, self.world = state.device, state.is_main_process, state.num_processes
         self.sharding = sharding.take_plugin()
         if args.exchange_often and not self.sharding:
@@ -62,6 +68,8 @@ class Runtime:
         self.moved = False  # whether the step that is not finished has changed the weights
         self.kept = {}  # the method's own states after the last finished step
         self.signal = 0  # the number of the one that asked this process to stop
+        self.sampling = False  # whether all processes are between two questions for signals
+        self.last_saved = time.monotonic()
         self.blame, self.cure = lambda: "lower --learning-rate", None  # what to say of a gradient that is no number
         self.changes = run_folder.check(self.output, args)
         self.checkpoint = run_folder.find_checkpoint(self) if args.resume else None  # (folder, step, states)
@@ -69,7 +77,7 @@ class Runtime:
     @staticmethod
     def find(args):
         """The folder of a run, the same on every process, and the settings that it was started with, {} before that."""
-        is_main = PartialState(cpu=not torch.cuda.is_available()).is_main_process
+        is_main = processes(args).is_main_process
         chosen = run_folder.choose(args) if is_main or args.resume else None  # what is wrong with --resume, all say
         folder = Path(broadcast_object_list([chosen])[0])
         return folder, run_folder.before(folder, args)
@@ -90,8 +98,14 @@ class Runtime:
         return value.flatten()[self.rows(value.numel()).to(value.device)]
 
     def batches(self, number):
-        """Indices of `number` rows, by `batch`; -1, the last row once more, fills up the last of them."""
-        return pad(torch.arange(number), (0, -number % self.batch), value=-1).split(self.batch)
+        """Indices of `number` rows, by `batch`; -1, the last row once more, fills up the last of them. Who samples by
+        them has changed nothing yet: between them a run can be stopped, and after them, without a loss."""
+        for rows in pad(torch.arange(number), (0, -number % self.batch), value=-1).split(self.batch):
+            self.check_signals()
+            self.sampling = True
+            yield rows
+            self.sampling = False
+        self.check_signals()
 
     def micro_batches(self, kept):
         """kept [P, G] bool, the same on every process -> local indices of this process's kept rows, by `batch`, and -1,
@@ -287,7 +301,16 @@ class Runtime:
         self._together(bool(shares), checkpoints.put, self.output, step, shares, self.accelerator.process_index)
         keep = self.args.keep_checkpoints
         self._together(self.is_main, checkpoints.publish, self.output, step, parts, self.name, keep)
-        self.saved = step
+        self.saved, self.last_saved = step, time.monotonic()
+        errors.last_checkpoint = str(self.output / "checkpoints" / checkpoints.name_of(step))
+
+    def due(self, step):
+        """All processes together: whether a checkpoint of this many steps is due. By --save-every auto, where a step
+        takes long, more often: of half an hour no more than that is lost."""
+        every = self.args.save_every
+        if step == self.args.steps or every != "auto":
+            return step == self.args.steps or bool(every) and step % every == 0
+        return self._any(step % AUTO_STEPS == 0 or time.monotonic() - self.last_saved > AUTO_SECONDS)
 
     def _together(self, here, action, output, step, *arguments):
         """A part of saving, on the processes that are `here`: where it fails on one, all of them stop."""
@@ -314,12 +337,23 @@ class Runtime:
         self.kept = {name: copy.deepcopy(state) for name, state in self.stateful.items() if isinstance(state, dict)}
 
     def check_signals(self):
-        """Between steps: if a process got a signal, saves on all of them and raises Stopped."""
+        """Between steps, and between samples: if a process got a signal, saves on all of them and raises Stopped."""
         caught = torch.tensor([self.signal], device=self.device)
         number = int(self.gather(caught).max()) if self.world > 1 else self.signal
+        if number == LOST:
+            raise RunError(
+                "another process of this run cannot go on; what it said stands above or in its machine's log"
+            )
         if number:
             self.rescue()
             raise errors.Stopped(number, f"{signal.Signals(number).name}: stopped after {self.step} steps")
+
+    def alarm(self):
+        """Tells the other processes that this one cannot go on, where they will ask: while all are sampling. Returns
+        whether they heard it: then all of them rescue."""
+        if self.sampling and self.world > 1:
+            self.gather(torch.tensor([LOST], device=self.device))
+        return self.sampling
 
     def rescue(self, error=None):
         """Saves the finished steps, also in the middle of another that has not changed the weights yet, unless a
@@ -348,7 +382,7 @@ class Runtime:
         if self.average:
             stateful["ema"] = self.average
         self.stateful = stateful
-        errors.rescues[:] = [self.rescue]
+        errors.rescues[:], errors.alarms[:], errors.last_checkpoint = [self.rescue], [self.alarm], ""
         if self.checkpoint is None:
             return 0
         folder, step, states = self.checkpoint
@@ -368,6 +402,7 @@ class Runtime:
             group.update(lr=self.args.learning_rate, weight_decay=self.args.weight_decay)
         self.print(f"resuming {self.output} at step {step}{f', from here on with {self.changes}' * bool(self.changes)}")
         self.saved = self.step = step
+        errors.last_checkpoint = str(folder)
         return step
 
     def _state(self, thing):
@@ -409,6 +444,11 @@ class Runtime:
     def print(self, *words):
         if self.is_main:
             print(*words, flush=True)
+
+
+def processes(args):
+    """The processes of this launch, which wait for one another as long as --process-timeout says."""
+    return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(minutes=args.process_timeout))
 
 
 def batch_size(args, share):

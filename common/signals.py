@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: it finishes its step first."""
+"""Signals that ask a run to stop: it finishes its step first, unless that has sampled only."""
 
 import contextlib
 import signal
@@ -6,7 +6,7 @@ import signal
 
 @contextlib.contextmanager
 def end_the_step(run):
-    """Inside, SIGINT, SIGTERM and SIGHUP (a closed terminal; not under nohup) let the step finish: run.signal is the
+    """Inside, SIGINT, SIGTERM and SIGHUP (a closed terminal; not under nohup) let the update finish: run.signal is the
     first one's number, and `Runtime.check_signals` saves and ends the run. The same one again ends it at once."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     if before[signal.SIGHUP] == signal.SIG_IGN:
@@ -16,7 +16,9 @@ def end_the_step(run):
         run.signal = run.signal or number
         signal.signal(number, before[number])
         with contextlib.suppress(RuntimeError):  # it may have come in the middle of another line
-            run.print(f"\n{signal.Signals(number).name}: finishing the step, then saving; once more ends it at once")
+            run.print(
+                f"\n{signal.Signals(number).name}: saving as soon as no update is under way; once more ends it at once"
+            )
 
     try:
         for number in before:

@@ -1,7 +1,7 @@
 #!/bin/bash
 # Four machines of eight GPUs. A job that is preempted or runs out of time gets SIGTERM ten minutes before: the run
-# finishes its step, saves and exits, and `--resume latest` in the same command goes on when the job is queued again;
-# a --resume of your own stands instead of it, which begins a new run once and goes on with it after that.
+# leaves its rollout or finishes its update, saves and exits, and `--resume latest` in the same command goes on when the
+# job is queued again; a --resume of your own stands instead of it, which begins a new run once and goes on with it.
 #     sbatch configs/slurm.sh bpgo.py --model flux --output /shared/runs/flux
 #SBATCH --job-name=vgrpo
 #SBATCH --nodes=4

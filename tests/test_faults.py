@@ -19,8 +19,9 @@ import torch
 from conftest import ROOT, metrics, weights
 
 import bpgo
-from common import checkpoints, errors, export, models
+from common import checkpoints, errors, export, models, rewards, runtime, sde
 from common.errors import InputError, RunError
+from common.models.flux import Flux
 from common.runtime import Runtime
 from lab import kills
 
@@ -107,6 +108,73 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(train, monkeypat
         assert (folder / "export").exists()
 
 
+def test_a_signal_in_a_rollout_does_not_wait_for_its_end(train, monkeypatch, capfd, raising):
+    """The rows under way are finished, and the step is begun anew: with BPGO, whose prior moves in every step."""
+    settings = dict(script=bpgo, steps=3, save_every=0, learning_rate=1e-3, micro_batch=2)
+    whole, rows = train(output="whole", **settings)
+    honest, calls = sde.rollout, []
+
+    def rollout(*words):
+        calls.append(words)
+        if len(calls) == 6:  # of four a step
+            os.kill(os.getpid(), signal.SIGTERM)
+        return honest(*words)
+
+    monkeypatch.setattr(sde, "rollout", rollout)
+    with pytest.raises(SystemExit) as ended:
+        errors.run(lambda _: train(**settings), None)
+    assert ended.value.code == 128 + signal.SIGTERM and len(calls) == 6
+    assert "stopped: SIGTERM: stopped after 1 steps\n" in capfd.readouterr().err
+    monkeypatch.undo()
+    folder, again = train(resume="latest", **settings)
+    assert again == rows
+    assert all(torch.equal(value, weights(folder, 3)[name]) for name, value in weights(whole, 3).items())
+
+
+def test_long_steps_are_saved_more_often(train, monkeypatch):
+    monkeypatch.setattr(runtime, "AUTO_STEPS", 3)
+    folder, _ = train(steps=4)
+    assert [path.name for path in checkpoints.newest_first(folder)] == ["step_000004", "step_000003"]
+    monkeypatch.setattr(runtime, "AUTO_SECONDS", 0.0)
+    folder, _ = train(steps=4, output="long")
+    assert len(checkpoints.newest_first(folder)) == 4
+
+
+OUT_OF_MEMORY = {
+    "a reward": (rewards, "score_one", "lower --reward-batch"),
+    "the VAE": (Flux, "pixels", "lower --decode-batch"),
+    "the rollout": (sde, "rollout", "lower --micro-batch or --prompts-per-step"),
+    "the update": (Runtime, "backward", "lower --micro-batch, add --gradient-checkpointing"),
+}
+
+
+@pytest.mark.parametrize("place", OUT_OF_MEMORY)
+def test_out_of_memory_is_one_line_with_the_flags_that_help_and_the_last_checkpoint(train, monkeypatch, capfd, place):
+    folder, _ = train(steps=1)
+    owner, name, cure = OUT_OF_MEMORY[place]
+    honest, calls = getattr(owner, name), []
+
+    def fails(*words, **named):
+        calls.append(words)
+        if len(calls) > 1:  # the first tries them out
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB")
+        return honest(*words, **named)
+
+    fails.__code__ = fails.__code__.replace(co_name=name)
+    monkeypatch.setattr(owner, name, fails)
+    with pytest.raises(SystemExit) as ended:
+        errors.run(lambda _: train(steps=3, resume="latest"), None)
+    said = capfd.readouterr().err
+    (line,) = (line for line in said.splitlines() if line.startswith("error: "))
+    assert ended.value.code == 1 and "Traceback" not in said
+    what = "CUDA out of memory. Tried to allocate 3 GiB"
+    if place == "a reward":
+        assert re.match(rf"error: reward verifier raised OutOfMemoryError: {what} \(.*, line \d+\): {cure}", line)
+    else:
+        assert line.startswith(f"error: out of memory in {place} ({what}): {cure}")
+    assert line.endswith(f"the last checkpoint is {folder}/checkpoints/step_000001")
+
+
 def test_a_second_interrupt_ends_at_once_with_one_line(train, monkeypatch, capfd, tmp_path):
     assert signalled(train, monkeypatch, [signal.SIGINT, signal.SIGINT], steps=3) == 130
     said = capfd.readouterr().err
@@ -153,7 +221,7 @@ def test_a_closed_terminal_saves(tmp_path):
 
 
 def test_a_second_signal_ends_at_once(tmp_path):
-    process = start(tmp_path / "run", "--steps", "1000", "--group-size", "64")
+    process = start(tmp_path / "run", "--steps", "1000", "--group-size", "64", "--micro-batch", "128")
     wait_for_steps(tmp_path / "run", 1, process)
     process.send_signal(signal.SIGTERM)
     time.sleep(0.05)

@@ -6,14 +6,17 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
 import smooth
 import torch
+from accelerate.state import AcceleratorState, PartialState
 from conftest import ROOT, launch, launched, metrics, weights
 from diffusers import FluxPipeline
 
@@ -22,7 +25,7 @@ import grpo_base
 import self_paced
 import slas
 from common import arguments, checkpoints, errors, models, sharding
-from common.runtime import Runtime, batch_size
+from common.runtime import Runtime, batch_size, processes
 
 SMALL = dict(
     prompts_per_step=3, group_size=4, sampling_steps=4, micro_batch=6, minibatches=1, steps=4, save_every=2, eval_every=0,
@@ -71,6 +74,14 @@ def two(folder, jobs, config):
     done = launch(2, str(ROOT / "tests/several_runs.py"), str(plan), config=ROOT / f"configs/{config}.yaml")
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("on 2 x cpu" + ", sharded" * config.startswith("fsdp2")) == len(jobs)
+    return done.stderr
+
+
+def assert_rescued(folder, said):
+    """One process of two had no memory in the third step's rollout: both finished steps were saved, by both."""
+    assert "error: out of memory in the rollout (CUDA out of memory): lower --micro-batch" in said
+    assert "error: another process of this run cannot go on" in said
+    assert [path.name for path in checkpoints.newest_first(folder)] == ["step_000002"] and len(metrics(folder)) == 2
 
 
 def one(monkeypatch, name, folder, **changes):
@@ -118,7 +129,12 @@ def test_two_processes_train_as_one(runs, tmp_path, monkeypatch):
             jobs[1] = [*jobs[1], "--resume=latest"]
             jobs.append([*words(*RUNS["average"], folder / "often"), "--exchange-often"])
         going_on = [name for name in names if "-" in name][: None if runs is ALL else 1]  # of one script, or of all
-        two(tmp_path, [*jobs, *(job for name in going_on for job in lower(folder, name))], config)
+        if config == "ddp":
+            settings = {**SMALL, "micro_batch": 3, "save_every": 0}  # two rollouts a step
+            jobs.append(["out of memory", *words(grpo_base, settings, folder / "rescued")])
+        said = two(tmp_path, [*jobs, *(job for name in going_on for job in lower(folder, name))], config)
+        if config == "ddp":
+            assert_rescued(folder / "rescued", said)
         for name in going_on:
             assert_lower(folder, name)
     for name in dict.fromkeys([name for names in runs.values() for name in names]):
@@ -223,6 +239,24 @@ def test_another_way_of_sharding_is_one_clear_line(train, monkeypatch, environme
         monkeypatch.setenv(name, value)
     with pytest.raises(errors.InputError, match=line):
         train()
+
+
+def test_processes_wait_for_one_another_as_long_as_a_flag_says(monkeypatch):
+    """A group of one process, as a launcher of several makes it."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    launcher = dict(MASTER_ADDR="localhost", MASTER_PORT=port, RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+    for name, value in launcher.items():
+        monkeypatch.setenv(name, value)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        processes(arguments.defaults(grpo_base.Args, process_timeout=45.0))
+        group = torch.distributed.distributed_c10d._get_default_group()
+        assert group._get_backend(torch.device("cpu")).options._timeout == timedelta(minutes=45)
+    finally:
+        PartialState().destroy_process_group()
+        AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_exchanging_often_belongs_to_sharded_weights(train):

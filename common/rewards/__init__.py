@@ -175,6 +175,20 @@ def score(scorers, media, prompts):
     return scores
 
 
+def of_samples(scorers, model, x0, prompts):
+    """Decodes latents x0 [b, ...] and scores them: {name: [b] float32}. A decoder without memory is like a scorer that
+    raises."""
+    try:
+        media = model.decode(x0)
+    except Exception as error:
+        if not errors.of_the_machine(error):
+            raise
+        for scorer in scorers.values():
+            scorer.error = RunError(errors.of_the_machine(error))
+        return {name: torch.full((len(prompts),), torch.inf, device=x0.device) for name in scorers}
+    return score(scorers, media, prompts)
+
+
 def try_out(scorers, model, prompt):
     """Lets the model and the rewards work on one sample of nothing: what would fail after the first rollout (weights
     that are no numbers, too few frames, a server that takes no pictures) fails before it. Raises InputError."""
@@ -199,7 +213,9 @@ def failure(name, scorer):
     if error is None or isinstance(error, (InputError, RunError)):
         return str(error or "")
     *_, place = traceback.extract_tb(error.__traceback__)
-    return f"reward {name} raised {type(error).__name__}: {errors.text(error)} ({place.filename}, line {place.lineno})"
+    _, cure = errors.out_of_memory(error) or ("", "")
+    said = f"{type(error).__name__}: {errors.text(error)} ({place.filename}, line {place.lineno})"
+    return f"reward {name} raised {said}{f': {cure}' * bool(cure)}"
 
 
 def check_finite(scores, scorers, prompts):
