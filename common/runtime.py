@@ -181,6 +181,9 @@ class Runtime:
             raise InputError(f"--lora-targets {targets!r}: {error}") from None
         for weight in _trained(module):
             weight.data = weight.data.float()
+        for part in module.modules() if self.precision != "no" else ():
+            if hasattr(part, "cast_input_dtype_enabled"):
+                part.cast_input_dtype_enabled = False  # to float32, and autocast would cast it back
 
     def _place(self, module, model):
         """Moves a module to the device, or shards it there."""

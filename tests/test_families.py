@@ -20,6 +20,7 @@ from diffusers import (
 from peft import get_peft_model_state_dict
 from PIL import Image
 
+import grpo_base
 from common import arguments, models, sde
 from common.errors import InputError
 from common.models.flux import Flux
@@ -139,6 +140,41 @@ def test_a_blank_conditioning_has_the_shapes_of_a_real_one(family, picture):
     real, blank = model.encode(prompts[:1]), model.blank()
     assert real.keys() == blank.keys()
     assert all(value.shape == real[name].shape[1:] for name, value in blank.items()), family
+
+
+@pytest.mark.parametrize("name", ["tiny-wan", "tiny-wan-i2v"])
+@torch.no_grad()
+def test_wans_clips_are_decoded_in_float32_whatever_the_passes_are_in(name):
+    half, single = (models.load(name, dtype) for dtype in (torch.bfloat16, torch.float32))
+    x = sde.RowNoise(0, 0, range(2))(half.noise_shape)
+    with torch.autocast("cpu", torch.bfloat16):  # as the initial weights sample
+        clips = half.decode(x)
+    assert torch.equal(clips, single.decode(x))
+    kinds = {name: weight.dtype for name, weight in half.pipe.transformer.named_parameters()}
+    assert kinds["scale_shift_table"] == torch.float32 and kinds["proj_out.weight"] == torch.bfloat16
+
+
+def test_in_bf16_loras_do_not_cast_what_autocast_casts_back(bf16, tmp_path):
+    """Bit for bit the same velocity and gradients."""
+    args = arguments.defaults(grpo_base.Args, lora_rank=4, tracker="none", output=str(tmp_path / "run"))
+    run, results = Runtime(args), []
+    for casting in (True, False):
+        model = models.load("tiny-flux", torch.bfloat16)
+        module, seen = model.pipe.transformer.requires_grad_(False), []
+        run.adapt(module, model.lora_targets, 4)
+        layers = [part for part in module.modules() if hasattr(part, "cast_input_dtype_enabled")]
+        assert layers and not any(layer.cast_input_dtype_enabled for layer in layers)
+        for layer in layers:
+            layer.cast_input_dtype_enabled = casting
+            torch.nn.init.ones_(layer.lora_B["default"].weight)
+            layer.lora_A["default"].register_forward_pre_hook(lambda _, values, seen=seen: seen.append(values[0].dtype))
+        x = sde.RowNoise(0, 0, range(2))(model.noise_shape)
+        with torch.autocast("cpu", torch.bfloat16):
+            velocity = model.velocity(x, 0.5, model.encode(CAPTIONS[:2]))
+        velocity.square().sum().backward()
+        assert (torch.bfloat16 in seen) != casting
+        results.append([velocity.detach(), *(w.grad for w in module.parameters() if w.requires_grad)])
+    assert all(torch.equal(*pair) for pair in zip(*results))
 
 
 # --- Stable Diffusion's change of variables ---

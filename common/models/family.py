@@ -32,6 +32,7 @@ class Family:
     lora_targets = ""  # regular expression of the layers that a LoRA adapts
     blocks = ()  # classes of the blocks, which sharding wraps one by one
     video = False  # makes clips
+    vae_dtype = None  # of the VAE, where it is not that of all others
     images = False  # each prompt comes with a conditioning image
     negative = False  # guidance is classifier-free, against the empty prompt
 
@@ -123,7 +124,7 @@ class Family:
         used last stays."""
         asked = list(dict.fromkeys(prompts))
         new = [prompt for prompt in asked if prompt not in self.embedded]
-        with self._encoders_at_hand() if new else contextlib.nullcontext():
+        with self._encoders_at_hand() if new else contextlib.nullcontext(), self._no_autocast():
             for prompt in new:  # one by one: an embedding must not depend on its neighbours
                 self.embedded[prompt] = self._kept(self.embed(prompt))
             if self.negative and not self.unwanted:
@@ -148,6 +149,9 @@ class Family:
     def _at_hand(self, embedding):
         return {name: value.to(self.device, non_blocking=True) for name, value in embedding.items()}
 
+    def _no_autocast(self):
+        return torch.autocast("cuda" if self.device.type == "cuda" else "cpu", enabled=False)
+
     @contextlib.contextmanager
     def _encoders_at_hand(self):
         modules = [getattr(self.pipe, name) for name in self.encoders if self.offload_encoders]
@@ -162,10 +166,11 @@ class Family:
 
     @torch.no_grad()
     def decode(self, x0):
-        """x0 [b, *noise_shape] -> images [b, 3, H, W] or clips [b, F, 3, H, W], in [0, 1]"""
+        """x0 [b, *noise_shape] -> images [b, 3, H, W] or clips [b, F, 3, H, W], in [0, 1]; in the VAE's own dtype"""
         size = self.decode_batch or len(x0)
         for start in range(0, len(x0), size):
-            pixels = self.pixels(x0[start : start + size])
+            with self._no_autocast():  # the initial weights sample under it
+                pixels = self.pixels(x0[start : start + size])
             if not start:  # in place: to join the parts would hold them twice
                 media = pixels.new_empty(len(x0), *pixels.shape[1:])
             media[start : start + size] = pixels

@@ -30,7 +30,9 @@ def load(cls, folder, dtype, trusted):
     """The pipeline of a family's class on the CPU, weights in `dtype`, every weight from the folder; InputError."""
     with _silence():
         parts = {
-            name: _load(folder / name, of, dtype) for name, of in check(cls, folder, trusted).items() if of is not None
+            name: _load(folder / name, of, _dtype(cls, name, dtype))
+            for name, of in check(cls, folder, trusted).items()
+            if of is not None
         }
         for name, part in parts.items():
             _check_words(folder, name, part, parts.get(name.replace("tokenizer", "text_encoder")))
@@ -48,10 +50,14 @@ def outline(cls, folder, dtype, trusted):
         return None
     with _silence():
         try:
-            parts = {name: _outline(folder, name, of, dtype) for name, of in parts.items()}
+            parts = {name: _outline(folder, name, of, _dtype(cls, name, dtype)) for name, of in parts.items()}
             return cls.pipeline.from_pretrained(folder, dtype=dtype, **parts)
         except Exception:  # whatever a wrong setting makes them say
             return None
+
+
+def _dtype(cls, name, dtype):
+    return cls.vae_dtype or dtype if name == "vae" else dtype
 
 
 def _outline(folder, name, of, dtype):

@@ -18,6 +18,7 @@ class Wan(Family):
     blocks = ("WanTransformerBlock",)
     lora_targets = r".*blocks\.\d+\.(attn[12]\.(to_[qkv]|to_out\.0)|ffn\.net\.(0\.proj|2))"
     negative, video = True, True
+    vae_dtype = torch.float32  # as diffusers' own examples load it
 
     def __init__(self, pipe, height=0, width=0, frames=0, **settings):
         super().__init__(pipe, **settings)
