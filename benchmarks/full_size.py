@@ -1,15 +1,27 @@
-"""One whole GRPO step of a full-size model with random weights on a GPU: seconds, memory, ratio, transformer's share.
+"""GRPO steps of a full-size model with random weights on one GPU: seconds, memory, FLOPs, ratio, against their floor.
 
-    python -m benchmarks.full_size --model flux            # FLUX.1-dev, 720x720, LoRA, one group of 12, T = 16
-    python -m benchmarks.full_size --model wan2.1-1.3b     # 480x832x53, LoRA, one group of 8, T = 16
+    python -m benchmarks.full_size --model flux            # FLUX.1-dev, 720x720, LoRA of rank 64
+    python -m benchmarks.full_size --model wan2.1-1.3b     # 480x832x53, LoRA of rank 64
+    python -m benchmarks.full_size --model flux --compile  # the blocks compiled, the same ones in rollout and update
     python -m benchmarks.full_size --model tiny-flux       # the same script in small, on a CPU too
+    python -m benchmarks.full_size --wheels                # what a machine without a network needs, for pip download
 
-Transformer and VAE have the size of the released ones. The text encoders have their width but few layers: a prompt is
-encoded once in a run, before the step. grpo_base.py runs as it is, from a pipeline folder, for two steps; the second
-counts. The share is that of the transformer's forward and backward passes, between synchronised clocks.
+Each phase ends with a JSON line, so that a run that is cut short has said something: `built`, `matmul` (the card's
+rate), `floor` (one micro-batch, which warms up as well), of each step `rollout`, `reward`, `update`, and `total`; or
+`stopped`, with the ratio's alarm. Transformer and VAE have the size of the released ones and are made where they are
+used: nothing is written or read. The text encoders have their width but few layers: a prompt is encoded once, before
+the steps. grpo_base.py runs as it is.
+
+The floor is the bare transformer without a LoRA on the same rows in the same passes: T forwards, and as many forwards
+and backwards as the update has, to the inputs alone, from one micro-batch timed by itself. FLOPs are those that torch
+counts in these passes; of the backward pass with what checkpointing computes again.
 """
 
+import contextlib
+import importlib.metadata
 import json
+import re
+import statistics
 import tempfile
 import time
 from dataclasses import dataclass
@@ -26,28 +38,44 @@ from diffusers import (
     WanPipeline,
     WanTransformer3DModel,
 )
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel, UMT5Config, UMT5EncoderModel
 
 import grpo_base
+from benchmarks import memory
 from benchmarks.results import write
-from common import arguments, models
+from common import arguments, models, report
+from common.errors import RunError
 from common.runtime import Runtime
 from lab.building import clip_tokenizer, t5_tokenizer
 
 CAPTIONS = ["a red circle", "a blue square and a green cross"]
-SETTINGS = {
-    "flux": dict(group_size=12, lora_rank=64, gradient_checkpointing=True, micro_batch=1),
-    "wan2.1-1.3b": dict(group_size=8, best_of=0, lora_rank=64, gradient_checkpointing=True, micro_batch=1),
-    "tiny-flux": dict(group_size=4, lora_rank=2, micro_batch=2),
-}
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @dataclass
 class Args:
     model: str = "flux"
     """flux, wan2.1-1.3b or tiny-flux."""
+    rows: int = 2
+    """Samples of a step, one group."""
+    steps: int = 2
+    """Training steps; the last one counts."""
+    sampling_steps: int = 16
+    """T: denoising steps."""
+    micro_batch: int = 1
+    """Rows of a pass."""
+    lora_rank: int = 64
+    """Rank of the LoRA; 0: all weights."""
+    compile: bool = False
+    """Compile the transformer's blocks (diffusers' regional compilation)."""
+    wheels: bool = False
+    """Print the packages that this needs, NAME==VERSION, as they are installed here, and nothing else."""
     write: bool = True
     """Rewrite its part of benchmarks/RESULTS.md."""
+
+
+# --- The model ---
 
 
 def flux():
@@ -73,92 +101,230 @@ def wan():
     tokenizer = t5_tokenizer(CAPTIONS, 512)
     umt5 = UMT5Config(vocab_size=len(tokenizer), d_model=4096, d_kv=64, d_ff=1024, num_layers=1, num_heads=8)
     return WanPipeline(
-        tokenizer=tokenizer, text_encoder=UMT5EncoderModel(umt5), vae=AutoencoderKLWan(),
+        tokenizer=tokenizer, text_encoder=UMT5EncoderModel(umt5), vae=AutoencoderKLWan().float(),
         scheduler=FlowMatchEulerDiscreteScheduler(),
         transformer=WanTransformer3DModel(num_attention_heads=12, ffn_dim=8960, num_layers=30),
     )  # fmt: skip
 
 
-def build(model, folder):
-    """A folder with the full-size pipeline, random weights in bf16, made where there is room and speed for them."""
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-            {"flux": flux, "wan2.1-1.3b": wan}[model]().save_pretrained(folder)
-    finally:
-        torch.set_default_dtype(torch.float32)
-        torch.cuda.empty_cache()
-    return str(folder)
+def build(name, dtype, prompts=(), trust_remote_code=False, **settings):
+    """In the place of models.load: random weights in bf16, made on the GPU, where there is room and speed for them."""
+    with memory.weights_in_bfloat16(), torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        pipe = {"flux": flux, "wan2.1-1.3b": wan}[name]()
+    return memory.FAMILIES[name](pipe, **settings)
 
 
-class Share:
-    """Seconds inside the trained modules' forward passes, and inside the backward passes, which are theirs alone."""
+def outline(name, dtype, large, trust_remote_code=False, **settings):
+    """In the place of models.outline: the released sizes, text encoders too."""
+    return memory.full_size(name, 0)
+
+
+# --- Measuring ---
+
+
+class Phases:
+    """Says what each phase took, as a JSON line; the last of each kind stays in `found`."""
 
     def __init__(self):
-        self.seconds = 0.0
+        self.started, self.found = time.perf_counter(), {}
 
-    def clocked(self, function):
-        def measured(*args, **kwargs):
-            self._wait()
-            started = time.perf_counter()
-            result = function(*args, **kwargs)
-            self._wait()
-            self.seconds += time.perf_counter() - started
-            return result
+    def say(self, phase, **numbers):
+        peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+        if peak:
+            numbers["peak_gib"] = round(peak / 2**30, 2)
+            torch.cuda.reset_peak_memory_stats()
+        self.found[phase] = numbers
+        print(json.dumps({"phase": phase, "at": round(time.perf_counter() - self.started, 1), **numbers}), flush=True)
 
-        return measured
 
-    @staticmethod
-    def _wait():
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+def wait():
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def seconds_of(action, number=3):
+    """The median of some times, after one that does not count."""
+    times = []
+    for _ in range(number + 1):
+        wait()
+        started = time.perf_counter()
+        action()
+        wait()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times[1:])
+
+
+def matmul_rate(device, dtype):
+    """FLOP/s of a large matrix product: what the card can do in practice."""
+    size = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    return 2 * size**3 / seconds_of(lambda: a @ b)
+
+
+def bare(run, rows):
+    """(forward, forward and backward) of so many rows by the transformer without its LoRA, as functions."""
+    model = run.model
+    x = torch.randn(rows, *model.noise_shape, device=run.device, requires_grad=True)
+    cond = model.encode(CAPTIONS[:1] * rows)
+
+    def forward():
+        with torch.no_grad():
+            model.velocity(x, torch.tensor(0.5), cond)
+
+    def both():
+        model.velocity(x, torch.tensor(0.5), cond).sum().backward()
+        run.optimizer.zero_grad()
+
+    return forward, both
+
+
+def floor(run, phases):
+    """Times the bare transformer, one micro-batch at a time, and counts its FLOPs."""
+    modules = [run.accelerator.unwrap_model(module) for module in run.model.trainable.values()]
+    for module in modules if run.args.lora_rank else ():
+        module.disable_adapters()
+    forward, both = bare(run, run.batch)
+    seconds = [seconds_of(action) for action in (forward, both)]
+    flops = []
+    for action in (forward, both):
+        with FlopCounterMode(display=False) as counter:
+            action()
+        flops.append(counter.get_total_flops())
+    for module in modules if run.args.lora_rank else ():
+        module.enable_adapters()
+    rate = phases.found["matmul"]["tflops"] * 1e12
+    numbers = {"rows": run.batch, "tokens": tokens(run.model)}
+    for name, took, counted in zip(("forward", "forward_backward"), seconds, flops):
+        numbers |= {f"{name}_s": took, f"{name}_tflop": counted / 1e12, f"{name}_mfu": counted / took / rate}
+    phases.say("floor", **numbers)
+
+
+def tokens(model):
+    """Of one row."""
+    first, *rest = model.noise_shape
+    patch = getattr(next(iter(model.trainable.values())).config, "patch_size", 1)
+    if not isinstance(patch, (tuple, list)):
+        return first if len(rest) == 1 else first * rest[0]
+    return torch.Size(rest).numel() // torch.Size(patch).numel()
+
+
+@contextlib.contextmanager
+def replaced(owner, **values):
+    """Inside, the owner's attributes have other values."""
+    before = {name: getattr(owner, name) for name in values}
+    for name, value in values.items():
+        setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(owner, name, value)
+
+
+def hooks(args, phases):
+    """What the Runtime and the Clock of the run do besides: they say what each phase took."""
+    prepare, resume = Runtime.prepare, Runtime.resume
+    names = iter(["rollout", "reward", "update"] * args.steps)
+
+    class Clock(report.Clock):
+        def lap(self):
+            seconds = super().lap()
+            phases.say(next(names), s=seconds)
+            return seconds
+
+    def prepared(run, model):
+        phases.say("built", weights=sum(w.numel() for m in model.trainable.values() for w in m.parameters()))
+        optimizer = prepare(run, model)
+        phases.say("matmul", tflops=matmul_rate(run.device, run.dtype) / 1e12)
+        return optimizer
+
+    def resumed(run, stateful):  # the last thing before the steps
+        floor(run, phases)
+        for module in run.model.trainable.values() if args.compile else ():
+            run.accelerator.unwrap_model(module).compile_repeated_blocks()
+        return resume(run, stateful)
+
+    return Clock, dict(
+        prepare=prepared, resume=resumed, due=lambda run, step: False, export=lambda run: "nothing was written"
+    )
+
+
+def measured(args, phases, folder):
+    """Runs grpo_base.main; returns its settings, and what it logged of the last step."""
+    settings = dict(models.settings(args.model), group_size=args.rows, prompts_per_step=1, steps=args.steps)
+    settings |= dict(best_of=0, minibatches=1, sampling_steps=args.sampling_steps, micro_batch=args.micro_batch)
+    settings |= dict(reward=("jpeg",), prompts=f"{folder}/prompts.txt", eval_prompts="", save_every=0)
+    settings |= dict(lora_rank=args.lora_rank, tracker="none", output=f"{folder}/run")
+    del settings["source"]
+    run_args = arguments.defaults(grpo_base.Args, args.model, **settings)
+    (folder / "prompts.txt").write_text("\n".join(CAPTIONS))
+    clock, runtime = hooks(args, phases)
+    loading = {} if args.model.startswith("tiny") else dict(load=build, outline=outline, family_of=memory.FAMILIES.get)
+    with replaced(models, **loading), replaced(Runtime, **runtime), replaced(grpo_base, Clock=clock):
+        grpo_base.main(run_args)
+    rows = (folder / "run/metrics.jsonl").read_text().splitlines()
+    return run_args, json.loads(rows[args.steps - 1])
+
+
+def summary(args, run_args, row, phases):
+    """What the last step says, {column: cell}."""
+    one, rate = phases.found["floor"], phases.found["matmul"]["tflops"]
+    passes, T = -(-args.rows // one["rows"]), args.sampling_steps
+    trained = max(1, round(run_args.timestep_fraction * (T - 1)))
+    bare_seconds = passes * (T * one["forward_s"] + trained * one["forward_backward_s"])
+    tflop = passes * (T * one["forward_tflop"] + trained * one["forward_backward_tflop"])
+    seconds = {part: row[f"{part}_seconds"] for part in ("rollout", "reward", "update")}
+    passing = seconds["rollout"] + seconds["update"]
+    peaks = [phases.found[part].get("peak_gib", "-") for part in ("rollout", "reward", "update")]
+    return {
+        "model": f"{args.model}, {f'LoRA {args.lora_rank}' if args.lora_rank else 'all weights'}"
+        f"{', compiled' * args.compile}, {args.rows} rows, T = {T}, {trained} trained",
+        "rollout, reward, update s": ", ".join(f"{value:.2f}" for value in seconds.values()),
+        "over the floor": f"{sum(seconds.values()) / bare_seconds:.3f}",
+        "tokens/s": f"{args.rows * one['tokens'] * (T + trained) / passing:.0f}",
+        "TFLOP of a forward": f"{one['forward_tflop'] / one['rows']:.3f}",
+        "matmul TFLOP/s": f"{rate:.1f}",
+        "of it, forward and step": f"{one['forward_mfu']:.2f}, {tflop / passing / rate:.2f}",
+        "peak GiB, rollout, reward, update": ", ".join(map(str, peaks)),
+        "ratio error": f"{row['ratio_error']:.1e}",
+    }
+
+
+def wheels():
+    """The packages of requirements.txt and all that they need here, NAME==VERSION."""
+    from packaging.requirements import Requirement
+
+    found, queue = {}, [Requirement(line) for line in (ROOT / "requirements.txt").read_text().split() if line]
+    while queue:
+        need = queue.pop()
+        name = re.sub("[-_.]+", "-", need.name.lower())
+        try:
+            about = importlib.metadata.distribution(need.name)
+        except importlib.metadata.PackageNotFoundError:
+            continue  # for another machine
+        if name not in found:
+            found[name] = f"{name}=={about.version}"
+            further = map(Requirement, about.requires or ())
+            extras = [{"extra": extra} for extra in (*need.extras, "")]
+            queue += [r for r in further if r.marker is None or any(r.marker.evaluate(extra) for extra in extras)]
+    return sorted(found.values())
 
 
 def main(args):
-    share, steps = Share(), []
-    prepare, backward, summarise = Runtime.prepare, Runtime.backward, Runtime.summarise
-
-    def prepared(run, model):
-        optimizer = prepare(run, model)
-        for module in model.trainable.values():
-            module.forward = share.clocked(module.forward)
-        return optimizer
-
-    def summarised(run, *rest):  # once a step, after the update
-        steps.append(share.seconds)
-        share.seconds = 0.0
-        return summarise(run, *rest)
-
-    Runtime.prepare, Runtime.summarise = prepared, summarised
-    Runtime.backward = lambda run, loss: share.clocked(backward)(run, loss)
+    if args.wheels:
+        return print(*wheels(), sep="\n")
+    phases = Phases()
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "prompts.txt").write_text("\n".join(CAPTIONS))
-        source = args.model if args.model.startswith("tiny") else build(args.model, f"{folder}/model")
-        settings = dict(models.settings(args.model), **SETTINGS[args.model], prompts_per_step=1, steps=2)
-        settings |= dict(reward=("jpeg",), prompts=f"{folder}/prompts.txt", eval_prompts="", save_every=0)
-        settings["offload_encoders"] = True
-        settings = {name: value for name, value in settings.items() if name != "source"}
-        run_args = arguments.defaults(grpo_base.Args, source, **settings, tracker="none", output=f"{folder}/run")
-        grpo_base.main(run_args)
-        row = json.loads((Path(folder) / "run/metrics.jsonl").read_text().splitlines()[1])
-    seconds = sum(row[f"{part}_seconds"] for part in ("rollout", "reward", "update"))
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    memory = f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if torch.cuda.is_available() else "-"
-    cells = {
-        "model": f"{args.model}, LoRA, 1 x {run_args.group_size} samples",
-        "device": device,
-        "step s": f"{seconds:.1f}",
-        "of it rollout, reward, update s": ", ".join(
-            f"{row[f'{part}_seconds']:.1f}" for part in ("rollout", "reward", "update")
-        ),
-        "transformer's share": f"{steps[1] / seconds:.3f}",
-        "peak memory": memory,
-        "ratio error": f"{row['ratio_error']:.1e}",
-    }
+        try:
+            run_args, row = measured(args, phases, Path(folder))
+        except RunError as error:  # the ratio's alarm: that is a result
+            return phases.say("stopped", why=str(error))
+    cells = summary(args, run_args, row, phases)
+    phases.say("total", **cells)
     lines = [f"| {' | '.join(line)} |" for line in (cells, ["---"] * len(cells), cells.values())]
-    print(*lines, sep="\n")
     if args.write:
-        write(f"A full-size step (`python -m benchmarks.full_size --model {args.model}`)", lines)
+        words = f"--model {args.model}{' --compile' * args.compile}{' --lora-rank 0' * (not args.lora_rank)}"
+        write(f"Full-size steps (`python -m benchmarks.full_size {words}`)", lines)
 
 
 if __name__ == "__main__":
