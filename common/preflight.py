@@ -85,6 +85,16 @@ def samples(model, args, world=1):
     }
 
 
+def held(run, model, args, shards, initial, activations, scorers):
+    """`memory` and `samples` of one process of a run, on its accelerator."""
+    kinds = memory(model, args, run.dtype.itemsize, shards, initial, activations, scorers)
+    if run.world > 1 and shards == 1:
+        kinds["gradients"] *= 2  # data parallelism has a copy of them, in buckets
+    if run.sharding and sharding.offloads(run.sharding, run.device.type):
+        kinds |= dict.fromkeys(ON_THE_HOST, 0)
+    return kinds | samples(model, args, max(run.world, shards))
+
+
 # --- Activations, counted on tensors without contents ---
 
 
@@ -256,14 +266,12 @@ class Plan:
     def kinds(self, args, shards, model=None, batch=None):
         """Bytes that each process would hold, by kind."""
         model, run = model or self.model, self.run
-        key = bool(args.lora_rank), args.gradient_checkpointing or bool(run.sharding or shards > 1)
+        sharded = run.sharding.activation_checkpointing if run.sharding else shards > 1
+        key = bool(args.lora_rank), bool(args.gradient_checkpointing or sharded)
         if key not in self.counted:
             self.counted[key] = activations(model, run.dtype, key[1])
-        row, initial = self.counted[key], bool(args.kl_coef)
-        held = memory(model, args, run.dtype.itemsize, shards, initial, row * (batch or run.batch), self.scorers)
-        if run.sharding and sharding.offloads(run.sharding, run.device.type):
-            held |= dict.fromkeys(ON_THE_HOST, 0)
-        return held | samples(model, args, max(run.world, shards))
+        row = self.counted[key] * (batch or run.batch)
+        return held(run, model, args, shards, bool(args.kl_coef), row, self.scorers)
 
     def check_host(self):
         """Raises InputError where the processes of this machine cannot load what each of them loads."""
@@ -324,12 +332,8 @@ def _flag(name):
 def check(run, model):
     """Raises InputError if the memory or the disk cannot be enough."""
     args, precision = run.args, run.dtype.itemsize
-    kinds = memory(
-        model, args, precision, run.world if run.sharding else 1, bool(run.frozen), run.activations, run.scorers
-    )
-    if run.sharding and sharding.offloads(run.sharding, run.device.type):
-        kinds |= dict.fromkeys(ON_THE_HOST, 0)
-    kinds |= samples(model, args, run.world)
+    shards = run.world if run.sharding else 1
+    kinds = held(run, model, args, shards, bool(run.frozen), run.activations, run.scorers)
     need, have = sum(kinds.values()), free(run)
     if run.device.type != "cuda":  # what is loaded is there already, and all processes share the rest
         have += sum(_bytes(module) for _, module in _modules(model))

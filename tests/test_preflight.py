@@ -1,6 +1,7 @@
 """What is refused before the first rollout, and the count of memory behind README's table."""
 
 import contextlib
+import functools
 import os
 import sys
 from dataclasses import replace
@@ -167,6 +168,8 @@ def test_what_decides_is_chosen_from_the_memory_that_is_free(train, monkeypatch,
     args = plan.run.args
     sizes = [sum(plan.kinds(replace(args, **dict.fromkeys(way, True)), 1).values()) for way in plan.ways()]
     assert sizes == sorted(sizes, reverse=True) and len(sizes) == 3
+    alone, plan.run.world = plan.kinds(args, 1)["gradients"], 2
+    assert plan.kinds(args, 1)["gradients"] == 2 * alone  # buckets of data parallelism
     loaded = []
     for size_, way in zip(sizes, plan.ways()):
         plan_of(monkeypatch, size_ / preflight.ROOM + 1000)
@@ -181,6 +184,9 @@ def test_what_decides_is_chosen_from_the_memory_that_is_free(train, monkeypatch,
         train(output="none")
 
 
+full_size, activations = functools.cache(memory.full_size), functools.cache(preflight.activations)  # seconds each
+
+
 @pytest.mark.parametrize(
     "name, lora, world, gib, ways, offers",
     [
@@ -192,7 +198,8 @@ def test_what_decides_is_chosen_from_the_memory_that_is_free(train, monkeypatch,
     ],
 )
 def test_full_sizes_fit_or_are_told_a_command_that_does(name, lora, world, gib, ways, offers, monkeypatch):
-    monkeypatch.setattr(preflight.Plan, "outline", lambda plan, rank: memory.full_size(name, rank))
+    monkeypatch.setattr(preflight.Plan, "outline", lambda plan, rank: full_size(name, rank))
+    monkeypatch.setattr(preflight, "activations", activations)
     monkeypatch.setattr(preflight, "gather_object", lambda one: one * world)
     monkeypatch.setattr(preflight, "free", lambda run: gib * 10**9)
     args = arguments.defaults(bpgo.Args, name, lora_rank=lora)

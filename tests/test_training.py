@@ -46,8 +46,9 @@ def test_ratio_is_exactly_one_where_rollout_and_update_see_batches_of_one_shape(
 UNEVEN = [dict(best_of=2), dict(best_of=2, micro_batch=3), dict(micro_batch=3), dict(minibatches=3, micro_batch=3)]
 
 
-@pytest.mark.parametrize("precision", ["float32", "bf16"])
-@pytest.mark.parametrize("settings", UNEVEN, ids=str)
+@pytest.mark.parametrize(
+    "precision, settings", [*(("float32", case) for case in UNEVEN), *(("bf16", case) for case in UNEVEN[1:3])], ids=str
+)
 def test_ratio_is_exactly_one_where_the_rows_do_not_come_out_even(train, settings, precision, request, monkeypatch):
     """The last micro-batch is filled up: of another shape other kernels round otherwise."""
     if precision == "bf16":
