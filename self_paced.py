@@ -37,7 +37,7 @@ EPS = 1e-8  # in every division by a standard deviation
 
 @dataclass
 class Args(arguments.Args):
-    thresholds: Annotated[tuple[float, ...], arguments.From(-1e6, 1e6)] = (0.77, 0.55)
+    thresholds: Annotated[tuple[float, ...], arguments.From(-1e6, 1e6)] = (0.929, 0.81)
     """tau of each stage that opens a gate: the mean reward at which that gate is half open."""
     gate: Literal["previous", "own"] = "previous"
     """Whose mean reward opens a stage's gate: the stage's before it, as the text says; its own, as eq 9 is printed."""

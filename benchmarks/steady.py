@@ -1,6 +1,6 @@
 """Whether a long run stays as it began: its memory, its open files and its time per step over 300 small steps.
 
-    python -m benchmarks.steady      # rewrites its part of RESULTS.md
+python -m benchmarks.steady      # rewrites its part of RESULTS.md
 """
 
 import statistics

@@ -43,8 +43,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = {"grpo_base": grpo_base, "bpgo": bpgo, "slas": slas, "self_paced": self_paced}
 STEPS = 2
 SMALL = (
-    f"--steps={STEPS} --prompts-per-step=2 --group-size=2 --sampling-steps=3 --micro-batch=4 --minibatches=1 --save-every=0 "
-    "--eval-every=0 --sample-every=0 --tracker=none --learning-rate=1e-4"
+    f"--steps={STEPS} --prompts-per-step=2 --group-size=2 --sampling-steps=3 --micro-batch=4 --minibatches=1 "
+    "--save-every=0 --eval-every=0 --sample-every=0 --tracker=none --learning-rate=1e-4"
 ).split()
 LIMIT, WAIT = 60, 300.0  # seconds that an attack computes, and that it waits; most take two in all
 MEMORY = 4 * 2**30  # bytes

@@ -26,8 +26,8 @@ from common.runtime import Runtime
 from lab import kills
 
 SMALL = (
-    "--prompts-per-step 2 --group-size 4 --sampling-steps 4 --minibatches 1 --tracker none --eval-every 0 --sample-every 0 --steps 6 "
-    "--save-every 4"
+    "--prompts-per-step 2 --group-size 4 --sampling-steps 4 --minibatches 1 --tracker none --eval-every 0 "
+    "--sample-every 0 --steps 6 --save-every 4"
 ).split()
 
 

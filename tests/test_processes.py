@@ -28,8 +28,8 @@ from common import arguments, checkpoints, errors, models, sharding
 from common.runtime import Runtime, batch_size, processes
 
 SMALL = dict(
-    prompts_per_step=3, group_size=4, sampling_steps=4, micro_batch=6, minibatches=1, steps=4, save_every=2, eval_every=0,
-    sample_every=0, tracker="none", learning_rate=1e-5, reward=("red",),
+    prompts_per_step=3, group_size=4, sampling_steps=4, micro_batch=6, minibatches=1, steps=4, save_every=2,
+    eval_every=0, sample_every=0, tracker="none", learning_rate=1e-5, reward=("red",),
 )  # fmt: skip
 PARTS = dict(
     best_of=2, minibatches=2, micro_batch=1, clip_range=1e-6, reward=("red", "green=2"), aggregate="advantages"
@@ -210,7 +210,7 @@ def test_every_process_gets_as_many_micro_batches_and_can_tell_which_is_the_last
     ],
 )
 def test_rows_of_a_pass_leave_few_fillers(share, settings, size):
-    args = arguments.defaults(grpo_base.Args, group_size=12, **settings)
+    args = arguments.defaults(grpo_base.Args, group_size=12, **{"minibatches": 1, **settings})
     assert batch_size(args, share) == size
 
 

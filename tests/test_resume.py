@@ -21,8 +21,8 @@ from common.prompts import prompts_of_step, read_prompts
 from common.runtime import Runtime
 
 SMALL = (
-    "--prompts-per-step=1 --group-size=4 --sampling-steps=3 --micro-batch=4 --minibatches=1 --tracker=none --eval-every=0 "
-    "--sample-every=0 --learning-rate=1e-3 --save-every=1"
+    "--prompts-per-step=1 --group-size=4 --sampling-steps=3 --micro-batch=4 --minibatches=1 --tracker=none "
+    "--eval-every=0 --sample-every=0 --learning-rate=1e-3 --save-every=1"
 ).split()
 SCRIPTS = {script.__name__: script for script in (grpo_base, bpgo, slas, self_paced)}
 
