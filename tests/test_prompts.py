@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import time
 from collections import Counter
 
@@ -54,9 +55,11 @@ def test_bad_files_are_refused_in_one_line(tmp_path):
     (tmp_path / "utf16.txt").write_bytes("one\ntwo\n".encode("utf-16"))
     (tmp_path / "image.png").write_bytes(b"\x89PNG\r\n\x1a\n\x00\x00")
     (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")  # nobody writes into it: to read it would wait for ever
     for name, reason in {
         "missing.txt": "No such file",
         "folder": "Is a directory",
+        "pipe": "is a pipe",
         "empty.txt": "no prompt in it",
         "blank.txt": "no prompt in it",
         "latin1.txt": "not UTF-8 text (byte 7)",

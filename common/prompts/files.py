@@ -28,6 +28,8 @@ def read(path, column=COLUMN, called=None):
     counts from the file's folder. Tables (TABLES): the strings of a column; .jsonl and .json may also hold strings.
     """
     path, called = Path(path), called or path
+    if path.is_fifo():
+        raise InputError(f"prompts: {called} is a pipe, and every process and --resume read it again; give a file")
     try:
         prompts = table(path, column, called) if path.suffix.lower() in TABLES else lines(path)
     except OSError as error:
