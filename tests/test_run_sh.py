@@ -28,7 +28,8 @@ def clone(tmp_path):
 
 def start(clone, *words, **environment):
     words = ["bash", str(clone / "run.sh"), *words]
-    environment = {**os.environ, "PYTHON": sys.executable, **environment}
+    around = {name: value for name, value in os.environ.items() if name not in ("VENV", "VERSIONS")}  # the suite's own
+    environment = {**around, "PYTHON": sys.executable, **environment}
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     return subprocess.Popen(words, env=environment, start_new_session=True, **pipes)
 
@@ -42,6 +43,7 @@ def run(clone, *words, **environment):
 def test_whatever_happens_to_an_installation_the_next_run_works(clone):
     killed = start(clone)
     while not (clone / ".venv/pyvenv.cfg").exists():
+        assert killed.poll() is None, killed.communicate()
         time.sleep(0.01)
     os.killpg(killed.pid, signal.SIGKILL)
     killed.communicate()
