@@ -45,15 +45,14 @@ def has(kernels):
 
 
 def run(words, environment, log):
-    """bash run.sh words -> (seconds, its output, its exit code); the output goes to the end of the log too."""
-    started = time.time()
-    done = subprocess.run(
-        ["bash", str(ROOT / "run.sh"), *words], env=environment, stdin=subprocess.DEVNULL, text=True, errors="replace",
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
+    """bash run.sh words -> (seconds, its output, its exit code); the output goes to the end of the log as it comes."""
+    started, command = time.time(), ["bash", str(ROOT / "run.sh"), *words]
     with log.open("a") as file:
-        file.write(f"$ bash run.sh {' '.join(words)}\n{done.stdout}\nexit code {done.returncode}\n")
-    return time.time() - started, done.stdout, done.returncode
+        print("$", *words, file=file, flush=True)
+        before = file.tell()
+        done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, stdout=file, stderr=file)
+    said = log.read_bytes()[before:].decode(errors="replace")
+    return time.time() - started, said, done.returncode
 
 
 def cell(python, kernels, args):
