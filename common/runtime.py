@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import dataclasses
 import math
 import os
 import re
@@ -42,7 +43,10 @@ class Runtime:
         self.device, self.is_main, self.world = state.device, state.is_main_process, state.num_processes
         self.sharding = sharding.take_plugin()
         if args.exchange_often and not self.sharding:
-            raise InputError("--exchange-often belongs to sharded weights (configs/fsdp2.yaml)")
+            raise InputError(
+                "--exchange-often belongs to sharded weights (configs/fsdp2.yaml); --no-exchange-often goes on with a run "
+                "that was sharded"
+            )
         rows = args.prompts_per_step * args.group_size
         if rows % self.world:
             raise InputError(
@@ -62,6 +66,7 @@ class Runtime:
         self.score_batch = args.micro_batch * max(1, args.reward_batch // args.micro_batch)
         self.frozen = {}
         self.activations = 0  # bytes of a pass, where they were counted
+        self.asked = dataclasses.replace(args)  # what config.json says: each machine chooses the rest by its own memory
         preflight.settle(self, self.scorers)
         self.mesh = sharding.mesh_of(self.device, self.world) if self.sharding else None
         self.step = self.saved = 0  # finished steps, and those that a checkpoint holds
@@ -71,7 +76,7 @@ class Runtime:
         self.sampling = False  # whether all processes are between two questions for signals
         self.last_saved = time.monotonic()
         self.blame, self.cure = lambda: "lower --learning-rate", None  # what to say of a gradient that is no number
-        self.changes = run_folder.check(self.output, args)
+        self.changes = run_folder.check(self.output, self.asked)
         self.checkpoint = run_folder.find_checkpoint(self) if args.resume else None  # (folder, step, states)
 
     @staticmethod
@@ -141,7 +146,7 @@ class Runtime:
                 self.adapt(module, args.lora_targets or model.lora_targets, args.lora_rank)
         preflight.check(self, model)
         if self.is_main:
-            self.name, moved = run_folder.claim(self.output, args, self.checkpoint and self.checkpoint[:2])
+            self.name, moved = run_folder.claim(self.output, self.asked, self.checkpoint and self.checkpoint[:2])
             if moved:
                 self.print(moved)
         for name, module in model.pipe.components.items():

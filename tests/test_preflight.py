@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import json
 import os
 import sys
 from dataclasses import replace
@@ -174,9 +175,14 @@ def test_what_decides_is_chosen_from_the_memory_that_is_free(train, monkeypatch,
     for size_, way in zip(sizes, plan.ways()):
         plan_of(monkeypatch, size_ / preflight.ROOM + 1000)
         monkeypatch.setattr(preflight, "check", lambda run, model: loaded.append(run.args))
-        train(output=f"{len(way)}", steps=1)
+        folder, _ = train(output=f"{len(way)}", steps=1)
         assert [name for name in ("offload_encoders", "gradient_checkpointing") if getattr(loaded[-1], name)] == [*way]
         assert ("--offload-encoders" in capsys.readouterr().out) == ("offload_encoders" in way)
+        plan_of(monkeypatch, 2**40)  # a larger machine goes on: nothing has to be chosen
+        train(output=f"{len(way)}", steps=2, resume="latest")
+        assert not loaded[-1].offload_encoders and "from here on with" not in capsys.readouterr().out
+        config = json.loads((folder / "config.json").read_text())
+        assert not any(config[name] for name in ("offload_encoders", "gradient_checkpointing", "exchange_often"))
     assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
     plan_of(monkeypatch, sizes[-1] / preflight.ROOM - 1000)
     monkeypatch.setattr(models, "load", None)
