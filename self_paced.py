@@ -90,13 +90,13 @@ def calibrate(args):
     """args with the run's own thresholds, or with new ones from runs of each stage that opens a gate (appendix A)."""
     folder, known = Runtime.find(args)
     if known:
-        return replace(args, thresholds=tuple(known["thresholds"]))
-    thresholds, alone = [], replace(args, thresholds=(), steps=50, calibrate=False, resume=args.resume and "latest")
+        return replace(args, thresholds=tuple(known.get("thresholds", args.thresholds)))
+    thresholds, alone = [], replace(args, thresholds=(), only_stage=0, steps=50, calibrate=False)
     for name in args.reward[:-1] if args.gate == "previous" else args.reward[1:]:
-        report = main(replace(alone, reward=(name,), output=f"{folder}/calibrate-{name.replace(':', '-')}"))
-        start, end = report.ends("reward_mean", 5)
+        alone = replace(alone, reward=(name,), output=f"{folder}/calibrate-{name.replace(':', '-')}")
+        start, end = main(replace(alone, resume=args.resume and "latest")).ends("reward_mean", 5)
         thresholds.append(start + 0.7 * (end - start))
-    report.run.print("measured: --thresholds", *(f"{threshold:.3f}" for threshold in thresholds))
+    Runtime.print("measured: --thresholds", *(f"{threshold:.3f}" for threshold in thresholds))
     return replace(args, thresholds=tuple(thresholds), output=str(folder))
 
 

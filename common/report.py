@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import pad
 from tqdm import tqdm
 
-from common import signals
+from common import errors, signals
 from common.prompts import caption_of
 from common.run_folder import line_of, rows_before, write_rows
 
@@ -80,6 +80,7 @@ class Report:
         self.plot()
         self.bar.close()
         self.run.accelerator.end_training()
+        errors.rescues.clear(), errors.alarms.clear()  # nothing is left to save, and they hold the model
         held_out = [row["eval_reward"] for row in self.rows if "eval_reward" in row]
         if held_out:
             self.run.print(

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import dataclasses
+import gc
 import math
 import os
 import re
@@ -38,14 +39,17 @@ class Runtime:
             os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
         self.args, self.scorers = args, list((scorers or {}).values())
         on_gpu = torch.cuda.is_available()
+        gc.collect()  # what an earlier run of this program held (--calibrate), before memory is counted
+        if on_gpu:
+            torch.cuda.empty_cache()
         self.precision, self.dtype = PRECISION["cuda" if on_gpu else "cpu"]
         state = processes(args)
         self.device, self.is_main, self.world = state.device, state.is_main_process, state.num_processes
         self.sharding = sharding.take_plugin()
         if args.exchange_often and not self.sharding:
             raise InputError(
-                "--exchange-often belongs to sharded weights (configs/fsdp2.yaml); --no-exchange-often goes on with a run "
-                "that was sharded"
+                "--exchange-often belongs to sharded weights (configs/fsdp2.yaml); --no-exchange-often goes on with a "
+                "run that was sharded"
             )
         rows = args.prompts_per_step * args.group_size
         if rows % self.world:
@@ -449,8 +453,10 @@ class Runtime:
             line += f"; the averaged one: {export.write(self, folder.with_name('export_ema'))}"
         return line
 
-    def print(self, *words):
-        if self.is_main:
+    @staticmethod
+    def print(*words):
+        """On the main process."""
+        if PartialState().is_main_process:
             print(*words, flush=True)
 
 

@@ -15,16 +15,20 @@ from torch.distributed.device_mesh import init_device_mesh
 from common.checkpoints import Pieces
 from common.errors import InputError
 
+asked = False  # whether the launcher did, for another run of this program (--calibrate)
+
 
 def take_plugin():
     """Accelerate's FSDP plugin if the launcher asked for it, else None. It is taken out of the environment: otherwise
     the Accelerator would shard too."""
+    global asked
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         raise InputError(
             "DeepSpeed wants a model and its optimizer in one engine, which two experts are not; "
             "configs/fsdp2.yaml shards weights, gradients and optimizer as its stage 3 does"
         )
-    if os.environ.pop("ACCELERATE_USE_FSDP", "false").lower() != "true":
+    asked = os.environ.pop("ACCELERATE_USE_FSDP", "false").lower() == "true" or asked
+    if not asked:
         return None
     if os.environ.get("FSDP_VERSION", "1") != "2":
         raise InputError("only FSDP2 is supported: write fsdp_version: 2, as configs/fsdp2.yaml does")

@@ -3,6 +3,7 @@ in checkpoints, and how little they differ from grpo_base."""
 
 import dataclasses
 import difflib
+import gc
 import inspect
 import json
 import re
@@ -19,7 +20,8 @@ import bpgo
 import grpo_base
 import self_paced
 import slas
-from common import arguments, errors, fisher, heldout, models, report, rewards
+from common import arguments, errors, fisher, heldout, models, preflight, report, rewards
+from common.models.family import Family
 from common.models.flux import Flux
 from common.prompts import prompts_of_step, read_prompts
 from lab.readme_diffs import with_diffs
@@ -503,10 +505,19 @@ def test_layout_stage_does_not_ask_what_the_objects_are():
 
 
 @pytest.mark.parametrize("gate, opener", [("previous", "verifier:quality"), ("own", "verifier")])
-def test_calibrate_trains_alone_the_stage_that_opens_a_gate_and_only_once(train, capsys, gate, opener):
+def test_calibrate_trains_alone_the_stage_that_opens_a_gate_and_only_once(train, capsys, monkeypatch, gate, opener):
     settings = dict(prompts_per_step=1, group_size=2, sampling_steps=2, learning_rate=1e-3, save_every=10)
     settings |= dict(reward=("verifier:quality", "verifier"), calibrate=True, gate=gate)
+    settings |= dict(only_stage=2 * (gate == "own"))  # of the run alone
+    alive, settle = [], preflight.settle
+
+    def counting(run, scorers):
+        alive.append(sum(isinstance(thing, Family) for thing in gc.get_objects()))
+        settle(run, scorers)
+
+    monkeypatch.setattr(preflight, "settle", counting)
     folder, rows = train(self_paced, steps=2, **settings)
+    assert len(alive) == 2 and alive[0] == alive[1]  # the stage's model is gone when the next one's is to be loaded
     (calibration,) = folder.glob("calibrate-*")
     means = [row["reward_mean"] for row in metrics(calibration)]
     assert len(means) == 50 and means == [row[f"{opener}_mean"] for row in metrics(calibration)]
@@ -523,6 +534,14 @@ def test_calibrate_trains_alone_the_stage_that_opens_a_gate_and_only_once(train,
     shutil.rmtree(calibration)
     _, more = train(self_paced, steps=3, resume=str(folder / "checkpoints/step_000002"), **settings)
     assert more[:2] == rows and len(more) == 3 and not calibration.exists()
+
+
+def test_calibrate_of_one_stage_and_of_another_scripts_run(train):
+    folder, rows = train(self_paced, reward=("verifier",), thresholds=(), calibrate=True)
+    assert len(rows) == 2 and not json.loads((folder / "config.json").read_text())["thresholds"]
+    train(output="other")
+    with pytest.raises(errors.InputError, match="was started with script 'grpo_base', now it is 'self_paced'"):
+        train(self_paced, output="other", resume="latest", calibrate=True)
 
 
 def test_every_process_knows_the_rows_of_a_run_that_goes_on(tmp_path):

@@ -236,10 +236,12 @@ def test_processes_that_cannot_all_load_the_model_are_refused_before_they_do(mon
 @pytest.mark.parametrize("name", ["fsdp2", "fsdp2_offload"])
 def test_sharding_by_itself_is_that_of_the_shipped_configuration(name, monkeypatch):
     flags = yaml.safe_load((ROOT / f"configs/{name}.yaml").read_text())["fsdp_config"]
+    monkeypatch.setattr(sharding, "asked", False, raising=False)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")  # as accelerate launch hands the file on
     for flag, value in flags.items():
         monkeypatch.setenv(flag.upper(), str(value))
     shipped, own = sharding.take_plugin(), sharding.own_plugin()
+    assert sharding.take_plugin()  # of the run after a calibration
     for what in ("fsdp_version", "reshard_after_forward", "activation_checkpointing"):
         assert getattr(shipped, what) == getattr(own, what) == flags[f"fsdp_{what.removeprefix('fsdp_')}"], what
     offloaded = name == "fsdp2_offload"
