@@ -59,6 +59,9 @@ def run(main, args):
     saved. Tracebacks are for our own bugs."""
     with one_line():
         main(args)
+        state = sys.modules.get("accelerate.state")  # no run, no processes
+        if state and state.is_initialized():
+            state.PartialState().destroy_process_group()  # not before: a program may hold several runs (--calibrate)
 
 
 @contextlib.contextmanager

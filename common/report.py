@@ -79,7 +79,8 @@ class Report:
             self.log(step, metrics)
         self.plot()
         self.bar.close()
-        self.run.accelerator.end_training()
+        for tracker in self.run.accelerator.trackers:  # no end_training: the processes' group is errors.run's to end
+            tracker.finish()
         errors.rescues.clear(), errors.alarms.clear()  # nothing is left to save, and they hold the model
         held_out = [row["eval_reward"] for row in self.rows if "eval_reward" in row]
         if held_out:

@@ -27,11 +27,11 @@ def take_plugin():
             "DeepSpeed wants a model and its optimizer in one engine, which two experts are not; "
             "configs/fsdp2.yaml shards weights, gradients and optimizer as its stage 3 does"
         )
-    asked = os.environ.pop("ACCELERATE_USE_FSDP", "false").lower() == "true" or asked
-    if not asked:
+    if os.environ.pop("ACCELERATE_USE_FSDP", "false").lower() != "true" and not asked:
         return None
     if os.environ.get("FSDP_VERSION", "1") != "2":
         raise InputError("only FSDP2 is supported: write fsdp_version: 2, as configs/fsdp2.yaml does")
+    asked = True
     return FullyShardedDataParallelPlugin()
 
 

@@ -241,8 +241,9 @@ def test_another_way_of_sharding_is_one_clear_line(train, monkeypatch, environme
         train()
 
 
-def test_processes_wait_for_one_another_as_long_as_a_flag_says(monkeypatch):
-    """A group of one process, as a launcher of several makes it."""
+@pytest.fixture
+def group_of_one(monkeypatch):
+    """Inside, runs are those of a group of one process, as a launcher of several makes it."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
@@ -251,12 +252,23 @@ def test_processes_wait_for_one_another_as_long_as_a_flag_says(monkeypatch):
         monkeypatch.setenv(name, value)
     AcceleratorState._reset_state(reset_partial_state=True)
     try:
-        processes(arguments.defaults(grpo_base.Args, process_timeout=45.0))
-        group = torch.distributed.distributed_c10d._get_default_group()
-        assert group._get_backend(torch.device("cpu")).options._timeout == timedelta(minutes=45)
+        yield
     finally:
         PartialState().destroy_process_group()
         AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_processes_wait_for_one_another_as_long_as_a_flag_says(group_of_one):
+    processes(arguments.defaults(grpo_base.Args, process_timeout=45.0))
+    group = torch.distributed.distributed_c10d._get_default_group()
+    assert group._get_backend(torch.device("cpu")).options._timeout == timedelta(minutes=45)
+
+
+def test_a_run_leaves_the_processes_together_for_the_next_and_the_program_does_not(group_of_one, train):
+    train(steps=1)  # as a stage of --calibrate
+    assert torch.distributed.is_initialized()
+    errors.run(lambda args: None, None)
+    assert not torch.distributed.is_initialized()
 
 
 def test_exchanging_often_belongs_to_sharded_weights(train):
