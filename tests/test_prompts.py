@@ -178,6 +178,7 @@ def test_strings_without_columns(tmp_path):
         ("a.json", b"{", "is no JSON (Expecting"),
         ("a.json", b'{"prompt": "one"}', "is no JSON (it is no list of rows)"),
         ("a.jsonl", b'{"prompt": "one"}\n{"prompt"', "is no JSONL (line 2: "),
+        ("a.jsonl", b'{"prompt": "one"}\n"a red \\ud83d"', r"a.jsonl has '\ud83d', half of a letter"),
         ("a.jsonl", b'{"prompt": "one"}\n{"prompt": ["two"]}', "row 2 of "),
         ("a.jsonl", b"[1]", "row 1 of "),
         ("a.jsonl", b"caf\xe9", "is not UTF-8 text (byte 3)"),

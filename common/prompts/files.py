@@ -83,6 +83,12 @@ def cell(row, column, number, called):
         raise InputError(
             f"prompts: row {number} of {called} has {str(row)[:40]!r} in column {column!r}, which is no text"
         )
+    try:
+        (row or "").encode()
+    except UnicodeEncodeError as error:  # JSON can spell it; no tokenizer reads it
+        raise InputError(
+            f"prompts: row {number} of {called} has {row[error.start : error.end]!a}, half of a letter; mend that row"
+        ) from None
     return one_line(row or "")
 
 
