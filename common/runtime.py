@@ -361,11 +361,12 @@ class Runtime:
             raise errors.Stopped(number, f"{signal.Signals(number).name}: stopped after {self.step} steps")
 
     def alarm(self):
-        """Tells the other processes that this one cannot go on, where they will ask: while all are sampling. Returns
-        whether they heard it: then all of them rescue."""
-        if self.sampling and self.world > 1:
+        """Tells the other processes that this one cannot go on, where they will ask: while all are sampling, unless
+        they wait for its share of the weights first. Returns whether they heard it: then all of them rescue."""
+        heard = self.sampling and not self.sharding
+        if heard and self.world > 1:
             self.gather(torch.tensor([LOST], device=self.device))
-        return self.sampling
+        return heard
 
     def rescue(self, error=None):
         """Saves the finished steps, also in the middle of another that has not changed the weights yet, unless a

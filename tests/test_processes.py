@@ -25,7 +25,7 @@ import grpo_base
 import self_paced
 import slas
 from common import arguments, checkpoints, errors, models, sharding
-from common.runtime import Runtime, batch_size, processes
+from common.runtime import LOST, Runtime, batch_size, processes
 
 SMALL = dict(
     prompts_per_step=3, group_size=4, sampling_steps=4, micro_batch=6, minibatches=1, steps=4, save_every=2,
@@ -274,6 +274,15 @@ def test_a_run_leaves_the_processes_together_for_the_next_and_the_program_does_n
 def test_exchanging_often_belongs_to_sharded_weights(train):
     with pytest.raises(errors.InputError, match="--exchange-often belongs to sharded weights"):
         train(exchange_often=True)
+
+
+def test_a_process_without_memory_says_nothing_where_the_others_wait_for_its_shards():
+    """They are in the middle of gathering weights: whatever it sent would be taken for those."""
+    said = []
+    run = SimpleNamespace(sampling=True, sharding=None, world=2, device=torch.device("cpu"), gather=said.append)
+    assert Runtime.alarm(run) and said.pop().tolist() == [LOST]
+    run.sharding = sharding.own_plugin()
+    assert not Runtime.alarm(run) and not said
 
 
 def test_states_of_several_processes_are_put_together_in_order(tmp_path):
