@@ -20,7 +20,9 @@ import grpo_base
 from common import arguments, runtime
 
 ROOT = Path(__file__).resolve().parents[1]
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it; tests send it
+# tests send these, and their processes inherit what a shell's background job and nohup ignore
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 TIMINGS = ("rollout_seconds", "reward_seconds", "update_seconds", "samples_per_second")
 
 
@@ -74,8 +76,9 @@ def launched(processes, *words, config=ROOT / "configs/ddp.yaml"):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    flags = f"--config_file {config} --num_processes {processes} --main_process_port {port}"
-    accelerate = [sys.executable, "-m", "accelerate.commands.launch", *flags.split()]
+    flags = {"--config_file": config, "--num_processes": processes, "--main_process_port": port}
+    flags = [str(word) for pair in flags.items() for word in pair]  # the folder may have a space in its name
+    accelerate = [sys.executable, "-m", "accelerate.commands.launch", *flags]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     return subprocess.Popen([*accelerate, *words], env=environment, **pipes)
