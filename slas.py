@@ -59,8 +59,7 @@ def compute_advantages(reward, gamma, adv_clip_max, normalize="before"):
     """
     centred = reward - reward.nanmean(1, keepdim=True)
     std = (reward - reward.nanmean()).square().nanmean().sqrt() + EPS  # of the whole batch
-    z = centred / std
-    power = z.sign() * z.abs() ** (1 + gamma)
+    power = centred.sign() * (centred / std).abs() ** (1 + gamma)
     shaped = (power - power.nanmean()).square().nanmean().sqrt() + EPS  # their own, of the whole batch
     advantages = power * {"after": std**gamma, "shaped": 1 / shaped, "none": std ** (1 + gamma)}.get(normalize, 1)
     return torch.where(zero_variance(reward) | reward.isnan(), 0.0, advantages).clamp(-adv_clip_max, adv_clip_max)
@@ -99,6 +98,8 @@ def main(args):
     if args.kl_coef:
         run.keep_initial(model)
     stateful = {"optimizer": run.prepare(model), **model.trainable}  # what a checkpoint holds
+    if args.gamma == "auto" and args.normalize in ("after", "shaped"):
+        raise errors.InputError(f"--gamma auto --normalize {args.normalize}: it bounds the powers of before or none")
     region = stateful["region"] = TrustRegion(run, args.kl_limit, model if args.gamma == "auto" else None)
     rewards.try_out(scorers, model, prompts[0])
     start = run.resume(stateful)

@@ -477,6 +477,12 @@ def test_a_wider_limit_allows_a_larger_gamma(train):
     assert (tight, wide) == (0.0, 1.0)
 
 
+@pytest.mark.parametrize("normalize", ["after", "shaped"])
+def test_auto_gamma_bounds_the_moment_that_the_update_takes_or_refuses(train, normalize):
+    with pytest.raises(errors.InputError, match=f"--gamma auto --normalize {normalize}: it bounds the powers"):
+        train(slas, gamma="auto", normalize=normalize)
+
+
 # --- Stages ---
 
 
