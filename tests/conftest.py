@@ -8,6 +8,7 @@ if workers := os.getenv("PYTEST_XDIST_WORKER_COUNT"):  # they share the cores; b
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import json
+import shutil
 import signal
 import socket
 import subprocess
@@ -24,6 +25,20 @@ ROOT = Path(__file__).resolve().parents[1]
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 TIMINGS = ("rollout_seconds", "reward_seconds", "update_seconds", "samples_per_second")
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item):
+    report = (yield).get_result()
+    item.failed = getattr(item, "failed", False) or report.failed
+
+
+@pytest.fixture
+def tmp_path(tmp_path, request):
+    """pytest's own, gone after a test that passed: all together would leave 15 GB."""
+    yield tmp_path
+    if not request.node.failed:
+        shutil.rmtree(tmp_path, ignore_errors=True)
 
 
 @pytest.fixture
