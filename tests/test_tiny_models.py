@@ -10,7 +10,7 @@ from conftest import ROOT, metrics
 from safetensors import safe_open
 
 from common import models, sde
-from lab import build_tiny_sd, build_tiny_wan, shapes
+from lab import build_tiny_sd, build_tiny_wan, gains, shapes
 
 GAIN = 0.10
 JOBS = [  # each from its defaults
@@ -51,6 +51,11 @@ def test_asset_is_small_and_stored_in_half_precision(name):
         if file.suffix == ".safetensors":
             with safe_open(file, "pt") as tensors:
                 assert {tensors.get_tensor(key).dtype for key in tensors.keys()} == {torch.float16}, file
+
+
+def test_the_readmes_gains_are_those_that_were_measured():
+    readme = (ROOT / "README.md").read_text()
+    assert gains.with_table(readme) == readme, "run python -m lab.gains --seeds"
 
 
 @pytest.mark.slow
