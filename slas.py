@@ -88,6 +88,8 @@ def split_rows(kept, number):
 
 def main(args):
     # --- Setup ---
+    if args.gamma == "auto" and args.normalize in ("after", "shaped"):
+        raise errors.InputError(f"--gamma auto --normalize {args.normalize}: it bounds the powers of before or none")
     arguments.check(args)
     prompts, reward_weights = read_prompts(args.prompts), rewards.parse(args.reward)
     eval_prompts = read_prompts(args.eval_prompts) if args.eval_prompts else []
@@ -98,8 +100,6 @@ def main(args):
     if args.kl_coef:
         run.keep_initial(model)
     stateful = {"optimizer": run.prepare(model), **model.trainable}  # what a checkpoint holds
-    if args.gamma == "auto" and args.normalize in ("after", "shaped"):
-        raise errors.InputError(f"--gamma auto --normalize {args.normalize}: it bounds the powers of before or none")
     region = stateful["region"] = TrustRegion(run, args.kl_limit, model if args.gamma == "auto" else None)
     rewards.try_out(scorers, model, prompts[0])
     start = run.resume(stateful)

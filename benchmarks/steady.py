@@ -43,6 +43,8 @@ def watched(script, steps):
     class Watched(Report):
         def log(self, step, metrics):
             super().log(step, metrics)
+            if "rollout_seconds" not in metrics:  # the last exam
+                return
             spent = sum(metrics[f"{part}_seconds"] for part in ("rollout", "reward", "update"))
             rows.append((process.memory_info().rss / 2**20, process.num_fds(), process.num_threads(), spent))
 
