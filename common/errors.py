@@ -87,7 +87,6 @@ def one_line():
             line = of_the_machine(error)
             if line:
                 _say("error", line)
-            if line:
                 traceback.clear_frames(error.__traceback__)  # the memory that they hold, the rescue may need
             # the other processes, if any, know nothing of this, unless they hear of it
             if os.environ.get("WORLD_SIZE", "1") == "1" or _alarmed():

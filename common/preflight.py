@@ -286,11 +286,10 @@ class Plan:
             )
 
     def refusal(self, kinds):
-        listed = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in kinds.items() if size)
         fits = "; ".join(f"{words} ({size / 2**30:.0f} GiB)" for words, size in self.others())
         return (
-            f"--model {self.run.args.model}: each process would hold {sum(kinds.values()) / 2**30:.1f} GiB ({listed}), "
-            f"and may take {self.have / 2**30:.1f}; what fits: "
+            f"--model {self.run.args.model}: each process would hold {sum(kinds.values()) / 2**30:.1f} GiB "
+            f"({_listed(kinds)}), and may take {self.have / 2**30:.1f}; what fits: "
             + (fits or "smaller samples (--height, --width, --frames), fewer of them, or more GPUs")
         )
 
@@ -322,6 +321,10 @@ def free(run):
     return psutil.virtual_memory().available / run.world
 
 
+def _listed(kinds):
+    return ", ".join(f"{name} {size / 2**30:.1f}" for name, size in kinds.items() if size)
+
+
 def _flag(name):
     return "--" + name.replace("_", "-")
 
@@ -338,9 +341,8 @@ def check(run, model):
     if run.device.type != "cuda":  # what is loaded is there already, and all processes share the rest
         have += sum(_bytes(module) for _, module in _modules(model))
     if need > have:
-        listed = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in kinds.items() if size)
         raise InputError(
-            f"--model {args.model}: each process would hold {need / 2**30:.1f} GiB ({listed}), "
+            f"--model {args.model}: each process would hold {need / 2**30:.1f} GiB ({_listed(kinds)}), "
             f"{have / 2**30:.1f} GiB are free; make fewer or smaller samples (--height, --width), train a LoRA "
             "(--lora-rank), add --offload-encoders, or shard over more processes (configs/fsdp2.yaml, --exchange-often)"
         )

@@ -141,10 +141,9 @@ def load(name, dtype, prompts=(), trust_remote_code=False, **settings):
     source, cls = MODELS.get(name, {}).get("source", name), family_of(name)
     cls.check(prompts)
     path = _whole(source, cls, trust_remote_code)
-    own = {key: MODELS[name][key] for key in ("height", "width", "frames", "guidance") if key in MODELS.get(name, {})}
     pipe = folder.load(cls, path, dtype, trust_remote_code)
     try:
-        model = cls(pipe, **{**own, **settings})
+        model = cls(pipe, **{**_own(name), **settings})
     except InputError:
         raise
     except Exception as error:  # a configuration with a word for a number, or the like
@@ -162,9 +161,13 @@ def outline(name, dtype, large, trust_remote_code=False, **settings):
         return None
     from common.models import folder
 
-    own = {key: MODELS[name][key] for key in ("height", "width", "frames", "guidance") if key in MODELS.get(name, {})}
     pipe = folder.outline(cls, path, dtype, trust_remote_code)
-    return pipe and cls(pipe, **{**own, **settings})
+    return pipe and cls(pipe, **{**_own(name), **settings})
+
+
+def _own(name):
+    """What a family takes of a named model's settings."""
+    return {key: value for key, value in settings(name).items() if key in ("height", "width", "frames", "guidance")}
 
 
 def _whole(source, cls, trusted):
