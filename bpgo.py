@@ -122,7 +122,7 @@ class Prior:
         mean, steps, known = self.state.values()
         if self.ask:
             new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in known]
-            known.update(zip(new, self.ask(new).tolist()) if new else ())
+            known.update(zip(map(str, new), self.ask(new).tolist()) if new else ())
             return reward.new_tensor([known[prompt] for prompt in prompts])[:, None]
         if self.run.args.prior == "running-mean" and reward.isfinite().any():
             own = reward.nanmean().item()
@@ -136,7 +136,8 @@ def main(args):
     arguments.check(args)
     prompts, reward_weights = read_prompts(args.prompts), rewards.parse(args.reward)
     eval_prompts = read_prompts(args.eval_prompts) if args.eval_prompts else []
-    scorers = rewards.load([*reward_weights, *args.watch], prompts + eval_prompts, **arguments.of_rewards(args))
+    scorers = rewards.load([*args.reward, *args.watch], prompts + eval_prompts, **arguments.of_rewards(args))
+    reward_weights = rewards.in_units(args.reward_units, reward_weights, scorers)
     run = Runtime(args, scorers)
     model = models.load(args.model, run.dtype, prompts + eval_prompts, **arguments.of_model(args))
     sigmas = model.sigmas(args.sampling_steps, args.shift)  # [T+1]
@@ -185,7 +186,8 @@ def main(args):
         # --- Advantage ---
         reward = combine_scores(scores, reward_weights)  # [P, G]
         terms = rewards.terms(args.aggregate, reward, scores, reward_weights)  # what is normalised by itself
-        advantages = sum(w * compute_advantages(r, args.adv_clip_max) for r, w in terms)  # [P, G]
+        parts = [w * compute_advantages(r, args.adv_clip_max) for r, w in terms]  # [P, G]
+        advantages = sum(parts)  # [P, G]
         expected = prior.expect(batch, reward)  # [P, 1]
         deviation, unit = reward - expected, args.reward_scale or rewards.scale(scorers, reward_weights)
         trust = reliability_weights(deviation.nanmean(1, keepdim=True), 0, args.alpha, args.k / unit)  # [P, 1]
@@ -240,6 +242,7 @@ def main(args):
         }
         metrics |= {"prior": expected.mean(), **{f"trust_{n}": getattr(trust, n)() for n in ("mean", "min", "max")}}
         metrics |= {f"{name}_mean": score.nanmean() for name, score in scores.items()}
+        metrics |= rewards.shares(scores, reward_weights, parts)
         metrics["samples_per_second"] = B / sum(metrics[f"{part}_seconds"] for part in ("rollout", "reward", "update"))
         report.log(step, metrics)
 

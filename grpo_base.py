@@ -77,7 +77,8 @@ def main(args):
     arguments.check(args)
     prompts, reward_weights = read_prompts(args.prompts), rewards.parse(args.reward)
     eval_prompts = read_prompts(args.eval_prompts) if args.eval_prompts else []
-    scorers = rewards.load([*reward_weights, *args.watch], prompts + eval_prompts, **arguments.of_rewards(args))
+    scorers = rewards.load([*args.reward, *args.watch], prompts + eval_prompts, **arguments.of_rewards(args))
+    reward_weights = rewards.in_units(args.reward_units, reward_weights, scorers)
     run = Runtime(args, scorers)
     model = models.load(args.model, run.dtype, prompts + eval_prompts, **arguments.of_model(args))
     sigmas = model.sigmas(args.sampling_steps, args.shift)  # [T+1]
@@ -124,7 +125,8 @@ def main(args):
         # --- Advantage ---
         reward = combine_scores(scores, reward_weights)  # [P, G]
         terms = rewards.terms(args.aggregate, reward, scores, reward_weights)  # what is normalised by itself
-        advantages = sum(w * compute_advantages(r, args.adv_clip_max) for r, w in terms)  # [P, G]
+        parts = [w * compute_advantages(r, args.adv_clip_max) for r, w in terms]  # [P, G]
+        advantages = sum(parts)  # [P, G]
         advantage = run.local(advantages)  # [b]
         spread = (reward - reward.nanmean(1, keepdim=True)).square().nanmean(1, keepdim=True).sqrt()  # [P, 1]
         kept = keep_rows(reward, args.best_of) & ~(spread < args.min_spread)  # [P, G]
@@ -172,6 +174,7 @@ def main(args):
             "skipped_groups": (~kept.any(1)).sum(),
         }
         metrics |= {f"{name}_mean": score.nanmean() for name, score in scores.items()}
+        metrics |= rewards.shares(scores, reward_weights, parts)
         metrics["samples_per_second"] = B / sum(metrics[f"{part}_seconds"] for part in ("rollout", "reward", "update"))
         report.log(step, metrics)
 

@@ -93,7 +93,7 @@ def calibrate(args):
         return replace(args, thresholds=tuple(known.get("thresholds", args.thresholds)))
     thresholds, alone = [], replace(args, thresholds=(), only_stage=0, steps=50, calibrate=False)
     for name in args.reward[:-1] if args.gate == "previous" else args.reward[1:]:
-        alone = replace(alone, reward=(name,), output=f"{folder}/calibrate-{name.replace(':', '-')}")
+        alone = replace(alone, reward=(name,), output=f"{folder}/calibrate-{name.split('/')[-1].replace(':', '-')}")
         start, end = main(replace(alone, resume=args.resume and "latest")).ends("reward_mean", 5)
         thresholds.append(start + 0.7 * (end - start))
     Runtime.print("measured: --thresholds", *(f"{threshold:.3f}" for threshold in thresholds))
@@ -137,7 +137,8 @@ def main(args):
     args = calibrate(args) if args.calibrate else args
     prompts, reward_weights = read_prompts(args.prompts), rewards.parse(args.reward)
     eval_prompts = read_prompts(args.eval_prompts) if args.eval_prompts else []
-    scorers = rewards.load([*reward_weights, *args.watch], prompts + eval_prompts, **arguments.of_rewards(args))
+    scorers = rewards.load([*args.reward, *args.watch], prompts + eval_prompts, **arguments.of_rewards(args))
+    reward_weights = rewards.in_units(args.reward_units, reward_weights, scorers)
     reward_weights = check_stages(args, scorers, reward_weights)
     run = Runtime(args, scorers)
     model = models.load(args.model, run.dtype, prompts + eval_prompts, **arguments.of_model(args))
@@ -185,10 +186,11 @@ def main(args):
         # --- Advantage ---
         stages = rewards.on_unit_interval(scores, scorers, rewards.parse(args.reward))  # K times [P, G]
         pace = (args.thresholds, args.alpha, args.beta, args.slope, args.saturation, args.only_stage, args.gate)
-        w = stage_weights(torch.stack(list(stages.values())), *pace)  # [K, P]
-        reward = combine_scores(stages, dict(zip(stages, w[:, :, None])))  # [P, G]
+        w = dict(zip(stages, stage_weights(torch.stack(list(stages.values())), *pace)[:, :, None]))  # {name: [P, 1]}
+        reward = combine_scores(stages, w)  # [P, G]
         terms = rewards.terms(args.aggregate, reward, scores, reward_weights)  # what is normalised by itself
-        advantages = sum(w * compute_advantages(r, args.adv_clip_max) for r, w in terms)  # [P, G]
+        parts = [w * compute_advantages(r, args.adv_clip_max) for r, w in terms]  # [P, G]
+        advantages = sum(parts)  # [P, G]
         advantage = run.local(advantages)  # [b]
         spread = (reward - reward.nanmean(1, keepdim=True)).square().nanmean(1, keepdim=True).sqrt()  # [P, 1]
         kept = keep_rows(reward, args.best_of) & ~(spread < args.min_spread)  # [P, G]
@@ -235,9 +237,10 @@ def main(args):
             "masked_samples": reward.isnan().sum(),
             "skipped_groups": (~kept.any(1)).sum(),
         }
-        metrics |= {f"weight_{n}": x.nanmean() for n, x in zip(stages, w)}
+        metrics |= {f"weight_{n}": x.nanmean() for n, x in w.items()} | rewards.shares(stages, w)
         metrics |= {f"competence_{n}": x.nanmean() for n, x in stages.items()}
         metrics |= {f"{name}_mean": score.nanmean() for name, score in scores.items()}
+        metrics |= rewards.shares(scores, reward_weights, parts)
         metrics["samples_per_second"] = B / sum(metrics[f"{part}_seconds"] for part in ("rollout", "reward", "update"))
         report.log(step, metrics)
 

@@ -93,7 +93,8 @@ def main(args):
     arguments.check(args)
     prompts, reward_weights = read_prompts(args.prompts), rewards.parse(args.reward)
     eval_prompts = read_prompts(args.eval_prompts) if args.eval_prompts else []
-    scorers = rewards.load([*reward_weights, *args.watch], prompts + eval_prompts, **arguments.of_rewards(args))
+    scorers = rewards.load([*args.reward, *args.watch], prompts + eval_prompts, **arguments.of_rewards(args))
+    reward_weights = rewards.in_units(args.reward_units, reward_weights, scorers)
     run = Runtime(args, scorers)
     model = models.load(args.model, run.dtype, prompts + eval_prompts, **arguments.of_model(args))
     sigmas = model.sigmas(args.sampling_steps, args.shift)  # [T+1]
@@ -143,7 +144,8 @@ def main(args):
         terms = rewards.terms(args.aggregate, reward, scores, reward_weights)  # what is normalised by itself
         deviations = sum(w * compute_advantages(r, 0, torch.inf, args.normalize) for r, w in terms)  # [P, G]
         gamma = region.exponent(deviations) if args.gamma == "auto" else args.gamma
-        advantages = sum(w * compute_advantages(r, gamma, args.adv_clip_max, args.normalize) for r, w in terms)
+        parts = [w * compute_advantages(r, gamma, args.adv_clip_max, args.normalize) for r, w in terms]  # [P, G]
+        advantages = sum(parts)  # [P, G]
         advantage = run.local(advantages)  # [b]
         spread = (reward - reward.nanmean(1, keepdim=True)).square().nanmean(1, keepdim=True).sqrt()  # [P, 1]
         kept = keep_rows(reward, args.best_of) & ~(spread < args.min_spread)  # [P, G]
@@ -194,6 +196,7 @@ def main(args):
         }
         metrics |= {"gamma": gamma, "batch_std": reward[reward.isfinite()].std(unbiased=False), **region.measured}
         metrics |= {f"{name}_mean": score.nanmean() for name, score in scores.items()}
+        metrics |= rewards.shares(scores, reward_weights, parts)
         metrics["samples_per_second"] = B / sum(metrics[f"{part}_seconds"] for part in ("rollout", "reward", "update"))
         report.log(step, metrics)
 

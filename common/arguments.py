@@ -6,7 +6,7 @@ import sys
 from dataclasses import dataclass
 from typing import Annotated, Literal, get_type_hints
 
-from common import errors, models, run_folder
+from common import errors, models, rewards, run_folder
 from common.errors import InputError
 from common.prompts import sets
 
@@ -40,7 +40,11 @@ class Args:
     model: str = "tiny-flux"
     """A named model (--list-models), the folder of a diffusers pipeline, or a hub id."""
     reward: tuple[str, ...] = ()
-    """Rewards to train on, NAME or NAME=WEIGHT, several separated by spaces; common/rewards/README.md lists them."""
+    """Rewards to train on, NAME or NAME=WEIGHT, several separated by spaces; common/rewards/README.md lists them. For
+    one of your own path/to/file.py:CLASS stands in the place of NAME."""
+    reward_units: Literal["own", "spread"] = "own"
+    """What the weights count: each reward in its own unit; or in units of the spread within a group that it declares,
+    so that two of weight 1 have about the same say. share_NAME in the metrics is the say that each had."""
     aggregate: Literal["rewards", "advantages"] = "rewards"
     """Of several rewards: normalise their weighted sum, where the one with the largest spread decides; or each by
     itself, and add up the advantages with the weights."""
@@ -69,7 +73,8 @@ class Args:
     prompts: str = ""
     """Text file with one prompt a line; for image-to-video models IMAGE <tab> PROMPT. Or FILE:COLUMN of a table that
     is csv, tsv, jsonl, json or parquet; hub:OWNER/NAME/FILE:COLUMN of a data set on the hub; or a set by its name
-    (common/prompts/sets.py): dancegrpo:images, dancegrpo:videos, hpdv2, first-frames."""
+    (common/prompts/sets.py): dancegrpo:images, dancegrpo:videos, hpdv2, first-frames. Other fields of jsonl go to the
+    rewards that ask for them."""
     eval_prompts: str = ""
     """Held-out prompts for --eval-every and --sample-every, named in the same way, or a benchmark's: hpsv2:STYLE
     (anime, concept-art, paintings, photo, all), geneval, unigenbench, unigenbench:long, vbench. None: neither."""
@@ -284,6 +289,11 @@ def check(args):
             )
     if args.sde_window > (args.sde_steps or can_be_noisy):
         raise InputError(f"--sde-window {args.sde_window}: longer than the --sde-steps {args.sde_steps} it lies in")
+    for spec in args.watch:
+        if rewards.split(spec)[2] is not None:
+            raise InputError(f"--watch {spec}: nothing is trained on it, so it has no weight; leave out what follows =")
+    if args.reward_units == "spread" and args.aggregate == "advantages":
+        raise InputError("--reward-units spread: --aggregate advantages has each reward in units of its spread already")
     if args.sde == "ddim" and args.noise_level > 1:
         raise InputError(f"--noise-level {args.noise_level:g}: at most 1 with --sde ddim")
     if args.lora_targets and not args.lora_rank:

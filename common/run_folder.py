@@ -17,6 +17,7 @@ from typing import Literal, Union, get_args, get_origin, get_type_hints
 
 from common import checkpoints
 from common.errors import InputError
+from common.rewards import own
 
 # Settings that may change when a run goes on; any other difference makes it another run.
 FREE = (
@@ -32,7 +33,7 @@ FREE = (
 # Those that may besides, when a checkpoint becomes the beginning of a run in a new folder: no state depends on them.
 FREE_IN_A_NEW_FOLDER = ("seed", "prompts", "eval_prompts", "kl_coef", "clip_range", "adv_clip_max")
 # Those that a resumed run does not take from its config.json: a folder from elsewhere must not make code run.
-NOT_INHERITED = ("output", "resume", "trust_remote_code")
+NOT_INHERITED = ("output", "resume", "trust_remote_code")  # nor rewards in files of code
 
 
 def choose(args):
@@ -77,6 +78,8 @@ def inherit(default, resume, output):
     values, hints = {}, get_type_hints(type(default))
     names = {field.name for field in dataclasses.fields(default)} - set(NOT_INHERITED)
     for name in names & config.keys() if config.get("script") == script() else ():
+        if name in ("reward", "watch") and own.MARK in str(config[name]):
+            continue
         with contextlib.suppress(ValueError):
             values[name] = _as(config[name], hints[name])
     return dataclasses.replace(default, **values, output=output)
@@ -111,7 +114,8 @@ def check(folder, args):
                 f"{'has' if name in then else 'lacks'} {name}, and this version "
                 f"{'has it not' if name in then else 'takes ' + repr(now[name])}; write it as this version wants it"
             )
-        raise InputError(f"--resume: {named} was started with {name} {then[name]!r}, now it is {now[name]!r}")
+        code = "; give it again: a run's folder alone makes no code run" * (own.MARK in str(then[name]))
+        raise InputError(f"--resume: {named} was started with {name} {then[name]!r}, now it is {now[name]!r}{code}")
     return ", ".join(
         f"{name} {now[name]!r} instead of {then[name]!r}"
         for name in changed

@@ -35,8 +35,7 @@ class Args:
 def main(args):
     config = json.loads((Path(args.run) / "config.json").read_text())
     prompts = read_prompts(config["eval_prompts"])[: args.columns]
-    name = list(rewards.parse(config["reward"]))[-1]
-    scorers = rewards.load([name], prompts, config.get("reward_path", ()))
+    scorers = rewards.load(config["reward"][-1:], prompts, config.get("reward_path", ()))
     settings = {name: config[name] for name in ("height", "width", "frames", "guidance", "guidance_2")}
     figure, axes = plt.subplots(2, args.columns, figsize=(1.5 * args.columns, 4.0 if not config["frames"] else 14.0))
     for line, (name, source) in enumerate((("before", config["model"]), ("after", f"{args.run}/export"))):

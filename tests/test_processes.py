@@ -32,8 +32,9 @@ SMALL = dict(
     eval_every=0, sample_every=0, tracker="none", learning_rate=1e-5, reward=("red",),
 )  # fmt: skip
 PARTS = dict(
-    best_of=2, minibatches=2, micro_batch=1, clip_range=1e-6, reward=("red", "green=2"), aggregate="advantages"
-)
+    best_of=2, minibatches=2, micro_batch=1, clip_range=1e-6, aggregate="advantages",
+    reward=("red", f"{ROOT}/tests/smooth.py:green=2"), watch=(f"{ROOT}/tests/smooth.py:blue",),
+)  # fmt: skip
 MOVING = {**SMALL, "model": "tiny-wan-i2v", "steps": 2, "micro_batch": 3, "reward": ("change",)}
 RUNS = {
     f"{script.__name__}-{kind}": (script, {**SMALL, "lora_rank": 4 * (kind == "lora"), "reward": rewards})

@@ -1,6 +1,7 @@
 """Prompts by file or by name, and the deterministic order in which a run visits them.
 
-A prompt is a string: a caption, or for image-to-video models the path of an image, a tab, and a caption.
+A prompt is a string: a caption, or for image-to-video models the path of an image, a tab, and a caption. One from a
+line of JSONL also has the line's other fields (files.Prompt), for the rewards that ask for them.
 """
 
 import functools
@@ -21,12 +22,17 @@ def read_prompts(spec):
 
 def caption_of(prompt):
     """The words of a prompt."""
-    return prompt.rpartition("\t")[2]
+    return str(prompt.rpartition("\t")[2])  # without its fields: tokenizers and caches want a plain string
 
 
 def image_of(prompt):
     """The path of a prompt's conditioning image, "" if it has none."""
     return prompt.rpartition("\t")[0]
+
+
+def fields_of(prompt):
+    """What the prompt's line of JSONL had besides: {name: value}."""
+    return getattr(prompt, "fields", {})
 
 
 def prompts_of_step(prompts, step, number, seed):

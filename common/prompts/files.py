@@ -13,6 +13,12 @@ LETTERS = 100_000  # of a prompt; the models read some hundred words
 COLUMN = "prompt"  # of a table, where none is named
 
 
+class Prompt(str):
+    """A prompt that came with more than its text: `fields`, {name: value of JSON}. It is equal to its text."""
+
+    fields = {}
+
+
 def parse(spec):
     """`FILE[:COLUMN]` -> (path, column); a colon that belongs to the path stays there."""
     head, colon, column = spec.rpartition(":")
@@ -25,7 +31,8 @@ def read(path, column=COLUMN, called=None):
     """A file -> [str], blank ones left out. Raises InputError, in which the file is `called` as the user knows it.
 
     Text, UTF-8 with or without a byte-order mark: a prompt a line; in a line IMAGE <tab> CAPTION the image's path
-    counts from the file's folder. Tables (TABLES): the strings of a column; .jsonl and .json may also hold strings.
+    counts from the file's folder. Tables (TABLES): the strings of a column; .jsonl and .json may also hold strings. All
+    else in a line of .jsonl are the prompt's `fields`.
     """
     path, called = Path(path), called or path
     if path.is_fifo():
@@ -67,7 +74,19 @@ def table(path, column, called):
         if isinstance(error, (UnicodeDecodeError, InputError)):
             raise
         raise InputError(f"prompts: {called} is no {path.suffix[1:].upper()} ({str(error).splitlines()[0]})") from None
-    return [prompt for number, row in enumerate(rows, 1) if (prompt := cell(row, column, number, called))]
+    prompts = [(cell(row, column, number, called), row) for number, row in enumerate(rows, 1)]
+    fields = path.suffix.lower() == ".jsonl"
+    return [with_fields(prompt, row, column) if fields else prompt for prompt, row in prompts if prompt]
+
+
+def with_fields(text, row, column):
+    """A prompt with the other columns of its row, if it has any."""
+    fields = {name: value for name, value in row.items() if name != column} if isinstance(row, dict) else {}
+    if not fields:
+        return text
+    prompt = Prompt(text)
+    prompt.fields = fields
+    return prompt
 
 
 def cell(row, column, number, called):

@@ -1,12 +1,14 @@
 """Rewards: a table of names, `name=weight` parsing, and scoring with every score checked.
 
-A reward is a class with
+A reward is a class, in the table or in a file of one's own (`my/file.py:Class`, own.py), with
     score(media, prompts) -> [b] float32    media [b, C, H, W] (video [b, F, C, H, W]) in [0, 1], one prompt a row
+    fields                                  optional: names of what the prompts' lines of JSONL must have besides; score
+                                            gets each by its name, a list of b values: score(media, prompts, text)
     masks                                   optional: True if a score may be NaN, for a sample that it failed to judge,
                                             which then counts nowhere in its group
     video                                   whether it scores clips; if not, a clip's score is the mean of some frames'
     image                                   optional: False if it scores nothing but clips
-    scale                                   typical standard deviation within a group
+    scale                                   typical standard deviation within a group, above 0
     range                                   (lowest, highest); None where there is no bound
     check(prompts)                          optional: raises ValueError for a prompt that it cannot score
     load(source, batch)                     optional: fetches its weights (weights.Source); InputError if there are none
@@ -22,7 +24,8 @@ import torch
 
 from common import errors
 from common.errors import InputError, RunError
-from common.prompts import caption_of
+from common.prompts import caption_of, fields_of
+from common.rewards import own
 from common.rewards.weights import Source
 
 REWARDS = {
@@ -51,15 +54,24 @@ REWARDS = {
 }
 
 
+def split(spec):
+    """What a flag says -> (what is loaded, what it is called, the weight or None): "clip=0.5" -> ("clip", "clip",
+    "0.5"), "my/ocr.py:Ocr" -> ("my/ocr.py:Ocr", "ocr.py:Ocr", None)."""
+    file, mark, rest = spec.rpartition(own.MARK)
+    name, equals, weight = rest.partition("=")
+    source = file + mark + name
+    return source, Path(source).name if mark else source, weight if equals else None
+
+
 def parse(specs):
     """["hpsv2.1=0.7", "clip"] -> {"hpsv2.1": 0.7, "clip": 1.0}; raises InputError."""
     weights = {}
     for spec in specs:
-        name, equals, weight = spec.partition("=")
+        _, name, weight = split(spec)
         if weights and spec.replace(".", "", 1).isdigit():
             raise InputError(f"reward: {spec!r} stands alone; write {list(weights)[-1]}={spec}")
         try:
-            value = float(weight) if equals else 1.0
+            value = 1.0 if weight is None else float(weight)
         except ValueError:
             raise InputError(
                 f"reward: {spec!r} has no number after '='; write NAME or NAME=WEIGHT, as in jpeg=0.5"
@@ -76,21 +88,30 @@ def parse(specs):
     return weights
 
 
-def load(names, prompts, reward_path=(), reward_batch=16, reward_frames="all", fps=15.0, judge=None, clips=None):
+def in_units(unit, weights, scorers):
+    """{name: weight} as the flags have them -> as they count: weights of the rewards in their own units ("own"), or of
+    rewards in units of the spread that each declares ("spread")."""
+    return {name: weight / scorers[name].scale if unit == "spread" else weight for name, weight in weights.items()}
+
+
+def load(specs, prompts, reward_path=(), reward_batch=16, reward_frames="all", fps=15.0, judge=None, clips=None):
     """The scorers by name, with their weights, each having looked at the prompts that it will be asked about.
 
+    specs: NAME or FILE.py:CLASS, of --reward and --watch; a =WEIGHT is not looked at.
     reward_path: "NAME=FILE" of weights that do not come from the hub. reward_batch: media that a model looks at at
     once. reward_frames: see `chosen_frames`. fps: frames a second of the clips. judge: the flags --judge-..., by what
     follows the hyphen. clips: whether the model to train makes clips; None: unknown.
     Returns {name: scorer}; raises InputError for what is wrong with any of this.
     """
-    names, scorers, paths = list(dict.fromkeys(names)), {}, parse_paths(reward_path)
-    for name in names:
-        check_name(name)
-        module, attribute = REWARDS[name]
-        scorers[name] = scorer = getattr(importlib.import_module(module), attribute)()
+    sources, scorers, paths = {}, {}, parse_paths(reward_path)
+    for source, name, _ in map(split, specs):
+        if sources.setdefault(name, source) != source:
+            raise InputError(f"reward: {sources[name]} and {source} are both called {name}; rename one of the files")
+    for name, source in sources.items():
+        scorers[name] = scorer = own.load(source) if own.MARK in source else _of_table(name)
         if clips is False and not getattr(scorer, "image", True):
             raise InputError(f"reward {name} scores clips, and this --model makes images; take another of the two")
+        check_fields(name, scorer, prompts)
         try:
             getattr(scorer, "check", lambda _: None)([caption_of(prompt) for prompt in prompts])
         except ValueError as error:
@@ -115,11 +136,31 @@ def _load(name, scorer, source, batch):
         ) from None
 
 
+def _of_table(name):
+    check_name(name)
+    module, attribute = REWARDS[name]
+    return getattr(importlib.import_module(module), attribute)()
+
+
 def check_name(name):
-    """Raises InputError for a reward that is not in the table, with the nearest that are."""
-    if name not in REWARDS:
+    """Raises InputError for a reward that is neither in the table, with the nearest that are, nor in a file."""
+    if name not in REWARDS and own.MARK not in name:
         near = difflib.get_close_matches(name, REWARDS, n=2, cutoff=0.4) or REWARDS
-        raise InputError(f"reward: there is no {name!r}; did you mean {' or '.join(near)}? All: {', '.join(REWARDS)}")
+        raise InputError(
+            f"reward: there is no {name!r}; did you mean {' or '.join(near)}? All: {', '.join(REWARDS)}; one of your "
+            "own is FILE.py:CLASS"
+        )
+
+
+def check_fields(name, scorer, prompts):
+    """Raises InputError for the first prompt without a field that the scorer asks for."""
+    for field in getattr(scorer, "fields", ()):
+        for prompt in prompts:
+            if field not in fields_of(prompt):
+                raise InputError(
+                    f"reward {name} needs the field {field!r}, which {caption_of(prompt)[:60]!r} lacks; give --prompts "
+                    "and --eval-prompts as .jsonl, each line with it beside the prompt"
+                )
 
 
 def parse_paths(specs):
@@ -153,8 +194,7 @@ def score(scorers, media, prompts):
     A scorer that raises, whatever it is, gets infinite scores and its error is kept, for `check_finite` to raise on
     every process: one process that stopped here would leave the others waiting for it.
     """
-    scores, captions = {}, [caption_of(prompt) for prompt in prompts]
-    numbers = media.isfinite().all()
+    scores, numbers = {}, media.isfinite().all()
     for name, scorer in scorers.items():
         try:
             if not numbers:
@@ -162,8 +202,10 @@ def score(scorers, media, prompts):
                     "the samples are no numbers: the weights have diverged. Go on from an earlier checkpoint in a new "
                     "run (--resume RUN/checkpoints/step_NNNNNN --output NEW), with a lower --learning-rate"
                 )
-            before = media._version
-            scores[name] = torch.as_tensor(score_one(scorer, media, captions)).detach().to(media.device, torch.float32)
+            before, found = media._version, torch.as_tensor(score_one(scorer, media, prompts)).detach()
+            if found.is_complex() or found.dtype == torch.bool:
+                raise ValueError(f"it returned {found.dtype}, no numbers of which one is the better")
+            scores[name] = found.to(media.device, torch.float32)
             if scores[name].shape != (len(prompts),):
                 raise ValueError(f"it returned {tuple(scores[name].shape)} for {len(prompts)} samples")
             if media._version != before:
@@ -192,19 +234,36 @@ def of_samples(scorers, model, x0, prompts):
 def try_out(scorers, model, prompt):
     """Lets the model and the rewards work on one sample of nothing: what would fail after the first rollout (weights
     that are no numbers, too few frames, a server that takes no pictures) fails before it. Raises InputError."""
-    score(scorers, model.try_out(prompt), [prompt])
+    scores = score(scorers, model.try_out(prompt), [prompt])
     for name, scorer in scorers.items():
         if failure(name, scorer):
             raise InputError(failure(name, scorer)) from scorer.error
+        if outside(scorer, scores[name]).any():
+            raise InputError(
+                f"reward {name} gives {scores[name].item():g}, outside of the range {tuple(scorer.range)} that it "
+                "declares; None is no bound"
+            )
 
 
-def score_one(scorer, media, captions):
+def outside(scorer, scores):
+    """Which scores [...] leave the range that the scorer declares, by more than rounding."""
+    low, high = (bound if bound is not None else torch.nan for bound in getattr(scorer, "range", (None, None)))
+    return (scores < low - 1e-3 * max(1, abs(low))) | (scores > high + 1e-3 * max(1, abs(high)))
+
+
+def score_one(scorer, media, prompts):
     """The scores [b] of media [b, ...]; of a clip, by a scorer of images, the mean of the chosen frames' scores."""
     if media.ndim == 4 or scorer.video:
-        return scorer.score(media, list(captions))
+        return ask(scorer, media, prompts)
     chosen = media[:, chosen_frames(getattr(scorer, "frames", "all"), media.shape[1])]
     b, f = chosen.shape[:2]
-    return scorer.score(chosen.flatten(0, 1), [caption for caption in captions for _ in range(f)]).view(b, f).mean(1)
+    return ask(scorer, chosen.flatten(0, 1), [prompt for prompt in prompts for _ in range(f)]).view(b, f).mean(1)
+
+
+def ask(scorer, media, prompts):
+    """The scorer's own scores of media [b, ...], with the captions of b prompts and the fields that it asks for."""
+    fields = {name: [fields_of(prompt)[name] for prompt in prompts] for name in getattr(scorer, "fields", ())}
+    return scorer.score(media, [caption_of(prompt) for prompt in prompts], **fields)
 
 
 def failure(name, scorer):
@@ -228,6 +287,13 @@ def check_finite(scores, scorers, prompts):
             raise kind(failure(name, scorers[name])) from scorers[name].error
         if masks and values.isnan().all():
             raise RunError(f"reward {name} has no score for any of {values.numel()} samples")
+        strange = outside(scorers[name], values).nonzero().tolist()
+        if strange and values.isfinite().all():
+            row, sample = strange[0]
+            raise RunError(
+                f"reward {name} is {values[row, sample].item():g} for the prompt {prompts[row]!r} ({len(strange)} of "
+                f"{values.numel()} samples), outside of the range {tuple(scorers[name].range)} that it declares"
+            )
         wrong = (~torch.isfinite(values) & ~(values.isnan() & masks)).nonzero().tolist()
         if wrong:
             row, sample = wrong[0]
@@ -286,6 +352,21 @@ def terms(aggregate, total, scores, weights):
     if aggregate == "rewards":
         return [(total, 1.0)]
     return [(scores[name].masked_fill(total.isnan(), torch.nan), weight) for name, weight in weights.items()]
+
+
+def shares(scores, weights, parts=()):
+    """How much of what is added up each of several rewards is, {"share_NAME": 0 to 1}, together 1; {} of one reward.
+
+    scores {name: [P, G]}, weights {name: number or [P, 1]}. The standard deviation of weight * score within each group,
+    averaged over the groups, and divided by the sum of that over the rewards. Where advantages are added up instead,
+    `parts`, an [P, G] for each reward, have taken the place of weight * score. Without any spread: 0.
+    """
+    if len(weights) < 2:
+        return {}
+    added = parts if len(parts) > 1 else [weight * scores[name] for name, weight in weights.items()]
+    spreads = [(part - part.nanmean(1, keepdim=True)).square().nanmean(1).sqrt().nanmean() for part in added]
+    spreads = torch.stack(spreads).nan_to_num(0.0)  # of a reward without any score
+    return {f"share_{name}": share for name, share in zip(weights, spreads / spreads.sum().clamp(min=1e-30))}
 
 
 def weighted_sum(scores, weights):

@@ -1,0 +1,265 @@
+"""A reward of one's own from a file, the fields of JSONL that reach it, each reward's share of the sum, and weights in
+units of the spread."""
+
+import json
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import bpgo
+import grpo_base
+import self_paced
+from common import arguments, checkpoints, errors, rewards, run_folder
+from common.errors import InputError, RunError
+from common.prompts import caption_of, fields_of, read_prompts
+
+OWN = '''
+import torch
+
+class Long:
+    """How many letters a prompt has to show, whatever the image."""
+    video, scale, range, fields = False, 0.1, (0.0, None), ("text",)
+
+    def score(self, media, prompts, text):
+        assert len(media) == len(prompts) == len(text)
+        return torch.tensor([float(len(t)) for t in text]) + media.flatten(1).mean(1)
+
+class Bright:
+    video, scale, range = False, 0.01, (0.0, 1.0)
+
+    def score(self, media, prompts):
+        return media.flatten(1).mean(1)
+'''
+LINES = [
+    {"prompt": "a red circle", "text": "STOP", "tag": "single", "include": [{"class": "circle", "count": 1}]},
+    {"prompt": "two blue squares", "text": "GO NOW"},
+]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """With a file of rewards and one of prompts."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/own.py").write_text(OWN)
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in LINES))
+    return tmp_path
+
+
+# --- Fields ---
+
+
+def test_fields_of_jsonl_come_with_the_prompt_which_stays_a_string(folder):
+    first, second = prompts = read_prompts(folder / "prompts.jsonl")
+    assert prompts == ["a red circle", "two blue squares"] and len({first, "a red circle"}) == 1
+    assert fields_of(first) == {name: value for name, value in LINES[0].items() if name != "prompt"}
+    assert fields_of(second) == {"text": "GO NOW"} and fields_of("plain") == {}
+    assert type(caption_of(first)) is str
+    assert fields_of(read_prompts(f"{folder / 'prompts.jsonl'}:text")[0])["prompt"] == "a red circle"
+
+
+def test_each_sample_is_scored_with_its_own_fields(folder):
+    prompts = read_prompts(folder / "prompts.jsonl")
+    scorers = rewards.load([f"{folder}/mine/own.py:Long"], prompts)
+    scores = rewards.score(scorers, torch.zeros(3, 3, 8, 8), [prompts[1], prompts[0], prompts[1]])
+    assert scores["own.py:Long"].tolist() == [6, 4, 6]
+    clips = torch.zeros(2, 5, 3, 8, 8)  # of a clip, by a reward for images: the mean over its frames
+    assert rewards.score(scorers, clips, prompts)["own.py:Long"].tolist() == [4, 6]
+
+
+def test_a_prompt_without_the_field_is_named(folder):
+    with pytest.raises(InputError, match="needs the field 'text', which 'a plain prompt' lacks; .*[.]jsonl"):
+        rewards.load([f"{folder}/mine/own.py:Long"], [*read_prompts(folder / "prompts.jsonl"), "a plain prompt"])
+
+
+# --- A file ---
+
+
+@pytest.mark.parametrize(
+    "spec, source, name, weight",
+    [
+        ("clip", "clip", "clip", None),
+        ("clip=0.5", "clip", "clip", "0.5"),
+        ("own.py:R", "own.py:R", "own.py:R", None),
+        ("a/own.py:R=-2", "a/own.py:R", "own.py:R", "-2"),
+        ("a=b/x.py:d/own.py:R=1e-3", "a=b/x.py:d/own.py:R", "own.py:R", "1e-3"),
+    ],
+)
+def test_split(spec, source, name, weight):
+    assert rewards.split(spec) == (source, name, weight)
+    assert rewards.parse([spec]) == {name: float(weight or 1)}
+
+
+def body(**changes):
+    lines = dict(video="False", scale="0.1", range="(0, 1)", score="lambda self, m, p: m.flatten(1).mean(1)") | changes
+    return "class R:\n" + "".join(f"    {name} = {value}\n" for name, value in lines.items() if value)
+
+
+BROKEN = {  # what the file holds, what the line has to say
+    "no class": ("x = 1\nclass S:\n    pass\n", "has no class 'R'; it has S"),
+    "not a class": ("def R():\n    pass\n", "has no class 'R'; it has none"),
+    "no Python": ("class R(:\n", "does not load (SyntaxError: "),
+    "an import": ("import no_such_package\n", "does not load (ModuleNotFoundError: No module named 'no_such_package')"),
+    "an exit": ("raise SystemExit(0)\n", "does not load (SystemExit: 0)"),
+    "arguments": ("class R:\n    def __init__(self, size):\n        pass\n", "R() fails (TypeError: "),
+    "construction": (
+        "class R:\n    def __init__(self):\n        raise OSError('no\\nkey')\n",
+        "R() fails (OSError: no key)",
+    ),
+    "no score": (body(score=""), "it has no score(media, prompts)"),
+    "no video": (body(video=""), "video must be True"),
+    "video a word": (body(video="'yes'"), "video must be True"),
+    "no scale": (body(scale=""), "scale must be a number above 0"),
+    "scale 0": (body(scale="0"), "scale must be a number above 0"),
+    "scale nan": (body(scale="float('nan')"), "scale must be a number above 0"),
+    "no range": (body(range=""), "range must be (lowest, highest)"),
+    "range of three": (body(range="(0, 1, 2)"), "range must be (lowest, highest)"),
+    "range the other way": (body(range="(1, 0)"), "range must be (lowest, highest)"),
+    "fields a word": (body(fields="'text'"), "fields must be names"),
+    # these on a sample, before the first rollout
+    "shape": (body(score="lambda self, m, p: m.flatten(1)"), "it returned (1, 192) for 1 samples"),
+    "complex": (body(score="lambda self, m, p: m.flatten(1).mean(1) * 1j"), "it returned torch.complex64"),
+    "yes and no": (body(score="lambda self, m, p: m.flatten(1).mean(1) > 0"), "it returned torch.bool"),
+    "words": (body(score="lambda self, m, p: ['good'] * len(m)"), "raised "),
+    "above its range": (body(score="lambda self, m, p: m.flatten(1).sum(1)"), "outside of the range (0, 1)"),
+    "below its range": (
+        body(score="lambda self, m, p: [-0.5]", range="(0, None)"),
+        "gives -0.5, outside of the range (0,",
+    ),
+    "other arguments": (body(score="lambda self, m: m.flatten(1).mean(1)"), "raised TypeError"),
+}
+
+
+@pytest.mark.parametrize("content, said", BROKEN.values(), ids=BROKEN)
+def test_what_is_wrong_with_a_file_is_one_line(content, said, tmp_path):
+    (tmp_path / "own.py").write_text(content)
+    model = SimpleNamespace(try_out=lambda prompt: torch.full((1, 3, 8, 8), 0.5))
+    with pytest.raises(InputError) as caught:
+        rewards.try_out(rewards.load([f"{tmp_path}/own.py:R"], ["a"]), model, "a")
+    assert said in str(caught.value) and "own.py:R" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_file_that_is_not_there(tmp_path):
+    with pytest.raises(InputError, match="there is no file .*/own.py"):
+        rewards.load([f"{tmp_path}/own.py:R"], [])
+
+
+def test_two_files_called_alike_are_two(folder):
+    (folder / "own.py").write_text(OWN)
+    with pytest.raises(InputError, match="are both called own.py:Bright; rename one"):
+        rewards.load([f"{folder}/own.py:Bright", f"{folder}/mine/own.py:Bright"], [])
+    (folder / "mine/own.py").write_text("from beside import Bright as Mine\n")
+    (folder / "mine/beside.py").write_text(OWN)
+    assert list(rewards.load([f"{folder}/own.py:Bright", f"{folder}/mine/own.py:Mine"], [])) == [
+        "own.py:Bright", "own.py:Mine",
+    ]  # fmt: skip
+
+
+def test_a_score_that_leaves_its_range_later_stops_the_run():
+    scorer = SimpleNamespace(range=(0.0, 1.0))
+    rewards.check_finite({"r": torch.tensor([[0.0, 1.0005]])}, {"r": scorer}, ["a"])
+    with pytest.raises(
+        RunError, match=r"reward r is 2 for the prompt 'b' \(1 of 4 .* outside of the range \(0.0, 1.0\)"
+    ):
+        rewards.check_finite({"r": torch.tensor([[0.0, 1.0], [1.0, 2.0]])}, {"r": scorer}, ["a", "b"])
+
+
+def test_a_run_trains_on_one_and_watches_another_and_goes_on_when_both_are_given_again(folder, train, monkeypatch):
+    own = dict(prompts=str(folder / "prompts.jsonl"), eval_prompts="", reward=(f"{folder}/mine/own.py:Long=2", "jpeg"))
+    own |= dict(watch=(f"{folder}/mine/own.py:Bright",), learning_rate=1e-5)
+    run, rows = train(**own, steps=2, script=bpgo, prior="sft")
+    assert {"own.py:Long_mean", "own.py:Bright_mean", "share_own.py:Long", "share_jpeg"} <= rows[0].keys()
+    assert rows[0]["own.py:Long_mean"] > 4 and 0 < rows[0]["own.py:Bright_mean"] < 1
+    assert "share_own.py:Bright" not in rows[0]
+    assert rows[0]["share_own.py:Long"] + rows[0]["share_jpeg"] == pytest.approx(1)
+    assert json.loads((run / "config.json").read_text())["reward"] == list(own["reward"])
+    state = checkpoints.read(checkpoints.newest_first(run)[0])[1]["prior"]
+    assert {type(prompt) for prompt in state["known"]} == {str}  # a checkpoint holds no class of ours
+
+    # a folder alone makes no code run
+    monkeypatch.setattr(sys, "argv", ["bpgo.py", "--resume", "latest", "--output", str(run), "--steps", "3"])
+    args = arguments.parse(bpgo.Args, "")
+    assert args.prior == "sft" and args.reward == ("verifier",) and args.watch == ()
+    with pytest.raises(
+        InputError, match="now it is .'verifier'.; give it again: a run's folder alone makes no code run"
+    ):
+        run_folder.check(run, args)
+    _, rows = train(**own, steps=3, script=bpgo, prior="sft", resume="latest")
+    assert [row["step"] for row in rows] == [0, 1, 2] and rows[2]["own.py:Long_mean"] > 4
+
+
+# --- Shares and units ---
+
+
+def share_in_numpy(scores, weights):
+    """{name: [P, G]} in float64, by the definition: mean over groups of |weight| * the population's deviation."""
+    spread = {n: np.mean([abs(weights[n]) * np.nanstd(group) for group in s]) for n, s in scores.items()}
+    return {f"share_{name}": value / sum(spread.values()) for name, value in spread.items()}
+
+
+@pytest.mark.parametrize("weights", [{"a": 1.0, "b": 1.0}, {"a": 1.0, "b": -0.3}, {"a": 60.0, "b": 1.0}], ids=str)
+def test_shares_are_numpys(weights):
+    random = np.random.default_rng(0)
+    scores = {"a": random.normal(0, 0.01, (5, 6)), "b": random.normal(20, 0.6, (5, 6))}
+    scores["b"][2, 3] = np.nan  # masked
+    found = rewards.shares({name: torch.tensor(value) for name, value in scores.items()}, weights)
+    expected = share_in_numpy(scores, weights)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert float(found[name]) == pytest.approx(value, abs=1e-12)
+
+
+def test_hpsv21_and_pickscore_are_seen_to_be_60_to_1_and_in_units_of_their_spread_equal():
+    scorers = {name: rewards._of_table(name) for name in ("hpsv2.1", "pickscore")}
+    noise = torch.randn(8, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    scores = {name: scorer.scale * noise for name, scorer in scorers.items()}
+    own = rewards.in_units("own", rewards.parse(scorers), scorers)
+    assert own == {"hpsv2.1": 1.0, "pickscore": 1.0}
+    share = rewards.shares(scores, own)
+    assert float(share["share_pickscore"] / share["share_hpsv2.1"]) == pytest.approx(60)
+    spread = rewards.in_units("spread", rewards.parse(["hpsv2.1=2", "pickscore"]), scorers)
+    share = rewards.shares(scores, spread)
+    assert float(share["share_hpsv2.1"]) == pytest.approx(2 / 3)
+    assert rewards.scale(scorers, spread) == pytest.approx(3)  # what BPGO divides by
+
+
+def test_shares_of_advantages_are_those_of_what_is_added_up():
+    scores = {"a": torch.rand(4, 6, dtype=torch.float64), "b": 60 * torch.rand(4, 6, dtype=torch.float64)}
+    terms = rewards.terms("advantages", sum(scores.values()), scores, {"a": 2.0, "b": 1.0})
+    parts = [w * grpo_base.compute_advantages(r, 5.0) for r, w in terms]
+    found = rewards.shares(scores, {"a": 2.0, "b": 1.0}, parts)
+    assert float(found["share_a"]) == pytest.approx(2 / 3, abs=1e-6)
+
+
+def test_without_any_spread_and_of_one_reward():
+    flat = {"a": torch.ones(2, 3), "b": torch.full((2, 3), torch.nan)}
+    assert [float(share) for share in rewards.shares(flat, {"a": 1.0, "b": 1.0}).values()] == [0, 0]
+    assert rewards.shares({"a": torch.rand(2, 3)}, {"a": 1.0}) == {}
+
+
+def test_a_step_in_units_of_the_spread_is_one_with_those_weights(train):
+    two = dict(reward=("verifier", "jpeg=3"), steps=1, learning_rate=1e-5)
+    _, (spread,) = train(**two, reward_units="spread", output="spread")
+    weights = ("verifier=4", "jpeg=60")  # 1 / .25, 3 / .05
+    _, (own,) = train(**{**two, "reward": weights}, output="own")
+    assert spread == own and 0 < spread["share_jpeg"] < 1
+
+
+def test_stages_have_shares_by_their_weights_in_each_group(train):
+    _, (row,) = train(self_paced, steps=1, reward=("verifier:quality", "verifier"), thresholds=(0.5,))
+    assert row["share_verifier:quality"] + row["share_verifier"] == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (dict(watch=("jpeg=2",)), "--watch jpeg=2: nothing is trained on it"),
+        (dict(reward_units="spread", aggregate="advantages"), "--reward-units spread: --aggregate advantages has"),
+    ],
+)
+def test_flags_that_make_no_sense(flags, said):
+    with pytest.raises(errors.InputError) as caught:
+        arguments.check(arguments.defaults(grpo_base.Args, **flags))
+    assert said in str(caught.value)
