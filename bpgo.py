@@ -56,7 +56,7 @@ class Args(arguments.Args):
     """The reward that --prior constant expects."""
     reward_scale: Annotated[float, arguments.From(0, 1e6)] = 0.0
     """Unit of reward - prior in --k and --lam; 0: the spread that the rewards declare; 1: the equations as printed."""
-    SETTINGS = papers.BPGO
+    SETTINGS, CURVES = papers.BPGO, ("prior", "trust")
 
 
 def combine_scores(scores, weights):

@@ -44,7 +44,7 @@ class Args(arguments.Args):
     """Divide by the batch's standard deviation before the power is taken; after; by that of the shaped ones; not."""
     kl_limit: Annotated[float, arguments.Above(0, 1e6)] = 1e-4
     """zeta of --gamma auto: the KL that one update may cost, averaged over rows and dimensions."""
-    SETTINGS = papers.SLAS
+    SETTINGS, CURVES = papers.SLAS, ("gamma",)
 
 
 def combine_scores(scores, weights):

@@ -1,13 +1,15 @@
-"""What a run leaves to look at: metrics.jsonl, trackers, sample grids, reward plot, progress bar, last line."""
+"""What a run leaves to look at: metrics.jsonl, trackers, sample grids, curves, report.html, progress bar, last line."""
 
+import html
 import math
 import time
 
+import numpy as np
 import torch
 from torch.nn.functional import pad
 from tqdm import tqdm
 
-from common import errors, signals
+from common import errors, page, signals
 from common.prompts import caption_of
 from common.run_folder import line_of, rows_before, write_rows
 
@@ -15,15 +17,19 @@ from common.run_folder import line_of, rows_before, write_rows
 class Report:
     """Writes on the main process only. A resumed run writes metrics.jsonl again from row `start` on.
 
-    Besides reward.png there is a NAME.png of all metrics NAME_... for each name in CURVES of the script's Args.
+    Besides reward.png there is a NAME.png of the metrics NAME and NAME_..., for each name in CURVES of a script's Args.
     """
 
     def __init__(self, run, start):
-        self.run, self.path, self.curves = run, run.output / "metrics.jsonl", getattr(run.args, "CURVES", ())
+        self.run, self.path = run, run.output / "metrics.jsonl"
+        self.curves = ("share", *getattr(run.args, "CURVES", ()))
         self.rows = rows_before(self.path, start)  # on every process: `ends` is asked on all
         if run.is_main:
             write_rows(self.path, self.rows)
-        run.accelerator.init_trackers("vgrpo", {name: str(value) for name, value in vars(run.args).items()})
+        name, settings = run.output.name, {name: str(value) for name, value in vars(run.args).items()}
+        wandb = {"name": name, "id": run.name or None, "resume": "allow", "dir": str(run.output)}
+        project = "vgrpo" if run.args.tracker == "wandb" else name  # TensorBoard calls a run by its folder
+        run.accelerator.init_trackers(project, settings, {"wandb": wandb})
 
     def steps(self, start, stop):
         """The step numbers, behind a progress bar with reward, ratio error and the time left."""
@@ -59,19 +65,22 @@ class Report:
             else:
                 save_strips(path, *shown)
                 save_clips(path.with_suffix(".mp4"), media[:16], self.run.args.fps)
+            for tracker in self.run.accelerator.trackers:
+                SHOW[tracker.name](tracker.tracker, step, path, *shown)
             self.plot()
 
     def plot(self):
-        """reward.png: the training reward of each step, and the held-out one; and the other curves."""
+        """reward.png: the training reward of each step, and the held-out one; the other curves; and report.html."""
         if not self.run.is_main:
             return
         rewards = {"reward_mean": "training samples", "eval_reward": "held-out prompts, noise-free"}
         save_curves(self.run.output / "reward.png", self.rows, rewards, "reward")
         for curve in self.curves:
-            names = dict.fromkeys(name for row in self.rows for name in row if name.startswith(f"{curve}_"))
+            names = dict.fromkeys(name for row in self.rows for name in row if f"{name}_".startswith(f"{curve}_"))
             labels = {name: name.removeprefix(f"{curve}_") for name in names}
             if labels:
                 save_curves(self.run.output / f"{curve}.png", self.rows, labels, curve)
+        page.write(self.run.output)
 
     def finish(self, step, metrics, export):
         """Logs the last evaluation, closes everything, says what came out and where to look, and returns the report."""
@@ -90,7 +99,7 @@ class Report:
             )
         samples = self.run.output / "samples"
         shown = f" and {samples}" * samples.exists()
-        self.run.print(f"look at {self.run.output}/reward.png{shown}; the trained model: {export}")
+        self.run.print(f"look at {self.run.output}/report.html{shown}; the trained model: {export}")
         return self
 
     def ends(self, name, number):
@@ -110,6 +119,34 @@ class Clock:
             torch.cuda.synchronize(self.device)
         before, self.last = self.last, time.perf_counter()
         return self.last - before
+
+
+def show_in_tensorboard(writer, step, path, media, prompts, rewards):
+    """The picture of the samples (prompts and rewards are in it), and a table of both, which can be searched."""
+    from PIL import Image
+
+    with Image.open(path) as picture:
+        writer.add_image("samples", np.asarray(picture.convert("RGB")), step, dataformats="HWC")
+    said = (html.escape(prompt).replace("|", "\\|").replace("\n", " ") for prompt in prompts)
+    lines = [f"| {prompt} | {float(reward):.3f} |" for prompt, reward in zip(said, rewards)]
+    writer.add_text("samples", "\n".join(["| prompt | reward |", "| --- | --- |", *lines]), step)
+
+
+def show_in_wandb(run, step, path, media, prompts, rewards):
+    """Each image with its prompt and reward under it; clips side by side, under them what they are, in their order."""
+    import wandb
+
+    said = [f"{prompt} ({float(reward):.3f})" for prompt, reward in zip(prompts, rewards)]
+    if media.ndim == 4:
+        pictures = (media.float().clamp(0, 1).movedim(1, -1) * 255).round().byte().cpu().numpy()
+        shown = [wandb.Image(picture, caption=words) for picture, words in zip(pictures, said)]
+    else:
+        words = "; ".join(f"{number}: {words}" for number, words in enumerate(said, 1))
+        shown = wandb.Video(str(path.with_suffix(".mp4")), caption=words, format="mp4")
+    run.log({"samples": shown}, step=step)
+
+
+SHOW = {"tensorboard": show_in_tensorboard, "wandb": show_in_wandb}
 
 
 def save_grid(path, images, prompts, rewards, columns=4):

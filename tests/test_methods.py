@@ -552,7 +552,7 @@ def test_calibrate_of_one_stage_and_of_another_scripts_run(train):
 
 def test_every_process_knows_the_rows_of_a_run_that_goes_on(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("".join(f'{{"step": {n}, "reward_mean": {n / 10}}}\n' for n in range(9)))
-    other = SimpleNamespace(output=tmp_path, args=self_paced.Args(), is_main=False)
+    other = SimpleNamespace(output=tmp_path, args=self_paced.Args(), is_main=False, name="")
     other.accelerator = SimpleNamespace(init_trackers=lambda *_: None)
     assert report.Report(other, 8).ends("reward_mean", 2) == pytest.approx((0.05, 0.65))
 
