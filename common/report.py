@@ -153,7 +153,7 @@ def save_grid(path, images, prompts, rewards, columns=4):
     """A PNG of images [n, 3, H, W] in [0, 1], each with its prompt and reward under it."""
     from common import captions
 
-    plt, lines = _pyplot(), -(-len(images) // columns)
+    plt, lines = pyplot(), -(-len(images) // columns)
     figure, axes = plt.subplots(
         lines, columns, figsize=(2.4 * columns, 2.9 * lines), squeeze=False, gridspec_kw=dict(hspace=0.35)
     )
@@ -172,7 +172,7 @@ def save_strips(path, clips, prompts, rewards, frames=8):
 
     from common import captions
 
-    plt, chosen = _pyplot(), torch.linspace(0, clips.shape[1] - 1, min(frames, clips.shape[1])).round().long()
+    plt, chosen = pyplot(), torch.linspace(0, clips.shape[1] - 1, min(frames, clips.shape[1])).round().long()
     figure, axes = plt.subplots(len(clips), 1, figsize=(1.5 * len(chosen), 1.9 * len(clips)), squeeze=False)
     for axis, clip, prompt, reward in zip(axes.flat, clips[:, chosen], prompts, rewards):
         strip = make_grid(clip.float().clamp(0, 1), nrow=len(chosen), padding=1, pad_value=1.0)
@@ -198,7 +198,7 @@ def save_clips(path, clips, fps, columns=4):
 
 def save_curves(path, rows, labels, quantity):
     """A PNG of metrics over the steps: labels {metric: what the legend calls it}; those of a few steps get points."""
-    plt = _pyplot()
+    plt = pyplot()
     figure, axis = plt.subplots(figsize=(6, 3.6))
     for name, label in labels.items():
         points = [(row["step"], row[name]) for row in rows if name in row]
@@ -213,7 +213,7 @@ def save_curves(path, rows, labels, quantity):
     plt.close(figure)
 
 
-def _pyplot():
+def pyplot():
     """matplotlib without a screen. It takes seconds to import, as do torchvision and diffusers: only when drawing."""
     import matplotlib
 

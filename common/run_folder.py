@@ -19,17 +19,17 @@ from common import checkpoints
 from common.errors import InputError
 from common.rewards import own
 
-# Settings that may change when a run goes on; any other difference makes it another run.
-FREE = (
-    # these change none of its numbers
+# Settings that change none of a run's numbers, or round them otherwise
+NEUTRAL = (
     "output", "resume", "steps", "save_every", "keep_checkpoints", "sample_every", "eval_every", "tracker", "watch",
     "process_timeout", "judge_url", "judge_timeout", "judge_retries", "judge_concurrency", "trust_remote_code",
     "offload_encoders", "gradient_checkpointing",
-    # these round them otherwise (what measures on a micro-batch, as --gamma auto does, sees other rows)
+    # these round (what measures on a micro-batch, as --gamma auto does, sees other rows)
     "micro_batch", "decode_batch", "reward_batch", "batched_guidance", "exchange_often",
-    # these are how far an update goes: what one turns when a run goes wrong
-    "learning_rate", "weight_decay", "max_grad_norm",
 )  # fmt: skip
+# Settings that may change when a run goes on; any other difference makes it another run. These besides are how far an
+# update goes: what one turns when a run goes wrong.
+FREE = (*NEUTRAL, "learning_rate", "weight_decay", "max_grad_norm")
 # Those that may besides, when a checkpoint becomes the beginning of a run in a new folder: no state depends on them.
 FREE_IN_A_NEW_FOLDER = ("seed", "prompts", "eval_prompts", "kl_coef", "clip_range", "adv_clip_max")
 # Those that a resumed run does not take from its config.json: a folder from elsewhere must not make code run.
