@@ -44,7 +44,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 import grpo_base
 from benchmarks import memory
 from benchmarks.results import write
-from common import arguments, models, report
+from common import arguments, compiling, models, report
 from common.errors import RunError
 from common.runtime import Runtime
 from lab.building import clip_tokenizer, t5_tokenizer
@@ -68,7 +68,7 @@ class Args:
     lora_rank: int = 64
     """Rank of the LoRA; 0: all weights."""
     compile: bool = False
-    """Compile the transformer's blocks (diffusers' regional compilation)."""
+    """Compile the transformer's blocks, as the scripts do."""
     wheels: bool = False
     """Print the packages that this needs, NAME==VERSION, as they are installed here, and nothing else."""
     write: bool = True
@@ -239,9 +239,8 @@ def hooks(args, phases):
         return optimizer
 
     def resumed(run, stateful):  # the last thing before the steps
-        floor(run, phases)
-        for module in run.model.trainable.values() if args.compile else ():
-            run.accelerator.unwrap_model(module).compile_repeated_blocks()
+        with compiling.off():
+            floor(run, phases)
         return resume(run, stateful)
 
     return Clock, dict(
@@ -254,7 +253,7 @@ def measured(args, phases, folder):
     settings = dict(models.settings(args.model), group_size=args.rows, prompts_per_step=1, steps=args.steps)
     settings |= dict(best_of=0, minibatches=1, sampling_steps=args.sampling_steps, micro_batch=args.micro_batch)
     settings |= dict(reward=("jpeg",), prompts=f"{folder}/prompts.txt", eval_prompts="", save_every=0)
-    settings |= dict(lora_rank=args.lora_rank, tracker="none", output=f"{folder}/run")
+    settings |= dict(lora_rank=args.lora_rank, compile=args.compile, tracker="none", output=f"{folder}/run")
     del settings["source"]
     run_args = arguments.defaults(grpo_base.Args, args.model, **settings)
     (folder / "prompts.txt").write_text("\n".join(CAPTIONS))

@@ -145,6 +145,9 @@ class Args:
     """Regular expression of the layers that the LoRA adapts; default: the linear layers of the blocks."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them: slower, for much less memory."""
+    compile: bool = False
+    """Compile the blocks of what is trained (torch.compile), the same ones in rollout and update: faster steps, after a
+    minute or more. Needs a C++ compiler."""
     exchange_often: bool = False
     """Sharded weights: processes exchange gradients after every backward pass instead of once an update; more traffic,
     but none of them holds the gradients of all weights. Chosen by itself where they would not fit otherwise."""

@@ -25,7 +25,7 @@ NEUTRAL = (
     "process_timeout", "judge_url", "judge_timeout", "judge_retries", "judge_concurrency", "trust_remote_code",
     "offload_encoders", "gradient_checkpointing",
     # these round (what measures on a micro-batch, as --gamma auto does, sees other rows)
-    "micro_batch", "decode_batch", "reward_batch", "batched_guidance", "exchange_often",
+    "micro_batch", "decode_batch", "reward_batch", "batched_guidance", "exchange_often", "compile",
 )  # fmt: skip
 # Settings that may change when a run goes on; any other difference makes it another run. These besides are how far an
 # update goes: what one turns when a run goes wrong.

@@ -18,7 +18,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from torch.nn.functional import pad
 
-from common import checkpoints, errors, export, preflight, run_folder, sharding
+from common import checkpoints, compiling, errors, export, preflight, run_folder, sharding
 from common.errors import InputError, RunError
 
 # Of the forward pass, and of all weights that are not trained: Accelerate's word for it, and the dtype.
@@ -58,6 +58,8 @@ class Runtime:
                 f"cannot be dealt evenly to {self.world} processes"
             )
         self.output, _ = self.find(args)
+        if args.compile:
+            compiling.check(self.device)
         self.name = ""  # what checkpoints call the run, on the main process
         self.accelerator = Accelerator(
             mixed_precision=self.precision,
@@ -195,7 +197,9 @@ class Runtime:
                 part.cast_input_dtype_enabled = False  # to float32, and autocast would cast it back
 
     def _place(self, module, model):
-        """Moves a module to the device, or shards it there."""
+        """Moves a module to the device, or shards it there; with --compile its blocks are compiled."""
+        if self.args.compile:
+            compiling.compile_blocks(module, model.blocks, self.batch)
         if self.sharding:
             sharding.shard(module, model.blocks, self.sharding, self.mesh, self.dtype)
         else:
@@ -213,7 +217,8 @@ class Runtime:
         trained = self.model.trainable
         self.model.trainable = {name: self.accelerator.unwrap_model(module) for name, module in trained.items()}
         try:
-            yield
+            with compiling.off():
+                yield
         finally:
             self.model.trainable = trained
 

@@ -1,0 +1,124 @@
+"""--compile: one graph of each block for rollout and update, and everything else as without it. The quick tests take
+torch's compiler up to the point where it writes C++; the slow ones whole."""
+
+import json
+from functools import partial
+
+import pipelines
+import pytest
+import torch
+from conftest import metrics, weights
+from diffusers import FluxPipeline
+from test_families import folder_of, picture  # noqa: F401, a fixture
+from test_processes import assert_same, two, words
+from torch._dynamo.backends.debugging import aot_eager
+
+import grpo_base
+import slas
+from common import compiling
+from common.errors import InputError
+
+BLOCKS = ("FluxTransformerBlock", "FluxSingleTransformerBlock")
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """Inside, compiled blocks run as torch's compiler found them, without C++; the graphs that it found."""
+    found = []
+
+    def backend(graph, inputs):
+        found.append(graph)
+        return aot_eager(graph, inputs)
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(compiling.torch, "compile", partial(torch.compile, backend=backend))
+    monkeypatch.setattr(compiling, "check", lambda device: None)
+    yield found
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def small(tmp_path):
+    """Settings of a run that trains a FLUX of two blocks."""
+    folder = tmp_path / "flux"
+    pipelines.flux().save_pretrained(folder)
+    (tmp_path / "prompts.txt").write_text("\n".join(pipelines.CORPUS[:5]))
+    file = str(tmp_path / "prompts.txt")
+    return dict(
+        model=str(folder), prompts=file, eval_prompts=file, height=32, width=32, reward=("jpeg",), guidance=3.5,
+        learning_rate=1e-3, micro_batch=3, eval_every=1,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("lora_rank, kl_coef", [pytest.param(0, 0.0, marks=pytest.mark.slow), (2, 0.1)])
+def test_rollout_and_update_run_the_same_graphs_and_nothing_else_changes(
+    graphs, bf16, small, lora_rank, kl_coef, train
+):
+    """Of a LoRA the first block's inputs want no gradients, the rollout's none at all; the reference of the KL has the
+    LoRA off. The exam's batches of 3 and 2 of 5 prompts: the last one is no batch of the run's."""
+    small |= dict(lora_rank=lora_rank, kl_coef=kl_coef, gradient_checkpointing=bool(lora_rank))
+    plain, expected = train(**small)
+    folder, rows = train(**small, compile=True, output="compiled")
+    assert len(graphs) == len(BLOCKS) * (2 if kl_coef else 1)
+    rows = rows[:2]  # the third is the last exam
+    assert all(row["ratio_error"] == 0.0 for row in rows)
+    assert weights(folder, 2).keys() == weights(plain, 2).keys()
+    for row, other in zip(rows, expected):
+        assert row["reward_mean"] == pytest.approx(other["reward_mean"], rel=0.02)
+    FluxPipeline.from_pretrained(folder / "export" if not lora_rank else small["model"])
+
+    # in two runs the same, bit for bit
+    train(**small, compile=True, output="again", steps=1)
+    again, rows = train(**small, compile=True, output="again", resume="latest")
+    assert rows == metrics(folder)
+    assert all(torch.equal(value, weights(again, 2)[name]) for name, value in weights(folder, 2).items())
+    assert json.loads((again / "config.json").read_text())["compile"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["sd", "wan, two experts", "hunyuan"])
+def test_every_familys_blocks_compile_once(family, graphs, train, tmp_path, picture):  # noqa: F811
+    settings = folder_of(family, tmp_path, picture)
+    _, plain = train(**settings)
+    _, rows = train(**settings, compile=True, output="compiled")
+    number = len(graphs)
+    assert number and all(row["ratio_error"] == 0.0 for row in rows)
+    for row, other in zip(rows, plain):
+        assert row["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
+    _, rows = train(**settings, compile=True, output="compiled", steps=3, resume="latest")
+    assert len(graphs) == number  # of the same blocks in another run
+
+
+def test_what_is_differentiated_twice_is_not_compiled(graphs, small, train):
+    _, rows = train(slas, **small, gamma="auto", kl_limit=1e-5, compile=True)
+    assert graphs and all(row["eigenvalue"] > 0 for row in rows[:1])
+
+
+def test_without_a_compiler_it_is_one_line(small, train, monkeypatch):
+    from torch._inductor import config
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(config.cpp, "cxx", ("no-such-compiler",))
+    monkeypatch.setattr(config, "force_disable_caches", True)
+    with pytest.raises(InputError, match="--compile: torch cannot compile on this machine .*; install them, or leave"):
+        train(**small, compile=True)
+
+
+# --- The whole compiler: minutes ---
+
+
+@pytest.mark.slow
+def test_in_bf16_the_ratio_is_one(small, train, bf16):
+    small |= dict(eval_every=0, lora_rank=2)
+    _, rows = train(**small, compile=True)
+    assert all(row["ratio_error"] == 0.0 for row in rows)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["ddp", "fsdp2"])
+def test_two_compiled_processes_train_as_one_that_is_not(config, small, train, tmp_path):
+    small |= dict(prompts_per_step=2, group_size=3, sampling_steps=4, steps=2, eval_every=0, tracker="none")
+    alone, _ = train(**small, output="alone")
+    small = {name: value for name, value in small.items() if not isinstance(value, bool)}
+    two(tmp_path, [[*words(grpo_base, small, tmp_path / config), "--compile"]], config)
+    assert_same(alone, tmp_path / config, steps=2)
