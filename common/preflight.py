@@ -21,6 +21,7 @@ from common.errors import InputError
 
 SMALL = 2**30  # bytes of a model's files below which nothing has to be chosen, and no activations are counted
 ROOM = 0.9  # of the free memory: what a kernel needs while it runs, and the allocator's gaps, are not counted
+SHARDED = ("sharded", "sharded over all machines")  # what is chosen besides flags
 LORA = 64  # the rank of a LoRA that is proposed
 ON_THE_HOST = ("trained weights", "frozen weights", "gradients", "optimizer")  # of shards between passes, offloaded
 
@@ -207,17 +208,16 @@ def disk(model, args, precision, start=0):
 
 
 def settle(run, scorers):
-    """Before anything is loaded: chooses --offload-encoders, --gradient-checkpointing, --exchange-often and sharding
-    where they decide whether the run fits, and leaves `run.activations`, the bytes of a pass. Raises InputError with a
-    command that fits. Of small models it has nothing to say."""
+    """Before anything is loaded: chooses --offload-encoders, --gradient-checkpointing, --exchange-often and sharding,
+    inside each machine or over all, where they decide whether the run fits, and leaves `run.activations`, the bytes of
+    a pass. Raises InputError with a command that fits. Of small models it has nothing to say."""
     plan = Plan(run, scorers)
     if plan.model is None:
         return
     plan.check_host()
     for changes in plan.ways():
-        args = dataclasses.replace(run.args, **{name: True for name in changes if name != "sharded"})
-        shards = run.world if run.sharding or "sharded" in changes else 1
-        kinds = plan.kinds(args, shards)
+        args = dataclasses.replace(run.args, **{name: True for name in changes if name not in SHARDED})
+        kinds = plan.kinds(args, plan.shards(changes))
         if sum(kinds.values()) <= plan.have:
             break
     else:
@@ -225,9 +225,10 @@ def settle(run, scorers):
     vars(run.args).update(vars(args))
     if "sharded" in changes:
         run.sharding = sharding.own_plugin()
+    run.shards = max(run.shards, plan.shards(changes))
     run.activations = kinds["activations"]
     if changes:
-        chosen = ", ".join("sharded" if name == "sharded" else _flag(name) for name in changes)
+        chosen = ", ".join(name if name in SHARDED else _flag(name) for name in changes)
         run.print(f"{args.model}: {chosen}, for the {plan.have / 2**30:.1f} GiB of memory that each process may take")
 
 
@@ -261,7 +262,14 @@ class Plan:
             chosen.append((*chosen[-1], "sharded"))
         if run.world > 1 and not args.exchange_often:
             chosen.append((*chosen[-1], "exchange_often"))
+        if run.world > run.shards:
+            chosen.append((*chosen[-1], SHARDED[1]))
         return chosen
+
+    def shards(self, changes):
+        """Processes that one copy of the weights is sharded over: of a machine, of all, or 1."""
+        run = self.run
+        return run.world if SHARDED[1] in changes else run.shards if run.sharding or "sharded" in changes else 1
 
     def kinds(self, args, shards, model=None, batch=None):
         """Bytes that each process would hold, by kind."""
@@ -335,7 +343,7 @@ def _flag(name):
 def check(run, model):
     """Raises InputError if the memory or the disk cannot be enough."""
     args, precision = run.args, run.dtype.itemsize
-    shards = run.world if run.sharding else 1
+    shards = run.shards if run.sharding else 1
     kinds = held(run, model, args, shards, bool(run.frozen), run.activations, run.scorers)
     need, have = sum(kinds.values()), free(run)
     if run.device.type != "cuda":  # what is loaded is there already, and all processes share the rest

@@ -46,6 +46,7 @@ class Runtime:
         state = processes(args)
         self.device, self.is_main, self.world = state.device, state.is_main_process, state.num_processes
         self.sharding = sharding.take_plugin()
+        self.shards = sharding.on_a_machine(self.world)  # processes that share one copy of sharded weights
         if args.exchange_often and not self.sharding:
             raise InputError(
                 "--exchange-often belongs to sharded weights (configs/fsdp2.yaml); --no-exchange-often goes on with a "
@@ -74,7 +75,7 @@ class Runtime:
         self.activations = 0  # bytes of a pass, where they were counted
         self.asked = dataclasses.replace(args)  # what config.json says: each machine chooses the rest by its own memory
         preflight.settle(self, self.scorers)
-        self.mesh = sharding.mesh_of(self.device, self.world) if self.sharding else None
+        self.mesh = sharding.mesh_of(self.device, self.world, self.shards) if self.sharding else None
         self.step = self.saved = 0  # finished steps, and those that a checkpoint holds
         self.moved = False  # whether the step that is not finished has changed the weights
         self.kept = {}  # the method's own states after the last finished step
@@ -176,7 +177,8 @@ class Runtime:
         self.print(
             f"{args.model}: training {sum(w.numel() for w in weights) / 1e6:.2f}M weights"
             f"{' (LoRA)' * bool(args.lora_rank)} on {self.world} x {self.device.type}"
-            f"{', sharded' * bool(self.sharding)}, "
+            f"{', sharded' * bool(self.sharding)}"
+            f"{f' by {self.shards}' * (bool(self.sharding) and self.shards < self.world)}, "
             f"{args.prompts_per_step} x {args.group_size} samples a step, into {self.output}"
         )
         return self.optimizer
@@ -247,6 +249,7 @@ class Runtime:
         for module in self.model.trainable.values():
             if self.sharding:
                 module.set_requires_gradient_sync(now or self.args.exchange_often)
+                module.set_requires_all_reduce(now)  # with the other machines
             elif isinstance(module, torch.nn.parallel.DistributedDataParallel):
                 module.require_backward_grad_sync = now
 
@@ -312,10 +315,11 @@ class Runtime:
         states = {name: self._state(thing) for name, thing in stateful.items()}
         shares = {name: sharding.local(state) for name, state in states.items() if sharding.has_shards(state)}
         others = {name: state for name, state in states.items() if name not in shares}
-        parts = {name: self.world * (name in shares) for name in sorted(states)}
+        parts = {name: self.shards * (name in shares) for name in sorted(states)}
         self._together(self.is_main, checkpoints.begin, self.output, step)
         self._together(self.is_main, checkpoints.put, self.output, step, others)
-        self._together(bool(shares), checkpoints.put, self.output, step, shares, self.accelerator.process_index)
+        here, part = sharding.writes(self.mesh) if shares else (False, None)
+        self._together(here, checkpoints.put, self.output, step, shares, part)
         keep = self.args.keep_checkpoints
         self._together(self.is_main, checkpoints.publish, self.output, step, parts, self.name, keep)
         self.saved, self.last_saved = step, time.monotonic()

@@ -9,7 +9,7 @@ import os
 import warnings
 
 import torch
-from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.utils import FullyShardedDataParallelPlugin, gather_object
 from torch.distributed.device_mesh import init_device_mesh
 
 from common.checkpoints import Pieces
@@ -42,9 +42,20 @@ def own_plugin():
     )
 
 
-def mesh_of(device, processes):
-    """All processes in a row."""
-    return init_device_mesh(device.type, (processes,))
+def on_a_machine(processes):
+    """How many of the processes each machine has, as the launcher says; all of them where it has one, or another one
+    has more."""
+    own = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+    alike = processes == 1 or set(gather_object([own])) == {own}
+    return own if own > 1 and alike and processes % own == 0 else processes
+
+
+def mesh_of(device, processes, shards):
+    """The processes in rows of `shards`, each row with all weights among its processes: where these are the processes
+    of a machine, no weights cross the network, only their gradients do, once an update."""
+    rows, names = (processes // shards, shards), ("replicas", "shards")
+    kept = slice(rows[0] == 1, None)
+    return init_device_mesh(device.type, rows[kept], mesh_dim_names=names[kept])
 
 
 def offloads(plugin, device_type):
@@ -75,6 +86,11 @@ def shard(module, blocks, plugin, mesh, dtype):
     return fully_shard(module, **settings)
 
 
+def writes(mesh):
+    """Whether this process writes its shards into a checkpoint, as one of the first row does; and the number of it."""
+    return mesh.ndim == 1 or mesh.get_local_rank("replicas") == 0, mesh.get_local_rank("shards")
+
+
 def has_shards(state):
     """Whether a state (dictionaries, lists, tensors) holds a sharded tensor."""
     if isinstance(state, (dict, list)):
@@ -103,9 +119,9 @@ def deal(state, mesh=None):
         state = torch.cat(state.tensors)
     if mesh is None or not isinstance(state, torch.Tensor) or not state.dim():
         return state
-    from torch.distributed.tensor import Shard, distribute_tensor
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-    return distribute_tensor(state, mesh, [Shard(0)], src_data_rank=None)
+    return distribute_tensor(state, mesh, [Replicate()] * (mesh.ndim - 1) + [Shard(0)], src_data_rank=None)
 
 
 def mine(tensor):

@@ -1,5 +1,6 @@
 """Runs scripts one after another in the processes of one launch: several_runs.py FILE, with FILE a JSON list of command
-lines. Starting processes takes longer than such runs do."""
+lines; "two machines" before one makes two of four processes a machine. Starting processes takes longer than such runs
+do."""
 
 import contextlib
 import importlib
@@ -39,8 +40,10 @@ if __name__ == "__main__":
         sde.rollout = rollout
         if words[0] == "out of memory":
             words, sde.rollout = words[1:], out_of_memory_in_the_second_process(rollout)
-        script = importlib.import_module(Path(words[0]).stem)
         os.environ.update(launched)
+        if words[0] == "two machines":
+            words, os.environ["LOCAL_WORLD_SIZE"] = words[1:], "2"
+        script = importlib.import_module(Path(words[0]).stem)
         AcceleratorState._reset_state(reset_partial_state=False)
         GradientState._reset_state()
         sys.argv = words

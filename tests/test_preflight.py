@@ -156,8 +156,8 @@ def plan_of(monkeypatch, available, **settings):
         grpo_base.Args, **{**dict(prompts_per_step=2, group_size=4, sampling_steps=4, micro_batch=8), **settings}
     )
     run = SimpleNamespace(
-        args=args, world=1, sharding=None, dtype=torch.float32, device=torch.device("cpu"), batch=args.micro_batch,
-        adapt=partial(Runtime.adapt, SimpleNamespace(args=args)), print=print,
+        args=args, world=1, shards=1, sharding=None, dtype=torch.float32, device=torch.device("cpu"),
+        batch=args.micro_batch, adapt=partial(Runtime.adapt, SimpleNamespace(args=args)), print=print,
     )  # fmt: skip
     return preflight.Plan(run, [])
 
@@ -200,6 +200,8 @@ full_size, activations = functools.cache(memory.full_size), functools.cache(pref
         ("flux", 0, 1, 48, None, ["--lora-rank 64", "--num_processes 8"]),
         ("flux", 64, 1, 48, (), []),
         ("flux", 0, 8, 80, ("offload_encoders", "sharded", "exchange_often"), []),
+        ("flux", 0, 16, 80, ("offload_encoders", "sharded", "exchange_often"), []),
+        ("flux", 0, 16, 30, ("offload_encoders", "sharded", "exchange_often", "sharded over all machines"), []),
         ("wan2.1-1.3b", 0, 8, 80, (), []),
     ],
 )
@@ -210,8 +212,9 @@ def test_full_sizes_fit_or_are_told_a_command_that_does(name, lora, world, gib, 
     monkeypatch.setattr(preflight, "free", lambda run: gib * 10**9)
     args = arguments.defaults(bpgo.Args, name, lora_rank=lora)
     run = SimpleNamespace(
-        args=args, world=world, sharding=None, dtype=torch.bfloat16, device=torch.device("cpu"), batch=1, print=print
-    )
+        args=args, world=world, shards=min(world, 8), sharding=None, dtype=torch.bfloat16,
+        device=torch.device("cpu"), batch=1, print=print,
+    )  # fmt: skip
     if ways is None:
         monkeypatch.setattr(sys, "argv", ["bpgo.py", "--model", name])
         with pytest.raises(InputError) as refused:
@@ -220,7 +223,8 @@ def test_full_sizes_fit_or_are_told_a_command_that_does(name, lora, world, gib, 
         assert str(refused.value).count("bpgo.py --model flux") == len(offers)
     else:
         preflight.settle(run, [])
-        assert [name for name in ways if name != "sharded" and not getattr(args, name)] == []
+        assert [name for name in ways if name not in preflight.SHARDED and not getattr(args, name)] == []
+        assert run.shards == (world if "sharded over all machines" in ways else min(world, 8))
         assert bool(run.sharding) == ("sharded" in ways) and args.exchange_often == ("exchange_often" in ways)
         assert run.activations > GIB
 

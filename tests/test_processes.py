@@ -68,13 +68,13 @@ def words(script, settings, output):
     return [script.__file__, *flags, f"--output={output}"]
 
 
-def two(folder, jobs, config):
+def two(folder, jobs, config, processes=2):
     """The command lines one after another, by two processes of one launch."""
     plan = folder / f"{config}.json"
     plan.write_text(json.dumps(jobs))
-    done = launch(2, str(ROOT / "tests/several_runs.py"), str(plan), config=ROOT / f"configs/{config}.yaml")
+    done = launch(processes, str(ROOT / "tests/several_runs.py"), str(plan), config=ROOT / f"configs/{config}.yaml")
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("on 2 x cpu" + ", sharded" * config.startswith("fsdp2")) == len(jobs)
+    assert done.stdout.count(f"on {processes} x cpu" + ", sharded" * config.startswith("fsdp2")) == len(jobs)
     return done.stderr
 
 
@@ -165,6 +165,24 @@ def test_two_processes_train_as_one(runs, tmp_path, monkeypatch):
         kept = weights(tmp_path / "alone/average", 4)
         torch.testing.assert_close(dict(raw), kept, rtol=0, atol=1e-5)
         assert any((raw[name] - mean[name]).abs().max() > 1e-7 for name in raw)
+
+
+@pytest.mark.slow
+def test_two_machines_of_two_processes_train_as_one_process(tmp_path, monkeypatch):
+    """Each machine holds all weights, sharded over its two processes: only gradients go from one to the other. The
+    first machine writes the checkpoint, which one process goes on with."""
+    names = {"grpo_base-full": "", "bpgo-lora": "", "average": "--exchange-often"}
+    jobs = [["two machines", *words(*RUNS[name], tmp_path / name), *flag.split()] for name, flag in names.items()]
+    jobs[0].append("--steps=2")
+    two(tmp_path, [*jobs, [*jobs[0][:-1], "--resume=latest"]], "fsdp2", processes=4)
+    for name in names:
+        alone = one(monkeypatch, name, tmp_path / "alone" / name)
+        assert_same(alone, tmp_path / name, steps=4)
+        parts = json.loads((tmp_path / name / "checkpoints/step_000004/checkpoint.json").read_text())["parts"]
+        assert parts["transformer"] == parts["optimizer"] == 2
+    shutil.rmtree(tmp_path / "average/checkpoints/step_000004")
+    one(monkeypatch, "average", tmp_path / "average", resume="latest", exchange_often=False)
+    assert_same(tmp_path / "alone/average", tmp_path / "average", steps=2)
 
 
 def lower(folder, name):
