@@ -1,5 +1,6 @@
 """The fixed exam of a run: one noise-free sample for each held-out prompt, from the same initial noise every time."""
 
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -24,17 +25,20 @@ def sample(model, prompts, streams, sigmas, micro_batch, device="cpu"):
     return torch.cat(images)
 
 
-def exam(run, model, scorers, prompts, shown=0):
+def exam(run, model, scorers, prompts, shown=0, weights=nullcontext):
     """Every scorer on one noise-free sample of each of n prompts: {name: [n]}, the same on every process, and up to
-    `shown` of this process's images [b, C, H, W], on the main process those of the first prompts."""
+    `shown` of this process's images [b, C, H, W], on the main process those of the first prompts. weights: a context
+    to sample in. Between batches it hears signals."""
     # equal shares for all processes: the first prompts fill up the last share, and are dropped again below
     numbers = run.rows(-(-len(prompts) // run.world) * run.world) % len(prompts)
     mine = [prompts[i] for i in numbers]
     sigmas = model.sigmas(run.args.sampling_steps, run.args.shift)
     parts, images = [], []
     for part in torch.arange(len(mine)).split(run.score_batch):  # a clip is a quarter of a gigabyte
+        run.check_signals()
         captions = [mine[i] for i in part]
-        media = sample(model, captions, numbers[part], sigmas, run.args.micro_batch, run.device)
+        with weights():
+            media = sample(model, captions, numbers[part], sigmas, run.args.micro_batch, run.device)
         parts.append(score(scorers, media, captions))
         images += media[: max(0, shown - len(images))].cpu()
     scores = {name: run.gather(torch.cat([part[name] for part in parts]))[: len(prompts)] for name in scorers}
@@ -46,8 +50,7 @@ def initial_reward(run, model, scorers, weights, prompts):
     """Mean reward of --group-size noise-free samples of each of n prompts by the weights before training: [n]"""
     samples = [prompt for prompt in prompts for _ in range(run.args.group_size)]
     scorers = {name: scorers[name] for name in weights}  # not those that are only watched
-    with run.initial_weights():
-        scores, _ = exam(run, model, scorers, samples)
+    scores, _ = exam(run, model, scorers, samples, weights=run.initial_weights)
     return expected(weighted_sum(scores, weights).view(len(prompts), -1).nanmean(1), prompts)
 
 

@@ -16,7 +16,7 @@ import psutil
 import torch
 from accelerate.utils import gather_object
 
-from common import arguments, models, sharding
+from common import arguments, checkpoints, models, sharding
 from common.errors import InputError
 
 SMALL = 2**30  # bytes of a model's files below which nothing has to be chosen, and no activations are counted
@@ -193,11 +193,12 @@ def _on_fake_cpu(module):
             part._buffers.update(buffers)
 
 
-def disk(model, args, precision, start=0):
-    """(bytes of one checkpoint, how many are there at once, bytes of the export)"""
+def disk(model, args, precision, start=0, auto=20):
+    """(bytes of one checkpoint, how many are there at once, bytes of the export); auto: steps between those of
+    --save-every auto."""
     trained = trained_number(model, args)
     checkpoint = 4 * trained * (3 + bool(args.ema))
-    every = 20 if args.save_every == "auto" else args.save_every  # of long steps more, of which few are kept
+    every = auto if args.save_every == "auto" else args.save_every
     saves = math.ceil(args.steps / every) - start // every if every else 1
     pipeline = precision * sum(number(module) for _, module in _modules(model))
     export = (1 + bool(args.ema)) * (4 * trained if args.lora_rank else pipeline)
@@ -380,6 +381,20 @@ def _check_disk(run, checkpoint, number, export):
             f"--output {run.output}: {number} checkpoints of {checkpoint / 2**30:.2f} GiB and the export's "
             f"{export / 2**30:.2f} GiB do not fit on the disk, which has {have / 2**30:.2f} GiB free; set "
             "--keep-checkpoints, a larger --save-every, or another --output"
+        )
+
+
+def warn_of_disk(run, step, every):
+    """After a checkpoint of a run whose steps take long, so that --save-every auto saves more often than every 20 of
+    them: says where the disk has no room for all that are to come."""
+    checkpoint, number, export = disk(run.model, run.args, run.dtype.itemsize, step, every)
+    if keep := run.args.keep_checkpoints:
+        number = max(0, min(number, keep + 1 - len(checkpoints.newest_first(run.output))))
+    have = shutil.disk_usage(run.output).free
+    if checkpoint * number + export > have:
+        run.print(
+            f"warning: at one every {every} steps {number} more checkpoints of {checkpoint / 2**30:.2f} GiB come, and "
+            f"the disk has {have / 2**30:.2f} GiB free: stop the run, and go on with --keep-checkpoints 2"
         )
 
 

@@ -322,7 +322,9 @@ class Runtime:
         self._together(here, checkpoints.put, self.output, step, shares, part)
         keep = self.args.keep_checkpoints
         self._together(self.is_main, checkpoints.publish, self.output, step, parts, self.name, keep)
-        self.saved, self.last_saved = step, time.monotonic()
+        every, self.saved, self.last_saved = step - self.saved, step, time.monotonic()
+        if self.is_main and self.args.save_every == "auto" and every < AUTO_STEPS:
+            preflight.warn_of_disk(self, step, every)
         errors.last_checkpoint = str(self.output / "checkpoints" / checkpoints.name_of(step))
 
     def due(self, step):
@@ -371,8 +373,15 @@ class Runtime:
 
     def alarm(self):
         """Tells the other processes that this one cannot go on, where they will ask: while all are sampling, unless
-        they wait for its share of the weights first. Returns whether they heard it: then all of them rescue."""
-        heard = self.sampling and not self.sharding
+        they wait for its share of the weights first. Returns whether they heard it: then all of them rescue. Else says
+        what is lost."""
+        heard, lost = self.sampling and not self.sharding, self.step - self.saved
+        if not heard and lost > 0:
+            print(
+                f"the last {lost} steps are lost, as the other processes wait for this one and cannot save them; a "
+                "smaller --save-every loses less",
+                flush=True,
+            )
         if heard and self.world > 1:
             self.gather(torch.tensor([LOST], device=self.device))
         return heard

@@ -13,13 +13,14 @@ import subprocess
 import sys
 import termios
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT, metrics, weights
 
 import bpgo
-from common import checkpoints, errors, export, models, rewards, runtime, sde
+from common import checkpoints, errors, export, heldout, models, preflight, rewards, runtime, sde
 from common.errors import InputError, RunError
 from common.models.flux import Flux
 from common.runtime import Runtime
@@ -131,6 +132,30 @@ def test_a_signal_in_a_rollout_does_not_wait_for_its_end(train, monkeypatch, cap
     assert all(torch.equal(value, weights(folder, 3)[name]) for name, value in weights(whole, 3).items())
 
 
+def test_a_signal_in_an_exam_does_not_wait_for_its_end(train, monkeypatch, capfd, raising):
+    """In that of the initial weights, for a prior, when those of a LoRA are off: what is saved are the trained ones."""
+    settings = dict(script=bpgo, steps=3, save_every=0, learning_rate=1e-3, micro_batch=4, reward_batch=4, prior="sft")
+    settings["lora_rank"] = 2
+    whole, rows = train(output="whole", **settings)
+    honest, calls = heldout.sample, []
+
+    def sample(*words):
+        calls.append(words)
+        if len(calls) == 3:  # of two a step
+            os.kill(os.getpid(), signal.SIGTERM)
+        return honest(*words)
+
+    monkeypatch.setattr(heldout, "sample", sample)
+    with pytest.raises(SystemExit) as ended:
+        errors.run(lambda _: train(**settings), None)
+    assert ended.value.code == 128 + signal.SIGTERM and len(calls) == 3
+    assert "stopped: SIGTERM: stopped after 1 steps\n" in capfd.readouterr().err
+    monkeypatch.undo()
+    folder, again = train(resume="latest", **settings)
+    assert again == rows
+    assert all(torch.equal(value, weights(folder, 3)[name]) for name, value in weights(whole, 3).items())
+
+
 def test_long_steps_are_saved_more_often(train, monkeypatch):
     monkeypatch.setattr(runtime, "AUTO_STEPS", 3)
     folder, _ = train(steps=4)
@@ -138,6 +163,24 @@ def test_long_steps_are_saved_more_often(train, monkeypatch):
     monkeypatch.setattr(runtime, "AUTO_SECONDS", 0.0)
     folder, _ = train(steps=4, output="long")
     assert len(checkpoints.newest_first(folder)) == 4
+
+
+def test_long_steps_whose_checkpoints_fill_the_disk_are_warned_of(train, monkeypatch, capsys):
+    """Before the run it was not known that so many would come."""
+    monkeypatch.setattr(runtime, "AUTO_SECONDS", 0.0)
+    train(steps=3)
+    assert "warning" not in capsys.readouterr().out
+    real = checkpoints.publish
+
+    def fill(*words):
+        real(*words)
+        monkeypatch.setattr(preflight.shutil, "disk_usage", lambda folder: SimpleNamespace(free=60 * 2**20))
+
+    monkeypatch.setattr(checkpoints, "publish", fill)
+    train(steps=3, output="filled")
+    said = capsys.readouterr().out
+    assert "warning: at one every 1 steps 2 more checkpoints of 0.03 GiB come, and the disk has 0.06 GiB free" in said
+    monkeypatch.undo()
 
 
 OUT_OF_MEMORY = {

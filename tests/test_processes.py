@@ -295,13 +295,17 @@ def test_exchanging_often_belongs_to_sharded_weights(train):
         train(exchange_often=True)
 
 
-def test_a_process_without_memory_says_nothing_where_the_others_wait_for_its_shards():
-    """They are in the middle of gathering weights: whatever it sent would be taken for those."""
+def test_a_process_without_memory_says_nothing_where_the_others_wait_for_its_shards(capsys):
+    """They are in the middle of gathering weights: whatever it sent would be taken for those. What that loses, it
+    says to whoever reads."""
     said = []
     run = SimpleNamespace(sampling=True, sharding=None, world=2, device=torch.device("cpu"), gather=said.append)
+    run.step, run.saved = 25, 20
     assert Runtime.alarm(run) and said.pop().tolist() == [LOST]
     run.sharding = sharding.own_plugin()
+    assert "lost" not in capsys.readouterr().out
     assert not Runtime.alarm(run) and not said
+    assert capsys.readouterr().out.startswith("the last 5 steps are lost, as the other processes wait for this one")
 
 
 def test_states_of_several_processes_are_put_together_in_order(tmp_path):
