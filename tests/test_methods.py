@@ -3,6 +3,7 @@ in checkpoints, and how little they differ from grpo_base."""
 
 import dataclasses
 import difflib
+import doctest
 import gc
 import inspect
 import json
@@ -24,7 +25,7 @@ from common import arguments, errors, fisher, heldout, models, preflight, report
 from common.models.family import Family
 from common.models.flux import Flux
 from common.prompts import prompts_of_step, read_prompts
-from lab.readme_diffs import with_diffs
+from lab.method_diffs import page, with_diff
 from lab.shapes import render, sample_scenes
 
 METHODS = {"bpgo": bpgo, "slas": slas, "self_paced": self_paced}
@@ -594,7 +595,13 @@ def test_every_flag_is_read(name):
     assert flags and all(re.search(rf"args\.{flag}\b", source) for flag in flags)
 
 
-def test_hunks_in_the_readme_are_those_of_today():
-    readme = (ROOT / "README.md").read_text()
-    assert with_diffs(readme) == readme, "run python -m lab.readme_diffs"
-    assert all(f"+{line}" in readme for line in inspect.getsource(bpgo.reliability_weights).splitlines())
+@pytest.mark.parametrize("name", METHODS)
+def test_a_methods_page_has_the_hunks_and_the_numbers_of_today(name):
+    text = page(name).read_text()
+    assert with_diff(text, name) == text, "run python -m lab.method_diffs"
+    equation = dict(bpgo="reliability_weights", slas="compute_advantages", self_paced="stage_weights")[name]
+    assert f"\n+def {equation}(" in text
+    options = doctest.NORMALIZE_WHITESPACE
+    failed, tried = doctest.testfile(str(page(name)), module_relative=False, optionflags=options)
+    torch.set_printoptions(profile="default")
+    assert not failed and tried >= 7

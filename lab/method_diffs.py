@@ -1,6 +1,6 @@
-"""Writes into README.md what each method changes against grpo_base.py, below its header and settings.
+"""Writes into docs/methods/NAME.md what each method changes against grpo_base.py, below its header and settings.
 
-python -m lab.readme_diffs
+python -m lab.method_diffs
 """
 
 import difflib
@@ -30,17 +30,19 @@ def hunks(name):
     return "\n".join(line.rstrip() for line in text)
 
 
-def with_diffs(readme):
-    """README's text with the hunks of today between the markers of each method."""
-    for name in METHODS:
-        block = f"<!-- {name} -->\n```diff\n{hunks(name)}\n```\n<!-- /{name} -->"
-        before, _, rest = readme.partition(f"<!-- {name} -->")
-        _, end, after = rest.partition(f"<!-- /{name} -->")
-        assert end, f"README.md has no place for the hunks of {name}"
-        readme = before + block + after
-    return readme
+def page(name):
+    """Where a method is explained."""
+    return ROOT / f"docs/methods/{name}.md"
+
+
+def with_diff(text, name):
+    """A page's text with the hunks of today between its markers."""
+    before, _, rest = text.partition("<!-- diff -->")
+    _, end, after = rest.partition("<!-- /diff -->")
+    assert end, f"{page(name)} has no place for the hunks"
+    return f"{before}<!-- diff -->\n```diff\n{hunks(name)}\n```\n<!-- /diff -->{after}"
 
 
 if __name__ == "__main__":
-    path = ROOT / "README.md"
-    path.write_text(with_diffs(path.read_text()))
+    for name in METHODS:
+        page(name).write_text(with_diff(page(name).read_text(), name))
