@@ -8,6 +8,7 @@ if workers := os.getenv("PYTEST_XDIST_WORKER_COUNT"):  # they share the cores; b
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import json
+import re
 import shutil
 import signal
 import socket
@@ -81,9 +82,17 @@ def no_json(constant):
     raise ValueError(f"{constant} is no JSON")
 
 
+def documented():
+    """A pattern of the metrics that docs/metrics.md has: NAME is any reward's, N a number."""
+    cells = re.findall(r"^\| (`.*?) \|", (ROOT / "docs/metrics.md").read_text(), re.M)
+    names = [name for cell in cells for name in re.findall("`(.+?)`", cell)]
+    return re.compile("|".join(name.replace("NAME", ".+").replace("_N", r"_\d+") for name in names))
+
+
 def metrics(folder):
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     rows = [json.loads(line, parse_constant=no_json) for line in lines]
+    assert (new := {name for row in rows for name in row if not documented().fullmatch(name)}) == set(), new
     return [{name: value for name, value in row.items() if name not in TIMINGS} for row in rows]
 
 
