@@ -16,7 +16,7 @@ from common import errors
 from common.errors import InputError
 from common.run_folder import rows_before, write_text
 
-LARGEST = 20 * 2**20  # bytes of a picture or clip that the page takes in
+LARGEST = 8 * 2**20  # bytes of a picture or clip that the page takes in
 MIME = {".png": "image/png", ".mp4": "video/mp4"}
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --ink: #2a6fdb; }

@@ -26,10 +26,7 @@ class Report:
         self.rows = rows_before(self.path, start)  # on every process: `ends` is asked on all
         if run.is_main:
             write_rows(self.path, self.rows)
-        name, settings = run.output.name, {name: str(value) for name, value in vars(run.args).items()}
-        wandb = {"name": name, "id": run.name or None, "resume": "allow", "dir": str(run.output)}
-        project = "vgrpo" if run.args.tracker == "wandb" else name  # TensorBoard calls a run by its folder
-        run.accelerator.init_trackers(project, settings, {"wandb": wandb})
+        start_tracker(run)
 
     def steps(self, start, stop):
         """The step numbers, behind a progress bar with reward, ratio error and the time left."""
@@ -119,6 +116,22 @@ class Clock:
             torch.cuda.synchronize(self.device)
         before, self.last = self.last, time.perf_counter()
         return self.last - before
+
+
+def start_tracker(run):
+    """Under the run's name, by which TensorBoard calls its folder; in W&B a run that goes on is the same one. Raises
+    InputError for a tracker that does not start."""
+    name, settings = run.output.name, {name: str(value) for name, value in vars(run.args).items()}
+    wandb = {"name": name, "id": run.name or None, "resume": "allow", "dir": str(run.output)}
+    try:
+        run.accelerator.init_trackers("vgrpo" if run.args.tracker == "wandb" else name, settings, {"wandb": wandb})
+    except Exception as error:  # W&B's own: nobody is logged in, no network
+        if errors.of_the_machine(error):
+            raise
+        raise errors.InputError(
+            f"--tracker {run.args.tracker} does not start ({errors.text(error)}); for W&B `wandb login`, or set "
+            "WANDB_MODE=offline, or take --tracker tensorboard"
+        ) from None
 
 
 def show_in_tensorboard(writer, step, path, media, prompts, rewards):

@@ -16,7 +16,8 @@ import matplotlib.pyplot as plt
 import torch
 import tyro
 
-from common import heldout, models, rewards
+from common import errors, heldout, models, rewards
+from common.errors import InputError
 from common.prompts import caption_of, read_prompts
 
 
@@ -35,6 +36,10 @@ class Args:
 def main(args):
     config = json.loads((Path(args.run) / "config.json").read_text())
     prompts = read_prompts(config["eval_prompts"])[: args.columns]
+    if rewards.own.MARK in config["reward"][-1]:
+        raise InputError(
+            f"{args.run} is trained on a reward in a file of code, which a run's folder alone does not run"
+        )
     scorers = rewards.load(config["reward"][-1:], prompts, config.get("reward_path", ()))
     settings = {name: config[name] for name in ("height", "width", "frames", "guidance", "guidance_2")}
     figure, axes = plt.subplots(2, args.columns, figsize=(1.5 * args.columns, 4.0 if not config["frames"] else 14.0))
@@ -62,4 +67,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    errors.run(main, tyro.cli(Args, description=__doc__))

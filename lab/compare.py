@@ -92,7 +92,7 @@ def read(folder):
         rows = rows_before(folder / "metrics.jsonl", math.inf)
     except (OSError, ValueError) as error:
         raise InputError(f"{folder} is no run's folder ({errors.text(error)})") from None
-    if not isinstance(config, dict) or not rows:
+    if not isinstance(config, dict) or not isinstance(config.get("reward"), list) or not rows:
         raise InputError(f"{folder} holds no run of which a step is finished")
     return Run(folder.resolve(), config, [{n: v for n, v in row.items() if isinstance(v, int | float)} for row in rows])
 

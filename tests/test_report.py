@@ -158,6 +158,14 @@ def test_tensorboard_has_the_samples_with_prompts_and_rewards_under_the_runs_nam
     assert events.Scalars("eval_reward")[0].step == 0
 
 
+def test_a_tracker_that_does_not_start_is_one_line(shown, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.setattr(wandb, "init", lambda **_: (_ for _ in ()).throw(wandb.errors.UsageError("No API key\nhere")))
+    with pytest.raises(InputError, match=r"--tracker wandb does not start \(No API key here\); for W&B"):
+        shown("wandb")
+
+
 def test_wandb_has_the_samples_with_prompts_and_rewards_and_the_runs_name(shown, monkeypatch):
     wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
