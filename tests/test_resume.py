@@ -576,9 +576,9 @@ def test_an_export_that_does_not_fit_is_one_line_and_can_be_done_again(command, 
 
 def test_the_last_line_names_what_there_is(command, tmp_path):
     said = command([*SMALL, "--steps=1", "--output=run"])
-    assert "look at run/reward.png; the trained model: " in said and not (tmp_path / "run/samples").exists()
+    assert "look at run/report.html; the trained model: " in said and not (tmp_path / "run/samples").exists()
     said = command("--output=run --resume --sample-every=1")
-    assert "look at run/reward.png and run/samples; the trained model: " in said
+    assert "look at run/report.html and run/samples; the trained model: " in said
 
 
 @pytest.mark.parametrize("words, last", [([], ["--resume", "latest"]), (["--resume", "x/step_1"], [])])
