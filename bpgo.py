@@ -50,7 +50,7 @@ class Args(arguments.Args):
     """The second term by itself, without a weight: eq 5."""
     lam: Annotated[float, arguments.From(0, 1000)] = 1.0
     """CRT: weight of (reward - prior) / scale beside the step at the prior."""
-    prior: Literal["running-mean", "sft", "first-frame", "constant"] = "running-mean"
+    prior: Annotated[Literal["running-mean", "sft", "first-frame", "constant"], arguments.Start("sft")] = "running-mean"
     """Mean of the rewards so far; of the initial weights' own samples; of the conditioning image; --prior-value."""
     prior_value: Annotated[float, arguments.From(-1e6, 1e6)] = 0.0
     """The reward that --prior constant expects."""

@@ -32,6 +32,16 @@ class Above(From):
         return self.low < value <= self.high
 
 
+@dataclass(frozen=True)
+class Start:
+    """A value of a setting for which a run keeps the weights of its start, as --kl-coef does."""
+
+    value: str
+
+    def __contains__(self, value):
+        return True
+
+
 @dataclass
 class Args:
     SETTINGS = {}  # of named models, beyond those of common/models; no field, as it has no annotation
@@ -197,6 +207,17 @@ def defaults(cls, model="tiny-flux", **values):
     fields = {f.name for f in dataclasses.fields(cls)}
     table = {name: value for name, value in settings(cls, model).items() if name in fields}
     return cls(**{"model": model, **table, **values})
+
+
+def keeps_initial(args):
+    """Whether a run keeps the weights of its start beside those that it trains, which a LoRA does without a copy."""
+    marks = [
+        (name, mark)
+        for name, hint in get_type_hints(type(args), include_extras=True).items()
+        for mark in getattr(hint, "__metadata__", ())
+        if isinstance(mark, Start)
+    ]
+    return bool(args.kl_coef) or any(getattr(args, name) == mark.value for name, mark in marks)
 
 
 def of_model(args):

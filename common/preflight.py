@@ -16,7 +16,7 @@ import psutil
 import torch
 from accelerate.utils import gather_object
 
-from common import arguments, checkpoints, models, sharding
+from common import arguments, checkpoints, loading, models, sharding
 from common.errors import InputError
 
 SMALL = 2**30  # bytes of a model's files below which nothing has to be chosen, and no activations are counted
@@ -215,7 +215,6 @@ def settle(run, scorers):
     plan = Plan(run, scorers)
     if plan.model is None:
         return
-    plan.check_host()
     for changes in plan.ways():
         args = dataclasses.replace(run.args, **{name: True for name in changes if name not in SHARDED})
         kinds = plan.kinds(args, plan.shards(changes))
@@ -228,6 +227,7 @@ def settle(run, scorers):
         run.sharding = sharding.own_plugin()
     run.shards = max(run.shards, plan.shards(changes))
     run.activations = kinds["activations"]
+    run.turns = plan.by_turns(args)
     if changes:
         chosen = ", ".join(name if name in SHARDED else _flag(name) for name in changes)
         run.print(f"{args.model}: {chosen}, for the {plan.have / 2**30:.1f} GiB of memory that each process may take")
@@ -280,19 +280,24 @@ class Plan:
         if key not in self.counted:
             self.counted[key] = activations(model, run.dtype, key[1])
         row = self.counted[key] * (batch or run.batch)
-        return held(run, model, args, shards, bool(args.kl_coef), row, self.scorers)
+        return held(run, model, args, shards, arguments.keeps_initial(args), row, self.scorers)
 
-    def check_host(self):
-        """Raises InputError where the processes of this machine cannot load what each of them loads."""
-        run, processes = self.run, int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        each = run.dtype.itemsize * sum(number(module) for _, module in _modules(self.model))
-        have = psutil.virtual_memory().available
-        if run.device.type == "cuda" and processes * each > have:
-            raise InputError(
-                f"--model {run.args.model}: {processes} processes on this machine load {each / 2**30:.1f} GiB each "
-                f"before they move it to their GPUs, {have / 2**30:.1f} GiB of its memory are free; start fewer "
-                "processes on each machine (--num_processes), or take a machine with more memory"
-            )
+    def by_turns(self, args):
+        """Whether the processes of this machine load the model one after another, with what they copy of it while they
+        do. Raises InputError where its memory cannot hold even that."""
+        run, model = self.run, self.model
+        on_gpu = run.device.type == "cuda"
+        if not on_gpu and not run.sharding:
+            return False  # what is loaded stays where it is
+        parts, of_start = loading.copied(model), 0
+        waits = model.encoders if args.offload_encoders else ()
+        stays = sum(parts[name] for name in parts if name not in model.trainable and (name in waits or not on_gpu))
+        if run.sharding and (not on_gpu or sharding.offloads(run.sharding, run.device.type)):
+            kinds = memory(model, args, run.dtype.itemsize, run.shards, arguments.keeps_initial(args))
+            stays += sum(kinds[name] for name in ON_THE_HOST)
+        if run.sharding and arguments.keeps_initial(args) and not args.lora_rank:  # is sharded from a copy
+            of_start = run.dtype.itemsize * max(map(number, model.trainable.values()))
+        return loading.by_turns(args.model, sum(parts.values()) + of_start, stays)
 
     def refusal(self, kinds):
         fits = "; ".join(f"{words} ({size / 2**30:.0f} GiB)" for words, size in self.others())
@@ -348,7 +353,7 @@ def check(run, model):
     kinds = held(run, model, args, shards, bool(run.frozen), run.activations, run.scorers)
     need, have = sum(kinds.values()), free(run)
     if run.device.type != "cuda":  # what is loaded is there already, and all processes share the rest
-        have += sum(_bytes(module) for _, module in _modules(model))
+        have += sum(loading.copied(model).values())
     if need > have:
         raise InputError(
             f"--model {args.model}: each process would hold {need / 2**30:.1f} GiB ({_listed(kinds)}), "
@@ -411,7 +416,3 @@ def _modules(model):
 
 def number(module):
     return sum(weight.numel() for weight in module.parameters())
-
-
-def _bytes(module):
-    return sum(weight.numel() * weight.element_size() for weight in module.parameters())

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, gather_object
 from torch.nn.functional import pad
 
-from common import checkpoints, compiling, errors, export, preflight, run_folder, sharding
+from common import checkpoints, compiling, errors, export, loading, preflight, run_folder, sharding
 from common.errors import InputError, RunError
 
 # Of the forward pass, and of all weights that are not trained: Accelerate's word for it, and the dtype.
@@ -66,6 +66,7 @@ class Runtime:
             mixed_precision=self.precision,
             cpu=not on_gpu,
             log_with=None if args.tracker == "none" else args.tracker,
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],  # they are constants
             project_dir=self.output,
         )
         self.batch = batch_size(args, rows // self.world)  # rows of a forward pass
@@ -73,6 +74,7 @@ class Runtime:
         self.score_batch = args.micro_batch * max(1, args.reward_batch // args.micro_batch)
         self.frozen = {}
         self.activations = 0  # bytes of a pass, where they were counted
+        self.turns = False  # whether the processes of a machine load one after another
         self.asked = dataclasses.replace(args)  # what config.json says: each machine chooses the rest by its own memory
         preflight.settle(self, self.scorers)
         self.mesh = sharding.mesh_of(self.device, self.world, self.shards) if self.sharding else None
@@ -85,6 +87,7 @@ class Runtime:
         self.blame, self.cure = lambda: "lower --learning-rate", None  # what to say of a gradient that is no number
         self.changes = run_folder.check(self.output, self.asked)
         self.checkpoint = run_folder.find_checkpoint(self) if args.resume else None  # (folder, step, states)
+        self.turn = loading.Turn() if self.turns else None  # until `prepare` has moved the model
 
     @staticmethod
     def find(args):
@@ -135,9 +138,9 @@ class Runtime:
     # --- Weights ---
 
     def keep_initial(self, model):
-        """Before `prepare`: makes `initial_weights` work. Full weights get a frozen copy; a LoRA needs none."""
-        if not self.args.lora_rank and not self.frozen:  # one copy, whoever asks for it
-            self.frozen = copy.deepcopy(model.trainable)
+        """Before `prepare`: makes `initial_weights` work. Full weights get a frozen copy then; a LoRA needs none."""
+        if not self.args.lora_rank:
+            self.frozen = dict.fromkeys(model.trainable)
 
     def prepare(self, model):
         """Moves the model to the device, makes its weights or a LoRA trainable in float32, returns the optimizer.
@@ -160,13 +163,18 @@ class Runtime:
             if isinstance(module, torch.nn.Module) and name not in model.trainable:
                 waits = args.offload_encoders and name in model.encoders
                 module.requires_grad_(False).eval().to("cpu" if waits else self.device)
-        self.accelerator.wait_for_everyone()
-        for module in self.frozen.values():
-            self._place(module.requires_grad_(False).eval(), model)
         for name, module in model.trainable.items():
+            if not self.sharding:
+                module.to(self.device)  # where there is room for the copy
+            if name in self.frozen:
+                self.frozen[name] = self._place(copy.deepcopy(module), model)
             self._place(module, model)
             if not args.lora_rank:
                 module.float().requires_grad_(True)
+        if self.turn:
+            self.turn.end()
+        self.accelerator.wait_for_everyone()
+        for name, module in model.trainable.items():
             model.trainable[name] = self.accelerator.prepare_model(module, evaluation_mode=bool(self.sharding))
         self.model = model
         # for good: between two passes a sharded module may show others
@@ -203,9 +211,8 @@ class Runtime:
         if self.args.compile:
             compiling.compile_blocks(module, model.blocks, self.batch)
         if self.sharding:
-            sharding.shard(module, model.blocks, self.sharding, self.mesh, self.dtype)
-        else:
-            module.to(self.device)
+            return sharding.shard(module, model.blocks, self.sharding, self.mesh, self.dtype)
+        return module.to(self.device)
 
     def weights(self):
         """The trained weights, a list of tensors."""

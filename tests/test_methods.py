@@ -368,9 +368,9 @@ def test_sft_prior_is_what_the_initial_weights_get_even_after_updates(train, tmp
     known = weights(folder, 3, "prior")["known"]
     assert set(known) == set(prompts)
 
-    class OneProcess:  # heldout.exam asks a run for its share of rows alone
+    class OneProcess:  # heldout.exam asks a run for its share of rows, and whether to stop
         world, device, score_batch = 1, torch.device("cpu"), 8
-        rows, gather = staticmethod(torch.arange), staticmethod(lambda x: x)
+        rows, gather, check_signals = staticmethod(torch.arange), staticmethod(lambda x: x), staticmethod(lambda: None)
         args = arguments.defaults(bpgo.Args, group_size=4, sampling_steps=8, micro_batch=8)
 
     scorers, untrained = rewards.load(["verifier"], prompts), plain_model()

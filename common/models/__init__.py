@@ -162,7 +162,10 @@ def outline(name, dtype, large, trust_remote_code=False, **settings):
     from common.models import folder
 
     pipe = folder.outline(cls, path, dtype, trust_remote_code)
-    return pipe and cls(pipe, **{**_own(name), **settings})
+    model = pipe and cls(pipe, **{**_own(name), **settings})
+    if model:
+        model.source = path
+    return model
 
 
 def _own(name):
