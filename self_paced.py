@@ -31,6 +31,7 @@ from common import arguments, errors, heldout, loss, models, rewards, sde
 from common.prompts import prompts_of_step, read_prompts
 from common.report import Clock, Report
 from common.runtime import Runtime
+from common.scoring import Scoring
 
 EPS = 1e-8  # in every division by a standard deviation
 
@@ -165,21 +166,19 @@ def main(args):
         captions = [batch[row // G] for row in rows]
         cond = model.encode(captions)
         first = rows // G * G if args.same_noise else rows  # whose initial noise a row starts from
-        trajectories = []
+        trajectories, scoring = [], Scoring(scorers, model, captions, run.score_batch)
         for mb in run.batches(len(rows)):
             x = sde.RowNoise(args.seed, step, first[mb], run.device)(model.noise_shape)
             noise = sde.RowNoise(args.seed, step, B + rows[mb], run.device)
             velocity = partial(model.velocity, cond=models.take(cond, mb))
             with torch.no_grad():
                 trajectories.append(sde.rollout(velocity, x, sigmas, s, noise, transition))
+            scoring.add(trajectories[-1][0][:, -1])  # a judge's server works while the next rows are sampled
         latents, log_probs = (torch.cat(part)[: len(rows)] for part in zip(*trajectories))  # [b, T+1, ...], [b, T]
         metrics["rollout_seconds"] = clock.lap()
 
         # --- Reward ---
-        scores = []
-        for mb in torch.arange(len(rows)).split(run.score_batch):
-            scores.append(rewards.of_samples(scorers, model, latents[mb, -1], [captions[i] for i in mb]))
-        scores = {name: run.gather(torch.cat([part[name] for part in scores])).view(P, G) for name in scorers}
+        scores = {name: run.gather(score).view(P, G) for name, score in scoring.result().items()}
         rewards.check_finite(scores, scorers, batch)
         metrics["reward_seconds"] = clock.lap()
 

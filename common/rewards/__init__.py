@@ -7,6 +7,7 @@ A reward is a class, in the table or in a file of one's own (`my/file.py:Class`,
     masks                                   optional: True if a score may be NaN, for a sample that it failed to judge,
                                             which then counts nowhere in its group
     video                                   whether it scores clips; if not, a clip's score is the mean of some frames'
+    elsewhere                               optional: True if another machine does the work, meanwhile others can
     image                                   optional: False if it scores nothing but clips
     scale                                   typical standard deviation within a group, above 0
     range                                   (lowest, highest); None where there is no bound
@@ -217,7 +218,7 @@ def score(scorers, media, prompts):
     return scores
 
 
-def of_samples(scorers, model, x0, prompts):
+def of_samples(scorers, model, x0, prompts, score=score):
     """Decodes latents x0 [b, ...] and scores them: {name: [b] float32}. A decoder without memory is like a scorer that
     raises."""
     try:

@@ -82,7 +82,7 @@ class Judge:
         """Finds the server or loads the model; raises InputError."""
         url, model, expected = (self.judge[name] for name in ("url", "model", "expected"))
         server = {name: value for name, value in self.judge.items() if name != "trusted"}
-        trusted = self.judge["trusted"]
+        trusted, self.elsewhere = self.judge["trusted"], bool(url)
         self.backend = Server(source.name, **server) if url else local(model, expected, batch, trusted)
 
     def score(self, media, prompts):
