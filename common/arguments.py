@@ -43,23 +43,17 @@ class Start:
 
 
 @dataclass
-class Args:
-    SETTINGS = {}  # of named models, beyond those of common/models; no field, as it has no annotation
+class Scored:
+    """A model and the rewards of its samples: the flags that evaluate.py has too."""
 
-    # --- What is trained, on what ---
     model: str = "tiny-flux"
     """A named model (--list-models), the folder of a diffusers pipeline, or a hub id."""
     reward: tuple[str, ...] = ()
-    """Rewards to train on, NAME or NAME=WEIGHT, several separated by spaces; common/rewards/README.md lists them. For
-    one of your own path/to/file.py:CLASS stands in the place of NAME."""
+    """Rewards, NAME or NAME=WEIGHT, several separated by spaces; common/rewards/README.md lists them. For one of your
+    own path/to/file.py:CLASS stands in the place of NAME."""
     reward_units: Literal["own", "spread"] = "own"
     """What the weights count: each reward in its own unit; or in units of the spread within a group that it declares,
     so that two of weight 1 have about the same say. share_NAME in the metrics is the say that each had."""
-    aggregate: Literal["rewards", "advantages"] = "rewards"
-    """Of several rewards: normalise their weighted sum, where the one with the largest spread decides; or each by
-    itself, and add up the advantages with the weights."""
-    watch: tuple[str, ...] = ()
-    """Rewards to score and log beside those, without training on them."""
     reward_path: tuple[str, ...] = ()
     """Weights of rewards that do not come from the hub: NAME=FILE, several separated by spaces."""
     reward_batch: Annotated[int, From(1, 1e6)] = 16
@@ -80,6 +74,18 @@ class Args:
     """Times that a request is repeated, after 0.5 seconds at first and 8 at last, before it counts as failed."""
     judge_concurrency: Annotated[int, From(1, 1000)] = 16
     """Requests that each process has under way at once."""
+
+
+@dataclass
+class Args(Scored):
+    SETTINGS = {}  # of named models, beyond those of common/models; no field, as it has no annotation
+
+    # --- What is trained, on what ---
+    aggregate: Literal["rewards", "advantages"] = "rewards"
+    """Of several rewards: normalise their weighted sum, where the one with the largest spread decides; or each by
+    itself, and add up the advantages with the weights."""
+    watch: tuple[str, ...] = ()
+    """Rewards to score and log beside those, without training on them."""
     prompts: str = ""
     """Text file with one prompt a line; for image-to-video models IMAGE <tab> PROMPT. Or FILE:COLUMN of a table that
     is csv, tsv, jsonl, json or parquet; hub:OWNER/NAME/FILE:COLUMN of a data set on the hub; or a set by its name
@@ -238,9 +244,10 @@ def of_rewards(args):
     }
 
 
-def parse(cls, description):
-    """The command line -> cls. The defaults are those of its --model, with --resume the settings of that run; a lone
-    `--resume` means `--resume latest`. `--list-models` prints the table and ends the program."""
+def parse(cls, description, default=None):
+    """The command line -> cls. The defaults are those of its --model, with --resume the settings of that run, or what
+    `default` makes of the words; a lone `--resume` means `--resume latest`. `--list-models` prints the table and ends
+    the program."""
     import tyro
 
     argv = sys.argv[1:]
@@ -252,14 +259,14 @@ def parse(cls, description):
             if word == "--resume" and (i + 1 == len(argv) or argv[i + 1].startswith("--")):
                 argv = [*argv[: i + 1], "latest", *argv[i + 1 :]]
         _check_words(cls, argv)
-        model, resume, output = (_given(argv, flag) for flag in ("--model", "--resume", "--output"))
-        default = defaults(cls, *model)
+        model, resume, output = (given(argv, flag) for flag in ("--model", "--resume", "--output"))
+        default = default(argv) if default else defaults(cls, *model)
         if resume:
             default = run_folder.inherit(default, *resume, *output or [""])
         return tyro.cli(cls, args=argv, default=default, description=description)
 
 
-def _given(argv, flag):
+def given(argv, flag):
     """[what a flag was last given], [] if it was not."""
     pairs = [word.split("=", 1) if "=" in word else (word, next_one) for word, next_one in zip(argv, [*argv[1:], None])]
     return [value for word, value in pairs if word == flag and value is not None][-1:]
@@ -294,10 +301,16 @@ def _check_value(flag, values, bounds):
                 raise InputError(f"{flag} {str(value):.40}: must be {bound}")
 
 
+def check_bounds(args):
+    """Raises InputError for the first setting that is out of its bounds."""
+    for name, hint in get_type_hints(type(args), include_extras=True).items():
+        bounds = [bound for bound in getattr(hint, "__metadata__", ()) if isinstance(bound, From)]
+        _check_value(_flag(name), getattr(args, name), bounds)
+
+
 def check(args):
     """Raises InputError for the first setting that makes no sense; only a hub id as --model asks the network."""
-    for name, hint in get_type_hints(type(args), include_extras=True).items():
-        _check_value(_flag(name), getattr(args, name), getattr(hint, "__metadata__", ()))
+    check_bounds(args)
     if args.best_of % 2 or args.best_of > args.group_size:
         raise InputError(f"--best-of {args.best_of}: must be even and at most --group-size {args.group_size}")
     if args.minibatches > (args.best_of or args.group_size):

@@ -91,10 +91,13 @@ def newest_first(output):
     return sorted(folders, key=number_of, reverse=True)
 
 
-def read(folder):
-    """-> (step, {name: state} on the CPU, sharded tensors as Pieces); raises Broken with the reason."""
+def read(folder, names=None):
+    """-> (step, {name: state} on the CPU, sharded tensors as Pieces), of those `names` that it has, or of all; raises
+    Broken with the reason."""
     about, states = _about(folder), {}
     for name, number in about["parts"].items():
+        if names is not None and name not in names:
+            continue
         try:
             states[name] = (
                 _join([_load(folder / f"{name}.{part}.pt", mmap=True) for part in range(number)])

@@ -1,4 +1,5 @@
-"""The fixed exam of a run: one noise-free sample for each held-out prompt, from the same initial noise every time."""
+"""The fixed exam of a run, and evaluate.py's: noise-free samples of held-out prompts, from the same initial noise every
+time."""
 
 from contextlib import nullcontext
 from functools import partial
@@ -13,16 +14,24 @@ NOISE = 2**31 - 1  # the "step" whose noise the exam starts from; no training st
 
 
 @torch.no_grad()
-def sample(model, prompts, streams, sigmas, micro_batch, device="cpu"):
+def sample(model, prompts, streams, sigmas, micro_batch, device="cpu", seed=0):
     """Noise-free samples [b, C, H, W] in [0, 1] of b prompts, each from the fixed noise of its stream [b] (int)."""
     cond = model.encode(prompts)
     images = []
     for mb in torch.arange(len(prompts)).split(micro_batch):
-        x = sde.RowNoise(0, NOISE, streams[mb], device)(model.noise_shape)
+        x = sde.RowNoise(seed, NOISE, streams[mb], device)(model.noise_shape)
         velocity = partial(model.velocity, cond=models.take(cond, mb))
         latents, _ = sde.rollout(velocity, x, sigmas, torch.zeros(len(sigmas) - 1), None)
         images.append(model.decode(latents[:, -1]))
     return torch.cat(images)
+
+
+def examine(model, scorers, prompts, streams, sigmas, micro_batch, device="cpu", seed=0, weights=nullcontext):
+    """`sample`, in the context of `weights`, and every scorer on it: ({name: [b]}, samples). What a scorer raised waits
+    for `check_finite`."""
+    with weights():
+        media = sample(model, prompts, streams, sigmas, micro_batch, device, seed)
+    return score(scorers, media, prompts), media
 
 
 def exam(run, model, scorers, prompts, shown=0, weights=nullcontext):
@@ -37,9 +46,9 @@ def exam(run, model, scorers, prompts, shown=0, weights=nullcontext):
     for part in torch.arange(len(mine)).split(run.score_batch):  # a clip is a quarter of a gigabyte
         run.check_signals()
         captions = [mine[i] for i in part]
-        with weights():
-            media = sample(model, captions, numbers[part], sigmas, run.args.micro_batch, run.device)
-        parts.append(score(scorers, media, captions))
+        settings = sigmas, run.args.micro_batch, run.device
+        scores, media = examine(model, scorers, captions, numbers[part], *settings, weights=weights)
+        parts.append(scores)
         images += media[: max(0, shown - len(images))].cpu()
     scores = {name: run.gather(torch.cat([part[name] for part in parts]))[: len(prompts)] for name in scorers}
     check_finite({name: value[:, None] for name, value in scores.items()}, scorers, prompts)

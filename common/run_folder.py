@@ -75,14 +75,20 @@ def inherit(default, resume, output):
         config = _config(of_checkpoint(resume) or Path(output)) or {}
     except InputError:
         return default
+    default = dataclasses.replace(default, output=output)
+    return taken_over(default, config) if config.get("script") == script() else default
+
+
+def taken_over(default, config):
+    """An Args with the settings that a config.json has, where they are of the right kind."""
     values, hints = {}, get_type_hints(type(default))
     names = {field.name for field in dataclasses.fields(default)} - set(NOT_INHERITED)
-    for name in names & config.keys() if config.get("script") == script() else ():
+    for name in names & config.keys():
         if name in ("reward", "watch") and own.MARK in str(config[name]):
             continue
         with contextlib.suppress(ValueError):
             values[name] = _as(config[name], hints[name])
-    return dataclasses.replace(default, **values, output=output)
+    return dataclasses.replace(default, **values)
 
 
 def before(folder, args):
@@ -214,8 +220,13 @@ def script():
 
 def write_text(path, text):
     """Writes beside and renames: a killed process leaves the old file or the new one, never half of one."""
-    beside = path.with_name(f".{path.name}.tmp")
-    beside.write_text(text)
+    write_beside(path, lambda beside: beside.write_text(text))
+
+
+def write_beside(path, write):
+    """The same of what `write` writes to a path, whose name has the same ending."""
+    beside = path.with_name(f".tmp-{path.name}")
+    write(beside)
     os.replace(beside, path)
 
 

@@ -31,21 +31,78 @@ AUTO_STEPS, AUTO_SECONDS = 20, 1800.0  # between checkpoints, whichever comes fi
 LOST = 255  # in the place of a signal's number: a process cannot go on
 
 
-class Runtime:
-    """One process of a run. The B rows of a step are dealt out in contiguous chunks; a group may span processes."""
+class Processes:
+    """One process of a launch and the others: what training and evaluate.py share."""
 
-    def __init__(self, args, scorers=None):
+    def __init__(self, args):
         if "PYTORCH_ALLOC_CONF" not in os.environ:  # samples, passes and encoders of many sizes leave gaps otherwise
             os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-        self.args, self.scorers = args, list((scorers or {}).values())
-        on_gpu = torch.cuda.is_available()
+        self.args, on_gpu = args, torch.cuda.is_available()
         gc.collect()  # what an earlier run of this program held (--calibrate), before memory is counted
         if on_gpu:
             torch.cuda.empty_cache()
         self.precision, self.dtype = PRECISION["cuda" if on_gpu else "cpu"]
         state = processes(args)
         self.device, self.is_main, self.world = state.device, state.is_main_process, state.num_processes
+        self.index = state.process_index
         self.sharding = sharding.take_plugin()
+
+    @property
+    def score_batch(self):
+        """Rows decoded and scored together: micro-batches until they make up a batch of the rewards."""
+        return self.args.micro_batch * max(1, self.args.reward_batch // self.args.micro_batch)
+
+    def adapt(self, module, targets, rank):
+        """Adds a LoRA with float32 weights."""
+        from peft import LoraConfig
+
+        torch.manual_seed(self.args.seed)  # the same one on every process
+        try:
+            module.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets))
+        except (ValueError, re.error) as error:  # no layer of that name, or no regular expression
+            raise InputError(f"--lora-targets {targets!r}: {error}") from None
+        for weight in _trained(module):
+            weight.data = weight.data.float()
+        for part in module.modules() if self.precision != "no" else ():
+            if hasattr(part, "cast_input_dtype_enabled"):
+                part.cast_input_dtype_enabled = False  # to float32, and autocast would cast it back
+
+    def settle(self, model):
+        """Moves what is not trained to the device; with --offload-encoders text and image encoders wait on the CPU."""
+        for name, module in model.pipe.components.items():
+            if isinstance(module, torch.nn.Module) and name not in model.trainable:
+                waits = self.args.offload_encoders and name in model.encoders
+                module.requires_grad_(False).eval().to("cpu" if waits else self.device)
+
+    def place(self, model):
+        """Moves all of the model to the device, to sample and not to train."""
+        accelerator = Accelerator(mixed_precision=self.precision, cpu=self.device.type == "cpu")
+        self.settle(model)
+        for name, module in model.trainable.items():
+            module.requires_grad_(False).eval().to(self.device)
+            model.trainable[name] = accelerator.prepare_model(module, evaluation_mode=True)
+
+    def together(self, thing):
+        """All processes together: the list of what each of them has."""
+        return gather_object([thing]) if self.world > 1 else [thing]
+
+    def first(self, reason):
+        """All processes together: the first reason that one of them has, "" if none has any."""
+        return next(filter(None, self.together(reason)), "")
+
+    @staticmethod
+    def print(*words):
+        """On the main process."""
+        if PartialState().is_main_process:
+            print(*words, flush=True)
+
+
+class Runtime(Processes):
+    """One process of a run. The B rows of a step are dealt out in contiguous chunks; a group may span processes."""
+
+    def __init__(self, args, scorers=None):
+        super().__init__(args)
+        self.scorers, on_gpu = list((scorers or {}).values()), self.device.type == "cuda"
         self.shards = sharding.on_a_machine(self.world)  # processes that share one copy of sharded weights
         if args.exchange_often and not self.sharding:
             raise InputError(
@@ -70,8 +127,6 @@ class Runtime:
             project_dir=self.output,
         )
         self.batch = batch_size(args, rows // self.world)  # rows of a forward pass
-        # rows decoded and scored together: micro-batches until they make up a batch of the rewards
-        self.score_batch = args.micro_batch * max(1, args.reward_batch // args.micro_batch)
         self.frozen = {}
         self.activations = 0  # bytes of a pass, where they were counted
         self.turns = False  # whether the processes of a machine load one after another
@@ -102,7 +157,7 @@ class Runtime:
     def rows(self, number):
         """Global indices of this process's rows out of `number`: [number / world], contiguous."""
         share = number // self.world
-        return torch.arange(share) + share * self.accelerator.process_index
+        return torch.arange(share) + share * self.index
 
     def gather(self, local):
         """[b, ...] of each process -> [B, ...] on all of them, in global row order."""
@@ -131,7 +186,7 @@ class Runtime:
         """
         chunks = kept.flatten().cpu().view(self.world, -1)
         number = max(math.ceil(chunk.sum().item() / self.batch) for chunk in chunks)
-        mine = chunks[self.accelerator.process_index].nonzero().flatten()
+        mine = chunks[self.index].nonzero().flatten()
         # each another tensor: the script asks which of them is the last
         return list(pad(mine, (0, number * self.batch - len(mine)), value=-1).split(self.batch)) if number else []
 
@@ -159,10 +214,7 @@ class Runtime:
             self.name, moved = run_folder.claim(self.output, self.asked, self.checkpoint and self.checkpoint[:2])
             if moved:
                 self.print(moved)
-        for name, module in model.pipe.components.items():
-            if isinstance(module, torch.nn.Module) and name not in model.trainable:
-                waits = args.offload_encoders and name in model.encoders
-                module.requires_grad_(False).eval().to("cpu" if waits else self.device)
+        self.settle(model)
         for name, module in model.trainable.items():
             if not self.sharding:
                 module.to(self.device)  # where there is room for the copy
@@ -190,21 +242,6 @@ class Runtime:
             f"{args.prompts_per_step} x {args.group_size} samples a step, into {self.output}"
         )
         return self.optimizer
-
-    def adapt(self, module, targets, rank):
-        """Adds a LoRA with float32 weights."""
-        from peft import LoraConfig
-
-        torch.manual_seed(self.args.seed)  # the same one on every process
-        try:
-            module.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets))
-        except (ValueError, re.error) as error:  # no layer of that name, or no regular expression
-            raise InputError(f"--lora-targets {targets!r}: {error}") from None
-        for weight in _trained(module):
-            weight.data = weight.data.float()
-        for part in module.modules() if self.precision != "no" else ():
-            if hasattr(part, "cast_input_dtype_enabled"):
-                part.cast_input_dtype_enabled = False  # to float32, and autocast would cast it back
 
     def _place(self, module, model):
         """Moves a module to the device, or shards it there; with --compile its blocks are compiled."""
@@ -357,10 +394,6 @@ class Runtime:
                 "Earlier checkpoints are intact"
             )
 
-    def first(self, reason):
-        """All processes together: the first reason that one of them has, "" if none has any."""
-        return next(filter(None, gather_object([reason]) if self.world > 1 else [reason]), "")
-
     def finish(self, step):
         """Counts a step as finished: from now on `rescue` saves it."""
         self.step, self.moved = step, False
@@ -478,12 +511,6 @@ class Runtime:
             self.average.copy_to(self.weights())
             line += f"; the averaged one: {export.write(self, folder.with_name('export_ema'))}"
         return line
-
-    @staticmethod
-    def print(*words):
-        """On the main process."""
-        if PartialState().is_main_process:
-            print(*words, flush=True)
 
 
 def processes(args):

@@ -211,6 +211,10 @@ class Family:
         """layers {trained module: its LoRA's weights} -> files that the pipeline's load_lora_weights reads."""
         self.pipe.save_lora_weights(folder, **{f"{name}_lora_layers": weights for name, weights in layers.items()})
 
+    def load_lora(self, folder):
+        """The reverse, as a user of the plain pipeline does it."""
+        self.pipe.load_lora_weights(folder)
+
 
 def read_image(path, small=False):
     """The image as PIL's, in RGB; small: a JPEG is read whole but decoded small. Raises InputError."""

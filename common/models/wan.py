@@ -75,6 +75,11 @@ class Wan(Family):
                 folder if name == "transformer" else f"{folder}/{name}", transformer_lora_layers=weights
             )
 
+    def load_lora(self, folder):
+        self.pipe.load_lora_weights(folder)
+        if "transformer_2" in self.trainable:
+            self.pipe.load_lora_weights(f"{folder}/transformer_2", load_into_transformer_2=True)
+
 
 class WanImageToVideo(Wan):
     """The same from a conditioning image: each prompt has one (a line IMAGE <tab> CAPTION of the prompt file)."""

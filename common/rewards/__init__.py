@@ -33,6 +33,7 @@ REWARDS = {
     "verifier": ("common.rewards.verifier", "Verifier"),
     "verifier:quality": ("common.rewards.verifier", "Quality"),
     "verifier:layout": ("common.rewards.verifier", "Layout"),
+    "verifier:passed": ("common.rewards.verifier", "Passed"),
     "motion": ("common.rewards.motion", "Motion"),
     "motion:quality": ("common.rewards.motion", "MotionQuality"),
     "motion:smooth": ("common.rewards.motion", "MotionSmooth"),

@@ -350,3 +350,10 @@ class Layout(Verifier):
     """Reward: the verifier's `layout`: quality, number and places, whatever the shapes and colours."""
 
     part = "layout"
+
+
+class Passed(Verifier):
+    """Reward: whether the image passed, 1 or 0: GenEval's way of counting, for evaluate.py's table of tasks."""
+
+    part = "passed"
+    scale = 0.4

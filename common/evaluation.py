@@ -1,0 +1,120 @@
+"""The folder of an evaluation, in which it goes on after a kill:
+
+    evaluation.json          its settings; others need another folder
+    scores/MODEL.jsonl       a line as soon as a part of a model's samples is scored; the first line says whose they are
+    shown/MODEL/NNNNN.pt     the samples of the picture, uint8
+    results.json, results.csv, side_by_side.png (.mp4)
+
+Samples are told by (prompt, which): of P prompts, and of the S samples of a prompt. A part is a tensor of them, [n, 2].
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+
+from common import report, run_folder
+from common.errors import InputError
+from common.prompts import caption_of
+
+
+class Folder:
+    """output: --output, "" for runs/evaluation-XXXXXXXX, by the settings and the models. settings: what makes this
+    evaluation no other; whose {model: what tells its weights from others}. Raises InputError for a folder that holds
+    another evaluation, or scores of other weights. Every process reads; the main one writes, and may raise OSError."""
+
+    def __init__(self, output, settings, whose):
+        self.settings, self.whose = json.loads(json.dumps([settings, whose], sort_keys=True))
+        self.path = Path(output or f"runs/evaluation-{digest([json.dumps([self.settings, self.whose])])[:8]}")
+        self._check()
+        self.parts = {name: self._read(name) for name in whose}  # {model: {part: {reward: [n]}}}
+
+    def _check(self):
+        path = self.path / "evaluation.json"
+        if not path.exists():
+            return
+        try:
+            then = json.loads(path.read_text())
+            wrong = [name for name in {**then, **self.settings} if then.get(name) != self.settings.get(name)]
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+            raise InputError(f"--output {self.path}: its evaluation.json cannot be read; choose another") from None
+        if wrong:
+            raise InputError(
+                f"--output {self.path} has an evaluation with {wrong[0]} {then.get(wrong[0])!r:.200}, now it is "
+                f"{self.settings.get(wrong[0])!r:.200}: choose another folder"
+            )
+
+    def _read(self, name):
+        path = self._scores(name)
+        lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+        rows = [row for row in map(_json, lines) if isinstance(row, dict)]  # not the half line of a killed process
+        if rows and rows[0] != self.whose[name]:
+            raise InputError(f"--output {self.path} has scores of other weights called {name}: choose another folder")
+        return {row["part"]: row["scores"] for row in rows[1:]}
+
+    def begin(self):
+        (self.path / "scores").mkdir(parents=True, exist_ok=True)
+        run_folder.write_text(self.path / "evaluation.json", json.dumps(self.settings, indent=2) + "\n")
+        for name, parts in self.parts.items():
+            rows = [{"part": number, "scores": scores} for number, scores in parts.items()]
+            lines = [json.dumps(row) + "\n" for row in (self.whose[name], *rows)]
+            run_folder.write_text(self._scores(name), "".join(lines))
+
+    def add(self, name, parts):
+        """Appends scores {part: {reward: [n] float32}}; NaN, of a sample without one, is null in the file."""
+        for number, scores in parts.items():
+            scores = {reward: [v if v == v else None for v in values.tolist()] for reward, values in scores.items()}
+            self.parts[name][number] = scores
+            with self._scores(name).open("a") as file:
+                file.write(json.dumps({"part": number, "scores": scores}) + "\n")
+
+    def scores(self, name, reward, parts, shape):
+        """Of one reward [P, S], NaN where there is none; parts: all of them, in order."""
+        found = torch.full(shape, torch.nan)
+        for number, part in enumerate(parts):
+            values = self.parts[name][number][reward]
+            found[part[:, 0], part[:, 1]] = torch.tensor([torch.nan if value is None else value for value in values])
+        return found
+
+    # --- The picture ---
+
+    def shown(self, name, prompt):
+        return self.path / "shown" / name / f"{prompt:05d}.pt"
+
+    def show(self, name, prompt, sample):
+        """Keeps a sample in [0, 1] for the picture; on the process that made it."""
+        path = self.shown(name, prompt)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sample = sample.clamp(0, 1).mul(255).round().to("cpu", torch.uint8)
+        run_folder.write_beside(path, lambda beside: torch.save(sample, beside))
+
+    def picture(self, prompts, rewards, fps):
+        """side_by_side.png, a line for each of n prompts with a sample of each model (rewards {model: [n]}); of clips
+        some of their frames, and all of them in side_by_side.mp4. Returns the path."""
+        path, columns = self.path / "side_by_side.png", len(rewards)
+        places = [(number, name) for number in range(len(prompts)) for name in rewards]
+        media = torch.stack([torch.load(self.shown(name, n), weights_only=True) for n, name in places]) / 255
+        titles = [f"{name}: {caption_of(prompts[number])}" for number, name in places]
+        marks = [rewards[name][number] for number, name in places]
+        if media.ndim == 4:
+            report.save_grid(path, media, titles, marks, columns)
+            return path
+        report.save_strips(path, media, titles, marks)
+        report.save_clips(path.with_suffix(".mp4"), media, fps, columns)
+        return path.with_suffix(".mp4")
+
+    def _scores(self, name):
+        return self.path / "scores" / f"{name}.jsonl"
+
+
+def digest(lines):
+    """What tells lines from others."""
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _json(line):
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None

@@ -1,0 +1,103 @@
+"""What scores say: means with intervals, how often a model wins, and the tables that people read. Needs torch alone."""
+
+import csv
+import io
+
+import torch
+
+RESAMPLES = 10_000  # of the bootstrap
+TASKS = ("single", "two", "counting", "colours", "position", "attribution")  # GenEval's six, of the shapes world
+
+
+def interval(values, resamples=RESAMPLES):
+    """values [n] of n prompts -> (low, high): 95% percentile bootstrap of their mean. Its draws are the same every
+    time."""
+    values, n, generator = values.double(), len(values), torch.Generator().manual_seed(0)
+    size = max(1, 2_000_000 // n)
+    means = [
+        values[torch.randint(n, (min(size, resamples - start), n), generator=generator)].mean(1)
+        for start in range(0, resamples, size)
+    ]
+    return tuple(torch.cat(means).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist())
+
+
+def win_rate(scores, base):
+    """Scores [P, S] of samples and of the base's from the same noise -> how often they are higher, ties counted half;
+    pairs of which one has no score (NaN) count nowhere, prompts count alike. None if no pair is left."""
+    wins = (scores > base) + (scores == base).double() / 2
+    wins = wins.masked_fill((scores + base).isnan(), torch.nan).nanmean(1).nanmean().item()
+    return wins if wins == wins else None
+
+
+def summary(scores, base=None, asked=None):
+    """Scores [P, S] of S samples of P prompts, NaN where there is none -> {"mean", "low", "high", "win_rate",
+    "prompts", "samples", "missing"}: the mean over prompts of the mean over a prompt's samples, its interval, the win
+    rate against the scores of `base`, and how many of the `asked` samples have no score."""
+    by_prompt, number = scores.nanmean(1), (~scores.isnan()).sum().item()
+    known = by_prompt[~by_prompt.isnan()]
+    low, high = interval(known) if len(known) else (None, None)
+    return {
+        "mean": by_prompt.nanmean().item() if len(known) else None,
+        "low": low,
+        "high": high,
+        "win_rate": None if base is None else win_rate(scores, base),
+        "prompts": len(known),
+        "samples": number,
+        "missing": (scores.numel() if asked is None else asked) - number,
+    }
+
+
+def by_task(passed, tasks):
+    """passed [P, S], the task of each of P prompts -> {task: share of samples that passed, "overall": their mean}, as
+    GenEval has it; a task without a prompt is None and not in the mean."""
+    shares = {task: passed[[name == task for name in tasks]].nanmean().item() for task in TASKS}
+    known = [share for share in shares.values() if share == share]
+    shares = {task: share if share == share else None for task, share in shares.items()}
+    return {**shares, "overall": sum(known) / len(known) if known else None}
+
+
+# --- Tables ---
+
+
+def cell(found):
+    """A summary in a few letters."""
+    if found["mean"] is None:
+        return "no score"
+    words = f"{found['mean']:.4g} [{found['low']:.4g}, {found['high']:.4g}]"
+    words += f" {found['win_rate']:.0%}" if found["win_rate"] is not None else ""
+    return words + (f" ({found['missing']} missing)" if found["missing"] else "")
+
+
+def aligned(rows):
+    """Rows of words -> lines with aligned columns."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join("  ".join(word.ljust(width) for word, width in zip(row, widths)).rstrip() for row in rows)
+
+
+def table(found):
+    """{model: {reward: summary}} -> text: a model a line."""
+    names = list(next(iter(found.values())))
+    return aligned([("", *names), *((model, *(cell(row[name]) for name in names)) for model, row in found.items())])
+
+
+def task_table(found):
+    """{model: by_task} -> text."""
+    names = (*TASKS, "overall")
+    percent = {None: "-"}
+    rows = [(m, *(percent.get(row[name]) or f"{row[name]:.1%}" for name in names)) for m, row in found.items()]
+    return aligned([("passed", *names), *rows])
+
+
+def as_csv(found, tasks):
+    """Both as CSV: a line for each model and reward, then one for each model and task."""
+    file = io.StringIO()
+    names = ("mean", "low", "high", "win_rate", "prompts", "samples", "missing")
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(("model", "reward", "task", *names))
+    for model, row in found.items():
+        for reward, values in row.items():
+            writer.writerow((model, reward, "", *(values[name] for name in names)))
+    for model, row in tasks.items():
+        for task, share in row.items():
+            writer.writerow((model, "passed", task, share, *[None] * 6))
+    return file.getvalue()

@@ -1,0 +1,340 @@
+"""evaluate.py: the training's own exam once more, tables, kills, processes, bad input."""
+
+import csv
+import json
+import re
+import shutil
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import smooth  # noqa: F401, more names for --reward
+import torch
+from conftest import ROOT, launch
+
+import bpgo
+import evaluate
+import grpo_base
+import self_paced
+from common import arguments, errors, evaluation, heldout, models, scores
+from common.errors import InputError, RunError
+from common.prompts import read_prompts
+from common.run_folder import rows_before
+
+HELD_OUT = read_prompts(models.settings("tiny-flux")["eval_prompts"])
+NUMBER = 12
+
+
+def trained(folder, script, **settings):
+    """A small run in a folder, with exams before, between and after its two steps."""
+    small = dict(prompts_per_step=2, group_size=4, sampling_steps=4, micro_batch=8, minibatches=1, tracker="none")
+    small |= dict(steps=2, eval_every=1, sample_every=0, eval_prompts=str(folder.parent / "few.txt"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [script.__file__])
+        script.main(arguments.defaults(script.Args, **{**small, "output": str(folder), **settings}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A run of all weights and one of a LoRA, which tests look at and leave as they are."""
+    folder = tmp_path_factory.mktemp("runs")
+    (folder / "few.txt").write_text("\n".join(HELD_OUT[:NUMBER]))
+    return SimpleNamespace(
+        full=trained(folder / "full", grpo_base, save_every=1, learning_rate=1e-3),
+        lora=trained(folder / "lora", bpgo, lora_rank=4, learning_rate=1e-2),
+        prompts=folder / "few.txt",
+    )
+
+
+@pytest.fixture
+def look(tmp_path, monkeypatch, capsys):
+    """evaluate.py with these words, here: (results.json, the output folder)."""
+
+    def run(*words, output="look", shown=0):
+        folder = tmp_path / output
+        words = [*map(str, words), f"--shown={shown}", f"--output={folder}"]
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *words])
+        evaluate.main(arguments.parse(evaluate.Args, evaluate.__doc__, evaluate.defaults))
+        return json.loads((folder / "results.json").read_text()), folder
+
+    return run
+
+
+def exam_rewards(folder):
+    return [row["eval_reward"] for row in rows_before(folder / "metrics.jsonl", 10**6)]
+
+
+def answers(folder):
+    """What an evaluation says, byte for byte."""
+    return {name: (folder / name).read_bytes() for name in ("results.json", "results.csv", "side_by_side.png")}
+
+
+# --- The training's own exam ---
+
+
+def test_a_checkpoint_gets_its_own_exams_reward_once_more(runs, look):
+    """All weights and a LoRA, the last checkpoint and a named one; the base as before training."""
+    found, folder = look(runs.full, runs.lora, runs.full / "checkpoints/step_000001", shown=2)
+    assert list(found["rewards"]) == ["base", "full", "lora", "full-step_000001"]
+    means = {name: row["verifier"]["mean"] for name, row in found["rewards"].items()}
+    assert means["base"] == exam_rewards(runs.full)[0]
+    assert [means["full-step_000001"], means["full"]] == exam_rewards(runs.full)[1:]
+    assert means["lora"] == exam_rewards(runs.lora)[-1] and len(set(means.values())) == 4
+    assert (folder / "side_by_side.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_several_rewards_with_weights_and_self_paced_ones(runs, look, tmp_path):
+    mixed = trained(runs.full.with_name("mixed"), grpo_base, steps=1, reward=("red=0.5", "green=2"))
+    found, _ = look(mixed)
+    assert [row["sum"]["mean"] for row in found["rewards"].values()] == exam_rewards(mixed)
+    paced = trained(runs.full.with_name("paced"), self_paced, steps=1)
+    found, _ = look(paced, output="paced")
+    assert [row["verifier"]["mean"] for row in found["rewards"].values()] == exam_rewards(paced)
+
+
+def test_clips_of_two_experts_and_their_moving_averages(look, tmp_path):
+    (tmp_path / "few.txt").write_text("\n".join(read_prompts(models.settings("tiny-wan-i2v")["eval_prompts"])[:3]))
+    settings = dict(model="tiny-wan-i2v", ema=0.5, prompts_per_step=1, sde_steps=0, learning_rate=1e-3)
+    folder = trained(tmp_path / "run", grpo_base, **settings)
+    found, place = look(folder, folder / "export_ema", shown=2)
+    means = [row["motion"]["mean"] for row in found["rewards"].values()]
+    assert means[:2] == [exam_rewards(folder)[0], exam_rewards(folder)[-1]]
+    assert (place / "side_by_side.mp4").stat().st_size and (place / "side_by_side.png").exists()
+    averaged, _ = look(folder, "--averaged", output="averaged")
+    assert averaged["rewards"]["run-averaged"]["motion"]["mean"] == means[2] not in means[:2]
+
+
+def test_exports_and_sharded_checkpoints_are_the_same_weights(runs, look, tmp_path):
+    sharded = shutil.copytree(runs.full, tmp_path / "sharded")
+    share_out(sharded / "checkpoints/step_000002")
+    found, _ = look(runs.full, runs.full / "export", sharded, runs.lora, runs.lora / "export")
+    means = [row["verifier"]["mean"] for row in found["rewards"].values()]
+    assert means[1] == means[2] == means[3] and means[4] == pytest.approx(means[5], abs=1e-6)
+
+
+def share_out(folder):
+    """Rewrites a checkpoint as two processes leave one whose transformer is sharded."""
+    state = torch.load(folder / "transformer.pt", weights_only=True)
+    for part in range(2):
+        shares = {n: {"shard": v.tensor_split(2)[part].clone()} if v.ndim else v for n, v in state.items()}
+        torch.save(shares, folder / f"transformer.{part}.pt")
+    (folder / "transformer.pt").unlink()
+    about = json.loads((folder / "checkpoint.json").read_text())
+    (folder / "checkpoint.json").write_text(json.dumps({**about, "parts": {**about["parts"], "transformer": 2}}))
+
+
+def test_size_steps_seed_and_samples_are_its_own(runs, look):
+    flags = {"--sampling-steps": 6, "--guidance": 1, "--seed": 1, "--width": 48}
+    own, _ = look("--model", "tiny-flux", "--prompts", runs.prompts, "--reward", "red", "--sampling-steps", 4)
+    found = [own["rewards"]["base"]["red"]["mean"]]
+    for flag, value in flags.items():
+        words = ("--reward", "red", "--prompts", runs.prompts, "--sampling-steps", 4, flag, value)
+        other, _ = look("--model", "tiny-flux", *words, output=flag)
+        found.append(other["rewards"]["base"]["red"]["mean"])
+    assert len(set(found)) == len(found)
+    words = ("--reward", "red", "--prompts", runs.prompts, "--sampling-steps", 4, "--samples", 2)
+    more, place = look("--model", "tiny-flux", *words, output="more")
+    assert more["rewards"]["base"]["red"]["samples"] == 2 * NUMBER
+    kept = evaluation.Folder(place, more["settings"], more["weights"]).parts["base"][0]["red"]
+    assert np.mean(kept[:NUMBER]) == pytest.approx(found[0], abs=1e-6), "the first sample's noise stays"
+
+
+# --- Kills, processes ---
+
+
+def test_a_killed_evaluation_goes_on_to_the_same_table_bit_for_bit(runs, look, monkeypatch):
+    flags = (runs.lora, "--samples", "2", "--micro-batch", "5", "--reward-batch", "5")
+    _, whole = look(*flags, output="whole", shown=4)
+    left, add, examine, made = [3], evaluation.Folder.add, heldout.examine, []
+
+    def killed(self, *words):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        add(self, *words)
+
+    def counted(model, scorers, prompts, *words):
+        made.append(len(prompts))
+        return examine(model, scorers, prompts, *words)
+
+    monkeypatch.setattr(heldout, "examine", counted)
+    monkeypatch.setattr(evaluation.Folder, "add", killed)
+    with pytest.raises(errors.Stopped, match="the same command goes on"):
+        look(*flags, output="cut", shown=4)
+    monkeypatch.setattr(evaluation.Folder, "add", add)
+    cut = whole.with_name("cut")
+    with (cut / "scores/base.jsonl").open("a") as file:
+        file.write('{"part": 3, "scores": {"veri')
+    made.clear()
+    look(*flags, output="cut", shown=4)
+    assert sum(made) == 2 * 2 * NUMBER - 15, "what was scored is not scored again"
+    assert answers(cut) == answers(whole)
+    (cut / "shown/base/00003.pt").unlink()
+    made.clear()
+    look(*flags, output="cut", shown=4)
+    assert made == [5] and answers(cut) == answers(whole)
+
+
+def test_two_processes_give_the_table_of_one(runs, look, tmp_path):
+    words = [str(runs.full), str(runs.lora), "--samples", "2", "--micro-batch", "7", "--reward-batch", "7"]
+    _, one = look(*words, output="one", shown=2)
+    done = launch(2, str(ROOT / "evaluate.py"), *words, "--shown=2", f"--output={tmp_path / 'two'}")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert answers(tmp_path / "two") == answers(one)
+
+
+def test_more_runs_join_an_evaluation(runs, look, monkeypatch):
+    look(runs.full)
+    made, examine = [], heldout.examine
+    monkeypatch.setattr(heldout, "examine", lambda *words: made.append(1) or examine(*words))
+    found, _ = look(runs.full, runs.lora)
+    assert list(found["rewards"]) == ["base", "full", "lora"]
+    assert len(made) == 1, "the new run alone"
+
+
+# --- Numbers ---
+
+
+def test_means_intervals_and_win_rates_are_those_of_numpy():
+    rng = np.random.default_rng(0)
+    ours, base = rng.normal(size=(40, 3)), rng.normal(size=(40, 3))
+    base[:5] = ours[:5]  # ties
+    ours[7], ours[8, 1], base[9, 2] = np.nan, np.nan, np.nan
+    found = scores.summary(torch.tensor(ours), torch.tensor(base))
+    with np.errstate(all="ignore"), pytest.warns(RuntimeWarning):
+        by_prompt = np.nanmean(ours, 1)
+        wins = np.where(np.isnan(ours + base), np.nan, (ours > base) + 0.5 * (ours == base))
+        assert found["win_rate"] == pytest.approx(np.nanmean(np.nanmean(wins, 1)), abs=1e-12)
+    known = by_prompt[~np.isnan(by_prompt)]
+    assert found["mean"] == pytest.approx(known.mean(), abs=1e-12)
+    assert (found["prompts"], found["samples"], found["missing"]) == (39, 116, 4)
+    means = rng.choice(known, (20_000, len(known))).mean(1)
+    assert np.allclose([found["low"], found["high"]], np.quantile(means, [0.025, 0.975]), atol=0.01)
+
+
+def test_a_95_percent_interval_holds_the_mean_in_95_of_100():
+    generator = torch.Generator().manual_seed(0)
+    inside = [
+        low <= 0 <= high
+        for low, high in (scores.interval(torch.randn(50, generator=generator), 1000) for _ in range(300))
+    ]
+    assert 0.9 < np.mean(inside) < 0.98
+
+
+def test_a_model_wins_every_second_time_against_itself():
+    same = torch.rand(5, 2)
+    assert scores.win_rate(same, same) == 0.5
+    assert scores.win_rate(same, same + torch.nan) is None
+
+
+def test_the_six_tasks_of_the_shapes_world(runs, look):
+    found, place = look(runs.lora, "--reward", "verifier:passed")
+    tasks = found["tasks"]["base"]
+    known = {task: share for task, share in tasks.items() if share is not None and task != "overall"}
+    assert set(tasks) == {*scores.TASKS, "overall"} and "vague" not in tasks
+    assert tasks["overall"] == pytest.approx(np.mean(list(known.values())))
+    lines = list(csv.DictReader((place / "results.csv").open()))
+    assert {line["task"] for line in lines} == {"", *tasks} and {line["model"] for line in lines} == {"base", "lora"}
+
+
+def test_samples_without_a_score_are_counted_and_left_out(runs, look, tmp_path):
+    """Also where all samples of a part have none."""
+    (tmp_path / "picky.txt").write_text("a red circle\ntwo shapes\na blue square\na cross")
+    words = ("--prompts", tmp_path / "picky.txt", "--reward", "picky", "--micro-batch", "1", "--reward-batch", "1")
+    found, place = look(runs.lora, *words)
+    row = found["rewards"]["lora"]["picky"]
+    assert (row["prompts"], row["missing"]) == (2, 2) and np.isfinite(row["mean"])
+    assert '"picky": [null]' in (place / "scores/lora.jsonl").read_text()
+
+
+# --- Bad input ---
+
+
+def test_a_reward_that_fails_in_the_middle_is_one_line(runs, look, monkeypatch):
+    calls, honest = [], smooth._Colour.score
+
+    def broken(self, media, prompts):
+        calls.append(1)
+        return honest(self, media, prompts) + (torch.inf if len(calls) > 1 else 0)
+
+    monkeypatch.setattr(smooth._Colour, "score", broken)
+    with pytest.raises(RunError, match="reward red is inf for the prompt"):
+        look(runs.lora, "--reward", "red")
+
+
+@pytest.fixture(scope="module")
+def wrong(runs, tmp_path_factory):
+    """Folders that are no runs, or no whole ones."""
+    place = tmp_path_factory.mktemp("wrong")
+    for name in ("no_run", "empty", "broken", "cut", "other"):
+        (place / name).mkdir()
+    for name in ("empty", "broken", "cut", "other"):
+        shutil.copy(runs.lora / "config.json", place / name)
+    (place / "broken/checkpoints/step_000001").mkdir(parents=True)
+    shutil.copytree(runs.lora / "checkpoints", place / "cut/checkpoints")
+    (place / "cut/checkpoints/step_000002/transformer.pt").write_bytes(b"PK")
+    config = json.loads((place / "other/config.json").read_text())
+    (place / "other/config.json").write_text(json.dumps({**config, "model": "tiny-sd"}))
+    (place / "other/export").mkdir()
+    return place
+
+
+WRONG = {
+    "{wrong}/missing": "is no run's folder",
+    "{wrong}/no_run": "is no run's folder, it has no config.json of one; give the --output of a training run",
+    "{wrong}/empty": "it has neither a checkpoint nor an export yet; train it first",
+    "{wrong}/broken": "it has neither a checkpoint nor an export yet",
+    "{wrong}/broken/checkpoints/step_000001": "it is no checkpoint .*; name another one, or the run",
+    "{wrong}/cut": "does not fit the model, or is broken: its transformer.pt does not load",
+    "{lora}/checkpoints/step_000009": "there is no such folder; .* has step_000002",
+    "{lora}/export_ema": "there is no such folder",
+    "{lora} --averaged": "trained without --ema",
+    "{lora} {wrong}/other": "was trained from tiny-sd, .* compare runs of one base model",
+    "{lora} --model tiny-sd": "name runs before flags",
+    "{lora} --reward nonsense": "there is no 'nonsense'",
+    "{lora} --prompts {wrong}/none.txt": "cannot read",
+    "{lora} --sampling-steps 1": "must be from 2",
+    "--model tiny-flux --reward red --prompts=": "--prompts is missing",
+}
+
+
+@pytest.mark.parametrize("words", WRONG)
+def test_what_cannot_be_evaluated_is_one_line_that_says_what_to_do(words, runs, wrong, look, capsys):
+    with pytest.raises((InputError, SystemExit)) as raised:  # one of the runs' folders while the flags are read
+        look(*words.format(lora=runs.lora, wrong=wrong).split())
+    said = str(raised.value) if isinstance(raised.value, InputError) else capsys.readouterr().err
+    assert re.search(WRONG[words], said) and len(said.splitlines()) == 1, said
+
+
+def test_a_folder_of_another_evaluation_is_left_alone(runs, look, tmp_path):
+    _, place = look(runs.lora)
+    before = {path: path.read_bytes() for path in place.rglob("*.json*")}
+    with pytest.raises(InputError, match="has an evaluation with seed 0, now it is 1: choose another folder"):
+        look(runs.lora, "--seed", "1")
+    again = shutil.copytree(runs.lora, tmp_path / "lora")  # another run of this name
+    config = json.loads((again / "config.json").read_text())
+    (again / "config.json").write_text(json.dumps({**config, "run": "another"}))
+    with pytest.raises(InputError, match="has scores of other weights called lora: choose another folder"):
+        look(again)
+    assert before == {path: path.read_bytes() for path in place.rglob("*.json*")}
+
+
+def test_without_a_run_the_base_is_looked_at_and_the_folder_follows_from_the_settings(runs, monkeypatch, tmp_path):
+    words = ["evaluate.py", "--model", "tiny-flux", "--prompts", str(runs.prompts), "--sampling-steps", "2"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", words)
+    for _ in range(2):
+        evaluate.main(arguments.parse(evaluate.Args, evaluate.__doc__, evaluate.defaults))
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert list(json.loads((folder / "results.json").read_text())["rewards"]) == ["base"]
+
+
+def test_help_explains_every_flag(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--help"])
+    with pytest.raises(SystemExit):
+        arguments.parse(evaluate.Args, evaluate.__doc__, evaluate.defaults)
+    said = capsys.readouterr().out
+    for name in evaluate.Args.__dataclass_fields__:
+        assert name == "runs" or f"--{name.replace('_', '-')}" in said
