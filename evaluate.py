@@ -17,15 +17,15 @@ import dataclasses
 import json
 import signal
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from tqdm import tqdm
 from tyro.conf import Positional, arg
 
-from common import arguments, errors, evaluation, heldout, models, rewards, run_folder, scores, trained
+from common import arguments, errors, evaluation, layouts, models, rewards, run_folder, scores, trained
 from common.arguments import Above, From
-from common.errors import InputError, RunError
+from common.errors import InputError
 from common.prompts import read_prompts
 from common.rewards.verifier import parse
 from common.runtime import Processes
@@ -68,6 +68,9 @@ class Args(arguments.Scored):
     """Frames a second at which clips are saved and scored."""
 
     # --- What is left of it ---
+    layout: Literal["", "geneval", "vbench", "unigenbench", "hpsv2"] = ""
+    """Write the samples as this benchmark's own tool reads them, of its own prompts (or a file like its own, --prompts)
+    and as many as it wants; then print its command. Scores only by the --reward that is given."""
     output: str = ""
     """Folder of the evaluation, in which it goes on; more runs may join. Default: one by the settings, below runs/."""
     shown: Annotated[int, From(0, 64)] = 8
@@ -98,7 +101,8 @@ def defaults(words):
         own = arguments.defaults(arguments.Args, *arguments.given(words, "--model"))
     names = {field.name for field in dataclasses.fields(Args)} & {field.name for field in dataclasses.fields(own)}
     values = {name: getattr(own, name) for name in names if name not in ("seed", "output", "trust_remote_code")}
-    return Args(**{**values, "prompts": own.eval_prompts})
+    of_layout = dict(prompts="", reward=()) if any(arguments.given(words, "--layout")) else {}
+    return Args(**{**values, "prompts": own.eval_prompts, **of_layout})
 
 
 def check(args, run, runs):
@@ -110,49 +114,57 @@ def check(args, run, runs):
         raise InputError(
             f"--model {args.model}: {args.runs[0]} trained {runs[0].config['model']}; name runs before flags"
         )
-    if not args.prompts:
+    if not args.prompts and not args.layout:
         raise InputError("--prompts is missing: the run has no --eval-prompts; give a file or the name of a set")
+    if args.layout and args.samples > 1:
+        raise InputError(f"--samples {args.samples}: --layout {args.layout} says how many there are of each prompt")
+    if args.layout and models.family_of(args.model).video != (args.layout == "vbench"):
+        raise InputError(f"--layout {args.layout}: it takes {'clips' if args.layout == 'vbench' else 'images'}")
 
 
 def evaluate(args):
     # --- Setup ---
     run, runs = Processes(args), trained.find_all(args.runs, args.averaged)
     check(args, run, runs)
-    prompts, reward_weights = read_prompts(args.prompts), rewards.parse(args.reward)
+    layout = layouts.plan(args.layout, args.prompts) if args.layout else None
+    prompts = layout.prompts if layout else read_prompts(args.prompts)
+    reward_weights = rewards.parse(args.reward) if args.reward or not layout else {}
     scorers = rewards.load(reward_weights, prompts, **arguments.of_rewards(args))
     found = {"base": None, **{weights.name: weights for weights in runs}}
     whose = {name: weights.identity() if weights else {"base": args.model} for name, weights in found.items()}
     settings = {name: value for name, value in dataclasses.asdict(args).items() if name not in FREE}
     folder = evaluation.Folder(args.output, {**settings, "prompts_sha256": evaluation.digest(prompts)}, whose)
-    P, S = len(prompts), args.samples
-    samples = torch.cartesian_prod(torch.arange(S), torch.arange(P)).flip(1)  # [N, 2]: prompt, which
-    parts = samples.split(run.score_batch)
     model = models.load(args.model, run.dtype, prompts, **arguments.of_model(args))
-    sigmas = model.sigmas(args.sampling_steps, args.shift)  # [T+1]
     run.place(model)
     rewards.try_out(scorers, model, prompts[0])
-    todo = {name: [n for n, part in enumerate(parts) if lacks(args, folder, name, n, part)] for name in found}
-    together(run, folder, folder.begin)
+    exam = evaluation.Exam(run, model, scorers, model.sigmas(args.sampling_steps, args.shift), prompts, folder, layout)
+    samples = layout.samples() if layout else [(p, which) for which in range(args.samples) for p in range(len(prompts))]
+    parts = torch.tensor(samples).split(run.score_batch)
+    folder.together(run, exam.begin)
+    todo = {name: [n for n, part in enumerate(parts) if exam.lacks(name, n, part)] for name in found}
+    run.together(None)  # all have looked before anyone writes
 
     # --- Samples and scores ---
-    total, left = len(found) * len(samples), sum(len(parts[n]) for numbers in todo.values() for n in numbers)
+    left = sum(len(parts[n]) for numbers in todo.values() for n in numbers)
+    total = len(found) * len(samples)
     bar = tqdm(total=total, initial=total - left, disable=not run.is_main, dynamic_ncols=True, unit="sample")
     for name in sorted(found, key=lambda name: trains_all(found[name])):
         if found[name] and todo[name]:
             trained.load(run, model, found[name])
         for start in range(0, len(todo[name]), run.world):
             turn = todo[name][start : start + run.world]  # a part for each process
-            mine = [parts[n] for n in turn[run.index :][:1]]
-            mine = [score_part(run, model, scorers, sigmas, folder, name, prompts, part) for part in mine]
+            mine = [exam.score(name, parts[n]) for n in turn[run.index :][:1]]
             scored = [part for of_process in run.together(mine) for part in of_process]
-            check_scored(scored, scorers, [prompts[prompt] for n in turn for prompt in parts[n][:, 0]])
-            together(run, folder, folder.add, name, {n: given for n, (given, _) in zip(turn, scored)})
+            exam.check(scored, torch.cat([parts[n] for n in turn]))
+            folder.together(run, folder.add, name, {n: given for n, (given, _) in zip(turn, scored)})
             bar.update(sum(len(parts[n]) for n in turn))
     bar.close()
 
     # --- Table ---
-    if run.is_main:
-        tell(args, folder, prompts, reward_weights, found, parts)
+    if layout:
+        folder.together(run, tell_layout, layout, folder, found)
+    if scorers:
+        folder.together(run, tell, args, folder, prompts, reward_weights, found, parts)
 
 
 def trains_all(weights):
@@ -160,71 +172,21 @@ def trains_all(weights):
     return bool(weights) and not weights.config.get("lora_rank")
 
 
-def lacks(args, folder, name, number, part):
-    """Whether scores or pictures of a part [n, 2] of a model's samples are not there yet."""
-    return number not in folder.parts[name] or not all(folder.shown(name, p).exists() for p in pictured(args, part))
-
-
-def pictured(args, part):
-    """The prompts whose sample in a part [n, 2] is in the picture."""
-    return [prompt for prompt, which in part.tolist() if which == 0 and prompt < args.shown]
-
-
-def score_part(run, model, scorers, sigmas, folder, name, prompts, part):
-    """A part [n, 2] of a model's samples: ({reward: [n]}, ""), or ({}, why there are no scores)."""
-    args = run.args
-    captions, streams = [prompts[prompt] for prompt in part[:, 0]], part[:, 1] * len(prompts) + part[:, 0]
-    try:
-        batch = sigmas, args.micro_batch, run.device, args.seed
-        found, media = heldout.examine(model, scorers, captions, streams, *batch)
-        if not media.isfinite().all():
-            return {}, f"the samples of {name} are no numbers: its weights have diverged; name an earlier checkpoint"
-        for prompt in pictured(args, part):
-            folder.show(name, prompt, media[part[:, 0].tolist().index(prompt)])
-        return {name: values.cpu() for name, values in found.items()}, ""
-    except Exception as error:
-        reason = cannot_write(folder, error) if isinstance(error, OSError) else errors.of_the_machine(error)
-        if not reason:
-            raise
-        return {}, reason
-
-
-def check_scored(scored, scorers, prompts):
-    """All processes together: raises RunError where one of these parts has no scores, or none that can be counted."""
-    if reason := next(filter(None, (reason for _, reason in scored)), ""):
-        raise RunError(reason)
-    for name, scorer in scorers.items():
-        values = torch.cat([found[name] for found, _ in scored])[:, None]
-        if getattr(scorer, "masks", False):  # here a part may have no score at all
-            values = torch.where(values.isnan(), 0.0, values)
-        rewards.check_finite({name: values}, scorers, prompts)
-
-
-def together(run, folder, action, *words):
-    """Writes into the folder on the main process, while the others wait; where it fails, all of them stop."""
-    reason = ""
-    try:
-        if run.is_main:
-            action(*words)
-    except OSError as error:
-        reason = cannot_write(folder, error)
-    if reason := run.first(reason):
-        raise RunError(reason)
-
-
-def cannot_write(folder, error):
-    return f"cannot write into {folder.path} ({errors.text(error)}); is the disk full? The same command goes on"
+def tell_layout(layout, folder, names):
+    for name in names:
+        layout.check(folder.path, name)
+        print(*layout.commands(folder.path, name), sep="\n")
 
 
 def tell(args, folder, prompts, reward_weights, names, parts):
     """The tables on the screen and as files, and the picture."""
-    table, tasks, marks, shape = {}, {}, {}, (len(prompts), args.samples)
-    base = {}
+    shape, asked = (len(prompts), int(max(part[:, 1].max() for part in parts)) + 1), sum(map(len, parts))
+    table, tasks, marks, base = {}, {}, {}, {}
     for name in names:  # the base first
         found = {reward: folder.scores(name, reward, parts, shape) for reward in reward_weights}
         if len(found) > 1:
             found["sum"] = rewards.weighted_sum(found, reward_weights)
-        table[name] = {r: scores.summary(v, base.get(r)) for r, v in found.items()}
+        table[name] = {r: scores.summary(v, base.get(r), asked) for r, v in found.items()}
         base = base or found
         if PASSED in found:
             tasks[name] = scores.by_task(found[PASSED], [parse(prompt).task for prompt in prompts])

@@ -1,22 +1,26 @@
-"""The folder of an evaluation, in which it goes on after a kill:
+"""What evaluate.py examines models with, and the folder of an evaluation, in which it goes on after a kill:
 
     evaluation.json          its settings; others need another folder
     scores/MODEL.jsonl       a line as soon as a part of a model's samples is scored; the first line says whose they are
     shown/MODEL/NNNNN.pt     the samples of the picture, uint8
     results.json, results.csv, side_by_side.png (.mp4)
+    LAYOUT/...               of --layout (layouts.py)
 
 Samples are told by (prompt, which): of P prompts, and of the S samples of a prompt. A part is a tensor of them, [n, 2].
 """
 
 import hashlib
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from common import report, run_folder
-from common.errors import InputError
+from common import errors, heldout, layouts, report, rewards, run_folder
+from common.errors import InputError, RunError
+from common.models.family import Family
 from common.prompts import caption_of
+from common.runtime import Processes
 
 
 class Folder:
@@ -77,13 +81,30 @@ class Folder:
             found[part[:, 0], part[:, 1]] = torch.tensor([torch.nan if value is None else value for value in values])
         return found
 
+    def together(self, run, action, *words):
+        """All processes together: what the main one writes; where it fails, all of them stop. Raises RunError, and the
+        action's InputError."""
+        error = ""
+        try:
+            if run.is_main:
+                action(*words)
+        except OSError as failed:
+            error = RunError(self.cannot_write(failed))
+        except InputError as wrong:
+            error = wrong
+        if error := run.first(error):
+            raise error
+
+    def cannot_write(self, error):
+        return f"cannot write into {self.path} ({errors.text(error)}); is the disk full? The same command goes on"
+
     # --- The picture ---
 
     def shown(self, name, prompt):
         return self.path / "shown" / name / f"{prompt:05d}.pt"
 
     def show(self, name, prompt, sample):
-        """Keeps a sample in [0, 1] for the picture; on the process that made it."""
+        """Keeps a sample in [0, 1] for the picture; raises OSError."""
         path = self.shown(name, prompt)
         path.parent.mkdir(parents=True, exist_ok=True)
         sample = sample.clamp(0, 1).mul(255).round().to("cpu", torch.uint8)
@@ -106,6 +127,71 @@ class Folder:
 
     def _scores(self, name):
         return self.path / "scores" / f"{name}.jsonl"
+
+
+@dataclass
+class Exam:
+    """What every model's samples are made and scored with. Samples are (prompt, which); a part is some, [n, 2]."""
+
+    run: Processes
+    model: Family
+    scorers: dict
+    sigmas: torch.Tensor  # [T+1]
+    prompts: list
+    folder: Folder
+    layout: layouts.Layout | None
+
+    def begin(self):
+        """On the main process, before any samples; raises OSError or InputError."""
+        self.folder.begin()
+        for name in self.folder.parts if self.layout else ():
+            self.layout.begin(self.folder.path, name)
+
+    def shown(self, part):
+        """Those in the picture."""
+        args = self.run.args
+        return [(p, which) for p, which in part.tolist() if self.scorers and which == 0 and p < args.shown]
+
+    def lacks(self, name, number, part):
+        """Whether some of a part's scores or files are not there yet."""
+        paths = [self.folder.shown(name, p) for p, _ in self.shown(part)]
+        if self.layout:
+            paths += [self.layout.path(self.folder.path, name, tuple(sample)) for sample in part.tolist()]
+        return number not in self.folder.parts[name] or not all(path.exists() for path in paths)
+
+    def score(self, name, part):
+        """Makes a part of a model's samples: ({reward: [n]}, ""), or ({}, why there are no scores)."""
+        run, args, shown = self.run, self.run.args, self.shown(part)
+        captions, streams = [self.prompts[p] for p in part[:, 0]], part[:, 1] * len(self.prompts) + part[:, 0]
+        settings = self.sigmas, args.micro_batch, run.device, args.seed
+        try:
+            found, media = heldout.examine(self.model, self.scorers, captions, streams, *settings)
+            if not media.isfinite().all():
+                return (
+                    {},
+                    f"the samples of {name} are no numbers: its weights have diverged; name an earlier checkpoint",
+                )
+            for sample, pixels in zip(map(tuple, part.tolist()), media):
+                if sample in shown:
+                    self.folder.show(name, sample[0], pixels)
+                if self.layout:
+                    layouts.write(self.layout.path(self.folder.path, name, sample), pixels, args.fps)
+            return {name: values.cpu() for name, values in found.items()}, ""
+        except Exception as error:
+            reason = self.folder.cannot_write(error) if isinstance(error, OSError) else errors.of_the_machine(error)
+            if not reason:
+                raise
+            return {}, reason
+
+    def check(self, scored, part):
+        """All processes together: raises RunError where these parts have no scores, or none that can be counted."""
+        if reason := next(filter(None, (reason for _, reason in scored)), ""):
+            raise RunError(reason)
+        for name, scorer in self.scorers.items():
+            values = torch.cat([found[name] for found, _ in scored])[:, None]
+            if getattr(scorer, "masks", False):  # here a part may have no score at all
+                values = torch.where(values.isnan(), 0.0, values)
+            rewards.check_finite({name: values}, self.scorers, [self.prompts[p] for p in part[:, 0]])
 
 
 def digest(lines):

@@ -43,7 +43,7 @@ def summary(scores, base=None, asked=None):
         "win_rate": None if base is None else win_rate(scores, base),
         "prompts": len(known),
         "samples": number,
-        "missing": (scores.numel() if asked is None else asked) - number,
+        "missing": (asked or scores.numel()) - number,
     }
 
 

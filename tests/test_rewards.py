@@ -38,7 +38,7 @@ def test_bad_weight_is_refused(weight):
 
 
 def test_no_reward_is_refused():
-    with pytest.raises(InputError, match="at least one of verifier, verifier:quality, verifier:layout, .*, motion, .*jpeg"):
+    with pytest.raises(InputError, match="at least one of verifier, verifier:quality, .*, motion, .*jpeg"):
         rewards.parse([])
 
 

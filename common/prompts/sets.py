@@ -104,6 +104,11 @@ def read(name):
     raise InputError(f"prompts: there is no set {name}; there is {', '.join(parts)}")
 
 
+def path_of(name):
+    """The file of a set of PUBLISHED, as its authors made it; raises InputError."""
+    return _fetched(name, PUBLISHED[name])
+
+
 def _said(error):
     return (str(error) or repr(error)).splitlines()[0]
 
