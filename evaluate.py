@@ -137,7 +137,8 @@ def evaluate(args):
     model = models.load(args.model, run.dtype, prompts, **arguments.of_model(args))
     run.place(model)
     rewards.try_out(scorers, model, prompts[0])
-    exam = evaluation.Exam(run, model, scorers, model.sigmas(args.sampling_steps, args.shift), prompts, folder, layout)
+    sigmas = model.sigmas(args.sampling_steps, args.shift)  # [T+1]
+    exam = evaluation.Exam(run, model, scorers, sigmas, prompts, folder, layout, args.shown)
     samples = layout.samples() if layout else [(p, which) for which in range(args.samples) for p in range(len(prompts))]
     parts = torch.tensor(samples).split(run.score_batch)
     folder.together(run, exam.begin)

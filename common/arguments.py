@@ -6,7 +6,7 @@ import sys
 from dataclasses import dataclass
 from typing import Annotated, Literal, get_type_hints
 
-from common import errors, models, rewards, run_folder
+from common import errors, hub, models, rewards, run_folder
 from common.errors import InputError
 from common.prompts import sets
 
@@ -201,6 +201,8 @@ class Args(Scored):
     """Run the Python code that the repository of a --model or --judge-model brings along; else it is refused."""
     tracker: Literal["tensorboard", "wandb", "none"] = "tensorboard"
     """Where the metrics go besides metrics.jsonl."""
+    push_to_hub: str = ""
+    """OWNER/NAME of a repository of the hub, a private one if it is new, into which export/ goes in the end."""
 
 
 def settings(cls, model):
@@ -344,6 +346,8 @@ def check(args):
             f"--prompts {args.prompts}: these are a benchmark's, for --eval-prompts; train on dancegrpo:images, hpdv2, "
             "dancegrpo:videos or a file"
         )
+    if args.push_to_hub:
+        hub.check_push(args.push_to_hub)
     for name in ("reward", "prompts"):
         if not getattr(args, name):
             raise InputError(f"--{name} is missing: --model {args.model} has no default for it")

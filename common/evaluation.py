@@ -140,6 +140,7 @@ class Exam:
     prompts: list
     folder: Folder
     layout: layouts.Layout | None
+    pictured: int  # prompts
 
     def begin(self):
         """On the main process, before any samples; raises OSError or InputError."""
@@ -149,8 +150,7 @@ class Exam:
 
     def shown(self, part):
         """Those in the picture."""
-        args = self.run.args
-        return [(p, which) for p, which in part.tolist() if self.scorers and which == 0 and p < args.shown]
+        return [(p, which) for p, which in part.tolist() if self.scorers and which == 0 and p < self.pictured]
 
     def lacks(self, name, number, part):
         """Whether some of a part's scores or files are not there yet."""

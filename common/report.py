@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import pad
 from tqdm import tqdm
 
-from common import errors, page, signals
+from common import card, errors, page, signals
 from common.prompts import caption_of
 from common.run_folder import line_of, rows_before, write_rows
 
@@ -97,6 +97,7 @@ class Report:
         samples = self.run.output / "samples"
         shown = f" and {samples}" * samples.exists()
         self.run.print(f"look at {self.run.output}/report.html{shown}; the trained model: {export}")
+        card.leave(self.run)
         return self
 
     def ends(self, name, number):

@@ -23,7 +23,7 @@ from common.rewards import own
 NEUTRAL = (
     "output", "resume", "steps", "save_every", "keep_checkpoints", "sample_every", "eval_every", "tracker", "watch",
     "process_timeout", "judge_url", "judge_timeout", "judge_retries", "judge_concurrency", "trust_remote_code",
-    "offload_encoders", "gradient_checkpointing",
+    "offload_encoders", "gradient_checkpointing", "push_to_hub",
     # these round (what measures on a micro-batch, as --gamma auto does, sees other rows)
     "micro_batch", "decode_batch", "reward_batch", "batched_guidance", "exchange_often", "compile",
 )  # fmt: skip

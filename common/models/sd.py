@@ -8,6 +8,8 @@ of common/sde.py: with sigma = b / (a + b) and h = sqrt((1 - sigma)^2 + sigma^2)
 so the ODE step is DDIM with eta = 0, `--sde ddim` is DDIM with eta (DDPO 2305.13301), and the flow schedules work too.
 """
 
+from pathlib import Path
+
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 
@@ -68,6 +70,16 @@ class StableDiffusion(Family):
         vae = self.pipe.vae
         z = x0 / torch.hypot(1 - self.last, self.last).to(x0) / vae.config.scaling_factor
         return self.pipe.image_processor.postprocess(vae.decode(z.to(vae.dtype)).sample.float(), output_type="pt")
+
+    def save_lora(self, folder, layers):
+        """And once more as kohya's trainers, ComfyUI and the older web interfaces call its weights, in folder/kohya."""
+        from diffusers.utils import convert_state_dict_to_kohya
+        from safetensors.torch import load_file, save_file
+
+        super().save_lora(folder, layers)
+        weights = convert_state_dict_to_kohya(load_file(Path(folder) / "pytorch_lora_weights.safetensors"))
+        (Path(folder) / "kohya").mkdir()
+        save_file(weights, Path(folder) / "kohya/lora.safetensors")
 
 
 def _sigma(signal):
