@@ -4,7 +4,9 @@ import csv
 import json
 import re
 import shutil
+import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,9 +19,9 @@ import bpgo
 import evaluate
 import grpo_base
 import self_paced
-from common import arguments, errors, evaluation, heldout, models, scores
+from common import arguments, errors, evaluation, heldout, models, scores, sde
 from common.errors import InputError, RunError
-from common.prompts import read_prompts
+from common.prompts import caption_of, image_of, read_prompts
 from common.run_folder import rows_before
 
 HELD_OUT = read_prompts(models.settings("tiny-flux")["eval_prompts"])
@@ -139,6 +141,51 @@ def test_size_steps_seed_and_samples_are_its_own(runs, look):
     assert more["rewards"]["base"]["red"]["samples"] == 2 * NUMBER
     kept = evaluation.Folder(place, more["settings"], more["weights"]).parts["base"][0]["red"]
     assert np.mean(kept[:NUMBER]) == pytest.approx(found[0], abs=1e-6), "the first sample's noise stays"
+
+
+TAKEN = [("tiny-flux", 0), ("tiny-wan-i2v", 2)]
+ALL_TAKEN = [(f"tiny-{family}", rank) for family in ("flux", "sd", "wan", "wan-i2v") for rank in (0, 2)]
+
+
+@pytest.mark.parametrize("exports", [TAKEN, pytest.param(ALL_TAKEN, marks=pytest.mark.slow)], ids=["some", "all"])
+def test_exports_give_the_evaluators_own_samples_in_plain_diffusers(exports, look, tmp_path, monkeypatch):
+    """Loaded by another process that knows nothing of this project: 1e-5 in float32, and not the base model's."""
+    jobs, examine, made = [], heldout.examine, []
+    monkeypatch.setattr(heldout, "examine", lambda *words: made.append(examine(*words)) or made[-1])
+    for name, rank in exports:
+        prompts = read_prompts(models.settings(name)["eval_prompts"])[:2]
+        (tmp_path / "few.txt").write_text("\n".join(prompts))
+        settings = dict(model=name, lora_rank=rank, steps=1, prompts_per_step=1, sde_steps=0)
+        settings["learning_rate"] = 1e-2 if rank else 1e-4
+        folder = trained(tmp_path / f"{name}-{rank}", grpo_base, **settings)
+        made.clear()
+        found, _ = look(folder, output=f"look-{name}-{rank}")
+        base, ours = (media for _, media in made)
+        torch.save(ours, folder / "ours.pt")
+        assert (ours - base).abs().max() > 1e-3
+        jobs.append(job_of(folder, name, rank, prompts, found["settings"]))
+    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
+    script = ROOT / "tests/plain_pipelines.py"
+    done = subprocess.run([sys.executable, script, tmp_path / "jobs.json"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for job in jobs:
+        theirs = torch.load(job["out"], weights_only=True)
+        ours = torch.load(Path(job["out"]).with_name("ours.pt"), weights_only=True)
+        assert (theirs - ours).abs().max() <= 1e-5, job["folder"]
+
+
+def job_of(folder, name, rank, prompts, settings):
+    """For plain_pipelines.py: the exam's prompts, noise and sigmas."""
+    model = models.load(name, torch.float32, prompts)
+    torch.save(sde.RowNoise(0, heldout.NOISE, range(2))(model.noise_shape), folder / "latents.pt")
+    export, experts = str(folder / "export"), "transformer_2" in model.trainable
+    return dict(
+        pipeline=model.pipeline.__name__, folder=models.settings(name)["source"] if rank else export,
+        lora=export if rank else "", lora_2=f"{export}/transformer_2" if rank and experts else "",
+        prompts=[caption_of(prompt) for prompt in prompts], images=[image_of(p) for p in prompts if image_of(p)],
+        latents=str(folder / "latents.pt"), sigmas=model.sigmas(4, settings["shift"]).tolist(),
+        guidance=settings["guidance"], out=str(folder / "theirs.pt"),
+    )  # fmt: skip
 
 
 # --- Kills, processes ---
