@@ -26,7 +26,7 @@ from tyro.conf import Positional, arg
 from common import arguments, errors, evaluation, layouts, models, rewards, run_folder, scores, trained
 from common.arguments import Above, From
 from common.errors import InputError
-from common.prompts import read_prompts
+from common.prompts import fields_of, read_prompts
 from common.rewards.verifier import parse
 from common.runtime import Processes
 
@@ -129,11 +129,14 @@ def evaluate(args):
     layout = layouts.plan(args.layout, args.prompts) if args.layout else None
     prompts = layout.prompts if layout else read_prompts(args.prompts)
     reward_weights = rewards.parse(args.reward) if args.reward or not layout else {}
-    scorers = rewards.load(reward_weights, prompts, **arguments.of_rewards(args))
+    scorers = rewards.load(args.reward, prompts, **arguments.of_rewards(args))
+    reward_weights = rewards.in_units(args.reward_units, reward_weights, scorers)
     found = {"base": None, **{weights.name: weights for weights in runs}}
     whose = {name: weights.identity() if weights else {"base": args.model} for name, weights in found.items()}
     settings = {name: value for name, value in dataclasses.asdict(args).items() if name not in FREE}
-    folder = evaluation.Folder(args.output, {**settings, "prompts_sha256": evaluation.digest(prompts)}, whose)
+    folder = evaluation.Folder(
+        args.output, {**settings, "prompts_sha256": evaluation.digest(prompts, map(fields_of, prompts))}, whose
+    )
     model = models.load(args.model, run.dtype, prompts, **arguments.of_model(args))
     run.place(model)
     rewards.try_out(scorers, model, prompts[0])

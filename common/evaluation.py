@@ -30,7 +30,7 @@ class Folder:
 
     def __init__(self, output, settings, whose):
         self.settings, self.whose = json.loads(json.dumps([settings, whose], sort_keys=True))
-        self.path = Path(output or f"runs/evaluation-{digest([json.dumps([self.settings, self.whose])])[:8]}")
+        self.path = Path(output or f"runs/evaluation-{digest([self.settings, self.whose])[:8]}")
         self._check()
         self.parts = {name: self._read(name) for name in whose}  # {model: {part: {reward: [n]}}}
 
@@ -194,9 +194,9 @@ class Exam:
             rewards.check_finite({name: values}, self.scorers, [self.prompts[p] for p in part[:, 0]])
 
 
-def digest(lines):
-    """What tells lines from others."""
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+def digest(*things):
+    """What tells lists of JSON's values from others."""
+    return hashlib.sha256(json.dumps([list(values) for values in things]).encode()).hexdigest()
 
 
 def _json(line):

@@ -113,7 +113,7 @@ def _geneval(spec):
     layout = Layout("geneval")
     for number, row in enumerate(_rows(spec, "prompt", "tag")):
         paths = [f"{number:05d}/samples/{which:05d}.png" for which in range(SAMPLES["geneval"])]
-        layout.add(row["prompt"], paths)
+        layout.add(files.with_fields(row["prompt"], row, "prompt"), paths)
         layout.texts[f"{number:05d}/metadata.jsonl"] = json.dumps(row)
     return layout
 

@@ -357,3 +357,6 @@ class Passed(Verifier):
 
     part = "passed"
     scale = 0.4
+
+    def score(self, media, prompts):
+        return super().score(media, prompts).float()
