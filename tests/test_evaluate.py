@@ -87,6 +87,20 @@ def test_a_checkpoint_gets_its_own_exams_reward_once_more(runs, look):
     assert (folder / "side_by_side.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_in_bf16_a_lora_is_what_it_was_and_all_weights_are_rounded_as_an_export_is(bf16, look, tmp_path):
+    """Training keeps float32 beside what the passes see."""
+    (tmp_path / "few.txt").write_text("\n".join(HELD_OUT[:4]))
+    for rank, rate, off in ((4, 1e-2, 0), (0, 1e-4, 0.02)):
+        folder = trained(
+            tmp_path / f"run-{rank}", grpo_base, steps=1, lora_rank=rank, learning_rate=rate, clip_range=0.05
+        )
+        found, _ = look(folder, folder / "export", output=f"look-{rank}")
+        base, run, export = (row["verifier"]["mean"] for row in found["rewards"].values())
+        assert base == pytest.approx(exam_rewards(folder)[0], abs=off)
+        assert run == pytest.approx(exam_rewards(folder)[1], abs=off) and abs(run - base) > 1e-4
+        assert run == pytest.approx(export, abs=0.02 if rank else 1e-6)
+
+
 def test_several_rewards_with_weights_and_self_paced_ones(runs, look, tmp_path):
     mixed = trained(runs.full.with_name("mixed"), grpo_base, steps=1, reward=("red=0.5", "green=2"))
     found, _ = look(mixed)
