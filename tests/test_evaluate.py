@@ -165,7 +165,7 @@ ALL_TAKEN = [(f"tiny-{family}", rank) for family in ("flux", "sd", "wan", "wan-i
 def test_exports_give_the_evaluators_own_samples_in_plain_diffusers(exports, look, tmp_path, monkeypatch):
     """Loaded by another process that knows nothing of this project: 1e-5 in float32, and not the base model's."""
     jobs, examine, made = [], heldout.examine, []
-    monkeypatch.setattr(heldout, "examine", lambda *words: made.append(examine(*words)) or made[-1])
+    monkeypatch.setattr(heldout, "examine", lambda *words, **more: made.append(examine(*words, **more)) or made[-1])
     for name, rank in exports:
         prompts = read_prompts(models.settings(name)["eval_prompts"])[:2]
         (tmp_path / "few.txt").write_text("\n".join(prompts))
@@ -249,7 +249,7 @@ def test_two_processes_give_the_table_of_one(runs, look, tmp_path):
 def test_more_runs_join_an_evaluation(runs, look, monkeypatch):
     look(runs.full)
     made, examine = [], heldout.examine
-    monkeypatch.setattr(heldout, "examine", lambda *words: made.append(1) or examine(*words))
+    monkeypatch.setattr(heldout, "examine", lambda *words, **more: made.append(1) or examine(*words, **more))
     found, _ = look(runs.full, runs.lora)
     assert list(found["rewards"]) == ["base", "full", "lora"]
     assert len(made) == 1, "the new run alone"
