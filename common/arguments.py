@@ -164,6 +164,12 @@ class Args(Scored):
     compile: bool = False
     """Compile the blocks of what is trained (torch.compile), the same ones in rollout and update: faster steps, after a
     minute or more. Needs a C++ compiler."""
+    attention: Literal[
+        "native", "_native_flash", "_native_cudnn", "_native_efficient", "_native_math", "flex",
+        "flash", "flash_hub", "_flash_3", "_flash_3_hub", "xformers",
+    ] = "native"  # fmt: skip
+    """Kernels of the transformer's attention, by diffusers' names (those that have gradients); native: what torch or
+    DIFFUSERS_ATTN_BACKEND chooses."""
     exchange_often: bool = False
     """Sharded weights: processes exchange gradients after every backward pass instead of once an update; more traffic,
     but none of them holds the gradients of all weights. Chosen by itself where they would not fit otherwise."""

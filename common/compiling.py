@@ -40,6 +40,16 @@ def compile_blocks(module, classes, rows):
             block.forward = _compiled(block.forward, (rows, 2 * rows))
 
 
+def set_attention(module, backend):
+    """Has a module's attention computed by these kernels, by diffusers' name for them. Raises InputError."""
+    if not any(hasattr(getattr(part, "processor", None), "_attention_backend") for part in module.modules()):
+        raise InputError(f"--attention {backend}: of a {type(module).__name__} it cannot be chosen; leave it out")
+    try:
+        module.set_attention_backend(backend)
+    except (ValueError, RuntimeError, ImportError) as error:  # a package is missing
+        raise InputError(f"--attention {backend}: {text(error):.300}") from None
+
+
 @contextlib.contextmanager
 def off():
     """Inside, blocks are as they were: a compiled one cannot be differentiated twice."""

@@ -26,6 +26,7 @@ NEUTRAL = (
     "offload_encoders", "gradient_checkpointing", "push_to_hub",
     # these round (what measures on a micro-batch, as --gamma auto does, sees other rows)
     "micro_batch", "decode_batch", "reward_batch", "batched_guidance", "exchange_often", "compile",
+    "attention",
 )  # fmt: skip
 # Settings that may change when a run goes on; any other difference makes it another run. These besides are how far an
 # update goes: what one turns when a run goes wrong.

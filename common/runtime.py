@@ -207,6 +207,8 @@ class Runtime(Processes):
             module.requires_grad_(False).eval()
             if args.gradient_checkpointing or (self.sharding and self.sharding.activation_checkpointing):
                 module.enable_gradient_checkpointing()
+            if args.attention != "native":
+                compiling.set_attention(module, args.attention)
             if args.lora_rank:
                 self.adapt(module, args.lora_targets or model.lora_targets, args.lora_rank)
         preflight.check(self, model)
@@ -260,6 +262,8 @@ class Runtime(Processes):
         """Inside, model.velocity can be differentiated otherwise than by `backward`: processes exchange nothing."""
         if self.sharding:
             raise InputError("sharded weights can be differentiated by the update only; take configs/ddp.yaml")
+        if self.args.attention != "native":
+            raise InputError(f"--attention {self.args.attention} cannot be differentiated twice; leave it out")
         trained = self.model.trainable
         self.model.trainable = {name: self.accelerator.unwrap_model(module) for name, module in trained.items()}
         try:

@@ -104,6 +104,35 @@ def test_without_a_compiler_it_is_one_line(small, train, monkeypatch):
         train(**small, compile=True)
 
 
+# --- Attention ---
+
+
+def test_attention_takes_the_kernels_that_are_asked_for(small, train, monkeypatch):
+    """In rollout and update; torch's plain ones round otherwise than what it chooses by itself."""
+    asked, honest = [], torch.nn.functional.scaled_dot_product_attention
+
+    def attention(*words, **settings):
+        asked.append(torch.backends.cuda.flash_sdp_enabled())
+        return honest(*words, **settings)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
+    train(**small)
+    assert all(asked)
+    asked.clear()
+    _, rows = train(**small, attention="_native_math", output="math")
+    assert len(set(asked)) == 2  # the text encoders' are not the transformer's
+    assert all(row["ratio_error"] == 0.0 for row in rows[:2])
+
+
+def test_attention_that_is_not_there_is_one_line(small, train, tmp_path, picture):  # noqa: F811
+    with pytest.raises(InputError, match="--attention flash: Flash Attention backend 'flash' is not usable"):
+        train(**small, attention="flash")
+    with pytest.raises(InputError, match="--attention _native_math cannot be differentiated twice; leave it out"):
+        train(slas, **small, gamma="auto", attention="_native_math")
+    with pytest.raises(InputError, match="of a UNet2DConditionModel it cannot be chosen"):
+        train(**folder_of("sd", tmp_path, picture), attention="_native_math", output="sd")
+
+
 # --- The whole compiler: minutes ---
 
 
