@@ -231,6 +231,11 @@ def settle(run, scorers):
     if changes:
         chosen = ", ".join(name if name in SHARDED else _flag(name) for name in changes)
         run.print(f"{args.model}: {chosen}, for the {plan.have / 2**30:.1f} GiB of memory that each process may take")
+    if (rows := plan.most_rows(args, plan.shards(changes))) > run.batch:
+        run.print(
+            f"{args.model}: {rows} rows a pass would fit, too, and be faster: --micro-batch {rows} --decode-batch "
+            f"{args.decode_batch or args.micro_batch}"
+        )
 
 
 class Plan:
@@ -281,6 +286,17 @@ class Plan:
             self.counted[key] = activations(model, run.dtype, key[1])
         row = self.counted[key] * (batch or run.batch)
         return held(run, model, args, shards, arguments.keeps_initial(args), row, self.scorers)
+
+    def most_rows(self, args, shards):
+        """Rows of the largest pass that fits, of so many a power of two; they are not taken by themselves, for what a
+        kernel needs while it runs is not counted."""
+        share, rows = args.prompts_per_step * args.group_size // self.run.world, 1
+        while 2 * rows <= share:
+            larger = dataclasses.replace(args, micro_batch=2 * rows)
+            if sum(self.kinds(larger, shards, batch=2 * rows).values()) > self.have:
+                break
+            rows *= 2
+        return rows
 
     def by_turns(self, args):
         """Whether the processes of this machine load the model one after another, with what they copy of it while they

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import json
 import os
+import re
 import sys
 from dataclasses import replace
 from functools import partial
@@ -205,11 +206,12 @@ full_size, activations = functools.cache(memory.full_size), functools.cache(pref
         ("wan2.1-1.3b", 0, 8, 80, (), []),
     ],
 )
-def test_full_sizes_fit_or_are_told_a_command_that_does(name, lora, world, gib, ways, offers, monkeypatch):
+def test_full_sizes_fit_or_are_told_a_command_that_does(name, lora, world, gib, ways, offers, monkeypatch, capsys):
     monkeypatch.setattr(preflight.Plan, "outline", lambda plan, rank: full_size(name, rank))
     monkeypatch.setattr(preflight, "activations", activations)
     monkeypatch.setattr(preflight, "gather_object", lambda one: one * world)
     monkeypatch.setattr(preflight, "free", lambda run: gib * 10**9)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=2**50))
     args = arguments.defaults(bpgo.Args, name, lora_rank=lora)
     run = SimpleNamespace(
         args=args, world=world, shards=min(world, 8), sharding=None, dtype=torch.bfloat16,
@@ -227,6 +229,15 @@ def test_full_sizes_fit_or_are_told_a_command_that_does(name, lora, world, gib, 
         assert run.shards == (world if "sharded over all machines" in ways else min(world, 8))
         assert bool(run.sharding) == ("sharded" in ways) and args.exchange_often == ("exchange_often" in ways)
         assert run.activations > GIB
+        words = r"(\d+) rows a pass would fit, too, .* --micro-batch \1 --decode-batch 1"
+        said = re.search(words, capsys.readouterr().out)
+        plan, rows = preflight.Plan(run, []), int(said[1]) if said else 1
+        share = args.prompts_per_step * args.group_size // world
+        now, more = (
+            sum(plan.kinds(replace(args, micro_batch=n), plan.shards(()), batch=n).values()) <= plan.have
+            for n in (rows, 2 * rows)
+        )
+        assert now and (not more or 2 * rows > share)
 
 
 @pytest.mark.parametrize("name", ["fsdp2", "fsdp2_offload"])
