@@ -3,7 +3,7 @@
     python -m benchmarks.memory
 
 The modules have the released sizes and tensors without contents (FakeTensorMode). All is counted as before every run,
-by common/preflight.py: weights, gradients, optimizer, samples, and the activations of one row at the model's default
+by common/counting.py: weights, gradients, optimizer, samples, and the activations of one row at the model's default
 size and settings (gradient checkpointing). Not counted: rewards, what a kernel needs while it runs, and the allocator's
 gaps, for which a tenth is left.
 """
@@ -20,7 +20,7 @@ import tyro
 from peft import LoraConfig
 
 import grpo_base
-from common import arguments, models, preflight
+from common import arguments, counting, models, preflight
 from common.models.flux import Flux
 from common.models.hunyuan import HunyuanVideo
 from common.models.sd import StableDiffusion
@@ -152,12 +152,12 @@ def row(name, lora):
     """The first of the configurations in which a model fits."""
     model = full_size(name, lora)
     args = arguments.defaults(grpo_base.Args, name, lora_rank=RANK * lora, offload_encoders=True)
-    kept = preflight.activations(model, torch.bfloat16, args.gradient_checkpointing)
+    kept = counting.activations(model, torch.bfloat16, args.gradient_checkpointing)
     for gpus in (1, 2, 4, 8, 16, 32):
         for often in (False, True) if gpus > 1 else (False,):
             args.exchange_often = often
-            kinds = preflight.memory(model, args, 2, gpus, activations=args.micro_batch * kept)
-            size = sum((kinds | preflight.samples(model, args, gpus)).values()) / 2**30
+            kinds = counting.memory(model, args, 2, gpus, activations=args.micro_batch * kept)
+            size = sum((kinds | counting.samples(model, args, gpus)).values()) / 2**30
             if size <= ROOM:
                 config = "one_process" if gpus == 1 else "fsdp2_two_experts" if name == "wan2.2-i2v" else "fsdp2"
                 config = ("fsdp2_multi_node" if gpus > 8 else config) + ".yaml" + " --exchange-often" * often

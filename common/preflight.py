@@ -4,9 +4,7 @@
 a run fits and was not asked for, or refuses with a command that fits. `check` comes when all is there.
 """
 
-import contextlib
 import dataclasses
-import math
 import os
 import shlex
 import shutil
@@ -16,193 +14,13 @@ import psutil
 import torch
 from accelerate.utils import gather_object
 
-from common import arguments, checkpoints, loading, models, sharding
+from common import arguments, checkpoints, counting, loading, models, sharding
 from common.errors import InputError
 
 SMALL = 2**30  # bytes of a model's files below which nothing has to be chosen, and no activations are counted
 ROOM = 0.9  # of the free memory: what a kernel needs while it runs, and the allocator's gaps, are not counted
 SHARDED = ("sharded", "sharded over all machines")  # what is chosen besides flags
 LORA = 64  # the rank of a LoRA that is proposed
-ON_THE_HOST = ("trained weights", "frozen weights", "gradients", "optimizer")  # of shards between passes, offloaded
-
-
-def memory(model, args, precision, shards=1, initial=False, activations=0, scorers=()):
-    """Bytes that one of `shards` processes holds, by kind: weights from start to end, activations of one row for a
-    moment. precision: bytes of a weight in the forward pass; initial: whether a copy of the initial weights is kept;
-    activations: bytes of one row; scorers: the rewards. The model's modules are as the Runtime makes them before it
-    moves them: a LoRA is there already."""
-    weights = {name: number(module) for name, module in _modules(model)}
-    trained = trained_number(model, args)
-    master = 4 * trained / shards
-    base = precision * (sum(weights[name] for name in model.trainable) - trained * bool(args.lora_rank))
-    waiting = model.encoders if args.offload_encoders else ()
-    others = sum(number for name, number in weights.items() if name not in (*model.trainable, *waiting))
-    unsharded = shards == 1 or not args.exchange_often
-    return {
-        "trained weights": master,
-        "frozen weights": base / shards if args.lora_rank or initial else 0.0,
-        "gradients": 4 * trained if unsharded else master,
-        "optimizer": 2 * master,
-        "average": master * bool(args.ema),
-        "encoders, VAE": precision * others,
-        "rewards": sum(precision * number(module) for module in reward_modules(scorers)),
-        "weights of a pass": _whole_weights(model, args, precision, shards),
-        # with --offload-encoders they come for a moment, too, before there are activations
-        "activations": max(activations, precision * sum(weights.get(name, 0) for name in waiting)),
-    }
-
-
-def _whole_weights(model, args, precision, shards):
-    """Of shards two blocks are whole for a moment, the one that computes and the next, and the gradients of one. Else
-    autocast holds a copy of all trained weights, where they have another precision."""
-    if shards > 1:
-        parts = (part for module in model.trainable.values() for part in module.modules())
-        largest = max((number(part) for part in parts if type(part).__name__ in model.blocks), default=0)
-        return (2 * precision + 4 * (not args.lora_rank)) * largest
-    return precision * trained_number(model, args) if precision < 4 else 0
-
-
-def reward_modules(scorers):
-    """The modules of rewards, each once, a judge in this process among them."""
-    found = {}
-    for scorer in scorers:
-        for owner in (scorer, *vars(scorer).values()):
-            for part in [owner, *vars(owner).values()] if hasattr(owner, "__dict__") else ():
-                if isinstance(part, torch.nn.Module):
-                    found[id(part)] = part
-    inner = {id(part) for module in found.values() for part in list(module.modules())[1:]}
-    return [module for key, module in found.items() if key not in inner]
-
-
-def samples(model, args, world=1):
-    """Bytes that one of `world` processes holds of its samples, by kind: the latents of a rollout with all steps, what
-    they are conditioned on, and the pixels of a micro-batch."""
-    rows = args.prompts_per_step * args.group_size / world
-    pixels = 3 * model.height * model.width * getattr(model, "frames", 1)
-    return {
-        "latents": 4 * rows * (args.sampling_steps + 1) * math.prod(model.noise_shape),
-        "conditioning": rows * sum(value.nbytes for value in model.blank().values()),
-        "pixels": 4 * min(args.micro_batch, rows) * pixels,
-    }
-
-
-def held(run, model, args, shards, initial, activations, scorers):
-    """`memory` and `samples` of one process of a run, on its accelerator."""
-    kinds = memory(model, args, run.dtype.itemsize, shards, initial, activations, scorers)
-    if run.world > 1 and shards == 1:
-        kinds["gradients"] *= 2  # data parallelism has a copy of them, in buckets
-    if run.sharding and sharding.offloads(run.sharding, run.device.type):
-        kinds |= dict.fromkeys(ON_THE_HOST, 0)
-    return kinds | samples(model, args, max(run.world, shards))
-
-
-# --- Activations, counted on tensors without contents ---
-
-
-class Kept:
-    """Inside, counts the bytes that autograd keeps for the backward pass, weights left out, each storage once."""
-
-    def __init__(self, modules):
-        self.weights = {weight.untyped_storage()._cdata for module in modules for weight in module.parameters()}
-        self.seen, self.tensors = {}, []
-
-    def pack(self, tensor):
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self.weights:
-            self.seen[storage._cdata] = storage.nbytes()
-            self.tensors.append(tensor)  # alive, so that no other storage gets its address
-        return tensor
-
-    @property
-    def bytes(self):
-        return sum(self.seen.values())
-
-    def __enter__(self):
-        self.hooks = torch.autograd.graph.saved_tensors_hooks(self.pack, lambda tensor: tensor)
-        self.hooks.__enter__()
-        return self
-
-    def __exit__(self, *error):
-        self.hooks.__exit__(*error)
-
-
-def activations(model, dtype, checkpointing):
-    """Bytes that autograd keeps of one row's velocity, of a model whose weights need not be there. With gradient
-    checkpointing: the blocks' inputs, and all of the largest block, which is computed again. Guidance against the
-    empty prompt is a second pass."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    with FakeTensorMode(allow_non_fake_inputs=True), contextlib.ExitStack() as stack:
-        for part in (model.trainable[model.trained_at(1.0)], model.pipe.vae):  # the VAE's is the model's device
-            stack.enter_context(_on_fake_cpu(part))
-        return count(model, dtype, checkpointing)
-
-
-def count(model, dtype, checkpointing):
-    """The same on tensors that are there."""
-    module, largest, before = model.trainable[model.trained_at(1.0)], 0, {}
-
-    def entered(block, *_):
-        before[block] = kept.bytes
-
-    def left(block, *_):
-        nonlocal largest
-        largest = max(largest, kept.bytes - before[block])
-
-    def velocity():
-        cond = {name: value[None] for name, value in blank.items()}
-        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            model.velocity(torch.zeros(1, *model.noise_shape), 1.0, cond)
-
-    before, blank = model.unwanted, model.blank()
-    model.unwanted = {name: value for name, value in blank.items() if name == "encoder_hidden_states"}
-    if checkpointing:
-        parts = [part for part in module.modules() if type(part).__name__ in model.blocks]
-        handles = [part.register_forward_pre_hook(entered) for part in parts]
-        handles += [part.register_forward_hook(left) for part in parts]
-        with Kept([module]) as kept:
-            velocity()
-        for handle in handles:
-            handle.remove()
-        module.enable_gradient_checkpointing()
-    with Kept([module]) as kept:
-        velocity()
-    if checkpointing:
-        module.disable_gradient_checkpointing()
-    model.unwanted = before
-    return kept.bytes + largest
-
-
-@contextlib.contextmanager
-def _on_fake_cpu(module):
-    """Inside FakeTensorMode: the module's weights stand on a CPU that holds nothing; attention is counted as GPUs do
-    it."""
-    before = [(part, dict(part._parameters), dict(part._buffers)) for part in module.modules()]
-    for part, weights, buffers in before:
-        for key, weight in weights.items():
-            if weight is not None:
-                empty = torch.empty(weight.shape, dtype=weight.dtype)
-                part._parameters[key] = torch.nn.Parameter(empty, weight.requires_grad)
-        for key, buffer in buffers.items():
-            part._buffers[key] = None if buffer is None else torch.empty(buffer.shape, dtype=buffer.dtype)
-    try:
-        yield
-    finally:
-        for part, weights, buffers in before:
-            part._parameters.update(weights)
-            part._buffers.update(buffers)
-
-
-def disk(model, args, precision, start=0, auto=20):
-    """(bytes of one checkpoint, how many are there at once, bytes of the export); auto: steps between those of
-    --save-every auto."""
-    trained = trained_number(model, args)
-    checkpoint = 4 * trained * (3 + bool(args.ema))
-    every = auto if args.save_every == "auto" else args.save_every
-    saves = math.ceil(args.steps / every) - start // every if every else 1
-    pipeline = precision * sum(number(module) for _, module in _modules(model))
-    export = (1 + bool(args.ema)) * (4 * trained if args.lora_rank else pipeline)
-    return checkpoint, min(saves, args.keep_checkpoints + 1) if args.keep_checkpoints else saves, export
 
 
 # --- Choosing ---
@@ -283,9 +101,9 @@ class Plan:
         sharded = run.sharding.activation_checkpointing if run.sharding else shards > 1
         key = bool(args.lora_rank), bool(args.gradient_checkpointing or sharded)
         if key not in self.counted:
-            self.counted[key] = activations(model, run.dtype, key[1])
+            self.counted[key] = counting.activations(model, run.dtype, key[1])
         row = self.counted[key] * (batch or run.batch)
-        return held(run, model, args, shards, arguments.keeps_initial(args), row, self.scorers)
+        return counting.held(run, model, args, shards, arguments.keeps_initial(args), row, self.scorers)
 
     def most_rows(self, args, shards):
         """Rows of the largest pass that fits, of so many a power of two; they are not taken by themselves, for what a
@@ -309,10 +127,10 @@ class Plan:
         waits = model.encoders if args.offload_encoders else ()
         stays = sum(parts[name] for name in parts if name not in model.trainable and (name in waits or not on_gpu))
         if run.sharding and (not on_gpu or sharding.offloads(run.sharding, run.device.type)):
-            kinds = memory(model, args, run.dtype.itemsize, run.shards, arguments.keeps_initial(args))
-            stays += sum(kinds[name] for name in ON_THE_HOST)
+            kinds = counting.memory(model, args, run.dtype.itemsize, run.shards, arguments.keeps_initial(args))
+            stays += sum(kinds[name] for name in counting.ON_THE_HOST)
         if run.sharding and arguments.keeps_initial(args) and not args.lora_rank:  # is sharded from a copy
-            of_start = run.dtype.itemsize * max(map(number, model.trainable.values()))
+            of_start = run.dtype.itemsize * max(map(counting.number, model.trainable.values()))
         return loading.by_turns(args.model, sum(parts.values()) + of_start, stays)
 
     def refusal(self, kinds):
@@ -366,7 +184,7 @@ def check(run, model):
     """Raises InputError if the memory or the disk cannot be enough."""
     args, precision = run.args, run.dtype.itemsize
     shards = run.shards if run.sharding else 1
-    kinds = held(run, model, args, shards, bool(run.frozen), run.activations, run.scorers)
+    kinds = counting.held(run, model, args, shards, bool(run.frozen), run.activations, run.scorers)
     need, have = sum(kinds.values()), free(run)
     if run.device.type != "cuda":  # what is loaded is there already, and all processes share the rest
         have += sum(loading.copied(model).values())
@@ -377,15 +195,15 @@ def check(run, model):
             "(--lora-rank), add --offload-encoders, or shard over more processes (configs/fsdp2.yaml, --exchange-often)"
         )
     if run.is_main:
-        _check_disk(run, *disk(model, args, precision, run.checkpoint[1] if run.checkpoint else 0))
+        _check_disk(run, *counting.disk(model, args, precision, run.checkpoint[1] if run.checkpoint else 0))
 
 
 def check_twice_differentiated(run, model):
     """Under a kernel of attention that can be differentiated twice, which keeps the scores of every block: raises
     InputError where a pass of `run.batch` rows and its derivative do not fit. Of small models it has nothing to say."""
-    if 4 * sum(map(number, model.trainable.values())) < SMALL:
+    if 4 * sum(map(counting.number, model.trainable.values())) < SMALL:
         return
-    need, have = 2 * run.batch * activations(model, run.dtype, checkpointing=False), free(run)
+    need, have = 2 * run.batch * counting.activations(model, run.dtype, checkpointing=False), free(run)
     if need > have:
         raise InputError(
             f"--model {run.args.model}: to measure the Fisher matrix, attention scores of every block are kept: "
@@ -408,7 +226,7 @@ def _check_disk(run, checkpoint, number, export):
 def warn_of_disk(run, step, every):
     """After a checkpoint of a run whose steps take long, so that --save-every auto saves more often than every 20 of
     them: says where the disk has no room for all that are to come."""
-    checkpoint, number, export = disk(run.model, run.args, run.dtype.itemsize, step, every)
+    checkpoint, number, export = counting.disk(run.model, run.args, run.dtype.itemsize, step, every)
     if keep := run.args.keep_checkpoints:
         number = max(0, min(number, keep + 1 - len(checkpoints.newest_first(run.output))))
     have = shutil.disk_usage(run.output).free
@@ -417,18 +235,3 @@ def warn_of_disk(run, step, every):
             f"warning: at one every {every} steps {number} more checkpoints of {checkpoint / 2**30:.2f} GiB come, and "
             f"the disk has {have / 2**30:.2f} GiB free: stop the run, and go on with --keep-checkpoints 2"
         )
-
-
-def trained_number(model, args):
-    """How many weights are trained."""
-    if args.lora_rank:
-        return sum(w.numel() for module in model.trainable.values() for w in module.parameters() if w.requires_grad)
-    return sum(map(number, model.trainable.values()))
-
-
-def _modules(model):
-    return [(name, part) for name, part in model.pipe.components.items() if isinstance(part, torch.nn.Module)]
-
-
-def number(module):
-    return sum(weight.numel() for weight in module.parameters())

@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import bpgo
 import grpo_base
 from benchmarks import memory
-from common import arguments, fisher, models, preflight, sharding
+from common import arguments, counting, fisher, models, preflight, sharding
 from common.errors import InputError
 from common.runtime import Runtime
 
@@ -43,40 +43,40 @@ def test_memory_of_full_weights_and_of_a_lora(tiny):
     args = arguments.defaults(grpo_base.Args, ema=0.9)
     full = {"trained weights": 4 * n, "frozen weights": 0, "gradients": 4 * n, "optimizer": 8 * n, "average": 4 * n}
     rest = {"encoders, VAE": 2 * others, "rewards": 0, "activations": 100}
-    found = preflight.memory(tiny, args, 2, activations=100)
+    found = counting.memory(tiny, args, 2, activations=100)
     assert found == {**full, **rest, "weights of a pass": 2 * n}  # autocast's copies
     split = {name: value / 4 for name, value in full.items()}
     block = max(map(size, tiny.pipe.transformer.transformer_blocks))
     rest["weights of a pass"] = 8 * block  # in bfloat16 two blocks, in float32 the gradients of one
-    assert preflight.memory(tiny, args, 2, 4, activations=100) == {**split, **rest, "gradients": 4 * n}
-    assert preflight.memory(tiny, args, 2, 4, initial=True)["frozen weights"] == 2 * n / 4
+    assert counting.memory(tiny, args, 2, 4, activations=100) == {**split, **rest, "gradients": 4 * n}
+    assert counting.memory(tiny, args, 2, 4, initial=True)["frozen weights"] == 2 * n / 4
     args.exchange_often = args.offload_encoders = True
     rest["encoders, VAE"] = 2 * size(tiny.pipe.vae)
     rest["activations"] = 2 * others - rest["encoders, VAE"]  # the encoders come for a moment
-    assert preflight.memory(tiny, args, 2, 4, activations=100) == {**split, **rest}
+    assert counting.memory(tiny, args, 2, 4, activations=100) == {**split, **rest}
 
     tiny.pipe.transformer.requires_grad_(False)
     tiny.pipe.transformer.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=tiny.lora_targets))
     lora = size(tiny.pipe.transformer) - n
-    found = preflight.memory(tiny, arguments.defaults(grpo_base.Args, lora_rank=4), 2)
+    found = counting.memory(tiny, arguments.defaults(grpo_base.Args, lora_rank=4), 2)
     assert found["trained weights"] == 4 * lora and found["frozen weights"] == 2 * n and not found["average"]
 
 
 def test_disk_of_checkpoints_and_export(tiny):
     n = size(tiny.pipe.transformer)
     args = arguments.defaults(grpo_base.Args, steps=50, save_every=20)
-    checkpoint, number, export = preflight.disk(tiny, args, 4)
+    checkpoint, number, export = counting.disk(tiny, args, 4)
     assert (checkpoint, number) == (12 * n, 3) and export == 4 * sum(
         size(part) for part in tiny.pipe.components.values() if isinstance(part, torch.nn.Module)
     )
-    assert preflight.disk(tiny, args, 4, start=40)[1] == 1
+    assert counting.disk(tiny, args, 4, start=40)[1] == 1
     args.keep_checkpoints, args.ema = 1, 0.9
-    assert preflight.disk(tiny, args, 4)[:2] == (16 * n, 2)
+    assert counting.disk(tiny, args, 4)[:2] == (16 * n, 2)
 
 
 def test_a_checkpoint_is_as_large_as_estimated(train, tiny):
     folder, _ = train(steps=1, ema=0.9)
-    expected = preflight.disk(tiny, arguments.defaults(grpo_base.Args, ema=0.9), 4)[0]
+    expected = counting.disk(tiny, arguments.defaults(grpo_base.Args, ema=0.9), 4)[0]
     found = sum(file.stat().st_size for file in (folder / "checkpoints/step_000001").iterdir())
     assert found == pytest.approx(expected, rel=0.02)
 
@@ -105,8 +105,8 @@ def test_activations_without_contents_are_those_of_a_real_pass(name, lora):
             module.requires_grad_(not lora)
             if lora:
                 module.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=model.lora_targets))
-    counted = [preflight.activations(outline, torch.float32, checkpointing) for checkpointing in (False, True)]
-    assert counted == [preflight.count(real, torch.float32, checkpointing) for checkpointing in (False, True)]
+    counted = [counting.activations(outline, torch.float32, checkpointing) for checkpointing in (False, True)]
+    assert counted == [counting.count(real, torch.float32, checkpointing) for checkpointing in (False, True)]
     assert 0 < counted[1] < counted[0]
     assert all(weight.device.type == "meta" for weight in outline.pipe.vae.parameters())
 
@@ -114,9 +114,9 @@ def test_activations_without_contents_are_those_of_a_real_pass(name, lora):
 def test_attention_that_is_differentiated_twice_is_refused_where_its_scores_do_not_fit(monkeypatch):
     large = models.outline("tiny-flux", torch.float32, 0, height=256, width=256)
     module = large.pipe.transformer.requires_grad_(True)
-    plain = preflight.activations(large, torch.float32, False)
+    plain = counting.activations(large, torch.float32, False)
     with sdpa_kernel(SDPBackend.MATH):
-        scores = preflight.activations(large, torch.float32, False)
+        scores = counting.activations(large, torch.float32, False)
     tokens = large.noise_shape[0] + large.blank()["encoder_hidden_states"].shape[0]
     blocks = len(module.transformer_blocks) + len(module.single_transformer_blocks)
     assert scores - plain >= 0.9 * blocks * module.config.num_attention_heads * tokens**2 * 4
@@ -139,7 +139,7 @@ def test_rewards_are_counted_once_and_a_judge_in_this_process_too():
     module = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
     scorer = SimpleNamespace(module=module, head=module[0], judge=Judge(torch.nn.Linear(2, 2)), words=["a"])
     other = SimpleNamespace(client=scorer.judge)
-    assert sum(map(size, preflight.reward_modules([scorer, other]))) == 40 + 6
+    assert sum(map(size, counting.reward_modules([scorer, other]))) == 40 + 6
 
 
 def test_the_table_in_the_readme_is_not_stale():
@@ -191,7 +191,7 @@ def test_what_decides_is_chosen_from_the_memory_that_is_free(train, monkeypatch,
         train(output="none")
 
 
-full_size, activations = functools.cache(memory.full_size), functools.cache(preflight.activations)  # seconds each
+full_size, activations = functools.cache(memory.full_size), functools.cache(counting.activations)  # seconds each
 
 
 @pytest.mark.parametrize(
@@ -208,7 +208,7 @@ full_size, activations = functools.cache(memory.full_size), functools.cache(pref
 )
 def test_full_sizes_fit_or_are_told_a_command_that_does(name, lora, world, gib, ways, offers, monkeypatch, capsys):
     monkeypatch.setattr(preflight.Plan, "outline", lambda plan, rank: full_size(name, rank))
-    monkeypatch.setattr(preflight, "activations", activations)
+    monkeypatch.setattr(counting, "activations", activations)
     monkeypatch.setattr(preflight, "gather_object", lambda one: one * world)
     monkeypatch.setattr(preflight, "free", lambda run: gib * 10**9)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=2**50))
