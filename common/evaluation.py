@@ -10,6 +10,7 @@ Samples are told by (prompt, which): of P prompts, and of the S samples of a pro
 """
 
 import hashlib
+import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,8 +108,9 @@ class Folder:
         """Keeps a sample in [0, 1] for the picture; raises OSError."""
         path = self.shown(name, prompt)
         path.parent.mkdir(parents=True, exist_ok=True)
-        sample = sample.clamp(0, 1).mul(255).round().to("cpu", torch.uint8)
-        run_folder.write_beside(path, lambda beside: torch.save(sample, beside))
+        written = io.BytesIO()  # of a full disk torch says something else than OSError
+        torch.save(sample.clamp(0, 1).mul(255).round().to("cpu", torch.uint8), written)
+        run_folder.write_beside(path, lambda beside: beside.write_bytes(written.getvalue()))
 
     def picture(self, prompts, rewards, fps):
         """side_by_side.png, a line for each of n prompts with a sample of each model (rewards {model: [n]}); of clips

@@ -1,6 +1,7 @@
 """evaluate.py: the training's own exam once more, tables, kills, processes, bad input."""
 
 import csv
+import errno
 import json
 import re
 import shutil
@@ -323,6 +324,24 @@ def test_a_reward_that_fails_in_the_middle_is_one_line(runs, look, monkeypatch):
     monkeypatch.setattr(smooth._Colour, "score", broken)
     with pytest.raises(RunError, match="reward red is inf for the prompt"):
         look(runs.lora, "--reward", "red")
+
+
+@pytest.mark.parametrize("what", ["shown", "scores", "results"])
+def test_a_full_disk_is_one_line_and_the_same_command_goes_on(what, look, runs, monkeypatch, tmp_path):
+    name = "write_bytes" if what == "shown" else "write_text"
+    write = getattr(Path, name)
+
+    def full(self, *words):
+        if what in str(self):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(self, *words)
+
+    monkeypatch.setattr(Path, name, full)
+    words = ("--model", "tiny-flux", "--prompts", runs.prompts, "--sampling-steps", "2")
+    with pytest.raises(RunError, match="cannot write into .*No space left on device.*The same command goes on"):
+        look(*words, shown=2)
+    monkeypatch.setattr(Path, name, write)
+    look(*words, shown=2)
 
 
 @pytest.fixture(scope="module")
