@@ -6,9 +6,9 @@
     python3 lab/matrix.py --pythons 3.10 --kernels default --versions oldest
 
 A cell is a Python and the kernels of a kind of processor. In it `bash run.sh` trains for two steps and `bash run.sh
-test` runs the suite, in an environment of that Python's own, which run.sh installs. It prints the table, and writes
-each cell's output to --logs. It needs the Pythons and nothing else. --lock writes requirements.lock, the versions
-that were green.
+test -m 'not slow'` runs the suite with its long tests, in an environment of that Python's own, which run.sh installs.
+It prints the table, and writes each cell's output to --logs. It needs the Pythons and nothing else. --lock writes
+requirements.lock, the versions that were green.
 """
 
 import argparse
@@ -72,7 +72,7 @@ def cell(python, kernels, args):
     green = code == 0
     suite = "-"
     if not args.job_only:
-        seconds, said, code = run(["test", *args.pytest], environment, log)
+        seconds, said, code = run(["test", "-m", "not slow", *args.pytest], environment, log)
         counts = re.findall(r"^=* ?((?:\d+ \w+(?:, )?)+) in ", said, re.M)
         suite = f"{'' if code == 0 else '**fails**: '}{counts[-1] if counts else '?'}, {seconds:.0f} s"
         green &= code == 0

@@ -28,17 +28,9 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 TIMINGS = ("rollout_seconds", "reward_seconds", "update_seconds", "samples_per_second")
 
 
-LONG = (  # minutes, or several processes: they begin, so that no worker waits for one at the end
-    "test_two_processes_train_as_one", "test_two_processes_give_the_table_of_one",
-    "test_a_run_killed_at_any_moment_goes_on_exactly",
-    "test_a_launch_outlives_a_killed_process_and_a_signal",
-    "test_whatever_happens_to_an_installation_the_next_run_works",
-    "test_a_run_whose_server_dies_ends_with_one_line_and_a_checkpoint_and_goes_on",
-)  # fmt: skip
-
-
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: item.originalname not in LONG)
+    """The long ones begin, so that no worker waits for one at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
 
 
 @pytest.hookimpl(hookwrapper=True)

@@ -162,6 +162,7 @@ TAKEN = [("tiny-flux", 0), ("tiny-wan-i2v", 2)]
 ALL_TAKEN = [(f"tiny-{family}", rank) for family in ("flux", "sd", "wan", "wan-i2v") for rank in (0, 2)]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("exports", [TAKEN, pytest.param(ALL_TAKEN, marks=pytest.mark.slow)], ids=["some", "all"])
 def test_exports_give_the_evaluators_own_samples_in_plain_diffusers(exports, look, tmp_path, monkeypatch):
     """Loaded by another process that knows nothing of this project: 1e-5 in float32, and not the base model's."""
@@ -206,6 +207,7 @@ def job_of(folder, name, rank, prompts, settings):
 # --- Kills, processes ---
 
 
+@pytest.mark.long
 def test_a_killed_evaluation_goes_on_to_the_same_table_bit_for_bit(runs, look, monkeypatch):
     flags = (runs.lora, "--samples", "2", "--micro-batch", "5", "--reward-batch", "5")
     _, whole = look(*flags, output="whole", shown=4)
@@ -239,6 +241,7 @@ def test_a_killed_evaluation_goes_on_to_the_same_table_bit_for_bit(runs, look, m
     assert made == [5] and answers(cut) == answers(whole)
 
 
+@pytest.mark.long
 def test_two_processes_give_the_table_of_one(runs, look, tmp_path):
     words = [str(runs.full), str(runs.lora), "--samples", "2", "--micro-batch", "7", "--reward-batch", "7"]
     _, one = look(*words, output="one", shown=2)

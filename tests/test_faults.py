@@ -46,6 +46,7 @@ def wait_for_steps(folder, number, process):
 # --- Kills ---
 
 
+@pytest.mark.long
 def test_a_run_killed_at_any_moment_goes_on_exactly(train, tmp_path):
     """The last while a checkpoint is being written; `python -m lab.kills` does twenty."""
     settings = dict(steps=kills.STEPS, save_every=1, learning_rate=1e-3)
@@ -91,6 +92,7 @@ def signalled(train, monkeypatch, numbers, step=1, **settings):
     return ended.value.code
 
 
+@pytest.mark.long
 def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(train, monkeypatch, capfd, tmp_path, raising):
     """In any step, the last one too: what comes after it is left to the next start."""
     settings = dict(steps=3, save_every=0, learning_rate=1e-3)
@@ -109,6 +111,7 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(train, monkeypat
         assert (folder / "export").exists()
 
 
+@pytest.mark.long
 def test_a_signal_in_a_rollout_does_not_wait_for_its_end(train, monkeypatch, capfd, raising):
     """The rows under way are finished, and the step is begun anew: with BPGO, whose prior moves in every step."""
     settings = dict(script=bpgo, steps=3, save_every=0, learning_rate=1e-3, micro_batch=2)
@@ -156,6 +159,7 @@ def test_a_signal_in_an_exam_does_not_wait_for_its_end(train, monkeypatch, capfd
     assert all(torch.equal(value, weights(folder, 3)[name]) for name, value in weights(whole, 3).items())
 
 
+@pytest.mark.long
 def test_long_steps_are_saved_more_often(train, monkeypatch):
     monkeypatch.setattr(runtime, "AUTO_STEPS", 3)
     folder, _ = train(steps=4)
@@ -246,6 +250,7 @@ def test_an_interrupt_in_the_export_is_one_line_and_leaves_the_export_before(tra
     assert (folder / "export/transformer/diffusion_pytorch_model.safetensors").read_bytes() not in before.values()
 
 
+@pytest.mark.long
 def test_a_closed_terminal_saves(tmp_path):
     """The terminal goes, and with it all that the run can write to."""
     ours, theirs = pty.openpty()
@@ -263,6 +268,7 @@ def test_a_closed_terminal_saves(tmp_path):
     assert checkpoints.read(checkpoints.newest_first(tmp_path / "run")[0])[0] == len(metrics(tmp_path / "run"))
 
 
+@pytest.mark.long
 def test_a_second_signal_ends_at_once(tmp_path):
     process = start(tmp_path / "run", "--steps", "1000", "--group-size", "64", "--micro-batch", "128")
     wait_for_steps(tmp_path / "run", 1, process)
@@ -292,6 +298,7 @@ def test_signals_are_as_before_after_a_run(train):
 # --- Checkpoints ---
 
 
+@pytest.mark.long
 def test_only_the_latest_checkpoints_are_kept(train):
     folder, _ = train(steps=5, save_every=1, keep_checkpoints=2)
     assert [path.name for path in checkpoints.newest_first(folder)] == ["step_000005", "step_000004"]

@@ -470,6 +470,7 @@ def test_auto_gamma_keeps_the_moment_within_the_limit(train, monkeypatch):
     assert all(name in rows[-1] for name in ("gamma", "batch_std", "gradient_max", "step_size"))
 
 
+@pytest.mark.long
 def test_a_wider_limit_allows_a_larger_gamma(train):
     tight, wide = (
         train(slas, name, steps=3, gamma="auto", kl_limit=limit, learning_rate=1e-4)[1][-1]["gamma"]
@@ -511,6 +512,7 @@ def test_layout_stage_does_not_ask_what_the_objects_are():
     assert (right["verifier:layout"] <= right["verifier:quality"] + 1e-6).all()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("gate, opener", [("previous", "verifier:quality"), ("own", "verifier")])
 def test_calibrate_trains_alone_the_stage_that_opens_a_gate_and_only_once(train, capsys, monkeypatch, gate, opener):
     settings = dict(prompts_per_step=1, group_size=2, sampling_steps=2, learning_rate=1e-3, save_every=10)

@@ -163,6 +163,7 @@ def plan_of(monkeypatch, available, **settings):
     return preflight.Plan(run, [])
 
 
+@pytest.mark.long
 def test_what_decides_is_chosen_from_the_memory_that_is_free(train, monkeypatch, capsys):
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "")
     monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF")

@@ -118,6 +118,7 @@ def leaves(state, name=""):
     return [leaf for key, value in items for leaf in leaves(value, f"{name}.{key}")]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("runs", [SOME, pytest.param(ALL, marks=pytest.mark.slow)], ids=["some", "all"])
 def test_two_processes_train_as_one(runs, tmp_path, monkeypatch):
     """A group of 4 in chunks of 6 rows spans both processes; the numbers of four steps, and the weights after them.
@@ -327,6 +328,7 @@ def test_states_of_several_processes_are_put_together_in_order(tmp_path):
 # --- A process dies, the launcher is asked to stop ---
 
 
+@pytest.mark.long
 def test_a_launch_outlives_a_killed_process_and_a_signal(tmp_path):
     """When one of two is killed the other ends; when the launcher gets SIGTERM, both finish their step and save it."""
     settings = {**SMALL, "reward": ("verifier",), "prompts_per_step": 2, "steps": 1000, "save_every": 1}

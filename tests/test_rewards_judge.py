@@ -450,6 +450,7 @@ def test_a_release_whose_prompts_can_spell_control_tokens_is_refused(folder):
         scorer(model=str(folder))
 
 
+@pytest.mark.long
 @in_this_process
 def test_transformers_own_server(folder):
     """`transformers serve` with the small model: what it answers is what the model in this process says."""
@@ -486,6 +487,7 @@ RUN = (
 ).split()
 
 
+@pytest.mark.long
 def test_a_run_whose_server_dies_ends_with_one_line_and_a_checkpoint_and_goes_on(serve, tmp_path, monkeypatch):
     def words(name, *flags):
         return ["self_paced.py", *RUN, "--output", str(tmp_path / name), *flags]
@@ -516,6 +518,7 @@ def test_a_run_whose_server_dies_ends_with_one_line_and_a_checkpoint_and_goes_on
     assert rows[0] == rows[1] and len(rows[0]) == 4
 
 
+@pytest.mark.long
 def test_an_error_of_one_process_ends_both_with_a_checkpoint(serve, tmp_path):
     def behave(handler, number, body):  # each process tries the rewards out, then has six requests a step
         return handler.fail(400) if number == 20 else handler.say(colour_score(body))

@@ -155,6 +155,7 @@ def test_frames_are_those_of_the_official_code(shape, fps):
     assert torch.equal(videoalign.seen(clip, fps), official_frames(clip, fps))
 
 
+@pytest.mark.long
 def test_every_pair_is_scored_alone(tmp_path):
     folder, *_ = save(tmp_path, 1)
 

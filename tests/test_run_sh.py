@@ -40,6 +40,7 @@ def run(clone, *words, **environment):
     return process.returncode, out, error
 
 
+@pytest.mark.long
 def test_whatever_happens_to_an_installation_the_next_run_works(clone):
     killed = start(clone)
     while not (clone / ".venv/pyvenv.cfg").exists():

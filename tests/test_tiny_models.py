@@ -32,6 +32,7 @@ embedded = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.long
 @embedded
 def test_base_model_chooses_badly_with_a_wide_spread(name):
     folder = str(models.ASSETS / name)

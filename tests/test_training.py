@@ -415,6 +415,7 @@ def test_a_reward_that_turns_nan_stops_the_run_and_keeps_the_last_checkpoint(tra
     assert len(metrics(tmp_path / "run")) == 2
 
 
+@pytest.mark.long
 def test_a_checkpoint_that_does_not_fit_on_the_disk_leaves_the_earlier_ones(train, tmp_path):
     folder, _ = train(steps=1, save_every=1, learning_rate=1e-3)
     before = weights(folder, 1)
