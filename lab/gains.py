@@ -5,14 +5,13 @@
     python -m lab.gains --seeds                  # no runs: writes the table again from docs/gains.json
 
 Each job runs in a process of its own, as many at once as --workers, one thread each. A run that is there already
-counts; one that was stopped goes on. docs/gains.json keeps every run's held-out reward, its seconds, and the commit.
+counts; one that was stopped goes on. docs/gains.json keeps every run's held-out reward, and the commit.
 """
 
 import json
 import os
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,16 +46,15 @@ def chosen(only):
 
 
 def run(job, seed, folder):
-    """Trains, or goes on, and returns {start, end, seconds, commit}."""
+    """Trains, or goes on, and returns {start, end, commit}."""
     output = folder / f"{job.replace('.py', '').replace(' --', '-').replace(' ', '-')}-{seed}"
     resume = ["--resume", "latest"] if (output / "config.json").exists() else []
     words = [sys.executable, *job.split(), f"--seed={seed}", f"--output={output}", "--tracker=none", *resume]
-    started = time.time()
     with (folder / f"{output.name}.log").open("a") as log:
         subprocess.run(words, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=log, stderr=log, check=True)
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     exams = [row["eval_reward"] for row in rows if "eval_reward" in row]
-    return {"start": exams[0], "end": exams[-1], "seconds": round(time.time() - started), "commit": commit()}
+    return {"start": exams[0], "end": exams[-1], "commit": commit()}
 
 
 def commit():
@@ -95,7 +93,7 @@ def main(args):
             (job, seed), found = under_way[done], done.result()
             results.setdefault(job, {})[str(seed)] = found
             RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
-            print(f"{job} --seed {seed}: {found['start']:.3f} -> {found['end']:.3f}, {found['seconds']} s", flush=True)
+            print(f"{job} --seed {seed}: {found['start']:.3f} -> {found['end']:.3f}", flush=True)
     readme = ROOT / "README.md"
     readme.write_text(with_table(readme.read_text()))
 
