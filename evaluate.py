@@ -96,7 +96,10 @@ PASSED = "verifier:passed"  # the reward that makes a table of GenEval's tasks
 def defaults(words):
     """What a flag is that the command line does not have: the first run's setting, or that of --model."""
     if words and not words[0].startswith("-"):
-        own = trained.find(words[0]).settings()
+        run = trained.find(words[0])
+        own, asked = run.settings(), [flag for flag in ("--reward", "--layout") if arguments.given(words, flag)]
+        if not asked and rewards.own.MARK in str(run.config.get("reward")):
+            raise InputError(f"--reward is missing: {words[0]} has one of your own, and no folder alone makes code run")
     else:
         own = arguments.defaults(arguments.Args, *arguments.given(words, "--model"))
     names = {field.name for field in dataclasses.fields(Args)} & {field.name for field in dataclasses.fields(own)}

@@ -361,6 +361,8 @@ def wrong(runs, tmp_path_factory):
     config = json.loads((place / "other/config.json").read_text())
     (place / "other/config.json").write_text(json.dumps({**config, "model": "tiny-sd"}))
     (place / "other/export").mkdir()
+    (place / "own/export").mkdir(parents=True)
+    (place / "own/config.json").write_text(json.dumps({**config, "reward": ["ocr.py:Letters=2"]}))
     return place
 
 
@@ -375,6 +377,7 @@ WRONG = {
     "{lora}/export_ema": "there is no such folder",
     "{lora} --averaged": "trained without --ema",
     "{lora} {wrong}/other": "was trained from tiny-sd, .* compare runs of one base model",
+    "{wrong}/own": "--reward is missing: .*/own has one of your own, and no folder alone makes code run",
     "{lora} --model tiny-sd": "name runs before flags",
     "{lora} --reward nonsense": "there is no 'nonsense'",
     "{lora} --prompts {wrong}/none.txt": "cannot read",
