@@ -48,12 +48,12 @@ class Scoring:
             if self.waiting:
                 self.waiting.result()  # one at a time: clips are large
             copy, device = media.cpu(), media.device
-            self.waiting = done = _begin(lambda: rewards.score(self.away, copy, captions))
+            self.waiting = done = begin(lambda: rewards.score(self.away, copy, captions))
             later = {name: lambda name=name: done.result()[name].to(device) for name in self.away}
         return {**rewards.score(self.here, media, captions), **later}
 
 
-def _begin(action):
+def begin(action):
     """What action() gives, in a thread of its own that keeps no program from ending."""
     done = Future()
 

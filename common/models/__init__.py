@@ -61,7 +61,7 @@ _VIDEO = dict(
 # pair (prompts a step on another number of GPUs, guidance), it is the model's own default.
 MODELS = {
     # three minibatches gain in 30 steps what one gains in 45 to 60: two scripts, one seed each. tiny-sd: 0.577 against
-    # 0.523 after 40 steps (slas.py, one seed); nothing is gained with tiny-wan (three) and tiny-wan-i2v (two)
+    # 0.523 after 40 steps (one script, one seed); nothing is gained with tiny-wan (three) and tiny-wan-i2v (two)
     "tiny-flux": dict(_TINY | dict(steps=40, minibatches=3), **_SHAPES, source=str(ASSETS / "tiny-flux"), guidance=3.5),
     "tiny-sd": dict(
         # a LoRA: the U-Net's full weights lose more than they learn. Not DDIM's noise: of 8 steps the last noisy one

@@ -12,7 +12,6 @@ import io
 import math
 import os
 import re
-import threading
 from concurrent import futures
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,6 +26,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from common import hub
 from common.errors import InputError, RunError, text
 from common.rewards import chosen_frames
+from common.scoring import begin
 
 QUALITY = """Visual quality:
 - possible: bodies, objects and places are built as they should be
@@ -334,15 +334,7 @@ def bounded(response):
 
 def waited_for(action, seconds):
     """action() in a thread of its own, which is left behind after so many seconds, and keeps no program from ending."""
-    done = futures.Future()
-
-    def act():
-        try:
-            done.set_result(action())
-        except BaseException as error:
-            done.set_exception(error)
-
-    threading.Thread(target=act, daemon=True).start()
+    done = begin(action)
     try:
         return done.result(seconds)
     except futures.TimeoutError:
