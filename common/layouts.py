@@ -111,9 +111,9 @@ def plan(name, spec=""):
 
 def _geneval(spec):
     layout = Layout("geneval")
-    for number, row in enumerate(_rows(spec, "prompt", "tag")):
+    for number, row in enumerate(_rows(spec, prompt=_words, tag=_words)):
         paths = [f"{number:05d}/samples/{which:05d}.png" for which in range(SAMPLES["geneval"])]
-        layout.add(files.with_fields(row["prompt"], row, "prompt"), paths)
+        layout.add(files.with_fields(files.one_line(row["prompt"]), row, "prompt"), paths)
         layout.texts[f"{number:05d}/metadata.jsonl"] = json.dumps(row)
     return layout
 
@@ -121,25 +121,28 @@ def _geneval(spec):
 def _vbench(spec):
     """Prompts that are there twice, of several dimensions, have one set of files."""
     layout, dimensions = Layout("vbench"), {}
-    for row in _rows(spec, "prompt_en", "dimension"):
+    for row in _rows(spec, prompt_en=_words, dimension=_list_of_words):
         dimensions.setdefault(row["prompt_en"], []).extend(row["dimension"])
     for prompt, of_prompt in dimensions.items():
         if "/" in prompt or "\0" in prompt or len(f".tmp-{prompt}-00.mp4".encode()) > 255:
             raise InputError(f"--layout vbench: no file can be called {prompt[:100]!r}-0.mp4, as VBench wants it")
         number = FLICKERING if "temporal_flickering" in of_prompt else SAMPLES["vbench"]
-        layout.add(prompt, [f"{prompt}-{which}.mp4" for which in range(number)])
+        layout.add(files.one_line(prompt), [f"{prompt}-{which}.mp4" for which in range(number)])
     return layout
 
 
 def _unigenbench(spec):
-    rows = _rows(spec, "index")
+    rows = _rows(spec, index=_number)
     column = next((name for name in ("prompt_en", "prompt_zh") if name in rows[0]), None)
     if column is None:
         raise InputError(f"--layout unigenbench: {spec} has neither a column prompt_en nor prompt_zh")
+    rows, numbers = _rows(spec, **{column: _words}), [int(row["index"]) for row in rows]
+    if len(set(numbers)) < len(numbers):
+        raise InputError(f"--layout unigenbench: {spec} has an index twice; their images would be the same files")
     language = column[-2:] + "_long" * ("long" in Path(spec).name)
     layout = Layout("unigenbench", place=f"eval_data/{language}")
-    for row in rows:
-        paths = [f"{int(row['index'])}_{which}.png" for which in range(SAMPLES["unigenbench"])]
+    for row, number in zip(rows, numbers):
+        paths = [f"{number}_{which}.png" for which in range(SAMPLES["unigenbench"])]
         layout.add(files.one_line(row[column]), paths)
     return layout
 
@@ -158,19 +161,37 @@ def _hpsv2(spec):
 PLANS = {"geneval": _geneval, "vbench": _vbench, "unigenbench": _unigenbench, "hpsv2": _hpsv2}
 
 
-def _rows(spec, *columns):
-    """The rows [{column: value}] of a published set, or of a file; raises InputError."""
+def _rows(spec, **columns):
+    """The rows [{column: value}] of a published set, or of a file; columns: those that are needed, with a function that
+    says whether a value will do. Raises InputError."""
     path = sets.path_of(spec) if spec in sets.PUBLISHED else Path(spec)
     try:
-        rows = files.ROWS[path.suffix.lower()](path, columns[0])
+        rows = files.ROWS[path.suffix.lower()](path, next(iter(columns)))
     except (OSError, KeyError, ValueError, RecursionError) as error:  # csv's own errors do not come of readable text
         raise InputError(f"prompts: {spec} is no file of the benchmark that can be read ({text(error)})") from None
     for number, row in enumerate(rows, 1):
         if missing := [name for name in columns if not isinstance(row, dict) or name not in row]:
             raise InputError(f"prompts: row {number} of {spec} has no {missing[0]!r}: it is not the benchmark's file")
+        if wrong := [name for name, will_do in columns.items() if not will_do(row[name])]:
+            raise InputError(
+                f"prompts: row {number} of {spec} has {str(row[wrong[0]])[:40]!r} as {wrong[0]!r}: it is not the "
+                "benchmark's file"
+            )
     if not rows:
         raise InputError(f"prompts: {spec} has no prompt in it")
     return rows
+
+
+def _words(value):
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _list_of_words(value):
+    return isinstance(value, list) and all(map(_words, value))
+
+
+def _number(value):
+    return str(value).isdecimal()
 
 
 def write(path, sample, fps):

@@ -186,6 +186,32 @@ def test_what_is_no_layout_is_one_line(words, write, official):
         write(words[0], *(word.format(**official) for word in words[1:]))
 
 
+ROWS = [  # a layout, a row of its file that is none, and what is said of it
+    ("geneval", {"prompt": 5, "tag": "a"}, "row 2 of .* has '5' as 'prompt': it is not the benchmark's file"),
+    ("geneval", {"prompt": " ", "tag": "a"}, "has ' ' as 'prompt'"),
+    ("vbench", {"prompt_en": None, "dimension": []}, "has 'None' as 'prompt_en'"),
+    ("vbench", {"prompt_en": "a", "dimension": "temporal_flickering"}, "has 'temporal_flickering' as 'dimension'"),
+    ("unigenbench", {"index": "x", "prompt_en": "a"}, "has 'x' as 'index'"),
+    ("unigenbench", {"index": "1"}, "has 'None' as 'prompt_en'"),
+    ("unigenbench", {"index": "00", "prompt_en": "a"}, "has an index twice"),
+]
+
+
+@pytest.mark.parametrize("name, row, said", ROWS)
+def test_a_row_that_is_none_of_the_benchmarks_is_one_line(name, row, said, tmp_path):
+    first = {"geneval": GENEVAL, "vbench": VBENCH, "unigenbench": [{"index": "0", "prompt_en": "b"}]}[name][0]
+    path = tmp_path / f"{name}{'.csv' if name == 'unigenbench' else '.json'}"
+    lines = [",".join(values) for values in (first, first.values(), row.values())] if path.suffix == ".csv" else ()
+    path.write_text("\n".join(lines) if lines else json.dumps([first, row]))
+    with pytest.raises(InputError, match=said):
+        layouts.plan(name, str(path))
+
+
+def test_a_tab_in_a_prompt_makes_no_image_of_what_stands_before_it(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps([{"prompt": "a\tcow", "tag": "a"}]))
+    assert layouts.plan("geneval", str(tmp_path / "a.json")).prompts == ["a cow"]
+
+
 def test_a_prompt_that_no_file_can_be_called_is_one_line(tmp_path):
     for prompt in ("this and/or that", "x" * 300):
         (tmp_path / "vbench.json").write_text(json.dumps([{"prompt_en": prompt, "dimension": []}]))
