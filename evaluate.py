@@ -16,6 +16,7 @@ Shapes: S samples of each of P prompts, each from noise of its own; a part, the 
 import dataclasses
 import json
 import signal
+import sys
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -97,9 +98,9 @@ def defaults(words):
     """What a flag is that the command line does not have: the first run's setting, or that of --model."""
     if words and not words[0].startswith("-"):
         run = trained.find(words[0])
-        own, asked = run.settings(), [flag for flag in ("--reward", "--layout") if arguments.given(words, flag)]
-        if not asked and rewards.own.MARK in str(run.config.get("reward")):
-            raise InputError(f"--reward is missing: {words[0]} has one of your own, and no folder alone makes code run")
+        own = run.settings()
+        if [*own.reward] != run.config.get("reward"):  # code in a file, which a run's folder alone does not make run
+            own.reward = ()
     else:
         own = arguments.defaults(arguments.Args, *arguments.given(words, "--model"))
     names = {field.name for field in dataclasses.fields(Args)} & {field.name for field in dataclasses.fields(own)}
@@ -111,6 +112,8 @@ def defaults(words):
 def check(args, run, runs):
     """Raises InputError for what flags, runs and launch cannot mean together."""
     arguments.check_bounds(args)
+    if runs and sys.argv[1].startswith("-"):
+        raise InputError(f"name runs before flags, which have the first one's settings: evaluate.py {args.runs[0]} ...")
     if run.sharding:
         raise InputError("evaluate.py does not shard the model; launch it with configs/ddp.yaml: it reads sharded runs")
     if runs and runs[0].config["model"] != args.model:
@@ -119,6 +122,8 @@ def check(args, run, runs):
         )
     if not args.prompts and not args.layout:
         raise InputError("--prompts is missing: the run has no --eval-prompts; give a file or the name of a set")
+    if not args.reward and not args.layout:
+        raise InputError("--reward is missing: the run's own is code in a file, or it has none; name it, or others")
     if args.layout and args.samples > 1:
         raise InputError(f"--samples {args.samples}: --layout {args.layout} says how many there are of each prompt")
     if args.layout and models.family_of(args.model).video != (args.layout == "vbench"):
@@ -155,17 +160,17 @@ def evaluate(args):
     left = sum(len(parts[n]) for numbers in todo.values() for n in numbers)
     total = len(found) * len(samples)
     bar = tqdm(total=total, initial=total - left, disable=not run.is_main, dynamic_ncols=True, unit="sample")
-    for name in sorted(found, key=lambda name: trains_all(found[name])):
-        if found[name] and todo[name]:
-            trained.load(run, model, found[name])
-        for start in range(0, len(todo[name]), run.world):
-            turn = todo[name][start : start + run.world]  # a part for each process
-            mine = [exam.score(name, parts[n]) for n in turn[run.index :][:1]]
-            scored = [part for of_process in run.together(mine) for part in of_process]
-            exam.check(scored, torch.cat([parts[n] for n in turn]))
-            folder.together(run, folder.add, name, {n: given for n, (given, _) in zip(turn, scored)})
-            bar.update(sum(len(parts[n]) for n in turn))
-    bar.close()
+    with bar:  # an error's line is not written behind it
+        for name in sorted(found, key=lambda name: trains_all(found[name])):
+            if found[name] and todo[name]:
+                trained.load(run, model, found[name])
+            for start in range(0, len(todo[name]), run.world):
+                turn = todo[name][start : start + run.world]  # a part for each process
+                mine = [exam.score(name, parts[n]) for n in turn[run.index :][:1]]
+                scored = [part for of_process in run.together(mine) for part in of_process]
+                exam.check(scored, torch.cat([parts[n] for n in turn]))
+                folder.together(run, folder.add, name, {n: given for n, (given, _) in zip(turn, scored)})
+                bar.update(sum(len(parts[n]) for n in turn))
 
     # --- Table ---
     if layout:

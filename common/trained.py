@@ -34,7 +34,7 @@ def find(spec, averaged=False):
     """RUN, RUN/checkpoints/step_NNNNNN, RUN/export or RUN/export_ema -> Trained; of a RUN it is the newest checkpoint,
     or else the export. Raises InputError."""
     path = Path(os.path.abspath(spec))
-    if path.parent.name == "checkpoints":
+    if path.parent.name == "checkpoints" and not (path / "config.json").exists():  # a run may lie in such a folder
         run, folder = path.parent.parent, path
     elif path.name in EXPORTS and not (path / "config.json").exists():
         run, folder = path.parent, path

@@ -131,6 +131,13 @@ def test_exports_and_sharded_checkpoints_are_the_same_weights(runs, look, tmp_pa
     assert means[1] == means[2] == means[3] and means[4] == pytest.approx(means[5], abs=1e-6)
 
 
+def test_a_run_may_lie_in_a_folder_called_checkpoints(runs, look, tmp_path):
+    folder = shutil.copytree(runs.lora, tmp_path / "checkpoints/a run")
+    found, _ = look(folder, folder / "checkpoints/step_000002")
+    means = {name: row["verifier"]["mean"] for name, row in found["rewards"].items()}
+    assert means["a run"] == means["a run-step_000002"] == exam_rewards(runs.lora)[-1]
+
+
 def share_out(folder):
     """Rewrites a checkpoint as two processes leave one whose transformer is sharded."""
     state = torch.load(folder / "transformer.pt", weights_only=True)
@@ -317,7 +324,7 @@ def test_samples_without_a_score_are_counted_and_left_out(runs, look, tmp_path):
 # --- Bad input ---
 
 
-def test_a_reward_that_fails_in_the_middle_is_one_line(runs, look, monkeypatch):
+def test_a_reward_that_fails_in_the_middle_is_one_line(runs, look, monkeypatch, capsys):
     calls, honest = [], smooth._Colour.score
 
     def broken(self, media, prompts):
@@ -325,8 +332,9 @@ def test_a_reward_that_fails_in_the_middle_is_one_line(runs, look, monkeypatch):
         return honest(self, media, prompts) + (torch.inf if len(calls) > 1 else 0)
 
     monkeypatch.setattr(smooth._Colour, "score", broken)
-    with pytest.raises(RunError, match="reward red is inf for the prompt"):
+    with pytest.raises(RunError, match="reward red is inf for the prompt") as raised:  # it holds the progress bar
         look(runs.lora, "--reward", "red")
+    assert capsys.readouterr().err.endswith("\n"), f"no line for {raised.value}"
 
 
 @pytest.mark.parametrize("what", ["shown", "scores", "results"])
@@ -361,8 +369,8 @@ def wrong(runs, tmp_path_factory):
     config = json.loads((place / "other/config.json").read_text())
     (place / "other/config.json").write_text(json.dumps({**config, "model": "tiny-sd"}))
     (place / "other/export").mkdir()
-    (place / "own/export").mkdir(parents=True)
-    (place / "own/config.json").write_text(json.dumps({**config, "reward": ["ocr.py:Letters=2"]}))
+    shutil.copytree(runs.lora, place / "code")
+    (place / "code/config.json").write_text(json.dumps({**config, "reward": ["mine.py:Reward"]}))
     return place
 
 
@@ -377,8 +385,10 @@ WRONG = {
     "{lora}/export_ema": "there is no such folder",
     "{lora} --averaged": "trained without --ema",
     "{lora} {wrong}/other": "was trained from tiny-sd, .* compare runs of one base model",
-    "{wrong}/own": "--reward is missing: .*/own has one of your own, and no folder alone makes code run",
     "{lora} --model tiny-sd": "name runs before flags",
+    "--samples 2 {lora}": "name runs before flags, which have the first one's settings",
+    "{wrong}/code": "--reward is missing: the run's own is code in a file",
+    "{wrong}/broken/checkpoints": "is no run's folder",
     "{lora} --reward nonsense": "there is no 'nonsense'",
     "{lora} --prompts {wrong}/none.txt": "cannot read",
     "{lora} --sampling-steps 1": "must be from 2",
