@@ -27,7 +27,9 @@ class Trained:
 
     def identity(self):
         """What tells them from others that may come to lie in the same place."""
-        return {"folder": os.path.abspath(self.folder), "run": self.config.get("run", ""), "averaged": self.averaged}
+        written = max((path.stat().st_mtime_ns for path in self.folder.rglob("*") if path.is_file()), default=0)
+        about = {"folder": os.path.abspath(self.folder), "run": self.config.get("run", ""), "written": written}
+        return {**about, "averaged": self.averaged}
 
 
 def find(spec, averaged=False):

@@ -22,6 +22,7 @@ import json
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated
 
 import imageio.v3 as imageio
 import numpy as np
@@ -47,11 +48,11 @@ class Args:
     """Prompts to sample, as for training; without: the model's own."""
     real: str = ""
     """Instead of samples: a text file with lines FILE <tab> CAPTION of pictures or clips, counted from its folder."""
-    number: int = 2000
+    number: Annotated[int, arguments.From(0, 1e9)] = 2000
     """How many of them, chosen by the seed; 0: all."""
-    samples: int = 1
+    samples: Annotated[int, arguments.From(1, 1000)] = 1
     """Samples of each prompt, whose scores are averaged."""
-    clusters: tuple[int, ...] = (10, 15, 20)
+    clusters: Annotated[tuple[int, ...], arguments.From(2, 1e6)] = (10, 15, 20)
     """Numbers of clusters to try; the tables show the last."""
     reward_path: tuple[str, ...] = ()
     """Weights of rewards that do not come from the hub: NAME=FILE."""
@@ -59,7 +60,7 @@ class Args:
     """OpenAI-compatible server of the judge; none: it is loaded here."""
     judge_model: str = "Qwen/Qwen2.5-VL-7B-Instruct"
     """The judge."""
-    seed: int = 0
+    seed: Annotated[int, arguments.From(0, 2**31)] = 0
     """Chooses prompts, starts k-means, deals out."""
     output: str = "runs/bias"
     """Folder for bias.png, bias.json and bias.csv."""
@@ -191,6 +192,9 @@ def medium(path):
 
 
 def main(args):
+    arguments.check_bounds(args)
+    if not args.clusters:
+        raise InputError("--clusters: name at least one number of clusters")
     base = arguments.defaults(arguments.Args, run_of(args.model).get("model", args.model))
     if args.real:
         prompts = files.read(args.real)
@@ -285,7 +289,8 @@ def draw(path, rows, kinds, names):
         right.bar(at, means / abs(np.nanmean(means)), 0.8 / len(names), color=f"C{i % 10}")
     left.set(xlabel="clusters", ylabel="coefficient of variation, %", title="dotted: 95% of chance stay below", ylim=0)
     left.legend()
-    right.set(xlabel="cluster", ylabel="mean score / mean over the clusters", xticks=range(len(kinds)))
+    right.set(xlabel="cluster", ylabel="mean score / |mean over the clusters|", xticks=range(len(kinds)))
+    left.set_xticks([row["clusters"] for row in rows if row["reward"] == names[0]])
     for axis in (left, right):
         axis.grid(alpha=0.3)
     figure.tight_layout()

@@ -69,15 +69,15 @@ class Setting:
     def ends(self, name):
         """The held-out reward NAME of the first and the last exam, or else the training reward's, each as (mean over
         runs, lowest, highest); None where there is neither. And which of the two it is."""
-        held_out, training = (
-            [list(series.values()) for series in self.known(metric)] for metric in (f"eval_{name}", f"{name}_mean")
-        )
-        if held_out and min(map(len, held_out)) > 1:
-            return *(_summary([values[i] for values in held_out]) for i in (0, -1)), "held-out"
-        if not training:
+        held_out = list(self.series(f"eval_{name}").values())
+        if len(held_out) > 1:
+            return held_out[0], held_out[-1], "held-out"
+        training = self.known(f"{name}_mean")
+        steps = sorted(set(training[0]).intersection(*training[1:])) if training else ()
+        if not steps:
             return None, None, None
-        parts = ([values[:LAST] for values in training], [values[-LAST:] for values in training])
-        return *(_summary([sum(part) / len(part) for part in several]) for several in parts), "training"
+        parts = (steps[:LAST], steps[-LAST:])
+        return *(_summary([sum(map(one.get, part)) / len(part) for one in training]) for part in parts), "training"
 
 
 def _summary(values):
@@ -192,7 +192,7 @@ def cell(row):
 def main(args):
     if not args.runs:
         raise InputError("name at least one run: python -m lab.compare RUN [RUN ...]")
-    groups = settings([read(folder) for folder in dict.fromkeys(args.runs)])
+    groups = settings([read(folder) for folder in dict.fromkeys(Path(run).resolve() for run in args.runs)])
     shown, folder = measured(groups), Path(args.output)
     rows = table(groups, shown)
     folder.mkdir(parents=True, exist_ok=True)

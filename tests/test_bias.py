@@ -129,7 +129,10 @@ def test_a_runs_own_weights_draw_the_samples(train, tmp_path):
     "settings, said",
     [
         (dict(clusters=(500,)), "--clusters 500: from 2 to"),
-        (dict(clusters=(1,)), "--clusters 1: from 2 to"),
+        (dict(clusters=(1,)), "--clusters 1: must be from 2"),
+        (dict(clusters=()), "--clusters: name at least one"),
+        (dict(samples=0), "--samples 0: must be from 1"),
+        (dict(seed=-1), "--seed -1: must be from 0"),
         (dict(real="words.txt"), "'a red circle' has no file; write lines FILE <tab> CAPTION"),
         (dict(real="lost.txt"), "lost.png is no picture or clip that can be read"),
         (dict(reward=("verifyer",)), "did you mean verifier"),

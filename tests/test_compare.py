@@ -86,6 +86,13 @@ def test_a_step_counts_where_all_runs_have_it(made):
     assert series[4] == pytest.approx(((a + b) / 2, min(a, b), max(a, b)))
 
 
+def test_of_seeds_of_different_length_the_ends_are_of_steps_that_both_have(made, tmp_path):
+    (one, first), (two, second) = made("one", steps=9), made("two", seed=1, steps=6)
+    (row, *_) = compared(tmp_path, one, two, f"{one}/../one")  # one that is named twice is one
+    at = [rows[4]["eval_reward"] for rows in (first, second)]  # exams of steps 0, 4 and 8, and of 0 and 4
+    assert row["runs"] == 2 and (row["lowest"], row["highest"]) == pytest.approx((min(at), max(at)))
+
+
 def test_without_exams_the_ends_are_means_of_five_steps(made, tmp_path, capsys):
     folder, rows = made("run", exams=False, reward=("verifier",), watch=(), lost=[0])
     (row,) = compared(tmp_path, folder)

@@ -3,6 +3,7 @@
 import csv
 import errno
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -415,6 +416,15 @@ def test_a_folder_of_another_evaluation_is_left_alone(runs, look, tmp_path):
     with pytest.raises(InputError, match="has scores of other weights called lora: choose another folder"):
         look(again)
     assert before == {path: path.read_bytes() for path in place.rglob("*.json*")}
+
+
+def test_an_export_that_was_written_again_is_scored_anew(runs, look, tmp_path):
+    run = shutil.copytree(runs.lora, tmp_path / "lora")
+    look(run / "export", "--sampling-steps", "2")
+    for path in (run / "export").rglob("*.safetensors"):
+        os.utime(path)
+    with pytest.raises(InputError, match="has scores of other weights called lora-export: choose another folder"):
+        look(run / "export", "--sampling-steps", "2")
 
 
 def test_without_a_run_the_base_is_looked_at_and_the_folder_follows_from_the_settings(runs, monkeypatch, tmp_path):

@@ -109,6 +109,7 @@ BROKEN = {  # what the file holds, what the line has to say
         "R() fails (OSError: no key)",
     ),
     "no score": (body(score=""), "it has no score(media, prompts)"),
+    "a check that breaks": (body(check="lambda self, prompts: prompts.no"), "'list' object has no attribute 'no'"),
     "no video": (body(video=""), "video must be True"),
     "video a word": (body(video="'yes'"), "video must be True"),
     "no scale": (body(scale=""), "scale must be a number above 0"),

@@ -116,8 +116,8 @@ def load(specs, prompts, reward_path=(), reward_batch=16, reward_frames="all", f
         check_fields(name, scorer, prompts)
         try:
             getattr(scorer, "check", lambda _: None)([caption_of(prompt) for prompt in prompts])
-        except ValueError as error:
-            raise InputError(f"reward {name}: {error}") from None
+        except Exception as error:  # of code of one's own, whatever
+            raise InputError(f"reward {name}: {errors.text(error)}") from None
     for name, scorer in scorers.items():  # gigabytes, so after everything that can be wrong without them
         scorer.frames, scorer.fps, scorer.judge = reward_frames, fps, judge
         if hasattr(scorer, "load"):
