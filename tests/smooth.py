@@ -43,6 +43,6 @@ class Picky(_Colour):
 COLOURS = ("red", "green", "blue")
 for number, name in enumerate(COLOURS):
     globals()[name] = type(name, (_Colour,), {"channel": number})
-    rewards.REWARDS[name] = (__name__, name)
-rewards.REWARDS["change"] = (__name__, "Change")
-rewards.REWARDS["picky"] = (__name__, "Picky")
+    rewards.REWARDS.setdefault(name, (__name__, name))  # not again, where a run loads this as a file of one's own
+rewards.REWARDS.setdefault("change", (__name__, "Change"))
+rewards.REWARDS.setdefault("picky", (__name__, "Picky"))

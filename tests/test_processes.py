@@ -208,7 +208,7 @@ def test_every_process_gets_as_many_micro_batches_and_can_tell_which_is_the_last
     kept = torch.zeros(4, 6, dtype=torch.bool)
     kept[0, [0, 2, 3, 5]] = kept[1, 1] = True
     for process in range(3):
-        run = SimpleNamespace(world=3, accelerator=SimpleNamespace(process_index=process), batch=2)
+        run = SimpleNamespace(world=3, index=process, batch=2)
         batches = Runtime.micro_batches(run, kept)
         assert [len(rows) for rows in batches] == [2, 2, 2]
         assert sum(rows is batches[-1] for rows in batches) == 1
