@@ -50,6 +50,7 @@ def small(tmp_path):
     )  # fmt: skip
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("lora_rank, kl_coef", [pytest.param(0, 0.0, marks=pytest.mark.slow), (2, 0.1)])
 def test_rollout_and_update_run_the_same_graphs_and_nothing_else_changes(
     graphs, bf16, small, lora_rank, kl_coef, train

@@ -135,6 +135,7 @@ def test_a_signal_in_a_rollout_does_not_wait_for_its_end(train, monkeypatch, cap
     assert all(torch.equal(value, weights(folder, 3)[name]) for name, value in weights(whole, 3).items())
 
 
+@pytest.mark.long
 def test_a_signal_in_an_exam_does_not_wait_for_its_end(train, monkeypatch, capfd, raising):
     """In that of the initial weights, for a prior, when those of a LoRA are off: what is saved are the trained ones."""
     settings = dict(script=bpgo, steps=3, save_every=0, learning_rate=1e-3, micro_batch=4, reward_batch=4, prior="sft")
@@ -385,6 +386,7 @@ def test_weights_that_are_no_numbers_are_named_and_never_saved(train, monkeypatc
     assert len(train(steps=2, save_every=0, resume="latest")[1]) == 2
 
 
+@pytest.mark.long
 def test_a_gradient_that_is_no_number_costs_its_own_step(train, monkeypatch, capsys):
     """The finished steps are saved without a word of the broken one, though the prior has seen its rewards."""
     settings = dict(script=bpgo, steps=2, save_every=0, updates_per_step=2, learning_rate=1e-3)

@@ -39,6 +39,7 @@ def test_scores_are_those_of_all_samples_at_once_in_their_order(size, away):
     assert [*found] == [*scorers] and all(torch.equal(found[name], expected[name]) for name in scorers)
 
 
+@pytest.mark.long
 def test_a_server_judges_while_the_next_samples_are_drawn(train, serve, monkeypatch):  # noqa: F811
     """The first answer of each step waits for the second rollout, which no run that scores afterwards begins."""
     honest, begun, waited = sde.rollout, threading.Semaphore(0), []

@@ -271,6 +271,7 @@ def command(folder, *extra):
     return [sys.executable, str(ROOT / "grpo_base.py"), *small.split(), "--output", str(folder), *extra]
 
 
+@pytest.mark.long
 def test_samples_that_cannot_be_dealt_evenly_are_one_clear_line(tmp_path):
     done = launch(2, *command(tmp_path / "odd", "--prompts-per-step", "1", "--group-size", "3")[1:])
     assert done.returncode != 0
