@@ -111,53 +111,41 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(train, monkeypat
         assert (folder / "export").exists()
 
 
-@pytest.mark.long
-def test_a_signal_in_a_rollout_does_not_wait_for_its_end(train, monkeypatch, capfd, raising):
-    """The rows under way are finished, and the step is begun anew: with BPGO, whose prior moves in every step."""
-    settings = dict(script=bpgo, steps=3, save_every=0, learning_rate=1e-3, micro_batch=2)
+def assert_stops_in(room, name, number, train, monkeypatch, capfd, **settings):
+    """A SIGTERM in the call with this number of a function, in the second of three steps, ends the run there, and it
+    goes on to the same numbers and weights."""
+    settings |= dict(script=bpgo, steps=3, save_every=0, learning_rate=1e-3)
     whole, rows = train(output="whole", **settings)
-    honest, calls = sde.rollout, []
+    honest, calls = getattr(room, name), []
 
-    def rollout(*words):
+    def interrupted(*words):
         calls.append(words)
-        if len(calls) == 6:  # of four a step
+        if len(calls) == number:
             os.kill(os.getpid(), signal.SIGTERM)
         return honest(*words)
 
-    monkeypatch.setattr(sde, "rollout", rollout)
+    monkeypatch.setattr(room, name, interrupted)
     with pytest.raises(SystemExit) as ended:
         errors.run(lambda _: train(**settings), None)
-    assert ended.value.code == 128 + signal.SIGTERM and len(calls) == 6
+    assert ended.value.code == 128 + signal.SIGTERM and len(calls) == number
     assert "stopped: SIGTERM: stopped after 1 steps\n" in capfd.readouterr().err
     monkeypatch.undo()
     folder, again = train(resume="latest", **settings)
     assert again == rows
     assert all(torch.equal(value, weights(folder, 3)[name]) for name, value in weights(whole, 3).items())
+
+
+@pytest.mark.long
+def test_a_signal_in_a_rollout_does_not_wait_for_its_end(train, monkeypatch, capfd, raising):
+    """The rows under way are finished, and the step is begun anew: with BPGO, whose prior moves in every step."""
+    assert_stops_in(sde, "rollout", 6, train, monkeypatch, capfd, micro_batch=2)  # of four a step
 
 
 @pytest.mark.long
 def test_a_signal_in_an_exam_does_not_wait_for_its_end(train, monkeypatch, capfd, raising):
     """In that of the initial weights, for a prior, when those of a LoRA are off: what is saved are the trained ones."""
-    settings = dict(script=bpgo, steps=3, save_every=0, learning_rate=1e-3, micro_batch=4, reward_batch=4, prior="sft")
-    settings["lora_rank"] = 2
-    whole, rows = train(output="whole", **settings)
-    honest, calls = heldout.sample, []
-
-    def sample(*words):
-        calls.append(words)
-        if len(calls) == 3:  # of two a step
-            os.kill(os.getpid(), signal.SIGTERM)
-        return honest(*words)
-
-    monkeypatch.setattr(heldout, "sample", sample)
-    with pytest.raises(SystemExit) as ended:
-        errors.run(lambda _: train(**settings), None)
-    assert ended.value.code == 128 + signal.SIGTERM and len(calls) == 3
-    assert "stopped: SIGTERM: stopped after 1 steps\n" in capfd.readouterr().err
-    monkeypatch.undo()
-    folder, again = train(resume="latest", **settings)
-    assert again == rows
-    assert all(torch.equal(value, weights(folder, 3)[name]) for name, value in weights(whole, 3).items())
+    small = dict(micro_batch=4, reward_batch=4, prior="sft", lora_rank=2)
+    assert_stops_in(heldout, "sample", 3, train, monkeypatch, capfd, **small)  # of two a step
 
 
 @pytest.mark.long
