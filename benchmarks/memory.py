@@ -1,4 +1,4 @@
-"""GPU memory that each model takes, counted without a GPU; writes README's table.
+"""GPU memory that each model takes, counted without a GPU; writes docs/train.md's table.
 
     python -m benchmarks.memory
 
@@ -26,7 +26,7 @@ from common.models.hunyuan import HunyuanVideo
 from common.models.sd import StableDiffusion
 from common.models.wan import Wan, WanImageToVideo
 
-README = Path(__file__).resolve().parents[1] / "README.md"
+PAGE = Path(__file__).resolve().parents[1] / "docs/train.md"
 ROOM = preflight.ROOM * 79  # GiB of an 80 GB GPU that this may take
 RANK = 64
 WAN = dict(num_attention_heads=40, ffn_dim=13824, num_layers=40)
@@ -36,7 +36,7 @@ SMALL_WAN = dict(num_attention_heads=12, ffn_dim=8960, num_layers=30)
 @dataclass
 class Args:
     write: bool = True
-    """Write the table into README.md; it is printed in any case."""
+    """Write the table into docs/train.md; it is printed in any case."""
 
 
 # --- The released sizes ---
@@ -177,7 +177,7 @@ def main(args):
             print(lines[-1], flush=True)
     if args.write:
         part = re.compile(r"(?<=<!-- memory -->\n).*?(?=<!-- /memory -->)", re.S)
-        README.write_text(part.sub(lambda _: "\n".join(lines) + "\n", README.read_text()))
+        PAGE.write_text(part.sub(lambda _: "\n".join(lines) + "\n", PAGE.read_text()))
 
 
 if __name__ == "__main__":

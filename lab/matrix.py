@@ -1,4 +1,4 @@
-"""Is it green on every Python and every kind of processor that README names?
+"""Is it green on every Python and every kind of processor that docs/machines.md names?
 
     python3 lab/matrix.py                                        # every Python, one with every kernel: an hour
     python3 lab/matrix.py --all                                  # every pair of the two

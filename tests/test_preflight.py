@@ -1,4 +1,4 @@
-"""What is refused before the first rollout, and the count of memory behind README's table."""
+"""What is refused before the first rollout, and the count of memory behind docs/train.md's table."""
 
 import contextlib
 import functools
@@ -142,8 +142,8 @@ def test_rewards_are_counted_once_and_a_judge_in_this_process_too():
     assert sum(map(size, counting.reward_modules([scorer, other]))) == 40 + 6
 
 
-def test_the_table_in_the_readme_is_not_stale():
-    assert memory.row("sd1.4", True) in (ROOT / "README.md").read_text()
+def test_the_table_in_the_docs_is_not_stale():
+    assert memory.row("sd1.4", True) in memory.PAGE.read_text()
 
 
 # --- What is chosen before anything is loaded ---
