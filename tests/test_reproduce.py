@@ -5,20 +5,13 @@ The numbers below were read in the papers, not in this code. What stands in none
 
 import re
 import shlex
-import sys
 
+import printed
 import pytest
 import yaml
 from conftest import ROOT
 
-import bpgo
-import grpo_base
-import self_paced
-import slas
-from common import arguments
 from common.prompts import sets
-
-SCRIPTS = {"grpo_base": grpo_base, "bpgo": bpgo, "slas": slas, "self_paced": self_paced}
 
 # 2511.18919, section 4.1 (group sizes, rewards, priors), table 3 (alpha), appendix B.1 (batch, GPUs, steps, prompts)
 T2V = dict(gpus=32, prompts_per_step=32, group_size=8, steps=200, reward=("videoclip-xl",), best_of=0)
@@ -108,10 +101,7 @@ def parsed(command, monkeypatch):
         assert launcher[:3] == ["accelerate", "launch", "--config_file"] and len(launcher) == 4
         config = yaml.safe_load((ROOT / launcher[3]).read_text())
         gpus, sharded = config["num_processes"], config["distributed_type"] == "FSDP"
-    cls = SCRIPTS[script.removesuffix(".py")].Args
-    monkeypatch.setattr(sys, "argv", words[at:])
-    args = arguments.parse(cls, "about")
-    arguments.check(args)
+    args = printed.parsed(words[at:], monkeypatch)
     assert sharded or not args.exchange_often
     assert launcher[0] != "sbatch" or args.output  # slurm.sh resumes, and what has no name yet cannot be resumed
     return script.removesuffix(".py"), args, gpus
