@@ -230,7 +230,7 @@ def main(args):
         metrics["update_seconds"] = clock.lap()
 
         # --- Log ---
-        metrics |= run.summarise(diagnostics)
+        metrics |= loss.summarise(diagnostics, run.gather)
         run.check_ratio(metrics["ratio_error"])
         metrics |= {
             "reward_mean": reward.nanmean(),

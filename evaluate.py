@@ -24,12 +24,12 @@ import torch
 from tqdm import tqdm
 from tyro.conf import Positional, arg
 
-from common import arguments, errors, evaluation, layouts, models, rewards, run_folder, scores, trained
+from common import arguments, errors, evaluation, layouts, models, placing, rewards, run_folder, scores, trained
 from common.arguments import Above, From
 from common.errors import InputError
+from common.processes import Processes
 from common.prompts import fields_of, read_prompts
 from common.rewards.verifier import parse
-from common.runtime import Processes
 
 
 @dataclass
@@ -146,7 +146,7 @@ def evaluate(args):
         args.output, {**settings, "prompts_sha256": evaluation.digest(prompts, map(fields_of, prompts))}, whose
     )
     model = models.load(args.model, run.dtype, prompts, **arguments.of_model(args))
-    run.place(model)
+    placing.place(run, model)
     rewards.try_out(scorers, model, prompts[0])
     sigmas = model.sigmas(args.sampling_steps, args.shift)  # [T+1]
     exam = evaluation.Exam(run, model, scorers, sigmas, prompts, folder, layout, args.shown)

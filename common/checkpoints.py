@@ -5,7 +5,7 @@
     publish     renames it, and removes the oldest checkpoints
     read        all of a checkpoint, by whatever number of processes it was written
 
-of which the first three are the Runtime's `save`.
+of which the first three are what `Saving.save` (saving.py) does.
 """
 
 import json

@@ -20,8 +20,8 @@ import torch
 from common import errors, heldout, layouts, report, rewards, run_folder
 from common.errors import InputError, RunError
 from common.models.family import Family
+from common.processes import Processes
 from common.prompts import caption_of
-from common.runtime import Processes
 
 
 class Folder:

@@ -35,3 +35,28 @@ def diagnostics(ratio, clip_range, weight, loss, update):
         "loss": loss.detach(),
         "rows": counts.sum(),
     }
+
+
+def summarise(diagnostics, gather=lambda local: local):
+    """Lists of `diagnostics`, one for each update, of its micro-batches -> {name: number} over all rows, processes and
+    updates; and of each update N after the first, whose ratio has moved, clip_fraction_N and approx_kl_N.
+
+    gather: [b, ...] of each process -> [B, ...] on all of them. Where no row was trained on, all is 0.
+    """
+    names = ("ratio_error", "clip_fraction", "approx_kl", "loss", "rows")
+    later = {name: n for n in range(2, len(diagnostics) + 1) for name in (f"clip_fraction_{n}", f"approx_kl_{n}")}
+    if not any(diagnostics):
+        return dict.fromkeys([*names[:4], *later], 0.0)
+    number = [len(update) for update in diagnostics]
+    local = torch.stack([torch.stack([part[name] for name in names]) for update in diagnostics for part in update])
+    sums = torch.stack([part.sum(0) for part in (local, *local.split(number))])  # [1 + updates, names]
+    total = gather(sums[None]).sum(0)
+    worst = gather(local[:, :1].amax(0)).max()
+    clipped, kl = total[:, 1:3].div(total[:, 4:].clamp(min=1)).T.tolist()  # of no rows: 0
+    return {
+        "ratio_error": worst.item(),
+        "clip_fraction": clipped[0],
+        "approx_kl": kl[0],
+        "loss": (total[0, 3] / len(diagnostics)).item(),
+        **{name: (clipped if name.startswith("clip") else kl)[n] for name, n in later.items()},
+    }

@@ -14,7 +14,7 @@ import psutil
 import torch
 from accelerate.utils import gather_object
 
-from common import arguments, checkpoints, counting, loading, models, sharding
+from common import arguments, checkpoints, counting, loading, models, placing, sharding
 from common.errors import InputError
 
 SMALL = 2**30  # bytes of a model's files below which nothing has to be chosen, and no activations are counted
@@ -72,7 +72,7 @@ class Plan:
             module.requires_grad_(not lora_rank)
             if lora_rank:
                 with torch.device("meta"):
-                    self.run.adapt(module, args.lora_targets or model.lora_targets, lora_rank)
+                    placing.adapt(self.run, module, args.lora_targets or model.lora_targets, lora_rank)
         return model
 
     def ways(self):

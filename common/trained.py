@@ -5,7 +5,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import arguments, checkpoints, run_folder, sharding
+from common import arguments, checkpoints, placing, run_folder, sharding
 from common.errors import InputError, text
 
 EXPORTS = ("export", "export_ema")
@@ -92,7 +92,7 @@ def load(run, model, trained):
         if missing := [name for name in names if name not in states]:
             raise ValueError(f"it lacks {', '.join(missing)}")
         for module in model.trainable.values() if rank else ():
-            run.adapt(module, trained.config.get("lora_targets") or model.lora_targets, rank)
+            placing.adapt(run, module, trained.config.get("lora_targets") or model.lora_targets, rank)
         modules = {name: module for name, module in model.trainable.items()}
         if trained.averaged:
             return _copy_average(modules.values(), sharding.deal(states["ema"])["shadow_params"], rank)

@@ -19,7 +19,7 @@ import torch
 from accelerate.state import AcceleratorState
 
 import grpo_base
-from common import arguments, runtime
+from common import arguments, processes
 
 ROOT = Path(__file__).resolve().parents[1]
 # tests send these, and their processes inherit what a shell's background job and nohup ignore
@@ -65,7 +65,7 @@ def train(tmp_path, monkeypatch):
 @pytest.fixture
 def bf16(monkeypatch):
     """Inside, the passes are in bfloat16, as on GPUs."""
-    monkeypatch.setitem(runtime.PRECISION, "cpu", ("bf16", torch.bfloat16))
+    monkeypatch.setitem(processes.PRECISION, "cpu", ("bf16", torch.bfloat16))
     AcceleratorState._reset_state(reset_partial_state=False)  # it keeps the precision of the first run
     yield
     AcceleratorState._reset_state(reset_partial_state=False)

@@ -21,7 +21,7 @@ from peft import get_peft_model_state_dict
 from PIL import Image
 
 import grpo_base
-from common import arguments, models, sde
+from common import arguments, models, placing, sde
 from common.errors import InputError
 from common.models.flux import Flux
 from common.models.hunyuan import HunyuanVideo
@@ -161,7 +161,7 @@ def test_in_bf16_loras_do_not_cast_what_autocast_casts_back(bf16, tmp_path):
     for casting in (True, False):
         model = models.load("tiny-flux", torch.bfloat16)
         module, seen = model.pipe.transformer.requires_grad_(False), []
-        run.adapt(module, model.lora_targets, 4)
+        placing.adapt(run, module, model.lora_targets, 4)
         layers = [part for part in module.modules() if hasattr(part, "cast_input_dtype_enabled")]
         assert layers and not any(layer.cast_input_dtype_enabled for layer in layers)
         for layer in layers:

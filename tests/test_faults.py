@@ -20,7 +20,7 @@ import torch
 from conftest import ROOT, metrics, weights
 
 import bpgo
-from common import checkpoints, errors, export, heldout, models, preflight, rewards, runtime, sde
+from common import checkpoints, errors, export, heldout, models, preflight, rewards, saving, sde
 from common.errors import InputError, RunError
 from common.models.flux import Flux
 from common.runtime import Runtime
@@ -150,17 +150,17 @@ def test_a_signal_in_an_exam_does_not_wait_for_its_end(train, monkeypatch, capfd
 
 @pytest.mark.long
 def test_long_steps_are_saved_more_often(train, monkeypatch):
-    monkeypatch.setattr(runtime, "AUTO_STEPS", 3)
+    monkeypatch.setattr(saving, "AUTO_STEPS", 3)
     folder, _ = train(steps=4)
     assert [path.name for path in checkpoints.newest_first(folder)] == ["step_000004", "step_000003"]
-    monkeypatch.setattr(runtime, "AUTO_SECONDS", 0.0)
+    monkeypatch.setattr(saving, "AUTO_SECONDS", 0.0)
     folder, _ = train(steps=4, output="long")
     assert len(checkpoints.newest_first(folder)) == 4
 
 
 def test_long_steps_whose_checkpoints_fill_the_disk_are_warned_of(train, monkeypatch, capsys):
     """Before the run it was not known that so many would come."""
-    monkeypatch.setattr(runtime, "AUTO_SECONDS", 0.0)
+    monkeypatch.setattr(saving, "AUTO_SECONDS", 0.0)
     train(steps=3)
     assert "warning" not in capsys.readouterr().out
     real = checkpoints.publish

@@ -7,7 +7,8 @@ import torch
 from diffusers import FluxPipeline
 
 from benchmarks import full_size
-from common import models, runtime
+from common import models, update
+from common.runtime import Runtime
 
 
 def said(capfd):
@@ -21,9 +22,9 @@ def test_every_phase_ends_with_a_line_and_the_pipeline_never_touches_the_disk(bf
     monkeypatch.setattr(full_size, "flux", pipelines.flux)
     monkeypatch.setattr(full_size, "outline", lambda *args, **settings: None)
     monkeypatch.setattr(FluxPipeline, "save_pretrained", None)
-    before = runtime.Runtime.prepare, models.load
+    before = Runtime.prepare, models.load
     full_size.main(full_size.Args(rows=2, steps=2, sampling_steps=4, lora_rank=2, write=False))
-    assert (runtime.Runtime.prepare, models.load) == before
+    assert (Runtime.prepare, models.load) == before
     rows = said(capfd)
     steps = ["rollout", "reward", "update"]
     assert [row["phase"] for row in rows] == ["built", "matmul", "floor", *steps, *steps, "total"]
@@ -34,7 +35,7 @@ def test_every_phase_ends_with_a_line_and_the_pipeline_never_touches_the_disk(bf
 
 
 def test_a_ratio_that_is_off_is_a_result(monkeypatch, capfd):
-    monkeypatch.setattr(runtime, "RATIO_LIMIT", {"no": -1.0})
+    monkeypatch.setattr(update, "RATIO_LIMIT", {"no": -1.0})
     full_size.main(full_size.Args("tiny-flux", steps=1, sampling_steps=3, lora_rank=2, write=False))
     last = said(capfd)[-1]
     assert last["phase"] == "stopped" and "ratio is off by" in last["why"]

@@ -7,7 +7,6 @@ import os
 import re
 import sys
 from dataclasses import replace
-from functools import partial
 from types import SimpleNamespace
 
 import psutil
@@ -23,7 +22,6 @@ import grpo_base
 from benchmarks import memory
 from common import arguments, counting, fisher, models, preflight, sharding
 from common.errors import InputError
-from common.runtime import Runtime
 
 GIB = 2**30
 
@@ -158,7 +156,7 @@ def plan_of(monkeypatch, available, **settings):
     )
     run = SimpleNamespace(
         args=args, world=1, shards=1, sharding=None, dtype=torch.float32, device=torch.device("cpu"),
-        batch=args.micro_batch, adapt=partial(Runtime.adapt, SimpleNamespace(args=args)), print=print,
+        batch=args.micro_batch, precision="no", print=print,
     )  # fmt: skip
     return preflight.Plan(run, [])
 

@@ -25,7 +25,9 @@ import grpo_base
 import self_paced
 import slas
 from common import arguments, checkpoints, errors, models, sharding
-from common.runtime import LOST, Runtime, batch_size, processes
+from common.processes import processes
+from common.runtime import Runtime, batch_size
+from common.signals import LOST
 
 SMALL = dict(
     prompts_per_step=3, group_size=4, sampling_steps=4, micro_batch=6, minibatches=1, steps=4, save_every=2,
