@@ -33,7 +33,7 @@ FAMILIES = {
 
 # What the embedded models share: a step that two cores take in seconds.
 _TINY = dict(
-    height=32, width=32, steps=60, prompts_per_step=8, group_size=12, sampling_steps=8, sde="flow", noise_level=0.7,
+    height=32, width=32, steps=40, prompts_per_step=8, group_size=12, sampling_steps=8, sde="flow", noise_level=0.7,
     shift=1.0, timestep_fraction=1.0, same_noise=False, clip_range=1e-3, learning_rate=2e-4, micro_batch=96,
 )  # fmt: skip
 _SHAPES = dict(
@@ -62,12 +62,12 @@ _VIDEO = dict(
 MODELS = {
     # three minibatches gain in 30 steps what one gains in 45 to 60: two scripts, one seed each. tiny-sd: 0.577 against
     # 0.523 after 40 steps (one script, one seed); nothing is gained with tiny-wan (three) and tiny-wan-i2v (two)
-    "tiny-flux": dict(_TINY | dict(steps=40, minibatches=3), **_SHAPES, source=str(ASSETS / "tiny-flux"), guidance=3.5),
+    "tiny-flux": dict(_TINY, **_SHAPES, minibatches=3, source=str(ASSETS / "tiny-flux"), guidance=3.5),
     "tiny-sd": dict(
         # a LoRA: the U-Net's full weights lose more than they learn. Not DDIM's noise: of 8 steps the last noisy one
         # would weigh sixty times as much as any other
-        _TINY | dict(steps=40, minibatches=3), **dict(_SHAPES, learning_rate=3e-3), source=str(ASSETS / "tiny-sd"),
-        guidance=1.0, lora_rank=16,
+        _TINY | dict(learning_rate=3e-3), **_SHAPES, minibatches=3, source=str(ASSETS / "tiny-sd"), guidance=1.0,
+        lora_rank=16,
     ),
     "tiny-wan": dict(_TINY, **_MOTION, source=str(ASSETS / "tiny-wan"), guidance=1.0, shift=3.0),
     "tiny-wan-i2v": {
