@@ -51,6 +51,6 @@ SELF_PACED = {
     ),
     "tiny-flux": _SHAPES,  # the script's own thresholds; these are from --calibrate as well, but for tiny-wan's
     "tiny-sd": dict(_SHAPES, thresholds=(0.963, 0.859)),
-    "tiny-wan": dict(_MOTION, thresholds=(0.5, 0.45)),
+    "tiny-wan": dict(_MOTION, thresholds=(0.875, 0.441)),
     "tiny-wan-i2v": dict(_MOTION, thresholds=(0.922, 0.637)),
 }  # fmt: skip
