@@ -49,7 +49,7 @@ SELF_PACED = {
         _JUDGED, paper=_PACED, thresholds=(0.7, 0.68), height=240, width=416, group_size=16, noise_level=0.5,
         learning_rate=2e-6, prompts_per_step=16,
     ),
-    "tiny-flux": _SHAPES,  # the script's own thresholds; these are from --calibrate as well, but for tiny-wan's
+    "tiny-flux": _SHAPES,  # the script's own thresholds, from --calibrate as those below
     "tiny-sd": dict(_SHAPES, thresholds=(0.963, 0.859)),
     "tiny-wan": dict(_MOTION, thresholds=(0.875, 0.441)),
     "tiny-wan-i2v": dict(_MOTION, thresholds=(0.922, 0.637)),
