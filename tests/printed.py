@@ -38,8 +38,9 @@ def commands(text):
 
 
 def words_of(command):
-    """The words of a command line as a shell has them, without what stands for more of the same."""
-    return [word for word in shlex.split(command, comments=True) if word not in ("...", "...]", "[RUN")]
+    """The words that a command is given by a shell, without what stands for more of the same."""
+    words = [word for word in shlex.split(command, comments=True) if word not in ("...", "...]", "[RUN")]
+    return words[: words.index(">")] if ">" in words else words
 
 
 def parsed(words, monkeypatch):
