@@ -6,6 +6,7 @@ import re
 from dataclasses import asdict
 
 import pytest
+import yaml
 from conftest import ROOT
 from printed import PAGES, anchors, check_command, commands, links, prose
 
@@ -107,6 +108,12 @@ def test_the_lengths_of_files_are_about_those_of_today():
     assert found
     for name, lines in found:
         assert abs(len((ROOT / name).read_text().splitlines()) - int(lines)) <= 15, name
+
+
+def test_the_version_cited_is_the_newest():
+    newest = re.search(r"^## (\S+), (\d+) (\w+) (\d+)$", TEXTS["CHANGELOG.md"], re.M)
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert cited["version"] == newest[1] and f"{cited['date-released']:%-d %B %Y}" == " ".join(newest.groups()[1:])
 
 
 def test_the_readme_stays_short():
