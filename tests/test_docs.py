@@ -7,11 +7,11 @@ from dataclasses import asdict
 
 import pytest
 import yaml
-from conftest import ROOT
+from conftest import ROOT, documented
 from printed import PAGES, anchors, check_command, commands, links, prose
 
 import bpgo
-from common import arguments
+from common import arguments, models, rewards
 from lab import rooms
 
 TEXTS = {str(page.relative_to(ROOT)): page.read_text() for page in PAGES}
@@ -108,6 +108,43 @@ def test_the_lengths_of_files_are_about_those_of_today():
     assert found
     for name, lines in found:
         assert abs(len((ROOT / name).read_text().splitlines()) - int(lines)) <= 15, name
+
+
+def test_the_readme_names_every_model_and_every_reward():
+    table = re.search(r"^\| `--model`.*?(?=^\n)", TEXTS["README.md"], re.M | re.S)[0]
+    named = {name for cell in re.findall(r"^\| (.*?) \|", table, re.M)[1:] for name in re.findall("`(.+?)`", cell)}
+    assert named == set(models.MODELS)
+    listed = re.search(r"^Rewards: .*?(?=\.\s)", TEXTS["README.md"], re.M | re.S)[0]
+    assert set(re.findall("`(.+?)`", listed)) == {name.partition(":")[0] for name in rewards.REWARDS}
+
+
+def test_the_rewards_page_has_every_reward():
+    found = set()
+    for cell in re.findall(r"^\| (`.*?) \|", TEXTS["common/rewards/README.md"], re.M):
+        first, *others = re.findall("`(.+?)`", cell)  # `videoalign`, `videoalign:vq`, `:mq`
+        found |= {first, *(f"{first}{name}" if name[0] == ":" else name for name in others)}
+    assert found >= set(rewards.REWARDS)
+
+
+def test_the_six_metrics_are_the_same_on_both_pages():
+    shown = re.findall(r"^\| `(\w+)` \|", TEXTS["README.md"].partition("Six metrics")[2].partition("\n\n    ")[0], re.M)
+    assert len(shown) == 6 and all(documented().fullmatch(name) for name in shown)
+    assert set(shown) == set(re.findall("`(.+?)`", TEXTS["docs/metrics.md"].partition("Six tell")[2].partition(".")[0]))
+
+
+def test_the_cost_of_a_step_is_the_measured_one():
+    status = " ".join(TEXTS["README.md"].partition("## Status")[2].split())
+    small, large = re.search(r"a step (\S+) times .* on `tiny-flux`, (\S+) times on a 70M FLUX", status).groups()
+    for case, shown in (("tiny-flux", small), ("70M FLUX", large)):
+        row = re.search(rf"^\| {case}, .*$", TEXTS["benchmarks/RESULTS.md"], re.M)[0].split(" | ")
+        assert f"{float(row[3].split()[0]):.2f}" == shown, case
+
+
+def test_the_attacks_add_up():
+    rows = re.findall(r"^\| [\w' ]+ \| (\d+) \| (\d+) \| (\d+) \|$", TEXTS["docs/machines.md"], re.M)
+    numbers = [tuple(map(int, row)) for row in rows]
+    assert all(number == line + end for number, line, end in numbers)
+    assert f"{sum(number for number, _, _ in numbers)} of" in TEXTS["docs/machines.md"]
 
 
 def test_the_version_cited_is_the_newest():
