@@ -29,7 +29,7 @@ from common.arguments import Above, From
 from common.errors import InputError
 from common.processes import Processes
 from common.prompts import fields_of, read_prompts
-from common.rewards.verifier import parse
+from common.rewards.scene import parse
 
 
 @dataclass

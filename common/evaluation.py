@@ -17,11 +17,12 @@ from pathlib import Path
 
 import torch
 
-from common import errors, heldout, layouts, report, rewards, run_folder
+from common import errors, heldout, layouts, report, run_folder
 from common.errors import InputError, RunError
 from common.models.family import Family
 from common.processes import Processes
 from common.prompts import caption_of
+from common.rewards import asking
 
 
 class Folder:
@@ -193,7 +194,7 @@ class Exam:
             values = torch.cat([found[name] for found, _ in scored])[:, None]
             if getattr(scorer, "masks", False):  # here a part may have no score at all
                 values = torch.where(values.isnan(), 0.0, values)
-            rewards.check_finite({name: values}, self.scorers, [self.prompts[p] for p in part[:, 0]])
+            asking.check_finite({name: values}, self.scorers, [self.prompts[p] for p in part[:, 0]])
 
 
 def digest(*things):

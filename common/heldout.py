@@ -8,7 +8,8 @@ import torch
 
 from common import models, sde
 from common.errors import RunError
-from common.rewards import check_finite, score, weighted_sum
+from common.rewards.asking import check_finite, score
+from common.rewards.mixing import weighted_sum
 
 NOISE = 2**31 - 1  # the "step" whose noise the exam starts from; no training step has it
 

@@ -5,13 +5,13 @@ from concurrent.futures import Future
 
 import torch
 
-from common import rewards
+from common.rewards import asking
 
 
 class Scoring:
     """The scores of samples that are added in order, each with its caption; `size` of them are decoded and scored
     together. Scorers with `elsewhere` work in a thread, on one such batch at a time, from the first samples on. Without
-    any all is done by `result`. What is wrong scorers keep, as ever, for rewards.check_finite."""
+    any all is done by `result`. What is wrong scorers keep, as ever, for asking.check_finite."""
 
     def __init__(self, scorers, model, captions, size):
         self.scorers, self.model, self.captions, self.size = scorers, model, captions, size
@@ -38,19 +38,19 @@ class Scoring:
             if not captions or len(self.latents) < self.done + len(captions):
                 break
             x0 = torch.stack(self.latents[self.done : self.done + len(captions)])
-            self.parts.append(rewards.of_samples(self.scorers, self.model, x0, captions, self._ask))
+            self.parts.append(asking.of_samples(self.scorers, self.model, x0, captions, self._ask))
             self.done += len(captions)
 
     def _ask(self, scorers, media, captions):
-        """What rewards.score gives, with a function that waits for it in the place of a score from elsewhere."""
+        """What asking.score gives, with a function that waits for it in the place of a score from elsewhere."""
         later = {}
         if self.away:
             if self.waiting:
                 self.waiting.result()  # one at a time: clips are large
             copy, device = media.cpu(), media.device
-            self.waiting = done = begin(lambda: rewards.score(self.away, copy, captions))
+            self.waiting = done = begin(lambda: asking.score(self.away, copy, captions))
             later = {name: lambda name=name: done.result()[name].to(device) for name in self.away}
-        return {**rewards.score(self.here, media, captions), **later}
+        return {**asking.score(self.here, media, captions), **later}
 
 
 def begin(action):

@@ -25,7 +25,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from common import sde
 from common.models.flux import image_ids
-from common.rewards.verifier import COLOURS, SHAPES, verify
+from common.rewards.scene import COLOURS, SHAPES
+from common.rewards.verifier import verify
 from lab import shapes
 from lab.building import clip_tokenizer, schedule, t5_tokenizer
 

@@ -31,7 +31,7 @@ from common import models
 from common.heldout import sample
 from common.prompts import caption_of, read_prompts
 from common.rewards import motion
-from common.rewards.verifier import COLOURS, SHAPES
+from common.rewards.scene import COLOURS, SHAPES
 from lab import moving
 from lab.building import schedule, t5_tokenizer
 

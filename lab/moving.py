@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from common.rewards.motion import DIRECTIONS, PIXEL, SPEEDS, TASKS, parse
-from common.rewards.verifier import ANY, COLOURS, SHAPES, draw
+from common.rewards.scene import ANY, COLOURS, SHAPES, draw
 
 FRAMES, SIZE = 5, 32
 ATTRIBUTES = {"shape": SHAPES, "colour": tuple(COLOURS), "direction": tuple(DIRECTIONS), "speed": tuple(SPEEDS)}

@@ -16,18 +16,7 @@ from pathlib import Path
 
 import torch
 
-from common.rewards.verifier import (
-    ANY,
-    COLOURS,
-    MAX_WANTED,
-    NUMBERS,
-    PLURALS,
-    RELATIONS,
-    SHAPES,
-    TASKS,
-    draw,
-    parse,
-)
+from common.rewards.scene import ANY, COLOURS, MAX_WANTED, NUMBERS, PLURALS, RELATIONS, SHAPES, TASKS, draw, parse
 
 SIZE = 32
 COLOUR_NAMES = tuple(COLOURS)

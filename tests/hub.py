@@ -14,7 +14,7 @@ from learned import randomised
 
 from benchmarks.memory import FAMILIES
 from common import models, rewards
-from common.rewards import judge
+from common.rewards import judge_local
 from common.rewards.videoclip_xl import TwoEncoders
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -71,7 +71,7 @@ def put_judge(home, tmp, name, captions):
     scorers = rewards.load(
         [stage for stage in stages if "frames" in own or "smooth" not in stage], captions, judge=told
     )
-    answering = judge.local(str(tmp), False, 16, False).model
+    answering = judge_local.local(str(tmp), False, False, 16).model
     heard = []
     answering.lm_head.register_forward_pre_hook(lambda _, given: heard.append(given[0][:, -1].mean(0)))
     for caption in captions:

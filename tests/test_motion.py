@@ -11,7 +11,8 @@ from PIL import Image
 
 from common.rewards import motion
 from common.rewards.motion import DIRECTIONS, SPEEDS, TASKS, follow, judge, parse, verify
-from common.rewards.verifier import ANY, BACKGROUND, COLOURS, SHAPES, draw, read
+from common.rewards.scene import ANY, BACKGROUND, COLOURS, SHAPES, draw
+from common.rewards.verifier import read
 from lab import moving
 from lab.moving import ATTRIBUTES, change_one, corrupt, render, sample_captions, sample_scenes, split_captions, write
 

@@ -23,7 +23,7 @@ from vlm import clips, save_judge
 import self_paced
 from common import arguments, rewards
 from common.errors import InputError, RunError
-from common.rewards import judge
+from common.rewards import judge, judge_local
 from lab import servers
 
 in_this_process = pytest.mark.skipif(
@@ -361,7 +361,7 @@ def test_an_odd_key_is_one_line_that_does_not_show_it(serve, monkeypatch, key):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Its last layer tells nine clips and their prompts apart: the i-th makes it say i."""
-    judge.local.cache_clear()
+    judge_local.local.cache_clear()
     folder = str(save_judge(tmp_path_factory.mktemp("judge")))
     model = AutoModelForImageTextToText.from_pretrained(folder)
     talks = [question("judge:alignment", clip, prompt) for clip, prompt in zip(clips(9), PROMPTS * 3)]
@@ -385,7 +385,7 @@ def test_a_model_in_this_process_says_what_it_finds_likeliest(folder):
 @in_this_process
 def test_expected_scores_of_a_model_in_this_process(folder):
     media, prompts = clips(5), [PROMPTS[i % 4] for i in range(5)]
-    judge.local.cache_clear()
+    judge_local.local.cache_clear()
     try:
         made = scorer(model=folder, expected=True)
         head = made.backend.model.lm_head.weight.data  # a random model seldom answers with a digit, this one often
@@ -401,7 +401,7 @@ def test_expected_scores_of_a_model_in_this_process(folder):
                 assert score == pytest.approx(1 + (p * torch.arange(10)).sum().item(), abs=1e-3)
         assert found.isfinite().sum() > 1 and found[found.isfinite()].std() > 0.1
     finally:
-        judge.local.cache_clear()
+        judge_local.local.cache_clear()
 
 
 def by_hand(folder, talk, model=None, digits="123456789", states=False):
@@ -439,7 +439,7 @@ def letters(text):
 
 
 def test_a_model_that_is_not_there_is_said_before_any_rollout(tmp_path):
-    judge.local.cache_clear()
+    judge_local.local.cache_clear()
     with pytest.raises(InputError, match="--judge-model .* cannot be loaded .*--judge-url"):
         scorer(model=str(tmp_path / "nothing"))
 
@@ -471,7 +471,7 @@ def test_transformers_own_server(folder):
                 assert process.poll() is None and time.time() < deadline, error
                 time.sleep(0.5)
         score = served.score(media, prompts)
-        judge.local.cache_clear()
+        judge_local.local.cache_clear()
         assert torch.equal(score, scorer(model=folder).score(media, prompts)) and score.isfinite().all()
     finally:
         process.kill()

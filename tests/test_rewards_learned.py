@@ -19,6 +19,7 @@ from common import rewards
 from common.errors import InputError
 from common.prompts import read_prompts
 from common.prompts.sets import HPSV2
+from common.rewards import asking
 from common.rewards.clip import HPSv2
 from common.rewards.weights import Source
 from lab import build_tiny_clip
@@ -174,7 +175,7 @@ def test_a_reward_for_clips_on_an_image_model():
     ],
 )
 def test_chosen_frames(which, number, chosen):
-    assert rewards.chosen_frames(which, number) == chosen
+    assert asking.chosen_frames(which, number) == chosen
 
 
 @pytest.mark.parametrize("which", ["first", "middle", "all", 1, 2, 3])
@@ -182,7 +183,7 @@ def test_a_clip_scores_the_mean_of_its_chosen_frames(tmp_path, which):
     path, clips, prompts = f"clip={clip_folder(tmp_path / 'clip')}", photos(15).view(3, 5, 3, 60, 80), PROMPTS[:3]
     ours = rewards.score(rewards.load(["clip"], [], [path], reward_frames=which), clips, prompts)["clip"]
     image = rewards.load(["clip"], [], [path])
-    frames = [rewards.score(image, clips[:, i], prompts)["clip"] for i in rewards.chosen_frames(which, 5)]
+    frames = [rewards.score(image, clips[:, i], prompts)["clip"] for i in asking.chosen_frames(which, 5)]
     torch.testing.assert_close(ours, torch.stack(frames).mean(0), atol=1e-6, rtol=0)
 
 

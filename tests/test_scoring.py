@@ -10,6 +10,7 @@ from conftest import weights
 from test_rewards_judge import colour_score, quick, serve  # noqa: F401, fixtures
 
 from common import checkpoints, errors, models, rewards, sde
+from common.rewards import asking
 from common.scoring import Scoring
 
 SETTINGS = dict(
@@ -30,7 +31,7 @@ def test_scores_are_those_of_all_samples_at_once_in_their_order(size, away):
         ["verifier", "jpeg"], captions := ["a red circle", "two blue squares"] * 5 + ["a green cross"]
     )
     x0 = torch.randn(12, *model.noise_shape, generator=torch.Generator().manual_seed(0))
-    expected = rewards.of_samples(scorers, model, x0[:11], captions)
+    expected = asking.of_samples(scorers, model, x0[:11], captions)
     scorers["verifier"].elsewhere = away
     scoring = Scoring(scorers, model, captions, size)
     for part in x0.split(4):

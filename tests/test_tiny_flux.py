@@ -10,7 +10,7 @@ import torch
 from conftest import ROOT, metrics
 from diffusers import FluxPipeline
 
-from common.rewards.verifier import COLOURS, SHAPES
+from common.rewards.scene import COLOURS, SHAPES
 from lab.build_tiny_flux import exam, what_is_where
 from lab.shapes import Scenes, split_captions
 

@@ -19,6 +19,7 @@ import grpo_base
 from common import arguments, errors, heldout, models, rewards, sde
 from common.models.flux import Flux
 from common.prompts import prompts_of_step, read_prompts
+from common.rewards import asking
 
 SAME_SHAPE = {
     "dance": dict(sde="dance", noise_level=0.3),
@@ -363,7 +364,7 @@ def test_rewards_see_their_own_batches_however_small_the_micro_batch_is(train, t
         sizes.append(len(media))
         return true_score(scorers, media, captions)
 
-    monkeypatch.setattr(rewards, "score", spied)
+    monkeypatch.setattr(asking, "score", spied)
     monkeypatch.setattr(heldout, "score", spied)
     held_out = read_prompts(models.settings("tiny-flux")["eval_prompts"])[:4]
     (tmp_path / "few.txt").write_text("\n".join(held_out))

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from common.rewards import verifier
-from common.rewards.verifier import ANY, BACKGROUND, COLOURS, RELATIONS, SHAPES, TASKS, draw, parse, read, verify
+from common.rewards.scene import ANY, BACKGROUND, COLOURS, RELATIONS, SHAPES, TASKS, draw, parse
+from common.rewards.verifier import read, verify
 from lab import shapes
 from lab.shapes import change_one, corrupt, render, sample_captions, sample_scenes, split_captions, write
 

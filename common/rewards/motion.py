@@ -25,7 +25,8 @@ from dataclasses import dataclass
 
 import torch
 
-from common.rewards.verifier import ANY, COLOURS, SHAPES, read
+from common.rewards.scene import ANY, COLOURS, SHAPES
+from common.rewards.verifier import read
 
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}  # (x, y), y down
 SPEEDS = {"slowly": -1, "quickly": 1}  # the side of BOUNDARY

@@ -34,7 +34,7 @@ def load(source):
 
 
 def flaw(scorer):
-    """What a scorer lacks to be a reward, "" if nothing. What `score` returns, rewards.try_out looks at."""
+    """What a scorer lacks to be a reward, "" if nothing. What `score` returns, asking.try_out looks at."""
     if not callable(getattr(scorer, "score", None)):
         return "it has no score(media, prompts)"
     if not isinstance(getattr(scorer, "video", None), bool):
