@@ -5,13 +5,16 @@ papers build. A pair with `paper` is one of that paper's; the others take what t
 docs/reproduce.md has the commands for the papers' tables, tests/test_reproduce.py the settings as they are printed.
 """
 
-_DANCE, _BPGO, _SLAS, _PACED = "2505.07818", "2511.18919", "2605.10937", "2511.19356"  # arXiv
+_DANCE, _FLOW, _BPGO, _SLAS, _PACED = "2505.07818", "2505.05470", "2511.18919", "2605.10937", "2511.19356"  # arXiv
 
 # DanceGRPO's published code: FLUX on 16 GPUs with one prompt each, Stable Diffusion on 8 with four and two updates,
-# HunyuanVideo on 32 with one, by visual quality alone.
+# HunyuanVideo on 32 with one, by visual quality alone. Flow-GRPO's, for PickScore: 48 prompts, and a weight of .01 of a
+# KL that is -dt times ours, a tenth on average of 10 steps. Its code divides by the standard deviation of all samples,
+# its paper and this script by the group's.
 GRPO = {
     "flux": dict(paper=_DANCE, prompts_per_step=16),
     "sd1.4": dict(paper=_DANCE, prompts_per_step=32, minibatches=2),
+    "sd3.5-medium": dict(paper=_FLOW, prompts_per_step=48, kl_coef=1e-3, reward=("pickscore",)),
     "hunyuan": dict(paper=_DANCE, prompts_per_step=32, steps=200, reward=("videoalign:vq",)),
 }
 
@@ -20,6 +23,7 @@ _T2V = dict(prior="sft", reward=("videoclip-xl",), group_size=8, best_of=0)
 BPGO = {
     "flux": dict(paper=_BPGO, reward=("hpsv2",)),
     "sd1.4": dict(reward=("hpsv2",)),
+    "sd3.5-medium": dict(reward=("hpsv2",)),
     "wan2.1-1.3b": dict(_T2V, paper=_BPGO, prompts_per_step=32, steps=200),
     "wan2.1-14b": _T2V,
     "wan2.2-i2v": dict(_T2V, paper=_BPGO, prior="first-frame"),
@@ -42,6 +46,7 @@ _MOTION = dict(reward=("motion:quality", "motion:smooth", "motion"))
 SELF_PACED = {
     "flux": _JUDGED_IMAGES,
     "sd1.4": _JUDGED_IMAGES,
+    "sd3.5-medium": _JUDGED_IMAGES,
     "wan2.1-1.3b": dict(_JUDGED, paper=_PACED),
     "wan2.1-14b": dict(_JUDGED, paper=_PACED, thresholds=(0.75, 0.73)),
     "wan2.2-i2v": _JUDGED,

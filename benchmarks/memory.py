@@ -24,6 +24,7 @@ from common import arguments, counting, models, preflight
 from common.models.flux import Flux
 from common.models.hunyuan import HunyuanVideo
 from common.models.sd import StableDiffusion
+from common.models.sd3 import StableDiffusion3
 from common.models.wan import Wan, WanImageToVideo
 
 PAGE = Path(__file__).resolve().parents[1] / "docs/train.md"
@@ -31,6 +32,11 @@ ROOM = preflight.ROOM * 79  # GiB of an 80 GB GPU that this may take
 RANK = 64
 WAN = dict(num_attention_heads=40, ffn_dim=13824, num_layers=40)
 SMALL_WAN = dict(num_attention_heads=12, ffn_dim=8960, num_layers=30)
+
+SD3 = dict(
+    num_layers=24, num_attention_heads=24, caption_projection_dim=1536, pos_embed_max_size=384,
+    dual_attention_layers=tuple(range(13)), qk_norm="rms_norm",
+)  # fmt: skip
 
 
 @dataclass
@@ -55,6 +61,11 @@ def umt5():
 def clip():
     config = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
     return transformers.CLIPTextModel(transformers.CLIPTextConfig(**config, projection_dim=768))
+
+
+def clip_with_projection(width, layers, heads):
+    config = dict(hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers, num_attention_heads=heads)
+    return transformers.CLIPTextModelWithProjection(transformers.CLIPTextConfig(**config, projection_dim=width))
 
 
 def llama():
@@ -85,6 +96,11 @@ COMPONENTS = {
     "sd1.4": lambda: dict(
         unet=diffusers.UNet2DConditionModel(sample_size=64, cross_attention_dim=768), text_encoder=clip(), vae=kl_vae()
     ),
+    "sd3.5-medium": lambda: dict(
+        transformer=diffusers.SD3Transformer2DModel(**SD3), text_encoder=clip_with_projection(768, 12, 12),
+        text_encoder_2=clip_with_projection(1280, 32, 20), text_encoder_3=t5(),
+        vae=kl_vae(latent_channels=16, use_quant_conv=False, use_post_quant_conv=False),
+    ),
     "wan2.1-1.3b": lambda: wan(**SMALL_WAN),
     "wan2.1-14b": lambda: wan(**WAN),
     "wan2.2-i2v": lambda: wan(experts=2, channels=36, **WAN),
@@ -96,8 +112,8 @@ COMPONENTS = {
 
 
 FAMILIES = {
-    "flux": Flux, "sd1.4": StableDiffusion, "wan2.1-1.3b": Wan, "wan2.1-14b": Wan, "wan2.2-i2v": WanImageToVideo,
-    "hunyuan": HunyuanVideo,
+    "flux": Flux, "sd1.4": StableDiffusion, "sd3.5-medium": StableDiffusion3, "wan2.1-1.3b": Wan, "wan2.1-14b": Wan,
+    "wan2.2-i2v": WanImageToVideo, "hunyuan": HunyuanVideo,
 }  # fmt: skip
 
 
@@ -145,7 +161,7 @@ class Tokenizer:
     """What the count asks a tokenizer."""
 
     def __init__(self, encoder):
-        self.model_max_length = 77 if isinstance(encoder, transformers.CLIPTextModel) else 512
+        self.model_max_length = 77 if type(encoder).__name__.startswith("CLIP") else 512
 
 
 def row(name, lora):

@@ -112,14 +112,15 @@ class Saving(Processes):
         return step
 
     def _state(self, thing):
-        """What is saved of a thing; of a module the weights that are trained and no others: a LoRA's base stays out."""
+        """What is saved of a thing; of a module the weights that are trained and no others: a LoRA's base stays out,
+        and its buffers too, of Stable Diffusion 3.5 most of a GiB."""
         if isinstance(thing, dict):
             return thing
         if not isinstance(thing, torch.nn.Module):
             return thing.state_dict()
         module = self.accelerator.unwrap_model(thing)
-        frozen = {name for name, weight in module.named_parameters() if not weight.requires_grad}
-        return {name: value for name, value in module.state_dict().items() if name not in frozen}
+        trained = {name for name, weight in module.named_parameters() if weight.requires_grad}
+        return {n: value for n, value in module.state_dict().items() if n in trained or not self.args.lora_rank}
 
     def _load_state(self, thing, state):
         if isinstance(thing, dict):

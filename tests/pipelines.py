@@ -11,6 +11,8 @@ from diffusers import (
     FluxTransformer2DModel,
     HunyuanVideoPipeline,
     HunyuanVideoTransformer3DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     UNet2DConditionModel,
     WanImageToVideoPipeline,
@@ -21,6 +23,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
+    CLIPTextModelWithProjection,
     LlamaConfig,
     LlamaModel,
     PreTrainedTokenizerFast,
@@ -36,10 +39,11 @@ from lab.building import clip_tokenizer, t5_tokenizer
 CORPUS = [caption for task in shapes.captions().values() for caption in task]
 
 
-def clip_text(tokenizer, width, longest):
-    return CLIPTextModel(
+def clip_text(tokenizer, width, longest, cls=CLIPTextModel, **config):
+    return cls(
         CLIPTextConfig(
-            vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=1,
+            vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width,
+            **{"num_hidden_layers": 1, **config},
             num_attention_heads=2, max_position_embeddings=longest, bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
         )
@@ -90,6 +94,34 @@ def sd(blocks=3):
             set_alpha_to_one=False, steps_offset=1,
         ),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+
+
+def sd3():
+    """32x32 -> latents [4, 8, 8] in 16 tokens; the settings of VAE and scheduler are Stable Diffusion 3.5's."""
+    torch.manual_seed(0)
+    tokenizers = [clip_tokenizer(CORPUS, 20), clip_tokenizer(CORPUS, 20), t5_tokenizer(CORPUS, 24)]
+    with_projection = dict(cls=CLIPTextModelWithProjection, num_hidden_layers=2)
+    return StableDiffusion3Pipeline(
+        vae=AutoencoderKL(
+            block_out_channels=(8, 8, 16), down_block_types=("DownEncoderBlock2D",) * 3,
+            up_block_types=("UpDecoderBlock2D",) * 3, latent_channels=4, norm_num_groups=4, sample_size=32,
+            scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False,
+        ),
+        text_encoder=clip_text(tokenizers[0], 8, 20, **with_projection, projection_dim=6), tokenizer=tokenizers[0],
+        text_encoder_2=clip_text(tokenizers[1], 12, 20, **with_projection, projection_dim=10),
+        tokenizer_2=tokenizers[1], tokenizer_3=tokenizers[2],
+        text_encoder_3=T5EncoderModel(
+            T5Config(
+                vocab_size=len(tokenizers[2]), d_model=24, d_kv=8, d_ff=32, num_layers=1, num_heads=2, dropout_rate=0.0
+            )
+        ),
+        transformer=SD3Transformer2DModel(
+            sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=12,
+            num_attention_heads=2, joint_attention_dim=24, caption_projection_dim=24, pooled_projection_dim=16,
+            pos_embed_max_size=8, dual_attention_layers=(0,), qk_norm="rms_norm",
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
     )  # fmt: skip
 
 

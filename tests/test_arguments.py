@@ -23,7 +23,7 @@ NUMBERS = [name for name, default in FIELDS.items() if type(default) in (int, fl
 NAMED = list(models.MODELS)
 SCRIPTS = {"grpo_base": grpo_base, "bpgo": bpgo, "slas": slas, "self_paced": self_paced}
 PAPERS = {  # script: the models that its paper trains
-    "grpo_base": {"flux", "sd1.4", "hunyuan"}, "bpgo": {"flux", "wan2.1-1.3b", "wan2.2-i2v"},
+    "grpo_base": {"flux", "sd1.4", "sd3.5-medium", "hunyuan"}, "bpgo": {"flux", "wan2.1-1.3b", "wan2.2-i2v"},
     "slas": {"flux", "sd1.4"}, "self_paced": {"wan2.1-1.3b", "wan2.1-14b", "hunyuan"},
 }  # fmt: skip
 
@@ -119,7 +119,7 @@ def test_list_models_says_which_pairs_are_a_papers(monkeypatch, capsys, script):
     head, *rows = [line.split() for line in capsys.readouterr().out.split("\n\n")[0].splitlines()]
     assert head[:2] == ["name", "paper"] and len(rows) == len(NAMED)
     assert {name for name, paper, *_ in rows if paper != "-"} == PAPERS[script]
-    assert len({paper for _, paper, *_ in rows}) == 2
+    assert len({paper for _, paper, *_ in rows}) == (3 if script == "grpo_base" else 2)  # and Flow-GRPO's
 
 
 # --- Bad values ---

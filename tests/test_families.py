@@ -14,6 +14,7 @@ import torch
 from diffusers import (
     FluxTransformer2DModel,
     HunyuanVideoTransformer3DModel,
+    SD3Transformer2DModel,
     UNet2DConditionModel,
     WanTransformer3DModel,
 )
@@ -21,11 +22,13 @@ from peft import get_peft_model_state_dict
 from PIL import Image
 
 import grpo_base
+from benchmarks.memory import SD3
 from common import arguments, models, placing, sde
 from common.errors import InputError
 from common.models.flux import Flux
 from common.models.hunyuan import HunyuanVideo
 from common.models.sd import StableDiffusion
+from common.models.sd3 import StableDiffusion3
 from common.models.wan import Wan, WanImageToVideo
 from common.runtime import Runtime
 
@@ -33,6 +36,7 @@ CAPTIONS = ["a square", "four yellow triangles", "a black cross and a blue circl
 CLIP = dict(height=32, width=32, frames=5)
 FAMILIES = {
     "sd": (pipelines.sd, StableDiffusion, dict(height=32, width=32)),
+    "sd3": (pipelines.sd3, StableDiffusion3, dict(height=32, width=32)),
     "wan": (pipelines.wan, Wan, CLIP),
     "wan, two experts": (partial(pipelines.wan, experts=2), Wan, CLIP),
     "i2v": (partial(pipelines.wan, images=True), WanImageToVideo, CLIP),
@@ -62,6 +66,9 @@ def official(model, sigmas, noise, picture, **settings):
     settings |= dict(height=32, width=32, num_inference_steps=steps, latents=noise, output_type="pt")
     if isinstance(model, StableDiffusion):
         return pipe(prompt=CAPTIONS, eta=0.0, **settings).images
+    if isinstance(model, StableDiffusion3):  # its scheduler shifts by 3
+        unshifted = torch.linspace(1, 0, steps + 1)[:-1].tolist()
+        return pipe(prompt=CAPTIONS, sigmas=unshifted, max_sequence_length=24, **settings).images
     settings["num_frames"] = model.frames
     if isinstance(model, HunyuanVideo):
         return pipe(prompt=CAPTIONS, sigmas=sigmas[:-1].tolist(), **settings).frames
@@ -86,7 +93,7 @@ def test_ode_sampler_gives_the_pipelines_own_samples(family, guidance, picture):
         model.pipe.scheduler.set_timesteps(steps)
         sigmas = model.pipe.scheduler.sigmas
     else:
-        sigmas = model.sigmas(steps, 1.0)
+        sigmas = model.sigmas(steps, 3.0 if family == "sd3" else 1.0)
     noise = sde.RowNoise(0, 0, range(3))(model.noise_shape)
     velocity = partial(model.velocity, cond=model.encode(prompts))
     latents, _ = sde.rollout(velocity, noise, sigmas, torch.zeros(steps), None)
@@ -98,7 +105,7 @@ def test_ode_sampler_gives_the_pipelines_own_samples(family, guidance, picture):
     assert (ours - theirs).abs().max() <= 1e-5
 
 
-@pytest.mark.parametrize("family", ["sd", "wan", "i2v, two experts", "hunyuan"])
+@pytest.mark.parametrize("family", ["sd", "sd3", "wan", "i2v, two experts", "hunyuan"])
 @torch.no_grad()
 def test_guidance_reaches_the_samples(family, picture):
     model, prompts = build(family, picture)
@@ -109,7 +116,7 @@ def test_guidance_reaches_the_samples(family, picture):
     assert (velocities[0] - velocities[1]).abs().max() > 1e-4
 
 
-@pytest.mark.parametrize("family", ["sd", "wan", "i2v"])
+@pytest.mark.parametrize("family", ["sd", "sd3", "wan", "i2v"])
 @torch.no_grad()
 def test_batched_guidance_equals_sequential(family, picture):
     results = []
@@ -251,7 +258,7 @@ def test_each_expert_learns_from_its_own_steps_alone(picture):
 # --- Training, from folders ---
 
 
-TRAINED = ["sd", "wan", "wan, two experts", "i2v, two experts", "hunyuan"]
+TRAINED = ["sd", "sd3", "wan", "wan, two experts", "i2v, two experts", "hunyuan"]
 GUIDED = dict(sd=3.0, hunyuan=6.0)
 
 
@@ -290,7 +297,9 @@ def test_first_ratio_is_one_and_both_ways_of_training_move_every_trained_module(
     for name in trained:
         saved = torch.load(folder / "checkpoints/step_000003" / f"{name}.pt", weights_only=True)
         if lora_rank:
-            moved = [value for key, value in saved.items() if "lora_B" in key]  # zero at first
+            # zero at first, as stays what asks for the text in the last block, whose answer nobody reads
+            unread = "transformer_blocks.1.attn.add_q_proj" if family == "sd3" else "none"
+            moved = [value for key, value in saved.items() if "lora_B" in key and unread not in key]
             assert moved and all(value.abs().max() > 0 for value in moved), name
         else:
             before = getattr(cls.pipeline.from_pretrained(settings["model"]), name).state_dict()
@@ -317,7 +326,7 @@ def test_exported_lora_loads_into_the_plain_pipeline(family, train, tmp_path, pi
         assert all(torch.equal(loaded[key], expected[key]) for key in loaded)
 
 
-@pytest.mark.parametrize("family", ["wan, two experts", "sd", "hunyuan"])
+@pytest.mark.parametrize("family", ["wan, two experts", "sd", "sd3", "hunyuan"])
 def test_exported_weights_load_into_the_plain_pipeline(family, train, tmp_path, picture):
     settings = folder_of(family, tmp_path, picture)
     folder, _ = train(**settings, steps=2)
@@ -371,6 +380,8 @@ def test_processes_exchange_gradients_when_told_and_not_before(tmp_path):
         ("sd", dict(guidance_2=2.0), "--guidance-2 belongs to a model with two experts"),
         ("sd", dict(guidance=0.5), "--guidance 0.5: below 1 it would lead away from the prompt; 1 is without guidance"),
         ("sd", dict(height=30), "multiples of 8"),
+        ("sd3", dict(width=36), "multiples of 8"),
+        ("sd3", dict(frames=5), "--frames has no meaning"),
         ("wan", dict(guidance_2=2.0), "--guidance-2 belongs to a model with two experts"),
         ("wan", dict(guidance=0.0), "--guidance 0: below 1"),
         ("i2v, two experts", dict(guidance=2.0, guidance_2=0.9), "--guidance-2 0.9: below 1"),
@@ -469,7 +480,7 @@ def test_the_table_of_models_names_sizes_lora_layers_and_blocks():
         (line,) = (line for line in text.splitlines() if line.startswith(f"{name} "))
         assert str(values["sampling_steps"]) in line and str(values["learning_rate"]) in line
         assert values["reward"][0] in line and Path(values["prompts"]).name in line
-    for cls in (Flux, StableDiffusion, Wan, WanImageToVideo, HunyuanVideo):
+    for cls in (Flux, StableDiffusion, StableDiffusion3, Wan, WanImageToVideo, HunyuanVideo):
         assert cls.lora_targets in text and ", ".join(cls.blocks) in text
     assert "image-to-video" in text and str(models.ASSETS) not in text
 
@@ -479,6 +490,7 @@ def test_the_table_of_models_names_sizes_lora_layers_and_blocks():
 FULL = {  # the configurations of the released checkpoints, where they differ from the classes' defaults
     "flux": (FluxTransformer2DModel, dict(guidance_embeds=True), Flux, 11.90e9),
     "sd1.4": (UNet2DConditionModel, dict(sample_size=64, cross_attention_dim=768), StableDiffusion, 0.8595e9),
+    "sd3.5-medium": (SD3Transformer2DModel, SD3, StableDiffusion3, 2.24e9),
     "wan2.1-1.3b": (WanTransformer3DModel, dict(num_attention_heads=12, ffn_dim=8960, num_layers=30), Wan, 1.42e9),
     "wan2.1-14b": (WanTransformer3DModel, dict(), Wan, 14.29e9),
     "wan2.2-i2v": (WanTransformer3DModel, dict(in_channels=36), WanImageToVideo, 14.29e9),
@@ -502,4 +514,4 @@ def test_full_sizes_have_the_parameters_blocks_and_lora_layers_that_they_should(
         # all of the blocks' own linear layers but those that make modulations
         assert inside > 0.6 * parameters
     assert len(targets) > 100
-    assert name in models.MODELS and models.MODELS[name]["sampling_steps"] in (16, 50)
+    assert name in models.MODELS and models.MODELS[name]["sampling_steps"] in (10, 16, 50)

@@ -242,9 +242,11 @@ def test_rows_of_a_pass_leave_few_fillers(share, settings, size):
 def test_every_familys_blocks_are_in_the_shipped_configurations():
     named = {
         name: set(re.search(r"layer_cls_to_wrap: (\S+)", (ROOT / f"configs/{name}.yaml").read_text())[1].split(","))
-        for name in ("fsdp2", "fsdp2_offload", "fsdp2_multi_node")
+        for name in ("fsdp2", "fsdp2_offload", "fsdp2_multi_node", "fsdp2_two_experts")
     }
-    families = {getattr(importlib.import_module(module), cls) for module, cls in models.FAMILIES.values()}
+    families = [getattr(importlib.import_module(module), cls) for module, cls in models.FAMILIES.values()]
+    of_two = {block for family in families for block in family.blocks if len(family.trained) > 1}
+    assert named.pop("fsdp2_two_experts") == of_two
     blocks = {block for family in families for block in family.blocks}
     assert all(classes == blocks for classes in named.values())
 

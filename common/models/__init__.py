@@ -26,6 +26,7 @@ ASSETS = Path(__file__).resolve().parents[2] / "assets"
 FAMILIES = {
     "FluxPipeline": ("common.models.flux", "Flux"),
     "StableDiffusionPipeline": ("common.models.sd", "StableDiffusion"),
+    "StableDiffusion3Pipeline": ("common.models.sd3", "StableDiffusion3"),
     "WanPipeline": ("common.models.wan", "Wan"),
     "WanImageToVideoPipeline": ("common.models.wan", "WanImageToVideo"),
     "HunyuanVideoPipeline": ("common.models.hunyuan", "HunyuanVideo"),
@@ -86,6 +87,13 @@ MODELS = {
     "sd1.4": dict(
         _PAPERS, source="CompVis/stable-diffusion-v1-4", height=512, width=512, guidance=5.0, steps=300,
         sampling_steps=50, sde="ddim", shift=1.0, noise_level=1.0, group_size=16, timestep_fraction=1.0,
+    ),
+    # Flow-GRPO (2505.05470 and its code's config/grpo.py): a LoRA, two updates a rollout, all noisy steps; the shift of
+    # the model's own scheduler. Its KL and its number of prompts stand in papers.py; it names no number of steps
+    "sd3.5-medium": dict(
+        _PAPERS, source="stabilityai/stable-diffusion-3.5-medium", height=512, width=512, guidance=4.5, steps=200,
+        sampling_steps=10, sde="flow", shift=3.0, noise_level=0.7, group_size=24, minibatches=2, timestep_fraction=1.0,
+        same_noise=False, lora_rank=32, learning_rate=3e-4,
     ),
     "wan2.1-1.3b": dict(
         _VIDEO, source="Wan-AI/Wan2.1-T2V-1.3B-Diffusers", height=480, width=832, guidance=5.0, steps=150,

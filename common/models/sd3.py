@@ -1,0 +1,54 @@
+"""Stable Diffusion 3 and 3.5 (diffusers' StableDiffusion3Pipeline): two CLIPs and T5, classifier-free guidance."""
+
+import torch
+from diffusers import StableDiffusion3Pipeline
+
+from common.models.family import Family
+
+
+class StableDiffusion3(Family):
+    """b rows of latents [C, H/8, W/8]."""
+
+    pipeline = StableDiffusion3Pipeline
+    encoders = ("text_encoder", "text_encoder_2", "text_encoder_3", "image_encoder")
+    blocks = ("JointTransformerBlock",)
+    # 3.5 medium has a second attention in its first blocks
+    lora_targets = (
+        r"transformer_blocks\.\d+\.(attn2?\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"
+        r"|ff(_context)?\.net\.(0\.proj|2))"
+    )
+    negative = True
+
+    def __init__(self, pipe, height=0, width=0, **settings):
+        super().__init__(pipe, **settings)
+        factor, config = pipe.vae_scale_factor, pipe.transformer.config
+        own = config.sample_size * factor
+        self.height, self.width = self._size(factor * config.patch_size, height or own, width or own)
+        self.noise_shape = (config.in_channels, self.height // factor, self.width // factor)
+
+    def text(self, caption):
+        """{"encoder_hidden_states": [S, D], both CLIPs' words side by side, then T5's, "pooled_projections": [D']}"""
+        longest = min(256, self.pipe.tokenizer_3.model_max_length)
+        text, _, pooled, _ = self.pipe.encode_prompt(
+            caption, None, None, device=self.device, do_classifier_free_guidance=False, max_sequence_length=longest
+        )
+        return {"encoder_hidden_states": text[0], "pooled_projections": pooled[0]}
+
+    def blank(self):
+        config, longest = self.pipe.transformer.config, min(256, self.pipe.tokenizer_3.model_max_length)
+        shape = self.pipe.tokenizer_max_length + longest, config.joint_attention_dim
+        return {
+            "encoder_hidden_states": torch.zeros(shape, dtype=self.dtype),
+            "pooled_projections": torch.zeros(config.pooled_projection_dim, dtype=self.dtype),
+        }
+
+    def velocity(self, x, sigma, cond):
+        """x [b, C, h, w], sigma a scalar or [b] -> velocity [b, C, h, w] float32"""
+        timestep = (torch.as_tensor(sigma, dtype=torch.float32, device=x.device) * 1000).expand(len(x))
+        module = self.trainable["transformer"]
+        return self.guided(module, self.guidance, cond, hidden_states=x, timestep=timestep)
+
+    def pixels(self, x0):
+        vae = self.pipe.vae
+        z = x0 / vae.config.scaling_factor + vae.config.shift_factor
+        return self.pipe.image_processor.postprocess(vae.decode(z.to(vae.dtype)).sample.float(), output_type="pt")
