@@ -154,20 +154,22 @@ class RowNoise:
         return torch.stack([torch.randn(shape, generator=g) for g in self.generators]).to(self.device)
 
 
-def rollout(velocity, x, sigmas, s, noise, transition=sde_step):
+def rollout(velocity, x, sigmas, s, noise, transition=sde_step, means=False):
     """Samples a batch and keeps what re-scoring needs.
 
     velocity: (x [B, ...], sigma) -> [B, ...]; x: standard normal noise [B, ...]; sigmas [T+1]; s [T]; noise: shape ->
     [B, *shape]; transition: the function of the schedule (TRANSITIONS). Returns latents [B, T+1, ...] float32 (the
-    last is x0, ready to decode) and log_probs [B, T].
+    last is x0, ready to decode) and log_probs [B, T]; with `means` also those of the transitions [B, T, ...] float32,
+    for a method that compares them with an update's.
     Latents stay float32: rounding them to bf16 moves the log-probability by more than the clip range.
     """
     # where a schedule starts below 1 (Stable Diffusion), the noise stands in for latents of unit variance at that sigma
-    latents, log_probs = [x.float() * torch.hypot(1 - sigmas[0], sigmas[0])], []
+    latents, log_probs, kept = [x.float() * torch.hypot(1 - sigmas[0], sigmas[0])], [], []
     for t in range(len(s)):
         x = latents[-1]
         z = noise(x.shape[1:]) if s[t] > 0 else None
-        x, log_prob, _ = transition(velocity(x, sigmas[t]), x, sigmas[t], sigmas[t + 1], s[t], noise=z)
+        x, log_prob, mean = transition(velocity(x, sigmas[t]), x, sigmas[t], sigmas[t + 1], s[t], noise=z)
         latents.append(x)
         log_probs.append(log_prob)
-    return torch.stack(latents, 1), torch.stack(log_probs, 1)
+        kept += [mean] * means
+    return tuple(torch.stack(parts, 1) for parts in (latents, log_probs, kept) if parts)

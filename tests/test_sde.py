@@ -416,6 +416,22 @@ def test_rollout_equals_the_transcription_step_by_step():
         np.testing.assert_allclose(log_probs[:, t].numpy(), log_prob_of(x, mean, std) if std else 0, atol=1e-5)
 
 
+def test_means_of_a_rollout_are_those_that_re_scoring_finds_and_change_no_number():
+    sigmas = sde.shifted_sigmas(5, 3.0)
+    s = sde.diffusion_coefficients(sigmas, 0.7, "flow")
+    x, velocity = torch.randn(3, 4, 6), lambda x, sigma: torch.sin(x) * sigma
+    two, three = (
+        sde.rollout(velocity, x, sigmas, s, sde.RowNoise(0, 0, range(3)), means=means) for means in (False, True)
+    )
+    latents, log_probs, means = three
+    assert len(two) == 2 and torch.equal(latents, two[0]) and torch.equal(log_probs, two[1])
+    assert means.shape == (3, 5, 4, 6) and means.dtype == torch.float32
+    for t in range(5):
+        x, at = latents[:, t], (sigmas[t], sigmas[t + 1], s[t])
+        assert torch.equal(means[:, t], sde.sde_step(velocity(x, sigmas[t]), x, *at, x_next=latents[:, t + 1])[2])
+    assert torch.equal(means[:, -1], latents[:, -1])  # the last step draws no noise
+
+
 # --- Marginals: every eta must end at the data's N(m, c^2), from the exact velocity of that data ---
 M, C = 0.7, 0.4
 MARGINALS = [("dance", 0.0), ("dance", 0.3), ("dance", 0.7), ("flow", 0.0), ("flow", 0.3), ("flow", 0.7)]
