@@ -1,0 +1,378 @@
+"""What the study asks: claims of the three papers, and some of ours, each as a comparison that can be computed.
+
+A claim has a source, a measure of a run, the setting that it speaks for and those that it is compared with. Its verdict
+comes from the interval alone (lab/verdicts.py): *holds* where the whole interval of the paired differences lies on the
+claimed side of 0, *does not hold* where it lies on the other side, else *undecided at this scale*.
+
+Image claims are put to tiny-flux and tiny-sd, video claims to tiny-wan and tiny-wan-i2v. TASKS are what is rewarded:
+
+    proxy       the tiny CLIP, learned and therefore wrong at times (SLAS); the verifier is only watched
+    doubtful    the verifier with noise, and unsure of vague captions (BPGO); the verifier is only watched
+    truth       the verifier itself
+    stages      quality, then layout (clips: smoothness), then the verifier itself (Self-Paced)
+
+REMARKS says why a verdict may be as it is and what scale would change it; the table prints them.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from common import arguments, models
+
+SEEDS, MAIN_SEEDS = 5, 8  # of a comparison, and of those that the papers' first figures make
+SEARCH_SEEDS = (100, 101)  # that no claim uses
+
+IMAGES, CLIPS = ("tiny-flux", "tiny-sd"), ("tiny-wan", "tiny-wan-i2v")
+OWN = "lab/study_rewards.py:"
+PRIORS = {"tiny-flux": "running-mean", "tiny-sd": "running-mean", "tiny-wan": "sft", "tiny-wan-i2v": "first-frame"}
+
+# A run's size, the same for all that it is compared with: 64 samples a step (tiny-wan 48), and of the noisy denoising
+# steps the share that all three papers train on, where there are more than three.
+_SIZE = dict(timestep_fraction=0.6, steps=30, eval_every=5, sample_every=0, reward_batch=64)
+SIZE = {
+    "tiny-flux": dict(_SIZE, prompts_per_step=8, group_size=8, minibatches=2),
+    "tiny-sd": dict(_SIZE, prompts_per_step=8, group_size=8, minibatches=2),
+    "tiny-wan": dict(_SIZE, prompts_per_step=6, group_size=8, minibatches=1, eval_every=6),
+    "tiny-wan-i2v": dict(_SIZE, prompts_per_step=16, group_size=4, minibatches=1, eval_every=6, timestep_fraction=1.0),
+}
+_IMAGE_TASKS = {
+    "truth": dict(reward=("verifier",), watch=("verifier:quality", "verifier:layout", f"{OWN}Vague")),
+    "proxy": dict(
+        reward=("clip",), reward_path=("clip=assets/tiny-clip",), watch=("verifier", "verifier:quality")
+    ),
+    "doubtful": dict(reward=(f"{OWN}NoisyAmbiguous",), watch=("verifier", "verifier:quality", f"{OWN}Vague")),
+    "stages": dict(reward=("verifier:quality", "verifier:layout", "verifier")),
+}  # fmt: skip
+_CLIP_TASKS = {
+    "truth": dict(reward=("motion",), watch=("motion:quality", "motion:smooth", f"{OWN}MotionVague")),
+    "doubtful": dict(reward=(f"{OWN}MotionNoisyAmbiguous",), watch=("motion", "motion:quality", f"{OWN}MotionVague")),
+    "stages": dict(reward=("motion:quality", "motion:smooth", "motion")),
+}
+TASKS = {**dict.fromkeys(IMAGES, _IMAGE_TASKS), **dict.fromkeys(CLIPS, _CLIP_TASKS)}
+
+# --- What is run ---
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A script with flags on a model: what differs by its seed alone. Or, in the place of a script, a probe:NAME, which
+    trains nothing (lab/probes.py)."""
+
+    script: str
+    model: str
+    task: str = ""
+    flags: tuple = ()  # ((name, value), ...), beyond those of size, task and search
+
+    def settings(self, tuned=None):
+        """All that tells it from others: {name: value}, as JSON has it. tuned: {name: value} of the search."""
+        if self.script.startswith("probe:"):
+            return {"script": self.script, "model": self.model}
+        chosen = {**STARTS[self.model], **(tuned or {}), **SIZE[self.model], **TASKS[self.model][self.task]}
+        chosen |= dict(self.flags)
+        chosen = {name: list(value) if isinstance(value, tuple) else value for name, value in chosen.items()}
+        return {"script": self.script, "model": self.model, "task": self.task, **chosen}
+
+    @property
+    def searched(self):
+        """Whose search it takes its settings from: its own script's, or else the baseline's, on this model and task."""
+        own = (self.script, self.model, self.task)
+        return own if own in SEARCHED else ("grpo_base", *own[1:])
+
+
+def plain(settings):
+    """Whether a run has no flags of its own, beyond those that belong to its script: the methods as they are."""
+    shared = setting("grpo_base", settings["model"], settings["task"]).settings()
+    own = settings.keys() - shared.keys() - {"source", "prior", "thresholds"}
+    return not own and settings.get("prior", PRIORS[settings["model"]]) == PRIORS[settings["model"]]
+
+
+def setting(script, model, task, **flags):
+    if script == "self_paced":  # those of the model, of which a change makes other runs
+        import self_paced
+
+        flags = {"thresholds": arguments.defaults(self_paced.Args, model).thresholds, **flags}
+    if script == "bpgo":
+        flags = {"prior": PRIORS[model], **flags}
+    return Setting(script, model, task, tuple(sorted(flags.items())))
+
+
+# --- The search ---
+
+# Of learning rate and clip range, each on its own, from the model's own values; the same points for every method. With
+# one optimizer update a rollout nothing is ever clipped.
+STARTS = {
+    model: {name: models.settings(model)[name] for name in ("learning_rate", "clip_range")} for model in IMAGES + CLIPS
+}
+RATES = dict.fromkeys(STARTS, (1, 2, 4)) | {"tiny-sd": (0.5, 1, 2)}
+CLIPPED = {"tiny-flux": (5,)}
+SEARCHED = [
+    *((script, "tiny-flux", "proxy") for script in ("grpo_base", "slas")),
+    *((script, "tiny-flux", "doubtful") for script in ("grpo_base", "bpgo")),
+    ("grpo_base", "tiny-flux", "truth"),
+    ("self_paced", "tiny-flux", "stages"),
+    *((script, "tiny-sd", "proxy") for script in ("grpo_base", "slas")),
+    *((script, "tiny-sd", "doubtful") for script in ("grpo_base", "bpgo")),
+    *((script, "tiny-wan", "doubtful") for script in ("grpo_base", "bpgo")),
+    ("self_paced", "tiny-wan", "stages"),
+    *((script, "tiny-wan-i2v", "doubtful") for script in ("grpo_base", "bpgo")),
+]
+
+
+def points(model):
+    """The settings that a search tries: [{name: value}], the model's own among them."""
+    start = STARTS[model]
+    rates = [{**start, "learning_rate": start["learning_rate"] * factor} for factor in RATES[model]]
+    return rates + [{**start, "clip_range": start["clip_range"] * factor} for factor in CLIPPED.get(model, ())]
+
+
+# --- Measures of a run, {"steps", "exams": {name: [...]}, "training": {name: [...]}, "numbers": {name: value}} ---
+
+
+@dataclass(frozen=True)
+class Measure:
+    words: str
+    of: Callable
+
+
+NAMES = {
+    "truth": "verifier", "reward": "reward trained on", "quality": "quality", "vague": "verifier, vague captions"
+}  # fmt: skip
+
+
+def end(name):
+    return Measure(f"{NAMES[name]}, last exam", lambda run: run["exams"][name][-1])
+
+
+def change(name):
+    return Measure(
+        f"{NAMES[name]}, last exam less the first", lambda run: run["exams"][name][-1] - run["exams"][name][0]
+    )
+
+
+def area(name, share=1.0):
+    """The mean of the curve of exams over the first share of the steps: who rises faster has the larger one."""
+
+    def mean(run):
+        steps, values = run["steps"], run["exams"][name]
+        last = math.ceil(share * (len(steps) - 1))
+        parts = [(steps[i + 1] - steps[i]) * (values[i] + values[i + 1]) / 2 for i in range(last)]
+        return sum(parts) / (steps[last] - steps[0])
+
+    return Measure(f"{NAMES[name]}, mean over the {'run' if share == 1 else 'first half'}", mean)
+
+
+def falls(name):
+    """All that the curve of exams loses between one and the next: 0 where it only rises."""
+    pairs = lambda run: zip(run["exams"][name], run["exams"][name][1:])  # noqa: E731
+    return Measure(f"{NAMES[name]}, sum of falls", lambda run: sum(max(0.0, a - b) for a, b in pairs(run)))
+
+
+def late_over_early(name, words):
+    return Measure(words, lambda run: _ends(run["training"][name])[1] / _ends(run["training"][name])[0])
+
+
+def shift(name, words):
+    return Measure(words, lambda run: _ends(run["training"][name])[1] - _ends(run["training"][name])[0])
+
+
+def _ends(values, number=5):
+    number = min(number, len(values) // 2) or 1
+    return sum(values[:number]) / number, sum(values[-number:]) / number
+
+
+def number(name, words):
+    return Measure(words, lambda run: run["numbers"][name])
+
+
+# --- The claims ---
+
+
+@dataclass(frozen=True)
+class Claim:
+    """text holds if measure(ours) - mean of measure(others), by seed, is above 0; below 0 with `lower`."""
+
+    key: str
+    paper: str
+    source: str
+    text: str
+    measure: Measure
+    ours: Setting
+    others: tuple = ()
+    lower: bool = False
+    seeds: int = SEEDS
+    than: Measure | None = None  # of the others, where it is another one
+
+    @property
+    def name(self):
+        return f"{self.key}:{self.ours.model}"
+
+    @property
+    def settings(self):
+        return (self.ours, *self.others)
+
+
+def slas():
+    found = []
+    for model in IMAGES:
+        probe = Setting("probe:loudness", model)
+        low_high = "mean |A| of the tightest quarter of groups over that of the widest"
+        found += [
+            Claim("loud", "SLAS", "proposition 1", "a std for each prompt makes groups of tiny spread as loud as any",
+                  number("grpo", low_high), probe, (probe,), than=number("slas", low_high)),
+            Claim("misled", "SLAS", "section 4.2", "in groups of tiny spread the proxy ranks less truly",
+                  number("true_low", "correlation of proxy and verifier within the tightest quarter, and the widest"),
+                  probe, (probe,), lower=True, than=number("true_high", "")),
+        ]  # fmt: skip
+    for model, seeds in (("tiny-flux", MAIN_SEEDS), ("tiny-sd", SEEDS)):
+        grpo, slas = (setting(script, model, "proxy") for script in ("grpo_base", "slas"))
+        found += [
+            Claim("slas-faster", "SLAS", "figure 2", "SLAS rises faster than GRPO on the proxy",
+                  area("reward"), slas, (grpo,), seeds=seeds),
+            Claim("slas-higher", "SLAS", "figure 2", "SLAS ends higher than GRPO on the proxy",
+                  end("reward"), slas, (grpo,), seeds=seeds),
+            Claim("grpo-hacks", "SLAS", "table 1", "GRPO on the proxy loses of what the base model could",
+                  change("truth"), grpo, lower=True, seeds=seeds),
+            Claim("slas-keeps", "SLAS", "table 1", "SLAS on the proxy ends with more truth than GRPO",
+                  end("truth"), slas, (grpo,), seeds=seeds),
+            Claim("slas-holds", "SLAS", "table 1", "SLAS on the proxy loses nothing of what the base model could",
+                  change("truth"), slas, seeds=seeds),
+        ]  # fmt: skip
+    model, half = "tiny-flux", setting("slas", "tiny-flux", "proxy")
+    for gamma in (0.0, 0.25, 1.0, "auto"):
+        other = setting("slas", model, "proxy", gamma=gamma)
+        text = f"gamma 0.5 {'(not printed) ' * (gamma == 0.0)}ends with more truth than gamma {gamma}"
+        found.append(Claim(f"gamma-{gamma}", "SLAS", "eq 20, appendix E", text, end("truth"), half, (other,)))
+    none = setting("slas", model, "proxy", normalize="none")
+    found.append(
+        Claim("batch-std", "SLAS", "section 5", "the batch's std is better than none", area("reward"), half, (none,))
+    )
+    return found
+
+
+def bpgo():
+    found = []
+    for model, source in (("tiny-flux", "table 1"), ("tiny-sd", "table 1"), ("tiny-wan", "figure 6"),
+                          ("tiny-wan-i2v", "figure 7")):  # fmt: skip
+        seeds = MAIN_SEEDS if model == "tiny-flux" else SEEDS
+        grpo, both = (setting(script, model, "doubtful") for script in ("grpo_base", "bpgo"))
+        ras, crt = (setting("bpgo", model, "doubtful", **flags) for flags in ({"beta": 0.0}, {"alpha": 0.0}))
+        found += [
+            Claim("bpgo-faster", "BPGO", source, "BPGO rises faster than GRPO under a doubtful reward",
+                  area("truth"), both, (grpo,), seeds=seeds),
+            Claim("bpgo-smoother", "BPGO", source, "BPGO rises more smoothly than GRPO under a doubtful reward",
+                  falls("truth"), both, (grpo,), lower=True, seeds=seeds),
+            Claim("bpgo-higher", "BPGO", source, "BPGO ends higher than GRPO under a doubtful reward",
+                  end("truth"), both, (grpo,), seeds=seeds),
+            Claim("vague", "BPGO", "section 1", "BPGO is better on vague captions, too",
+                  end("vague"), both, (grpo,), seeds=seeds),
+        ]  # fmt: skip
+        if model != "tiny-sd":
+            found += [
+                Claim("crt-fast", "BPGO", "figure 7", "CRT alone is faster than RAS alone",
+                      area("truth", 0.5), crt, (ras,)),
+                Claim("crt-unsteady", "BPGO", "figure 7", "CRT alone is less steady than RAS alone",
+                      falls("truth"), crt, (ras,)),
+                Claim("both-ras", "BPGO", "table 2", "both end higher than RAS alone", end("truth"), both, (ras,)),
+                Claim("both-crt", "BPGO", "table 2", "both end higher than CRT alone", end("truth"), both, (crt,)),
+            ]  # fmt: skip
+    alone = setting("bpgo", "tiny-flux", "doubtful", crt_alone=True)
+    both = setting("bpgo", "tiny-flux", "doubtful")
+    found.append(
+        Claim("both-eq5", "BPGO", "table 2", "both end higher than eq 5 by itself", end("truth"), both, (alone,))
+    )
+    for model in ("tiny-flux", "tiny-wan"):  # table 3 is of RAS alone: its row 0.5 is table 2's row RAS
+        half, *others = (setting("bpgo", model, "doubtful", beta=0.0, **alpha(a)) for a in (0.5, 0.1, 0.7, 0.9))
+        text = "of RAS alone, alpha 0.5 is better than the mean of 0.1, 0.7 and 0.9"
+        found.append(Claim("alpha", "BPGO", "table 3", text, end("truth"), half, tuple(others)))
+    for model, others in (("tiny-flux", ("sft",)), ("tiny-wan", ("running-mean",)),
+                          ("tiny-wan-i2v", ("running-mean", "sft"))):  # fmt: skip
+        own = setting("bpgo", model, "doubtful")
+        for prior in others:
+            text = f"the paper's prior for the task, {PRIORS[model]}, is better than {prior}"
+            other = setting("bpgo", model, "doubtful", prior=prior)
+            found.append(Claim(f"prior-{prior}", "BPGO", "section 4.1", text, end("truth"), own, (other,)))
+    return found
+
+
+def alpha(value):
+    """Flags of an alpha: the script's own, 0.5, is none."""
+    return {} if value == 0.5 else {"alpha": value}
+
+
+def self_paced():
+    found = []
+    for model in ("tiny-wan", "tiny-flux"):
+        first = "motion:quality" if model in CLIPS else "verifier:quality"
+        last = "motion" if model in CLIPS else "verifier"
+        paced = setting("self_paced", model, "stages")
+        one, two = (setting("self_paced", model, "stages", only_stage=stage) for stage in (1, 2))
+        joint = setting("self_paced", model, "stages", alpha=0.0)
+        meant = setting("self_paced", model, "stages", saturation="one-minus-hoyer")
+        found += [
+            Claim("paced-one", "Self-Paced", "table 3", "progressive beats the first stage alone",
+                  end("truth"), paced, (one,)),
+            Claim("paced-two", "Self-Paced", "table 3", "progressive beats the second stage, which holds the first",
+                  end("truth"), paced, (two,)),
+            Claim("paced-joint", "Self-Paced", "table 3", "progressive beats all stages at once",
+                  end("truth"), paced, (joint,)),
+            Claim("paced-moves", "Self-Paced", "section 4.2", "the last stage's weight grows with competence",
+                  shift(f"weight_{last}", "its weight, last 5 steps less first 5"), paced),
+            Claim("paced-leaves", "Self-Paced", "section 4.2", "the first stage's weight shrinks",
+                  shift(f"weight_{first}", "its weight, last 5 steps less first 5"), paced, lower=True),
+            Claim("hoyer", "Self-Paced", "eq 8", "Hoyer's index as printed is better than what the prose says of it",
+                  end("truth"), paced, (meant,)),
+            Claim("saturates", "Self-Paced", "figure 1", "a static easy reward stops telling samples apart, the mix not",
+                  late_over_early("reward_std", "spread in a group, last 5 steps over first 5"), paced, (one,)),
+        ]  # fmt: skip
+    flux, truth = setting("self_paced", "tiny-flux", "stages"), setting("grpo_base", "tiny-flux", "truth")
+    text = "progressive beats GRPO on the last stage from the start"
+    return [*found, Claim("paced-grpo", "Self-Paced", "figure 1", text, end("truth"), flux, (truth,))]
+
+
+def bias():
+    probe, found = Setting("probe:bias", "tiny-flux"), []
+    for clusters in (10, 20):
+        words = f"coefficient of variation over {clusters} clusters, beyond chance, %"
+        honest = number(f"verifier_{clusters}", words)
+        found += [
+            Claim(f"bias-clip-{clusters}", "Self-Paced", "eq 3, figures 4 and 5",
+                  "a learned reward prefers kinds of content more than the verifier does",
+                  number(f"clip_{clusters}", words), probe, (probe,), than=honest),
+            Claim(f"bias-judge-{clusters}", "Self-Paced", "eq 3, figures 8 and 9",
+                  "the coefficient finds a judge that likes one kind by .1",
+                  number(f"biased_{clusters}", words), probe, (probe,), than=honest),
+        ]  # fmt: skip
+    return found
+
+
+def ours():
+    truth, proxy = (setting("grpo_base", "tiny-flux", task) for task in ("truth", "proxy"))
+
+    def factor(key, text, **flags):
+        return Claim(
+            key, "ours", "one factor", text, end("truth"), setting("grpo_base", "tiny-flux", "truth", **flags), (truth,)
+        )
+
+    kl = setting("grpo_base", "tiny-flux", "proxy", kl_coef=KL)
+    return [
+        factor("dance", "DanceGRPO's constant noise is better than Flow-GRPO's growing one", sde="dance"),
+        factor("same-noise", "one initial noise for a group is better than its own for each sample", same_noise=True),
+        factor("best-of", "the best 3 and worst 3 of 12 teach more than all 8 of 8", group_size=12, best_of=6),
+        factor("window", "4 noisy steps at random places, all trained on, are better than 7 of which 4 are",
+               sde_window=4, timestep_fraction=1.0),
+        Claim("kl", "ours", "one factor", f"a KL term of weight {KL:g} keeps more truth on the proxy",
+              end("truth"), kl, (proxy,)),
+        Claim("kl-costs", "ours", "one factor", f"a KL term of weight {KL:g} costs nothing on the proxy",
+              end("reward"), kl, (proxy,)),
+    ]  # fmt: skip
+
+
+KL = 1.0
+CLAIMS = [*slas(), *bpgo(), *self_paced(), *bias(), *ours()]
+
+# What a reader's own method is compared by, with --methods: the baseline's settings, its own script.
+SIDE_BY_SIDE = [("tiny-flux", "truth"), ("tiny-flux", "proxy"), ("tiny-flux", "doubtful")]
+
+# {Claim.name, "KEY:MODEL": the likely reason, and what scale would change it}
+REMARKS = {}

@@ -1,0 +1,304 @@
+"""The study's figures, in the papers' form, drawn from lab/results alone into lab/figures.
+
+    python -m lab.figures
+
+Lines are means over seeds; bands hold 95% of the mean, by Student's t. Colours are Okabe and Ito's, which the
+colour-blind can tell apart.
+"""
+
+import base64
+import io
+import math
+from pathlib import Path
+
+import numpy as np
+
+from common.report import pyplot
+from lab import claims, verdicts
+from lab.study_results import FOLDER, Results
+
+FIGURES = Path(__file__).with_name("figures")
+GREY = "#4D4D4D"
+METHODS = {  # script -> what it is called, its colour
+    "grpo_base": ("GRPO", GREY),
+    "slas": ("SLAS", "#0072B2"),
+    "bpgo": ("BPGO", "#D55E00"),
+    "self_paced": ("Self-Paced", "#009E73"),
+}
+OTHERS = ("#CC79A7", "#E69F00", "#56B4E9", "#F0E442")  # of a reader's methods, and of settings of one method
+VERDICTS = {
+    verdicts.HOLDS: "#0072B2", verdicts.FAILS: "#D55E00", verdicts.UNDECIDED: "#8C8C8C"
+}  # fmt: skip
+STYLE = {
+    "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#E5E5E5",
+    "grid.linewidth": 0.7, "axes.axisbelow": True, "axes.titlesize": 10, "axes.titleweight": "bold",
+    "legend.frameon": False, "axes.edgecolor": "#888888", "lines.linewidth": 1.8,
+}  # fmt: skip
+
+
+# --- Curves ---
+
+
+def band(curves):
+    """Curves [n, k] of n seeds -> mean, low, high, each [k]; of one seed there is no band."""
+    values = np.asarray(curves, dtype=float)
+    mean, n = values.mean(0), len(values)
+    half = verdicts.T[min(n - 2, len(verdicts.T) - 1)] * values.std(0, ddof=1) / math.sqrt(n) if n > 1 else 0 * mean
+    return mean, mean - half, mean + half
+
+
+def draw_curve(axis, runs, name, label, colour, part="exams", style="-"):
+    """A mean line with its band; part: of the exams, or of the training steps."""
+    if not runs or any(name not in run[part] for run in runs.values()):
+        return
+    curves = [run[part][name] for run in runs.values()]
+    steps = next(iter(runs.values()))["steps"] if part == "exams" else list(range(len(curves[0])))
+    mean, low, high = band(curves)
+    axis.fill_between(steps, low, high, color=colour, alpha=0.16, lw=0)
+    axis.plot(steps, mean, style, color=colour, label=label, marker="o" if part == "exams" else "", ms=3.2)
+
+
+def look(number, script):
+    """What a method is called, and its colour; number: of the reader's methods."""
+    return METHODS.get(script) or (script.removesuffix(".py"), OTHERS[number % len(OTHERS)])
+
+
+def rewards(results, plt):
+    """Held-out rewards over the steps: what was trained on, and the verifier (the papers' reward curves)."""
+    wanted = [
+        ("tiny-flux", "proxy", "reward", "tiny-flux: the proxy, trained on"),
+        ("tiny-flux", "proxy", "truth", "tiny-flux: the verifier, watched"),
+        ("tiny-flux", "doubtful", "truth", "tiny-flux: the verifier\nunder a noisy, ambiguous reward"),
+        ("tiny-sd", "proxy", "reward", "tiny-sd: the proxy, trained on"),
+        ("tiny-sd", "proxy", "truth", "tiny-sd: the verifier, watched"),
+        ("tiny-sd", "doubtful", "truth", "tiny-sd: the verifier\nunder a noisy, ambiguous reward"),
+        ("tiny-wan", "doubtful", "truth", "tiny-wan: the verifier\nunder a noisy, ambiguous reward"),
+        ("tiny-wan-i2v", "doubtful", "truth", "tiny-wan-i2v: the verifier\nunder a noisy, ambiguous reward"),
+        ("tiny-wan", "stages", "truth", "tiny-wan: the verifier\nat the end of three stages"),
+    ]
+    figure, axes = plt.subplots(3, 3, figsize=(10, 8.4), sharex=True)
+    for axis, (model, task, name, title) in zip(axes.flat, wanted):
+        own = 0
+        for script, runs in results.methods(model, task).items():
+            label, colour = look(own, script)
+            own += script not in METHODS
+            draw_curve(axis, runs, name, label, colour)
+        axis.set_title(title)
+        if axis.lines:
+            axis.legend(loc="upper left", fontsize=8)
+    for axis in axes[-1]:
+        axis.set_xlabel("training step")
+    return figure
+
+
+def stages(results, plt):
+    """Weights of Self-Paced's stages over the steps: coarse to fine (its section 4.2)."""
+    figure, axes = plt.subplots(1, 3, figsize=(10, 3.2), sharey=True)
+    colours = ("#E69F00", "#56B4E9", "#009E73")
+    wanted = [("tiny-wan", {}, "tiny-wan"), ("tiny-flux", {}, "tiny-flux"),
+              ("tiny-flux", {"saturation": "one-minus-hoyer"}, "tiny-flux, what the prose says")]  # fmt: skip
+    for axis, (model, flags, title) in zip(axes, wanted):
+        runs = results.of(claims.setting("self_paced", model, "stages", **flags))
+        for stage, colour in zip(claims.TASKS[model]["stages"]["reward"], colours):
+            label = stage if ":" in stage else f"{stage}, the last"
+            draw_curve(axis, runs, f"weight_{stage}", label, colour, part="training")
+        axis.set(title=title, xlabel="training step", ylim=(0, 1))
+        if axis.lines:
+            axis.legend(fontsize=8)
+    axes[0].set_ylabel("weight in the reward")
+    return figure
+
+
+def ablation(results, plt):
+    """RAS, CRT and both against GRPO (BPGO's figure 7)."""
+    figure, axes = plt.subplots(1, 3, figsize=(10, 3.3))
+    for axis, model in zip(axes, ("tiny-flux", "tiny-wan", "tiny-wan-i2v")):
+        lines = [("grpo_base", {}, "GRPO", GREY), ("bpgo", {"beta": 0.0}, "RAS alone", "#56B4E9"),
+                 ("bpgo", {"alpha": 0.0}, "CRT alone", "#CC79A7"), ("bpgo", {}, "both", "#D55E00")]  # fmt: skip
+        for script, flags, label, colour in lines:
+            draw_curve(axis, results.of(claims.setting(script, model, "doubtful", **flags)), "truth", label, colour)
+        axis.set(title=model, xlabel="training step")
+        if axis.lines:
+            axis.legend(fontsize=8)
+    axes[0].set_ylabel("the verifier, held-out prompts")
+    return figure
+
+
+# --- One number a run ---
+
+
+def dots(axis, place, values, colour, horizontal=False):
+    """The seeds as faint dots, their mean as a point with its interval."""
+    low, high = verdicts.interval(values)
+    mean = sum(values) / len(values)
+    low, high = (mean, mean) if math.isinf(low) else (low, high)
+    axis.scatter([place] * len(values), values, s=9, color=colour, alpha=0.35, lw=0)
+    axis.errorbar([place], [mean], yerr=[[mean - low], [high - mean]], fmt="o", ms=5, color=colour, capsize=2.5)
+    return mean
+
+
+def sweep(axis, results, places, title, xlabel):
+    """places [(x, Setting)]: the verifier at the end, over a flag."""
+    known = [(x, [run["exams"]["truth"][-1] for run in results.of(setting).values()]) for x, setting in places]
+    known = [(x, values) for x, values in known if values]
+    means = [dots(axis, x, values, "#D55E00" if "alpha" in xlabel else "#0072B2") for x, values in known]
+    axis.plot([x for x, _ in known], means, color="#AAAAAA", lw=1, zorder=0)
+    axis.set(title=title, xlabel=xlabel)
+
+
+def alphas(results, plt):
+    """The alpha curve (BPGO's table 3, of RAS alone) and SLAS's gamma."""
+    figure, axes = plt.subplots(1, 3, figsize=(10, 3.3))
+    for axis, model in zip(axes, ("tiny-flux", "tiny-wan")):
+        places = [
+            (a, claims.setting("bpgo", model, "doubtful", beta=0.0, **claims.alpha(a))) for a in (0.1, 0.5, 0.7, 0.9)
+        ]
+        sweep(axis, results, places, f"{model}: RAS alone", "alpha")
+    gammas = [(0.0, 0.0), (0.25, 0.25), (0.5, None), (1.0, 1.0), (1.35, "auto")]
+    places = [
+        (x, claims.setting("slas", "tiny-flux", "proxy", **({} if g is None else {"gamma": g}))) for x, g in gammas
+    ]
+    sweep(axes[2], results, places, "tiny-flux: SLAS on the proxy", "gamma")
+    axes[2].set_xticks([x for x, _ in gammas], ["0", "0.25", "0.5", "1", "auto"])
+    axes[0].set_ylabel("the verifier, last exam")
+    return figure
+
+
+def hacking(results, plt):
+    """The proxy against the verifier, from the first exam to the last: what is gained to the right and not upwards is
+    hacked."""
+    figure, axes = plt.subplots(1, 2, figsize=(8, 3.7))
+    for axis, model in zip(axes, claims.IMAGES):
+        own = 0
+        for script, runs in results.methods(model, "proxy").items():
+            label, colour = look(own, script)
+            own += script not in METHODS
+            paths = np.array([[run["exams"]["reward"], run["exams"]["truth"]] for run in runs.values()])  # [n, 2, k]
+            for path in paths:
+                axis.plot(*path, color=colour, alpha=0.22, lw=0.9)
+            if len(paths):
+                axis.plot(*paths.mean(0), "o-", color=colour, ms=3.5, label=label)
+        axis.set(title=model, xlabel="the proxy, held-out prompts")
+        if axis.lines:
+            axis.legend()
+    axes[0].set_ylabel("the verifier, held-out prompts")
+    return figure
+
+
+def kinds(results, plt):
+    """The coefficient of variation over semantic clusters (Self-Paced's figure 5)."""
+    figure, axis = plt.subplots(figsize=(4.6, 3.3))
+    runs = results.of(claims.Setting("probe:bias", "tiny-flux"))
+    shown = [
+        ("verifier", "verifier", GREY),
+        ("clip", "tiny CLIP", "#0072B2"),
+        ("biased", "judge, +.1 for one kind", "#D55E00"),
+    ]
+    for offset, (name, label, colour) in zip((-0.4, 0, 0.4), shown if runs else ()):
+        counts = (10, 15, 20)
+        means = [
+            dots(axis, k + offset, [run["numbers"][f"{name}_{k}_kappa"] for run in runs.values()], colour)
+            for k in counts
+        ]
+        axis.plot([k + offset for k in counts], means, color=colour, label=label)
+    axis.set(xlabel="clusters of captions", ylabel="coefficient of variation, %", xticks=(10, 15, 20), ylim=0)
+    if axis.lines:
+        axis.legend(fontsize=8)
+    return figure
+
+
+def forest(results, plt):
+    """Every claim: the difference with its interval, each in a unit of its own, and the verdict's colour."""
+    found = [one for one in verdicts.findings(results) if one.seeds and math.isfinite(one.low)]
+    figure, axis = plt.subplots(figsize=(9, 0.24 * max(4, len(found)) + 0.9))
+    for place, one in enumerate(reversed(found)):
+        unit, sign = max(abs(one.low), abs(one.high)) or 1.0, -1 if one.claim.lower else 1
+        ends = sorted((sign * one.low / unit, sign * one.high / unit))
+        colour = VERDICTS[one.verdict]
+        axis.plot(ends, [place, place], color=colour, lw=3, solid_capstyle="round")
+        axis.plot([sign * one.difference / unit], [place], "o", color="white", mec=colour, ms=5)
+    axis.axvline(0, color="#333333", lw=0.9)
+    words = [f"{one.claim.text}  ({one.claim.ours.model})" for one in reversed(found)]
+    axis.set_yticks(range(len(found)), words, fontsize=7.5)
+    axis.set_xticks((-0.6, 0.6), ["against the claim", "for it"])
+    axis.set(xlim=(-1.1, 1.1), ylim=(-0.7, max(len(found), 1) - 0.3))
+    axis.grid(False)
+    handles = [plt.Line2D([], [], color=colour, lw=3, label=verdict) for verdict, colour in VERDICTS.items()]
+    axis.legend(handles=handles, loc="lower right", bbox_to_anchor=(1, 1), ncols=3, fontsize=8)
+    return figure
+
+
+# --- Samples ---
+
+
+def samples(results, plt, model, task, methods):
+    """A line for each of the base model, GRPO and the methods: the same prompts from the same noise."""
+    from PIL import Image
+
+    places = [("before", claims.Setting("probe:samples", model))]
+    places += [(look(0, script)[0], claims.setting(script, model, task)) for script in methods]
+    shown = [(label, results.of(setting).get(0, {}).get("pictures")) for label, setting in places]
+    shown = [(label, pictures) for label, pictures in shown if pictures]
+    columns = len(shown[0][1]["png"]) if shown else 1
+    wide, high = (2.4, 0.72) if model in claims.CLIPS else (1.25, 1.55)
+    lines = max(1, len(shown))
+    figure, axes = plt.subplots(
+        lines, columns, figsize=(wide * columns + 0.6, 0.45 + high * lines),
+        squeeze=False, gridspec_kw=dict(wspace=0.06, hspace=0.25),
+    )  # fmt: skip
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
+        axis.grid(False)
+        axis.spines[:].set_visible(False)
+    for line, (label, pictures) in zip(axes, shown):
+        for axis, png, truth in zip(line, pictures["png"], pictures["truth"]):
+            axis.imshow(Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB"), interpolation="nearest")
+            axis.set_xlabel(f"{truth:.2f}", fontsize=7.5, labelpad=1.5, color="#555555")
+        line[0].set_ylabel(label, fontsize=9, fontweight="bold")
+    for axis, caption in zip(axes[0], shown[0][1]["captions"] if shown else ()):
+        axis.set_title(folded(caption, 34 if wide > 2 else 18), fontsize=7.5, fontweight="normal")
+    return figure
+
+
+def folded(caption, width):
+    """A caption in lines of about `width` letters."""
+    import textwrap
+
+    return "\n".join(textwrap.wrap(caption, width))
+
+
+DRAWN = {
+    "claims": forest,
+    "rewards": rewards,
+    "proxy_verifier": hacking,
+    "stage_weights": stages,
+    "ablation": ablation,
+    "alpha_gamma": alphas,
+    "kinds": kinds,
+    "samples_proxy": lambda results, plt: samples(results, plt, "tiny-flux", "proxy", ("grpo_base", "slas")),
+    "samples_doubtful": lambda results, plt: samples(results, plt, "tiny-flux", "doubtful", ("grpo_base", "bpgo")),
+    "samples_clips": lambda results, plt: samples(results, plt, "tiny-wan", "doubtful", ("grpo_base", "bpgo")),
+}
+
+
+def draw(results, folder):
+    """All figures into a folder, each a PNG of at most 256 colours."""
+    from PIL import Image
+
+    plt, folder = pyplot(), Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, drawn in DRAWN.items():
+        with plt.rc_context(STYLE):
+            figure = drawn(results, plt)
+            if not name.startswith("samples"):
+                figure.tight_layout()
+            file = io.BytesIO()
+            figure.savefig(file, dpi=110, bbox_inches="tight")
+            plt.close(figure)
+        Image.open(file).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(
+            folder / f"{name}.png", optimize=True
+        )
+
+
+if __name__ == "__main__":
+    draw(Results(FOLDER), FIGURES)

@@ -1,0 +1,164 @@
+"""Statistics of the study: paired differences, their interval, the verdict; and the table in lab/README.md.
+
+    python -m lab.verdicts        # every verdict again from lab/results alone, into lab/README.md
+
+The interval is the percentile bootstrap of the mean of paired differences (runs of one seed see the same prompts and
+start from the same noise), with the percentiles moved outwards as Hesterberg has it (2015, "What teachers should know
+about the bootstrap", section 5.3: expanded percentiles): of five numbers the plain one is too narrow by a third.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import NormalDist
+
+import numpy as np
+
+from lab import claims
+from lab.study_results import FOLDER, Results
+
+README = Path(__file__).with_name("README.md")
+DRAWS = 100_000
+HOLDS, FAILS, UNDECIDED, NONE = "holds", "does not hold", "undecided at this scale", "no runs yet"
+# 97.5% of Student's t with 1, 2, ... degrees of freedom
+T = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281, 2.2010, 2.1788, 2.1604, 2.1448,
+     2.1314, 2.1199, 2.1098, 2.1009, 2.0930)  # fmt: skip
+
+
+def interval(differences, draws=DRAWS):
+    """n paired differences -> (low, high), 95% of their mean; of one number nothing is known: (-inf, inf)."""
+    values, n = np.asarray(differences, dtype=float), len(differences)
+    if n < 2:
+        return -math.inf, math.inf
+    index = np.random.default_rng(0).integers(n, size=(draws, n))
+    outside = NormalDist().cdf(-T[min(n - 2, len(T) - 1)] * math.sqrt(n / (n - 1)))
+    return tuple(np.quantile(values[index].mean(1), [outside, 1 - outside]).tolist())
+
+
+def verdict(low, high, lower=False):
+    """The verdict on a claim that differences are above 0, or below, from their interval alone."""
+    if low > 0 or high < 0:
+        return HOLDS if (high < 0) == lower else FAILS
+    return UNDECIDED
+
+
+@dataclass
+class Finding:
+    """What the runs say of a claim; means over the seeds that all its settings have."""
+
+    claim: claims.Claim
+    seeds: list
+    ours: float | None
+    others: float | None  # None where the claim compares with 0
+    differences: list
+    low: float
+    high: float
+    verdict: str
+
+    @property
+    def difference(self):
+        return sum(self.differences) / len(self.differences)
+
+
+def found(claim, runs_of):
+    """claim, and a function Setting -> {seed: run} -> Finding"""
+    runs = [runs_of(setting) for setting in claim.settings]
+    seeds = sorted(set(runs[0]).intersection(*runs[1:]))
+    if not seeds:
+        return Finding(claim, [], None, None, [], -math.inf, math.inf, NONE)
+    ours = [claim.measure.of(runs[0][seed]) for seed in seeds]
+    than = claim.than or claim.measure
+    others = [sum(than.of(run[seed]) for run in runs[1:]) / len(runs[1:]) for seed in seeds] if claim.others else None
+    differences = [a - b for a, b in zip(ours, others or [0.0] * len(ours))]
+    low, high = interval(differences)
+    means = [values and sum(values) / len(values) for values in (ours, others)]
+    return Finding(claim, seeds, *means, differences, low, high, verdict(low, high, claim.lower))
+
+
+def findings(results):
+    return [found(claim, results.of) for claim in claims.CLAIMS]
+
+
+# --- The table ---
+
+
+def table(results):
+    """Results -> Markdown: a table for each paper, remarks under it, and the methods side by side."""
+    every, parts = findings(results), []
+    for paper in dict.fromkeys(claim.paper for claim in claims.CLAIMS):
+        own = [finding for finding in every if finding.claim.paper == paper]
+        head = ("claim", "source", "model", "measure", "seeds", "it", "against", "difference, 95%", "verdict")
+        parts += [f"### {paper}", markdown(head, map(row, own)), remarks(own)]
+    parts += ["### Methods side by side", side_by_side(results), "### The search", searches(results)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def row(finding):
+    claim = finding.claim
+    words = (claim.text, claim.source, claim.ours.model, claim.measure.words + " (lower)" * claim.lower)
+    if not finding.seeds:
+        return (*words, "0", "", "", "", NONE)
+    others = "0" if finding.others is None else f"{finding.others:.3f}"
+    between = f"{finding.difference:+.3f} [{finding.low:+.3f}, {finding.high:+.3f}]"
+    return (*words, str(len(finding.seeds)), f"{finding.ours:.3f}", others, between, f"**{finding.verdict}**")
+
+
+def remarks(own):
+    said = [(finding.claim, claims.REMARKS.get(finding.claim.name)) for finding in own]
+    return "\n".join(f"- *{claim.text}* ({claim.ours.model}): {words}" for claim, words in said if words)
+
+
+def side_by_side(results):
+    """A line for each script that a task was given to, a reader's own too."""
+    head, lines = (
+        ("model", "reward", "method", "seeds", "reward, last exam", "verifier, last exam", "against grpo_base"),
+        [],
+    )
+    for model, task in claims.SIDE_BY_SIDE:
+        base = results.of(claims.setting("grpo_base", model, task))
+        for script, runs in results.methods(model, task).items():
+            seeds = sorted(set(runs) & set(base))
+            ends = {name: [runs[seed]["exams"][name][-1] for seed in seeds] for name in ("reward", "truth")}
+            means = [f"{sum(values) / len(values):.3f}" for values in ends.values() if values]
+            more = [ours - base[seed]["exams"]["truth"][-1] for ours, seed in zip(ends["truth"], seeds)]
+            if means and script != "grpo_base":
+                low, high = interval(more)
+                means.append(f"{sum(more) / len(more):+.3f} [{low:+.3f}, {high:+.3f}]")
+            if means:
+                lines.append((model, task, script, str(len(seeds)), *means, *[""] * (3 - len(means))))
+    return markdown(head, lines)
+
+
+def searches(results):
+    """What the search found: the mean reward of the last exam at each point, the chosen values in the last column."""
+    lines = []
+    for searched in claims.SEARCHED:
+        tried = results.tried(*searched)
+        ends = [f"{point['learning_rate']:g}, {point['clip_range']:g}: {end:.3f}" for point, end in tried]
+        tuned = results.tuned(*searched)
+        chosen = f"**{tuned['learning_rate']:g}, {tuned['clip_range']:g}**" if tuned else NONE
+        lines.append((*searched, "; ".join(ends), chosen))
+    return markdown(("method", "model", "reward", "learning rate, clip range: reward of the last exam", "taken"), lines)
+
+
+def markdown(head, lines):
+    def joined(cells):
+        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+    return "\n".join([joined(head), joined(["---"] * len(head)), *map(joined, lines)])
+
+
+def with_table(text, results):
+    """lab/README.md's text with the tables of these results between its markers."""
+    before, _, rest = text.partition("<!-- claims -->")
+    _, end, after = rest.partition("<!-- /claims -->")
+    assert end, "lab/README.md has no place for the claims"
+    return f"{before}<!-- claims -->\n{table(results)}\n<!-- /claims -->{after}"
+
+
+def write(results):
+    README.write_text(with_table(README.read_text(), results))
+
+
+if __name__ == "__main__":
+    write(Results(FOLDER))
