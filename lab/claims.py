@@ -322,7 +322,7 @@ def self_paced():
                   shift(f"weight_{first}", "its weight, last 5 steps less first 5"), paced, lower=True),
             Claim("hoyer", "Self-Paced", "eq 8", "Hoyer's index as printed is better than what the prose says of it",
                   end("truth"), paced, (meant,)),
-            Claim("saturates", "Self-Paced", "figure 1", "a static easy reward stops telling samples apart, the mix not",
+            Claim("saturates", "Self-Paced", "figure 1", "a static easy reward stops telling samples apart",
                   late_over_early("reward_std", "spread in a group, last 5 steps over first 5"), paced, (one,)),
         ]  # fmt: skip
     flux, truth = setting("self_paced", "tiny-flux", "stages"), setting("grpo_base", "tiny-flux", "truth")
@@ -337,10 +337,10 @@ def bias():
         honest = number(f"verifier_{clusters}", words)
         found += [
             Claim(f"bias-clip-{clusters}", "Self-Paced", "eq 3, figures 4 and 5",
-                  "a learned reward prefers kinds of content more than the verifier does",
+                  f"over {clusters} clusters a learned reward has more of a preference than the verifier",
                   number(f"clip_{clusters}", words), probe, (probe,), than=honest),
             Claim(f"bias-judge-{clusters}", "Self-Paced", "eq 3, figures 8 and 9",
-                  "the coefficient finds a judge that likes one kind by .1",
+                  f"over {clusters} clusters a judge that likes one kind by .1 is found",
                   number(f"biased_{clusters}", words), probe, (probe,), than=honest),
         ]  # fmt: skip
     return found

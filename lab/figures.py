@@ -208,23 +208,31 @@ def kinds(results, plt):
 
 
 def forest(results, plt):
-    """Every claim: the difference with its interval, each in a unit of its own, and the verdict's colour."""
+    """A line for each claim, a column for each model: the difference with its interval, each in a unit of its own, and
+    the verdict's colour."""
     found = [one for one in verdicts.findings(results) if one.seeds and math.isfinite(one.low)]
-    figure, axis = plt.subplots(figsize=(9, 0.24 * max(4, len(found)) + 0.9))
-    for place, one in enumerate(reversed(found)):
-        unit, sign = max(abs(one.low), abs(one.high)) or 1.0, -1 if one.claim.lower else 1
-        ends = sorted((sign * one.low / unit, sign * one.high / unit))
-        colour = VERDICTS[one.verdict]
+    places = {text: -place for place, text in enumerate(dict.fromkeys((o.claim.paper, o.claim.text) for o in found))}
+    figure, axes = plt.subplots(1, 4, figsize=(10.5, 0.2 * max(4, len(places)) + 0.9), sharex=True, sharey=True)
+    columns = dict(zip(claims.SIZE, axes))
+    for one in found:
+        unit, sign = 1.1 * max(abs(one.low), abs(one.high)) or 1.0, -1 if one.claim.lower else 1
+        axis, place, colour = (
+            columns[one.claim.ours.model],
+            places[one.claim.paper, one.claim.text],
+            VERDICTS[one.verdict],
+        )
+        ends = [sign * one.low / unit, sign * one.high / unit]
         axis.plot(ends, [place, place], color=colour, lw=3, solid_capstyle="round")
-        axis.plot([sign * one.difference / unit], [place], "o", color="white", mec=colour, ms=5)
-    axis.axvline(0, color="#333333", lw=0.9)
-    words = [f"{one.claim.text}  ({one.claim.ours.model})" for one in reversed(found)]
-    axis.set_yticks(range(len(found)), words, fontsize=7.5)
-    axis.set_xticks((-0.6, 0.6), ["against the claim", "for it"])
-    axis.set(xlim=(-1.1, 1.1), ylim=(-0.7, max(len(found), 1) - 0.3))
-    axis.grid(False)
+        axis.plot([sign * one.difference / unit], [place], "o", color="white", mec=colour, ms=4.5)
+    for model, axis in columns.items():
+        axis.axvline(0, color="#333333", lw=0.9)
+        axis.set(title=model, xlim=(-1.1, 1.1), ylim=(-max(len(places), 1) + 0.3, 0.7))
+        axis.set_xticks((-0.6, 0.6), ["against", "for it"], fontsize=8)
+        axis.grid(axis="x", visible=False)
+        axis.tick_params(length=0)
+    axes[0].set_yticks(list(places.values()), [f"{text}   {paper}" for paper, text in places], fontsize=7.5)
     handles = [plt.Line2D([], [], color=colour, lw=3, label=verdict) for verdict, colour in VERDICTS.items()]
-    axis.legend(handles=handles, loc="lower right", bbox_to_anchor=(1, 1), ncols=3, fontsize=8)
+    figure.legend(handles=handles, loc="lower right", bbox_to_anchor=(1, 1), ncols=3, fontsize=8)
     return figure
 
 

@@ -75,7 +75,7 @@ class Results:
         return found
 
     def tuned(self, script, model, task):
-        """{"learning_rate", "clip_range"}: the best of each beside the model's own of the other; None before the end."""
+        """{"learning_rate", "clip_range"}: the best of each, beside the model's own of the other; None till then."""
         tried, start = self.tried(script, model, task), claims.STARTS[model]
         if len(tried) < len(claims.points(model)):
             return None
