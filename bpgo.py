@@ -30,7 +30,7 @@ from torch.nn.functional import pad
 
 import papers
 from common import arguments, errors, heldout, loss, models, rewards, sde
-from common.prompts import prompts_of_step, read_prompts
+from common.prompts import prompts_ahead, prompts_of_step, read_prompts
 from common.report import Clock, Report
 from common.runtime import Runtime
 from common.scoring import Scoring
@@ -164,7 +164,7 @@ def main(args):
         s = sde.diffusion_coefficients(sigmas, args.noise_level, args.sde, window)  # [T]
         batch = prompts_of_step(prompts, step, P, args.seed)
         captions = [batch[row // G] for row in rows]
-        cond = model.encode(captions)
+        cond = model.encode(captions, prompts_ahead(prompts, step, P, args.seed, rows // G))
         first = rows // G * G if args.same_noise else rows  # whose initial noise a row starts from
         trajectories, scoring = [], Scoring(scorers, model, captions, run.score_batch)
         for mb in run.batches(len(rows)):

@@ -9,6 +9,7 @@ from peft import LoraConfig
 from common import models, sde
 from common.errors import InputError
 from common.models import family
+from common.prompts import prompts_ahead, prompts_of_step
 
 PROMPTS = ["a square", "four yellow triangles", "a black cross and a blue circle"]  # 2, 3 and 7 words
 
@@ -71,6 +72,32 @@ def test_of_fifty_thousand_prompts_few_embeddings_are_kept(flux, monkeypatch):
         assert torch.equal(flux.encode(some)["pooled_projections"][0], every["pooled_projections"][i % len(PROMPTS)])
         assert list(flux.embedded)[-len(set(some)) :] == list(dict.fromkeys(some))
         assert len(flux.embedded) <= max(2, len(some))
+
+
+@torch.no_grad()
+def test_encoders_that_wait_on_the_cpu_come_once_for_several_steps(flux, monkeypatch):
+    """And the embeddings are those that each step would have made; without --offload-encoders nothing is made ahead."""
+    prompts, visits, at_hand = [f"{i} red circles" for i in range(40)], [], flux._encoders_at_hand
+    rows = torch.arange(4) + 4  # of the second process: group 1 of 2
+    monkeypatch.setattr(flux, "_encoders_at_hand", lambda: visits.append(step) or at_hand())
+    found = []
+    for offload, ahead, expected in ((True, True, [0, 8]), (True, False, [*range(12)]), (False, True, [*range(12)])):
+        monkeypatch.setattr(flux, "embedded", {})
+        monkeypatch.setattr(flux, "offload_encoders", offload)
+        visits.clear()
+        for step in range(12):
+            captions = [prompts_of_step(prompts, step, 2, seed=0)[row // 4] for row in rows]
+            cond = flux.encode(captions, prompts_ahead(prompts, step, 2, 0, rows // 4) if ahead else ())
+            found.append(cond["pooled_projections"])
+        assert visits == expected
+    alone, apart, here = torch.stack(found).split(12)
+    assert torch.equal(alone, apart) and torch.equal(alone, here)
+
+    monkeypatch.setattr(flux, "offload_encoders", True)
+    monkeypatch.setattr(family, "KEPT", 3 * sum(value[0].nbytes for value in cond.values()))
+    flux.embedded.clear()
+    flux.encode(prompts[:1], prompts[1:])
+    assert list(flux.embedded) == [*prompts[1:3], prompts[0]], "no more than there is room for"
 
 
 @torch.no_grad()

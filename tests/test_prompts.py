@@ -9,9 +9,10 @@ from collections import Counter
 import pyarrow
 import pyarrow.parquet
 import pytest
+import torch
 
 from common.errors import InputError
-from common.prompts import files, prompts_of_step, read_prompts
+from common.prompts import AHEAD, files, prompts_ahead, prompts_of_step, read_prompts
 
 
 def written(tmp_path, content):
@@ -105,6 +106,12 @@ def test_order_depends_on_the_step_and_seed_alone():
     assert prompts_of_step(PROMPTS, 17, 5, seed=3) == forward[17]
     orders = {tuple(p for step in range(12) for p in prompts_of_step(PROMPTS, step, 5, s)) for s in range(50)}
     assert len(orders) == 50
+
+
+def test_what_comes_next_is_what_the_next_steps_ask_for():
+    ahead = prompts_ahead(PROMPTS, 3, 5, 3, torch.tensor([4, 1, 1, 4]))
+    asked = [prompts_of_step(PROMPTS, step, 5, seed=3)[group] for step in range(4, 3 + AHEAD) for group in (1, 4)]
+    assert ahead == list(dict.fromkeys(asked)) and 5 < len(ahead) < len(asked)
 
 
 def test_seeds_do_not_share_epochs():

@@ -119,9 +119,10 @@ class Family:
         return next(iter(self.trainable))
 
     @torch.no_grad()
-    def encode(self, prompts):
+    def encode(self, prompts, ahead=()):
         """b prompts -> {name: [b, ...]}; a prompt that was embedded before is looked up, while there is room: what was
-        used last stays."""
+        used last stays. ahead: prompts that will be asked for soon; encoders that had to come from the CPU embed them,
+        too, as far as there is room."""
         asked = list(dict.fromkeys(prompts))
         new = [prompt for prompt in asked if prompt not in self.embedded]
         with self._encoders_at_hand() if new else contextlib.nullcontext(), self._no_autocast():
@@ -129,9 +130,11 @@ class Family:
                 self.embedded[prompt] = self._kept(self.embed(prompt))
             if self.negative and not self.unwanted:
                 self.unwanted = self._at_hand(self.text(""))
+            room = max(len(asked), KEPT // sum(value.nbytes for value in self.embedded[asked[0]].values()))
+            for prompt in ahead[: room - len(asked)] if new and self.offload_encoders else ():
+                self.embedded[prompt] = self.embedded.pop(prompt, None) or self._kept(self.embed(prompt))
         for prompt in asked:
             self.embedded[prompt] = self.embedded.pop(prompt)  # to the end of the line
-        room = max(len(asked), KEPT // sum(value.nbytes for value in self.embedded[asked[0]].values()))
         for prompt in list(self.embedded)[:-room]:
             del self.embedded[prompt]
         rows = {prompt: self._at_hand(self.embedded[prompt]) for prompt in asked}

@@ -10,6 +10,8 @@ import torch
 
 from common.prompts import files, sets
 
+AHEAD = 8  # steps whose prompts are embedded together, where the encoders come from the CPU for it
+
 
 def read_prompts(spec):
     """What --prompts and --eval-prompts say -> [str]: the name of a set (sets.py), `hub:OWNER/NAME/FILE[:COLUMN]`, or
@@ -45,6 +47,12 @@ def prompts_of_step(prompts, step, number, seed):
         prompts[_permutation(len(prompts), seed, i // len(prompts))[i % len(prompts)]]
         for i in range(first, first + number)
     ]
+
+
+def prompts_ahead(prompts, step, number, seed, groups):
+    """The prompts of these groups [b] (numbers below `number`, any often) in the next AHEAD - 1 steps, each once."""
+    later = [prompts_of_step(prompts, step + after, number, seed) for after in range(1, AHEAD)]
+    return list(dict.fromkeys(batch[group] for batch in later for group in sorted(set(map(int, groups)))))
 
 
 @functools.lru_cache(maxsize=2)  # a step asks once a prompt, and may span two epochs
