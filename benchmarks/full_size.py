@@ -254,7 +254,7 @@ def measured(args, phases, folder):
     settings |= dict(best_of=0, minibatches=1, sampling_steps=args.sampling_steps, micro_batch=args.micro_batch)
     settings |= dict(reward=("jpeg",), prompts=f"{folder}/prompts.txt", eval_prompts="", save_every=0)
     settings |= dict(lora_rank=args.lora_rank, compile=args.compile, tracker="none", output=f"{folder}/run")
-    del settings["source"]
+    del settings["source"], settings["lora_learning_rate"]
     run_args = arguments.defaults(grpo_base.Args, args.model, **settings)
     (folder / "prompts.txt").write_text("\n".join(CAPTIONS))
     clock, runtime = hooks(args, phases)

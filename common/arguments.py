@@ -150,7 +150,7 @@ class Args(Scored):
     adv_clip_max: Annotated[float, Above(0, 1e6)] = 5.0
     """Advantages are clamped to +- this."""
     learning_rate: Annotated[float, Above(0, 1)] = 1e-5
-    """AdamW's learning rate, constant."""
+    """AdamW's learning rate, constant. With --lora-rank a named model has another default, for a LoRA."""
     weight_decay: Annotated[float, From(0, 1)] = 1e-4
     """AdamW's weight decay."""
     max_grad_norm: Annotated[float, Above(0, 1e6)] = 1.0
@@ -217,10 +217,12 @@ def settings(cls, model):
 
 
 def defaults(cls, model="tiny-flux", **values):
-    """cls with its settings for a named model, `values` on top."""
-    fields = {f.name for f in dataclasses.fields(cls)}
-    table = {name: value for name, value in settings(cls, model).items() if name in fields}
-    return cls(**{"model": model, **table, **values})
+    """cls with its settings for a named model, `values` on top. A LoRA has a learning rate of its own."""
+    fields, table = {f.name for f in dataclasses.fields(cls)}, settings(cls, model)
+    chosen = {"model": model, **{name: value for name, value in table.items() if name in fields}, **values}
+    if chosen.get("lora_rank") and "lora_learning_rate" in table and "learning_rate" not in values:
+        chosen["learning_rate"] = table["lora_learning_rate"]
+    return cls(**chosen)
 
 
 def keeps_initial(args):
@@ -267,8 +269,9 @@ def parse(cls, description, default=None):
             if word == "--resume" and (i + 1 == len(argv) or argv[i + 1].startswith("--")):
                 argv = [*argv[: i + 1], "latest", *argv[i + 1 :]]
         _check_words(cls, argv)
-        model, resume, output = (given(argv, flag) for flag in ("--model", "--resume", "--output"))
-        default = default(argv) if default else defaults(cls, *model)
+        model, resume, output, rank = (given(argv, f) for f in ("--model", "--resume", "--output", "--lora-rank"))
+        lora = {"lora_rank": int(rank[0])} if rank and rank[0].isdecimal() else {}  # what else, the parser refuses
+        default = default(argv) if default else defaults(cls, *model, **lora)
         if resume:
             default = run_folder.inherit(default, *resume, *output or [""])
         return tyro.cli(cls, args=argv, default=default, description=description)
@@ -277,7 +280,7 @@ def parse(cls, description, default=None):
 def given(argv, flag):
     """[what a flag was last given], [] if it was not."""
     pairs = [word.split("=", 1) if "=" in word else (word, next_one) for word, next_one in zip(argv, [*argv[1:], None])]
-    return [value for word, value in pairs if word == flag and value is not None][-1:]
+    return [value for word, value in pairs if word.replace("_", "-") == flag and value is not None][-1:]
 
 
 def _check_words(cls, argv):

@@ -103,6 +103,7 @@ def command(script, args):
     """The command line that says in what the settings differ from the script's defaults for the model; of paths only
     the last name."""
     default, words = arguments.defaults(type(args), args.model), [f"{script}.py", "--model", _called(args.model)]
+    default.learning_rate = arguments.defaults(type(args), args.model, lora_rank=args.lora_rank).learning_rate
     for field in dataclasses.fields(args):
         value = getattr(args, field.name)
         if field.name in OWN or value == getattr(default, field.name):

@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import importlib
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -58,14 +59,15 @@ def flag(name):
 def test_defaults_are_those_of_the_table(name):
     table, args = models.settings(name), defaults(Args, name)
     assert args.model == name
+    rate = "lora_learning_rate" if args.lora_rank else "learning_rate"
     for field, default in FIELDS.items():
         if field != "model":
-            assert getattr(args, field) == table.get(field, default), field
+            assert getattr(args, field) == table.get(rate if field == "learning_rate" else field, default), field
 
 
 @pytest.mark.parametrize("name", NAMED)
 def test_the_table_has_no_setting_that_is_no_flag(name):
-    assert models.settings(name).keys() - FIELDS.keys() == {"source"}
+    assert models.settings(name).keys() - FIELDS.keys() == {"source", "lora_learning_rate"}
 
 
 def test_tiny_flux_needs_no_flags():
@@ -102,7 +104,8 @@ def test_every_script_has_all_settings_for_every_named_model(no_hub, script, nam
     cls = SCRIPTS[script].Args
     args = defaults(cls, name)
     check(args)
-    assert arguments.settings(cls, name).keys() - {f.name for f in dataclasses.fields(cls)} <= {"source", "paper"}
+    beside = arguments.settings(cls, name).keys() - {f.name for f in dataclasses.fields(cls)}
+    assert beside <= {"source", "paper", "lora_learning_rate"}
     scorers = [reward_class(reward) for reward in rewards.parse(args.reward)]
     assert all(scorer.video if args.frames else getattr(scorer, "image", True) for scorer in scorers)
     if script == "self_paced":
@@ -231,6 +234,50 @@ def parsed(monkeypatch, *argv):
 @pytest.mark.parametrize("argv", [["--model", "flux"], ["--model=flux"], ["--model", "tiny-flux", "--model", "flux"]])
 def test_the_named_model_sets_the_defaults(monkeypatch, argv):
     assert parsed(monkeypatch, *argv) == defaults(Args, "flux")
+
+
+@pytest.mark.parametrize("name", [*NAMED, "some/folder"])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_lora_has_the_models_rate_for_one(script, name):
+    cls = SCRIPTS[script].Args
+    own = arguments.settings(cls, name)
+    full, lora = own.get("learning_rate", 1e-5), own.get("lora_learning_rate", 1e-5)
+    assert lora >= full and (name == "some/folder" or "lora_learning_rate" in models.settings(name))
+    assert defaults(cls, name).learning_rate == (lora if own.get("lora_rank") else full)
+    assert defaults(cls, name, lora_rank=0).learning_rate == full
+    assert defaults(cls, name, lora_rank=8).learning_rate == lora
+    assert defaults(cls, name, lora_rank=8, learning_rate=0.5).learning_rate == 0.5
+
+
+@pytest.mark.parametrize(
+    "words, rate",
+    [
+        ("--model flux", 1e-5),
+        ("--model flux --lora-rank 8", 3e-4),
+        ("--lora_rank=8 --model=wan2.1-1.3b", 1e-4),
+        ("--model flux --lora-rank 8 --learning-rate 0.5", 0.5),
+        ("--model sd3.5-medium", 3e-4),
+        ("--model sd3.5-medium --lora-rank 0", 1e-5),
+    ],
+)
+def test_the_command_line_takes_a_loras_rate_where_none_is_given(monkeypatch, words, rate):
+    assert parsed(monkeypatch, *words.split()).learning_rate == rate
+
+
+def test_a_resumed_lora_keeps_its_rate(monkeypatch, tmp_path):
+    for run, rate in (("old", 1e-5), ("new", 3e-4)):  # of a version whose LoRAs took that of all weights
+        (tmp_path / run).mkdir()
+        args = defaults(Args, "flux", lora_rank=8, learning_rate=rate)
+        (tmp_path / run / "config.json").write_text(json.dumps(dataclasses.asdict(args) | {"script": "grpo_base"}))
+        words = ("--model", "flux", "--lora-rank", "8", "--output", str(tmp_path / run), "--resume")
+        assert parsed(monkeypatch, *words).learning_rate == rate
+        assert parsed(monkeypatch, *words, "--learning-rate", "0.5").learning_rate == 0.5
+
+
+def test_a_rank_that_is_no_number_is_the_parsers_to_refuse(monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        parsed(monkeypatch, "--lora-rank", "many")
+    assert "--lora-rank" in capsys.readouterr().err
 
 
 def test_flags_win_over_the_named_model(monkeypatch):

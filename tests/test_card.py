@@ -111,9 +111,11 @@ def test_the_command_on_a_card_is_the_run(script, method, monkeypatch):
     assert f"# wan2.1-1.3b, trained with {method}" in said
     assert "base_model: Wan-AI/Wan2.1-T2V-1.3B-Diffusers" in said and "base_model_relation: adapter" in said
     assert "pipeline_tag: text-to-video" in said and 'from_pretrained("Wan-AI/Wan2.1-T2V-1.3B-Diffusers")' in said
-    words = card.command(script.__name__, args)
-    monkeypatch.setattr("sys.argv", words)
-    assert arguments.parse(script.Args, "") == args
+    for rate in (args.learning_rate, 5e-6, 1e-3):  # a LoRA's default, that of all weights, another
+        args.learning_rate = rate
+        words = card.command(script.__name__, args)
+        monkeypatch.setattr("sys.argv", words)
+        assert arguments.parse(script.Args, "") == args
 
 
 def test_paths_of_the_machine_stay_there():

@@ -35,7 +35,8 @@ FAMILIES = {
 # What the embedded models share: a step that two cores take in seconds.
 _TINY = dict(
     height=32, width=32, steps=40, prompts_per_step=8, group_size=12, sampling_steps=8, sde="flow", noise_level=0.7,
-    shift=1.0, timestep_fraction=1.0, same_noise=False, clip_range=1e-3, learning_rate=2e-4, micro_batch=96,
+    shift=1.0, timestep_fraction=1.0, same_noise=False, clip_range=1e-3, learning_rate=2e-4, lora_learning_rate=3e-3,
+    micro_batch=96,
 )  # fmt: skip
 _SHAPES = dict(
     prompts=str(ASSETS / "prompts/shapes.txt"), eval_prompts=str(ASSETS / "prompts/shapes_heldout.txt"),
@@ -48,16 +49,21 @@ _MOTION = dict(
 # DanceGRPO (2505.07818), which the three papers follow.
 _PAPERS = dict(
     prompts_per_step=8, group_size=12, sampling_steps=16, sde="dance", timestep_fraction=0.6, same_noise=True,
-    clip_range=1e-4, learning_rate=1e-5, micro_batch=1, prompts="dancegrpo:images", reward=("hpsv2.1",),
-    gradient_checkpointing=True, keep_checkpoints=2,  # with optimizer a checkpoint of FLUX has 133 GiB
+    clip_range=1e-4, learning_rate=1e-5, lora_learning_rate=3e-4, micro_batch=1, prompts="dancegrpo:images",
+    reward=("hpsv2.1",), gradient_checkpointing=True,
+    keep_checkpoints=2,  # with optimizer a checkpoint of FLUX has 133 GiB
 )  # fmt: skip
 # 2511.19356, appendix A: best 4 and worst 4 of 16, an update for every 4. The reward is that of its baseline.
 _VIDEO = dict(
-    _PAPERS, group_size=16, best_of=8, minibatches=2, shift=5.0, noise_level=0.5, learning_rate=5e-6, frames=53,
-    fps=15.0, prompts="dancegrpo:videos", reward=("videoalign",),
+    _PAPERS, group_size=16, best_of=8, minibatches=2, shift=5.0, noise_level=0.5, learning_rate=5e-6,
+    lora_learning_rate=1e-4, frames=53, fps=15.0, prompts="dancegrpo:videos", reward=("videoalign",),
     reward_batch=4,  # clips of 480x832x53: one GiB
 )  # fmt: skip
 
+# lora_learning_rate is what a LoRA takes where no --learning-rate is given. 3e-4: FLUX and Stable Diffusion 3.5 in
+# Flow-GRPO's code (ranks 64 and 32, of which each counts twice), Stable Diffusion 1 in DDPO's (kvablack/ddpo-pytorch).
+# 1e-4: Wan2.1 in Flow-GRPO's (1.3B; 14B stands beside it); for Wan2.2 and HunyuanVideo we know of none and take Wan's.
+#
 # Settings by name; --model NAME makes them the defaults of the command line. Where the papers are silent about a
 # pair (prompts a step on another number of GPUs, guidance), it is the model's own default.
 MODELS = {
@@ -93,7 +99,7 @@ MODELS = {
     "sd3.5-medium": dict(
         _PAPERS, source="stabilityai/stable-diffusion-3.5-medium", height=512, width=512, guidance=4.5, steps=200,
         sampling_steps=10, sde="flow", shift=3.0, noise_level=0.7, group_size=24, minibatches=2, timestep_fraction=1.0,
-        same_noise=False, lora_rank=32, learning_rate=3e-4,
+        same_noise=False, lora_rank=32,
     ),
     "wan2.1-1.3b": dict(
         _VIDEO, source="Wan-AI/Wan2.1-T2V-1.3B-Diffusers", height=480, width=832, guidance=5.0, steps=150,
@@ -208,7 +214,8 @@ def _whole(source, cls, trusted):
 def table(pairs):
     """The named models and a script's settings for them, {name: settings}, as text for --list-models."""
     columns = ("paper", "height", "width", "frames", "fps", "sampling_steps", "shift", "noise_level", "sde", "guidance")
-    columns += ("prompts_per_step", "group_size", "best_of", "minibatches", "learning_rate", "steps")
+    columns += ("prompts_per_step", "group_size", "best_of", "minibatches", "lora_rank", "learning_rate")
+    columns += ("lora_learning_rate", "steps")
     columns += ("reward", "prompts", "source")
     rows = [("name", *columns)]
     for name, values in pairs.items():
@@ -217,6 +224,7 @@ def table(pairs):
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
     lines += ["", "paper: the one (arXiv) that trains this model so; -: none does, script and model suggest the rest"]
+    lines += ["lora_learning_rate: with --lora-rank above 0, where no --learning-rate is given"]
     for pipeline, (module, attribute) in FAMILIES.items():
         cls = getattr(importlib.import_module(module), attribute)
         lines += ["", f"{pipeline}: {cls.task()}", f"  LoRA: {cls.lora_targets}", f"  blocks: {', '.join(cls.blocks)}"]
