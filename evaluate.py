@@ -126,7 +126,7 @@ def check(args, run, runs):
         raise InputError("--reward is missing: the run's own is code in a file, or it has none; name it, or others")
     if args.layout and args.samples > 1:
         raise InputError(f"--samples {args.samples}: --layout {args.layout} says how many there are of each prompt")
-    if args.layout and models.family_of(args.model).video != (args.layout == "vbench"):
+    if args.layout and models.family_of(args.model, args.source).video != (args.layout == "vbench"):
         raise InputError(f"--layout {args.layout}: it takes {'clips' if args.layout == 'vbench' else 'images'}")
 
 
@@ -140,7 +140,9 @@ def evaluate(args):
     scorers = rewards.load(args.reward, prompts, **arguments.of_rewards(args))
     reward_weights = rewards.in_units(args.reward_units, reward_weights, scorers)
     found = {"base": None, **{weights.name: weights for weights in runs}}
-    whose = {name: weights.identity() if weights else {"base": args.model} for name, weights in found.items()}
+    whose = {
+        name: weights.identity() if weights else {"base": args.source or args.model} for name, weights in found.items()
+    }
     settings = {name: value for name, value in dataclasses.asdict(args).items() if name not in FREE}
     folder = evaluation.Folder(
         args.output, {**settings, "prompts_sha256": evaluation.digest(prompts, map(fields_of, prompts))}, whose

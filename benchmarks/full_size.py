@@ -107,7 +107,7 @@ def wan():
     )  # fmt: skip
 
 
-def build(name, dtype, prompts=(), trust_remote_code=False, **settings):
+def build(name, dtype, prompts=(), trust_remote_code=False, source="", **settings):
     """In the place of models.load: random weights in bf16, made on the GPU, where there is room and speed for them."""
     with memory.weights_in_bfloat16(), torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         pipe = {"flux": flux, "wan2.1-1.3b": wan}[name]()

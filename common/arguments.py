@@ -48,6 +48,8 @@ class Scored:
 
     model: str = "tiny-flux"
     """A named model (--list-models), the folder of a diffusers pipeline, or a hub id."""
+    source: str = ""
+    """Folder or hub id of other weights for a named --model, with its settings; default: the model's own."""
     reward: tuple[str, ...] = ()
     """Rewards, NAME or NAME=WEIGHT, several separated by spaces; common/rewards/README.md lists them. For one of your
     own path/to/file.py:CLASS stands in the place of NAME."""
@@ -219,7 +221,8 @@ def settings(cls, model):
 def defaults(cls, model="tiny-flux", **values):
     """cls with its settings for a named model, `values` on top. A LoRA has a learning rate of its own."""
     fields, table = {f.name for f in dataclasses.fields(cls)}, settings(cls, model)
-    chosen = {"model": model, **{name: value for name, value in table.items() if name in fields}, **values}
+    named = {name: value for name, value in table.items() if name in fields - {"source"}}
+    chosen = {"model": model, **named, **values}
     if chosen.get("lora_rank") and "lora_learning_rate" in table and "learning_rate" not in values:
         chosen["learning_rate"] = table["lora_learning_rate"]
     return cls(**chosen)
@@ -238,7 +241,7 @@ def keeps_initial(args):
 
 def of_model(args):
     """What models.load takes besides name, dtype and prompts."""
-    names = ("height", "width", "frames", "guidance", "guidance_2", "batched_guidance")
+    names = ("source", "height", "width", "frames", "guidance", "guidance_2", "batched_guidance")
     settings = {name: getattr(args, name) for name in (*names, "offload_encoders", "trust_remote_code")}
     return settings | {"decode_batch": args.decode_batch or args.micro_batch}
 
@@ -250,7 +253,7 @@ def of_rewards(args):
     return {
         **{name: getattr(args, name) for name in names},
         "judge": {**judge, "trusted": args.trust_remote_code},
-        "clips": models.family_of(args.model).video,
+        "clips": models.family_of(args.model, args.source).video,
     }
 
 
@@ -348,8 +351,8 @@ def check(args):
         raise InputError("--lora-targets belongs to --lora-rank above 0")
     if args.tracker == "wandb" and importlib.util.find_spec("wandb") is None:
         raise InputError("--tracker wandb: the package is missing; pip install wandb, or use --tracker tensorboard")
-    if args.model not in models.MODELS:
-        models.family_of(args.model)  # a wrong model would lack the next two as well
+    if args.source or args.model not in models.MODELS:
+        models.family_of(args.model, args.source)  # a wrong model would lack the next two as well
     if sets.is_benchmark(args.prompts):
         raise InputError(
             f"--prompts {args.prompts}: these are a benchmark's, for --eval-prompts; train on dancegrpo:images, hpdv2, "

@@ -36,7 +36,7 @@ def leave(run):
 def write(run, args):
     """README.md and its pictures into the exports of a run's folder, from what is in the folder. Raises OSError."""
     config = json.loads((run / "config.json").read_text())
-    rows, family = rows_before(run / "metrics.jsonl", 10**12), models.family_of(args.model)
+    rows, family = rows_before(run / "metrics.jsonl", 10**12), models.family_of(args.model, args.source)
     for folder in (run / name for name in ("export", "export_ema")):
         if folder.is_dir():
             shown = _pictures(run, folder)
@@ -53,8 +53,9 @@ def card(config, args, family, rows, shown, averaged=False):
     parts = [
         f"---\n{front_matter(args, family.task(), papers).to_yaml()}\n---",
         f"# {_called(args.model)}, trained with {method}",
-        f"{what} `{_called(args.model)}`{', the moving average over the training' * averaged}, by reinforcement "
-        f"learning: `{script}.py` of vgrpo. " + " ".join(f"Paper: [arXiv {paper}]({WEB}{paper})." for paper in papers),
+        f"{what} `{_called(args.source or args.model)}`{', the moving average over the training' * averaged}, by "
+        f"reinforcement learning: `{script}.py` of vgrpo. "
+        + " ".join(f"Paper: [arXiv {paper}]({WEB}{paper})." for paper in papers),
         "It is for the uses that the base model's licence allows; this card states no other.",
         f"```python\n{loading(args, family)}\n```",
         reward_words(args, rows),
@@ -68,7 +69,7 @@ def front_matter(args, task, papers):
     """What the hub reads. Of a base model that is no hub id it says nothing, nor of a licence, which it cannot know."""
     from huggingface_hub import ModelCardData
 
-    known = {"base_model": _hub_id(args.model)} if _hub_id(args.model) else {}
+    known = {"base_model": _hub_id(args)} if _hub_id(args) else {}
     relation = {"base_model_relation": "adapter" if args.lora_rank else "finetune"} if known else {}
     tags = ["vgrpo", "grpo", "reinforcement-learning", *["lora"] * bool(args.lora_rank)]
     tags += [f"arxiv:{paper}" for paper in papers]
@@ -77,7 +78,7 @@ def front_matter(args, task, papers):
 
 def loading(args, family):
     """Python that loads the export in plain diffusers."""
-    name, base = family.pipeline.__name__, _hub_id(args.model) or _called(args.model)
+    name, base = family.pipeline.__name__, _hub_id(args) or _called(args.source or args.model)
     lines = [f"from diffusers import {name}", ""]
     if not args.lora_rank:
         return "\n".join([*lines, f'pipe = {name}.from_pretrained("this repository")'])
@@ -122,9 +123,9 @@ def _called(value):
     return f"{name}{equals}{Path(path).name}" if Path(path).is_absolute() else str(value)
 
 
-def _hub_id(model):
+def _hub_id(args):
     """Of a model that comes from the hub, else ""."""
-    source = models.settings(model).get("source", model)
+    source = models.source_of(args.model, args.source)
     return source if source.count("/") == 1 and not Path(source).exists() else ""
 
 

@@ -62,7 +62,7 @@ def find_all(specs, averaged=False):
     """Those of several runs of one base model, under names of their own. Raises InputError."""
     found = [find(spec, averaged) for spec in specs]
     for spec, other in zip(specs[1:], found[1:]):
-        models = [_source(weights.config.get("model")) for weights in (found[0], other)]
+        models = [_source(weights.config.get("source") or weights.config.get("model")) for weights in (found[0], other)]
         if models[0] != models[1]:
             raise InputError(
                 f"{spec} was trained from {other.config.get('model')}, {specs[0]} from {found[0].config.get('model')}: "

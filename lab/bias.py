@@ -128,7 +128,7 @@ def load(args, prompts):
     lora = run and not (folder / "export/model_index.json").is_file()
     source = args.model if not run else run["model"] if lora else str(folder / "export")
     names = ("height", "width", "frames", "guidance", "guidance_2", "sampling_steps", "shift", "fps", "micro_batch")
-    known = {name: run[name] for name in names if name in run}
+    known = {name: run[name] for name in (*names, *["source"] * bool(lora)) if name in run}
     settings = replace(arguments.defaults(arguments.Args, run.get("model", args.model)), **known, model=source)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32

@@ -61,13 +61,13 @@ def test_defaults_are_those_of_the_table(name):
     assert args.model == name
     rate = "lora_learning_rate" if args.lora_rank else "learning_rate"
     for field, default in FIELDS.items():
-        if field != "model":
+        if field not in ("model", "source"):
             assert getattr(args, field) == table.get(rate if field == "learning_rate" else field, default), field
 
 
 @pytest.mark.parametrize("name", NAMED)
 def test_the_table_has_no_setting_that_is_no_flag(name):
-    assert models.settings(name).keys() - FIELDS.keys() == {"source", "lora_learning_rate"}
+    assert models.settings(name).keys() - FIELDS.keys() == {"lora_learning_rate"}
 
 
 def test_tiny_flux_needs_no_flags():
@@ -194,6 +194,14 @@ def test_missing_prompts_or_reward(no_hub, name, value):
     assert refused(**{name: value}).startswith(f"{flag(name)} is missing: --model tiny-flux has no default")
     given = {"prompts": "prompts.txt", "reward": ("jpeg",), name: value}
     assert refused(model="flux", **given).startswith(f"{flag(name)} is missing: --model flux has no default")
+
+
+def test_other_weights_than_a_named_models_are_looked_for_first(tmp_path):
+    assert refused(model="some/folder", source="a/b") == (
+        "--source a/b: --model some/folder is no named model; give --model a/b instead"
+    )
+    assert refused(source=str(tmp_path / "none")).startswith(f"model: there is no folder {tmp_path}/none and it is no")
+    assert f"{tmp_path} has no model_index.json" in refused(source=str(tmp_path))
 
 
 def test_a_folder_that_is_no_supported_model(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import time
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,7 @@ from PIL import Image
 
 import grpo_base
 from benchmarks.memory import SD3
-from common import arguments, models, placing, sde
+from common import arguments, models, placing, sde, trained
 from common.errors import InputError
 from common.models.flux import Flux
 from common.models.hunyuan import HunyuanVideo
@@ -483,6 +484,20 @@ def test_the_table_of_models_names_sizes_lora_layers_and_blocks():
     for cls in (Flux, StableDiffusion, StableDiffusion3, Wan, WanImageToVideo, HunyuanVideo):
         assert cls.lora_targets in text and ", ".join(cls.blocks) in text
     assert "image-to-video" in text and str(models.ASSETS) not in text
+
+
+def test_a_named_model_keeps_its_settings_with_weights_from_elsewhere(train, tmp_path, monkeypatch):
+    shutil.copytree(models.settings("tiny-flux")["source"], tmp_path / "mine")
+    _, expected = train(steps=1)
+    folder, rows = train(steps=1, source=str(tmp_path / "mine"), output="local")
+    assert rows == expected and arguments.defaults(grpo_base.Args, source="mine").steps == 40
+    monkeypatch.setattr("sys.argv", ["grpo_base.py", "--output", str(folder), "--resume"])
+    assert (
+        arguments.parse(grpo_base.Args, "").source == trained.find(folder).settings().source == str(tmp_path / "mine")
+    )
+    shutil.rmtree(tmp_path / "mine/vae")
+    with pytest.raises(InputError, match="mine has no vae; download the whole model again"):
+        train(steps=2, source=str(tmp_path / "mine"), output="local", resume="latest")
 
 
 # --- Full sizes ---

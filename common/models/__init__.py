@@ -130,12 +130,20 @@ def take(cond, rows):
     return {name: value[rows] for name, value in cond.items()}
 
 
-def family_of(name):
+def source_of(name, source=""):
+    """The folder or hub id with the weights of a model: `source`, of a named one alone, its own, or its name."""
+    if source and name not in MODELS:
+        raise InputError(f"--source {source}: --model {name} is no named model; give --model {source} instead")
+    return source or settings(name).get("source", name)
+
+
+def family_of(name, source=""):
     """A named model, a folder or a hub id -> the class of its family, read from the pipeline's model_index.json.
 
     Raises InputError that says what to do; loads no weights.
     """
-    index = _index_file(settings(name).get("source", name))
+    name = source_of(name, source)
+    index = _index_file(name)
     try:
         content = json.loads(index.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -149,12 +157,12 @@ def family_of(name):
     return getattr(importlib.import_module(module), attribute)
 
 
-def load(name, dtype, prompts=(), trust_remote_code=False, **settings):
-    """The model on the CPU, weights in `dtype`, having looked at the prompts that it will be given; settings: those of
-    Family, for a named model over the table's. Raises InputError."""
+def load(name, dtype, prompts=(), trust_remote_code=False, source="", **settings):
+    """The model on the CPU, weights in `dtype`, having looked at the prompts that it will be given; source: as
+    source_of takes it; settings: those of Family, for a named model over the table's. Raises InputError."""
     from common.models import folder  # and with it diffusers: seconds, and who asks for --help need not wait for it
 
-    source, cls = MODELS.get(name, {}).get("source", name), family_of(name)
+    source, cls = source_of(name, source), family_of(name, source)
     cls.check(prompts)
     path = _whole(source, cls, trust_remote_code)
     pipe = folder.load(cls, path, dtype, trust_remote_code)
@@ -168,10 +176,10 @@ def load(name, dtype, prompts=(), trust_remote_code=False, **settings):
     return model
 
 
-def outline(name, dtype, large, trust_remote_code=False, **settings):
+def outline(name, dtype, large, trust_remote_code=False, source="", **settings):
     """What `load` would give, with weights that have no contents, to count them. None for a model whose files have
     together less than `large` bytes, and where only `load` can say what is wrong. Raises InputError."""
-    source, cls = MODELS.get(name, {}).get("source", name), family_of(name)
+    source, cls = source_of(name, source), family_of(name, source)
     path = Path(source) if Path(source).is_dir() else _whole(source, cls, trust_remote_code)
     if sum(file.stat().st_size for file in path.glob("*/*") if file.is_file()) < large:
         return None
