@@ -293,7 +293,7 @@ def numbers_of(rows, args):
     found = {short(name.removeprefix("eval_")): [row[name] for row in exams] for name in names}
     if "vague" in found:
         share = study_rewards.share_of_vague([caption_of(prompt) for prompt in read_prompts(args.eval_prompts)])
-        found["vague"] = [value / share for value in found["vague"]]
+        found["vague"] = [value / share if share else float("nan") for value in found["vague"]]
     steps = [row for row in rows if "reward_mean" in row]
     curves = ("weight_", "trust_", "gamma", "prior")
     training = {name: [row[name] for row in steps] for name in steps[0] if name in KEPT or name.startswith(curves)}

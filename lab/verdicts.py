@@ -4,7 +4,8 @@
 
 The interval is the percentile bootstrap of the mean of paired differences (runs of one seed see the same prompts and
 start from the same noise), with the percentiles moved outwards as Hesterberg has it (2015, "What teachers should know
-about the bootstrap", section 5.3: expanded percentiles): of five numbers the plain one is too narrow by a third.
+about the bootstrap": expanded percentiles). Of five normal numbers it holds the mean in 93% of cases, of eight in 94%;
+plain percentiles in 85 and 88%.
 """
 
 import math

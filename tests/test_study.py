@@ -1,0 +1,427 @@
+"""lab.study: intervals against scipy and an enumeration, verdicts, the plan and its budget, the search, a run that goes
+on, a method of one's own, and the table of lab/README.md, which is that of the committed results."""
+
+import dataclasses
+import itertools
+import json
+import math
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+
+from common import models, sde
+from common.errors import InputError
+from common.prompts import read_prompts
+from common.rewards import motion, verifier
+from lab import claims, figures, probes, study, study_rewards, verdicts
+from lab.moving import captions as moving_captions
+from lab.study_results import FOLDER, Results, name_of
+
+SMALL = dict(steps=1, eval_every=1, prompts_per_step=2, group_size=4, minibatches=1)
+
+
+# --- Statistics ---
+
+
+@pytest.mark.parametrize("values", [[0.1, -0.2, 0.3, 0.35, 0.02], [1.0, 2.0, 4.0, 8.0], [-0.3, -0.1, -0.12]])
+def test_the_interval_is_that_of_all_resamples(values):
+    """Enumerated: every way to draw n of n, each as likely. Its percentiles are Hesterberg's, by scipy."""
+    stats = pytest.importorskip("scipy.stats")
+    n = len(values)
+    means = np.array(list(itertools.product(values, repeat=n))).mean(1)
+    outside = stats.norm.cdf(-math.sqrt(n / (n - 1)) * stats.t.ppf(0.975, n - 1))
+    expected = np.quantile(means, [outside, 1 - outside])
+    assert verdicts.interval(values) == pytest.approx(expected, abs=0.02 * (max(values) - min(values)))
+
+
+def test_the_interval_is_scipys_at_these_percentiles():
+    stats = pytest.importorskip("scipy.stats")
+    values = np.random.default_rng(3).normal(0.01, 0.02, 8)
+    outside = stats.norm.cdf(-math.sqrt(8 / 7) * stats.t.ppf(0.975, 7))
+    settings = dict(method="percentile", n_resamples=100_000, random_state=1, confidence_level=1 - 2 * outside)
+    found = stats.bootstrap((values,), np.mean, **settings).confidence_interval
+    assert verdicts.interval(values) == pytest.approx((found.low, found.high), abs=4e-4)
+
+
+def test_students_quantiles_are_scipys():
+    stats = pytest.importorskip("scipy.stats")
+    assert verdicts.T == pytest.approx(stats.t.ppf(0.975, np.arange(1, len(verdicts.T) + 1)), abs=5e-5)
+
+
+def test_five_seeds_are_covered_more_often_than_by_plain_percentiles():
+    """The mean of five normal numbers: in 93% of cases (2000 of them gave .926), and never in more than 15 of 16, as no
+    resample is above the largest number; plain percentiles in 85%."""
+    samples, index = (
+        np.random.default_rng(0).normal(size=(400, 5)),
+        np.random.default_rng(1).integers(5, size=(4000, 5)),
+    )
+    ours = np.array([verdicts.interval(values, draws=4000) for values in samples])
+    plain = np.array([np.quantile(values[index].mean(1), [0.025, 0.975]) for values in samples])
+    covered, before = (((low < 0) & (high > 0)).mean() for low, high in (ours.T, plain.T))
+    assert 0.89 <= covered <= 0.96 and 0.80 <= before <= 0.89 and covered > before + 0.04
+
+
+@pytest.mark.parametrize(
+    "low, high, lower, said",
+    [(0.1, 0.2, False, "holds"), (-0.2, -0.1, False, "does not hold"), (-0.1, 0.2, False, "undecided at this scale"),
+     (0.1, 0.2, True, "does not hold"), (-0.2, -0.1, True, "holds"), (0.0, 0.2, False, "undecided at this scale"),
+     (-math.inf, math.inf, True, "undecided at this scale"), (0.0, 0.0, False, "undecided at this scale")],
+)  # fmt: skip
+def test_the_verdict_comes_from_the_interval_alone(low, high, lower, said):
+    assert verdicts.verdict(low, high, lower) == said
+
+
+def made(truth, reward=None, steps=(0, 5, 10), **training):
+    return {"steps": list(steps), "exams": {"truth": truth, "reward": reward or truth}, "training": training}
+
+
+def test_differences_are_paired_by_the_seeds_that_all_have():
+    ours, a, b = (claims.Setting("grpo_base", "tiny-flux", "truth", ((name, 1),)) for name in "oab")
+    runs = {
+        ours: {0: made([0, 0, 0.5]), 1: made([0, 0, 0.9]), 2: made([0, 0, 0.1]), 3: made([0, 0, 7.0])},
+        a: {2: made([0, 0, 0.3]), 1: made([0, 0, 0.6]), 0: made([0, 0, 0.2])},
+        b: {0: made([0, 0, 0.4]), 1: made([0, 0, 0.4]), 2: made([0, 0, 0.1]), 9: made([0, 0, 9.0])},
+    }
+    claim = claims.Claim("x", "ours", "", "", claims.end("truth"), ours, (a, b))
+    found = verdicts.found(claim, runs.get)
+    assert found.seeds == [0, 1, 2] and found.differences == pytest.approx([0.2, 0.4, -0.1])
+    assert (found.ours, found.others) == pytest.approx((0.5, 1 / 3)) and found.verdict == verdicts.UNDECIDED
+    alone = verdicts.found(dataclasses.replace(claim, others=()), runs.get)
+    assert alone.others is None and alone.differences == pytest.approx([0.5, 0.9, 0.1, 7.0])
+    assert alone.verdict == verdicts.HOLDS
+    other = dataclasses.replace(claim, others=(a,), lower=True, than=claims.change("truth"))
+    assert verdicts.found(other, runs.get).differences == pytest.approx([0.3, 0.3, -0.2])
+    assert verdicts.found(claim, lambda setting: {}).verdict == verdicts.NONE
+
+
+def test_measures_by_hand():
+    run = made([0.4, 0.5, 0.45], weight_a=[0.5] * 6 + [0.2] * 6, reward_std=[0.4] * 5 + [9.0, 9.0] + [0.1] * 5)
+    run["steps"] = [0, 10, 15]
+    run["numbers"] = {"grpo": 3.0}
+    assert claims.end("truth").of(run) == 0.45 and claims.change("truth").of(run) == pytest.approx(0.05)
+    assert claims.area("truth").of(run) == pytest.approx((10 * 0.45 + 5 * 0.475) / 15)
+    assert claims.area("truth", 0.5).of(run) == pytest.approx(0.45)
+    assert claims.falls("truth").of(run) == pytest.approx(0.05)
+    assert claims.shift("weight_a", "").of(run) == pytest.approx(-0.3)
+    assert claims.late_over_early("reward_std", "").of(run) == pytest.approx(0.25)
+    assert claims.number("grpo", "").of(run) == 3.0
+
+
+# --- The plan ---
+
+
+def test_the_full_study_fits_into_six_hours_and_quick_into_a_quarter(tmp_path):
+    results = Results(tmp_path)
+    asked = study.plan(study.Args(), results)
+    minutes = sum(study.seconds(job.settings) for _, jobs in asked for job in jobs) / 60
+    assert minutes <= 2 * 6 * 60  # two cores
+    quick = study.plan(study.Args(quick=True), Results(tmp_path, searched=False, shrink=study.quick))
+    assert sum(study.seconds(job.settings) for _, jobs in quick for job in jobs) / 60 <= 2 * 15
+    assert [title for title, _ in quick if not title.startswith("search")] == [
+        title for title, _ in asked if not title.startswith("search")
+    ]
+    shown = study.show(asked, results).splitlines()
+    assert shown[-2].split()[:3] == ["together", str(sum(len(jobs) for _, jobs in asked)), "0"]
+
+
+def test_every_run_of_a_claim_is_planned_and_once():
+    results = Results(FOLDER / "none")
+    jobs = [(job.name, job.seed) for _, jobs in study.plan(study.Args(), results) for job in jobs]
+    assert len(jobs) == len(set(jobs))
+    assert len({claim.name for claim in claims.CLAIMS}) == len(claims.CLAIMS)
+    for claim in claims.CLAIMS:
+        assert claim.seeds >= 5
+        for setting in claim.settings:
+            assert {(name_of(setting.settings()), seed) for seed in range(claim.seeds)} <= set(jobs), claim.name
+    assert set(claims.REMARKS) <= {claim.name for claim in claims.CLAIMS}
+
+
+def test_the_baseline_is_searched_as_the_methods_are_on_seeds_of_its_own():
+    plan = study.plan(study.Args(search=True), Results(FOLDER / "none"))
+    assert {job.seed for _, jobs in plan for job in jobs} == set(claims.SEARCH_SEEDS)
+    assert not set(claims.SEARCH_SEEDS) & set(range(max(claim.seeds for claim in claims.CLAIMS)))
+    tried = {}
+    for _, jobs in plan:
+        (key,) = {(job.settings["model"], job.settings["script"], job.settings["task"]) for job in jobs}
+        points = {(job.settings["learning_rate"], job.settings["clip_range"], job.seed) for job in jobs}
+        tried[key] = points
+        assert len(points) == len(jobs) >= 3 * len(claims.SEARCH_SEEDS)
+    for model, script, task in tried:
+        assert tried[model, script, task] == tried.get((model, "grpo_base", task), tried[model, script, task])
+    for claim in claims.CLAIMS:
+        for setting in claim.settings:
+            assert setting.searched in claims.SEARCHED or setting.script.startswith("probe:"), claim.name
+
+
+def test_the_name_of_a_run_stays_what_it_is():
+    """Who changes it makes all committed runs other runs."""
+    setting = claims.setting("grpo_base", "tiny-flux", "proxy")
+    assert name_of(setting.settings()) == name_of(dict(reversed(setting.settings().items())))
+    assert name_of(setting.settings()) == "tiny-flux-grpo_base-b862516d"
+    assert name_of(setting.settings({"learning_rate": 1e-3})) != name_of(setting.settings())
+
+
+# --- The search ---
+
+
+def add(results, settings, seeds, end):
+    for seed in seeds:
+        run = made([0.4, 0.5, end], steps=range(3))
+        results.add(settings, seed, {}, run)
+
+
+def test_the_search_takes_the_best_of_each_and_its_runs_are_no_evidence(tmp_path):
+    results, searched = Results(tmp_path), ("slas", "tiny-flux", "proxy")
+    setting, points = claims.setting(*searched), claims.points("tiny-flux")
+    assert results.tuned(*searched) is None and results.settings(setting) is None and results.of(setting) == {}
+    for point, end in zip(points, (0.5, 0.7, 0.6, 0.4)):
+        assert results.tuned(*searched) is None
+        add(results, setting.settings(point), claims.SEARCH_SEEDS, end)
+    rates, start = [point["learning_rate"] for point in points], claims.STARTS["tiny-flux"]
+    assert rates == pytest.approx([2e-4, 4e-4, 8e-4, 2e-4])
+    assert results.tuned(*searched) == {"learning_rate": rates[1], "clip_range": start["clip_range"]}
+    ablation = claims.setting("slas", "tiny-flux", "proxy", gamma=1.0)
+    assert results.settings(ablation)["learning_rate"] == rates[1] and results.settings(ablation)["gamma"] == 1.0
+    assert results.runs(results.settings(setting)).keys() == set(claims.SEARCH_SEEDS) and results.of(setting) == {}
+    again = Results(tmp_path)  # from the files
+    assert again.tuned(*searched) == results.tuned(*searched) and again.files == results.files
+    add(results, setting.settings(points[3]), claims.SEARCH_SEEDS, 0.55)  # five times the clip range, better than once
+    assert results.tuned(*searched) == {"learning_rate": rates[1], "clip_range": points[3]["clip_range"]}
+
+
+def test_what_is_there_is_not_run_again(tmp_path):
+    results = Results(tmp_path, searched=False)
+    args = study.Args(only=("kl",))
+    jobs = [job for _, jobs in study.plan(args, results) for job in jobs]
+    add(results, jobs[0].settings, [jobs[0].seed], 0.5)
+    assert study.todo(jobs, Results(tmp_path, searched=False)) == jobs[1:]
+    with pytest.raises(InputError, match="no claim begins so"):
+        study.plan(study.Args(only=("nothing",)), results)
+    with pytest.raises(InputError, match="there is no such file"):
+        study.plan(study.Args(methods=("nothing.py",)), results)
+
+
+# --- Runs ---
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """Settings -> those of a run of one step; tiny-flux takes two denoising steps and has sixteen held-out prompts."""
+    lines = read_prompts(ROOT / "assets/prompts/shapes_heldout.txt")[:16]
+    (tmp_path / "few.txt").write_text("\n".join(lines) + "\n")
+    few = {"eval_prompts": str(tmp_path / "few.txt"), "sampling_steps": 2}
+    monkeypatch.setitem(models.MODELS, "tiny-flux", {**models.MODELS["tiny-flux"], **few})
+    return lambda settings: {**settings, **SMALL}
+
+
+@pytest.fixture
+def trained(tmp_path, monkeypatch):
+    """trained(job) is study.run as a worker has it, into a folder of its own."""
+    monkeypatch.setattr("sys.argv", ["pytest"])
+    monkeypatch.chdir(ROOT)
+    return lambda job, folder="runs": study.run(job, tmp_path / folder)
+
+
+def test_two_runs_from_the_plan_to_the_table(trained, small, tmp_path):
+    results = Results(tmp_path / "results", searched=False, shrink=small)
+    claim = next(claim for claim in claims.CLAIMS if claim.name == "slas-keeps:tiny-flux")
+    pair = [study.job(results.settings(setting), 0) for setting in claim.settings]
+    for job in pair:
+        found = trained(job)
+        assert not isinstance(found, str), found
+        assert f"{job.name} seed 0: reward 0." in study.keep(results, job, found)
+    found = verdicts.found(claim, Results(tmp_path / "results", searched=False, shrink=small).of)
+    assert found.seeds == [0] and found.verdict == verdicts.UNDECIDED and math.isinf(found.low)
+    file = json.loads((tmp_path / "results" / f"{pair[0].name}.json").read_text())
+    run = file["runs"]["0"]
+    assert file["config"]["gamma"] == 0.5 and str(ROOT) not in json.dumps(file)
+    assert run["steps"] == [0, 1] and set(run["exams"]) == {"reward", "clip", "truth", "quality"}
+    assert len(run["training"]["reward_mean"]) == 1 and {"gamma", "batch_std"} <= set(run["training"])
+    assert run["versions"]["torch"] and run["commit"] and run["seconds"] > 0
+    assert len(run["pictures"]["png"]) == 6 and list(results.methods("tiny-flux", "proxy")) == ["grpo_base", "slas"]
+    left = {path.name for path in (tmp_path / "runs" / f"{pair[0].name}-0").iterdir()}
+    assert {"metrics.jsonl", "config.json"} <= left and not left & {"checkpoints", "export"}
+
+
+@pytest.mark.long
+def test_a_run_that_was_stopped_goes_on_to_the_same_numbers(trained, small, tmp_path, monkeypatch):
+    setting = claims.setting("bpgo", "tiny-flux", "doubtful")
+    job = study.job({**small(setting.settings()), "steps": 2}, 3)
+    _, whole = trained(job, "whole")
+    honest, calls = sde.rollout, []
+
+    def interrupted(*words):
+        calls.append(words)
+        if len(calls) == 4:  # an exam, a step, an exam; this one is in the second step
+            os.kill(os.getpid(), signal.SIGTERM)
+        return honest(*words)
+
+    monkeypatch.setattr(sde, "rollout", interrupted)
+    assert trained(job) == "Stopped: SIGTERM: stopped after 1 steps"
+    monkeypatch.setattr(sde, "rollout", honest)
+    _, found = trained(job)
+    assert whole["steps"] == [0, 1, 2] and whole["exams"]["vague"] != whole["exams"]["truth"]
+    assert {name: found[name] for name in ("steps", "exams")} == {name: whole[name] for name in ("steps", "exams")}
+    curves = [{n: v for n, v in run["training"].items()} for run in (found, whole)]
+    assert curves[0] == curves[1] and {"prior", "trust_mean"} <= set(curves[0])
+
+
+def test_a_method_of_ones_own_is_trained_as_the_baseline_is(trained, small, tmp_path):
+    own = tmp_path / "gentle.py"
+    own.write_text((ROOT / "grpo_base.py").read_text().replace("reward.nanmean(1, keepdim=True)", "0.9", 1))
+    results = Results(tmp_path / "results", searched=False, shrink=small)
+    asked = study.plan(study.Args(methods=(str(own),), seeds=2), results)
+    assert [title for title, _ in asked] == [f"gentle.py:tiny-flux:{task}" for task in ("truth", "proxy", "doubtful")]
+    base, other, mine, _ = asked[0][1]
+    assert (base.seed, other.seed, mine.seed) == (0, 1, 0)
+    assert {n: v for n, v in mine.settings.items() if n not in ("script", "source")} == {
+        n: v for n, v in base.settings.items() if n != "script"
+    }
+    ends = {}
+    for job in (base, mine):
+        found = trained(job)
+        assert not isinstance(found, str), found
+        study.keep(results, job, found)
+        ends[job.settings["script"]] = found[1]["training"]
+    assert ends["gentle.py"]["reward_mean"] == ends["grpo_base"]["reward_mean"]  # the same prompts and noise
+    assert ends["gentle.py"]["grad_norm"] != ends["grpo_base"]["grad_norm"]
+    lines = [line for line in verdicts.side_by_side(results).splitlines() if "| truth |" in line]
+    assert [line.split(" | ")[2] for line in lines] == ["grpo_base", "gentle.py"]
+    own.write_text(own.read_text() + "\n")
+    again = study.plan(study.Args(methods=(str(own),), seeds=2), results)
+    assert again[0][1][2].name != mine.name  # another text is another method
+
+
+def test_what_fails_is_said_in_a_line_and_kept_nowhere(trained, small, tmp_path, capfd):
+    setting = claims.setting("grpo_base", "tiny-flux", "truth", reward=("verifyer",))
+    job = study.job(small(setting.settings()), 0)
+    found, results = trained(job), Results(tmp_path / "results")
+    assert found.startswith("InputError: reward: there is no 'verifyer'") and "\n" not in found
+    assert "FAILED" in study.keep(results, job, found) and not results.files
+
+
+# --- Rewards whose faults are known ---
+
+CAPTIONS = ["a red circle", "a circle", "a shape", "two circles", "a red circle left of a square"]
+
+
+def test_what_a_caption_leaves_open():
+    assert [study_rewards.left_open(caption) for caption in CAPTIONS] == [0, 0.5, 1, 0.5, 0.25]
+    moving = [
+        "a red circle moving left quickly",
+        "a circle moving left",
+        "a shape moving up",
+        "something red moving up",
+    ]
+    assert [study_rewards.left_open(caption) for caption in moving] == [0, 0.5, 0.75, 0.5]
+    for captions in moving_captions().values():
+        assert all(0 <= study_rewards.left_open(caption) <= 0.75 for caption in captions)
+
+
+def test_faults_are_those_that_the_class_names():
+    images = torch.rand(5, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    images[0] = verifier.draw(*(torch.tensor([[v]]) for v in (0, 0, 16.0, 16.0, 5.0)), 32)[0]
+    truth = verifier.verify(images, CAPTIONS)["score"]
+    assert truth[0] > 0.9
+    open_ = torch.tensor([0.9 * share for share in (0, 0.5, 1, 0.5, 0.25)])
+    unsure = (1 - open_) * truth + open_ * 0.3
+    noise = torch.tensor([study_rewards.own_error(*pair) for pair in zip(images, CAPTIONS)])
+    likes = torch.tensor([0, 0, 0, 0.1, 0])
+    for reward, expected in (
+        (study_rewards.Noisy(), truth + 0.2 * noise),
+        (study_rewards.Ambiguous(), unsure),
+        (study_rewards.NoisyAmbiguous(), unsure + 0.2 * noise),
+        (study_rewards.Biased(), truth + likes),
+        (study_rewards.Vague(), truth * torch.tensor([0, 1, 1, 1, 0])),
+    ):
+        assert torch.allclose(reward.score(images, CAPTIONS), expected, atol=1e-6), reward
+    assert study_rewards.share_of_vague(CAPTIONS) == 0.6
+
+
+def test_the_error_belongs_to_the_sample():
+    """Whatever else is scored beside it, and when: so a run that goes on sees the same. Over samples it is normal."""
+    images, reward = torch.rand(400, 3, 8, 8, generator=torch.Generator().manual_seed(1)), study_rewards.own_error
+    errors = np.array([reward(image, "a circle") for image in images])
+    assert errors.tolist() == [reward(image.clone(), "a circle") for image in images]
+    assert abs(errors.mean()) < 0.15 and abs(errors.std() - 1) < 0.1 and len(set(errors)) == 400
+    assert reward(images[0], "a square") != errors[0] and reward(images[0] + 0.02, "a circle") != errors[0]
+
+
+def test_a_clip_is_scored_by_the_motion_verifier_with_the_same_faults():
+    clips = torch.rand(2, 5, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    captions = ["a red circle moving left quickly", "a shape moving up"]
+    truth, open_ = motion.verify(clips, captions)["score"], torch.tensor([0, 0.9 * 0.75])
+    noise = torch.tensor([study_rewards.own_error(*pair) for pair in zip(clips, captions)])
+    expected = (1 - open_) * truth + open_ * 0.3 + 0.2 * noise
+    assert torch.allclose(study_rewards.MotionNoisyAmbiguous().score(clips, captions), expected, atol=1e-6)
+    assert torch.equal(study_rewards.MotionVague().score(clips, captions), truth * torch.tensor([0, 1]))
+
+
+def test_loudness_is_numpys():
+    random = np.random.default_rng(0)
+    spread = np.array([0.01, 0.02, 0.1, 0.3, 0.2, 0.15, 0.4, 0.5])
+    proxy = random.normal(size=(8, 12)) * spread[:, None]
+    truth = proxy + random.normal(size=(8, 12)) * 0.2
+    found = probes.loud(torch.tensor(proxy), torch.tensor(truth))
+    low, high = np.argsort(proxy.std(1))[:2], np.argsort(proxy.std(1))[-2:]
+    centred = proxy - proxy.mean(1, keepdims=True)
+    shaped = np.sign(centred) * (np.abs(centred) / proxy.std()) ** 1.5
+    for name, advantages in (("grpo", centred / proxy.std(1, keepdims=True)), ("slas", shaped.clip(-5, 5))):
+        assert found[name] == pytest.approx(np.abs(advantages[low]).mean() / np.abs(advantages[high]).mean(), rel=1e-5)
+    for name, rows in (("true_low", low), ("true_high", high)):
+        assert found[name] == pytest.approx(np.mean([np.corrcoef(proxy[row], truth[row])[0, 1] for row in rows]))
+    assert found["slas"] < 0.1 < 0.8 < found["grpo"] < 1.2
+
+
+# --- What is committed ---
+
+
+def test_the_readme_has_the_table_of_the_committed_results():
+    text = verdicts.README.read_text()
+    assert verdicts.with_table(text, Results(FOLDER)) == text, "python -m lab.verdicts"
+
+
+def test_the_committed_results_are_small_and_whole():
+    files = list(FOLDER.glob("*.json"))
+    assert sum(path.stat().st_size for path in files) < 2e6
+    for path in files:
+        assert name_of(json.loads(path.read_text())["settings"]) == path.stem
+    for path in figures.FIGURES.glob("*.png"):
+        assert path.stem in figures.DRAWN and path.stat().st_size < 150_000
+
+
+@pytest.mark.long
+def test_figures_of_made_up_runs(tmp_path):
+    """All of them, from two seeds and from none, each a picture below 150 kB."""
+    results, random = Results(tmp_path / "results", searched=False), np.random.default_rng(0)
+    png = probes.png(torch.rand(3, 32, 32))
+    pictures = {"captions": ["a red circle", "two circles"], "truth": [0.5, 0.25], "png": [png, png]}
+    for _, jobs in study.plan(study.Args(seeds=2), results):
+        for job in jobs:
+            exams = {name: np.sort(random.random(3)).tolist() for name in ("reward", "truth", "vague", "quality")}
+            stages = {f"weight_{stage}": random.random(6).tolist() for stage in job.settings.get("reward", ())}
+            run = {
+                "steps": [0, 15, 30],
+                "exams": exams,
+                "training": {"reward_std": random.random(6).tolist(), **stages},
+            }
+            numbers = {
+                f"{n}_{k}{e}": 1.0 for n in ("verifier", "clip", "biased") for k in (10, 15, 20) for e in ("", "_kappa")
+            }
+            numbers |= {"grpo": 1.0, "slas": 0.1, "true_low": 0.2, "true_high": 0.5}
+            results.files[job.name] = file = results.files.get(job.name, {"settings": job.settings, "runs": {}})
+            file["runs"][str(job.seed)] = {**run, "numbers": numbers, "pictures": pictures}
+    for folder, known in ((tmp_path / "some", results), (tmp_path / "none", Results(tmp_path / "nothing"))):
+        figures.draw(known, folder)
+        assert {path.stem for path in folder.iterdir()} == set(figures.DRAWN)
+        for path in folder.iterdir():
+            assert path.stat().st_size < 150_000
+            with Image.open(path) as picture:
+                picture.verify()
+    said = verdicts.table(results)
+    assert said.count("| 2 |") >= len(claims.CLAIMS) and verdicts.NONE not in said.split("### The search")[0]
