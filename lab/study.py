@@ -201,15 +201,9 @@ def show(asked, results):
 # --- A run ---
 
 
-def start_worker(folder):
+def start_worker(parent, folder):
     """One thread, a log in the runs' folder, and no life after the study's own process: who starts again must not meet
     what is still training."""
-    import torch
-
-    torch.set_num_threads(1)
-    os.chdir(ROOT)
-    sys.stdout = sys.stderr = (folder / f"worker-{os.getpid()}.log").open("a", buffering=1)
-    parent = os.getppid()
 
     def watch():
         while os.getppid() == parent:
@@ -217,6 +211,11 @@ def start_worker(folder):
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+    os.chdir(ROOT)
+    sys.stdout = sys.stderr = (folder / f"worker-{os.getpid()}.log").open("a", buffering=1)
+    import torch
+
+    torch.set_num_threads(1)
 
 
 def run(job, folder):
@@ -320,7 +319,7 @@ def study(args, results):
     failed, begun = [], time.monotonic()
     args.runs.mkdir(parents=True, exist_ok=True)
     os.environ["OMP_NUM_THREADS"] = "1"  # before the workers import torch
-    with ProcessPoolExecutor(args.workers, get_context("spawn"), start_worker, (args.runs,)) as pool:
+    with ProcessPoolExecutor(args.workers, get_context("spawn"), start_worker, (os.getpid(), args.runs)) as pool:
         for part in (searches, lambda *of: (*comparisons(*of, strictly=True), *methods(*of, strictly=True))):
             jobs = todo(dict.fromkeys(job for _, jobs in part(args, results) for job in jobs), results)
             waiting = {pool.submit(run, job, args.runs): job for job in jobs}

@@ -7,6 +7,9 @@ import json
 import math
 import os
 import signal
+import sys
+import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -295,6 +298,22 @@ def test_a_method_of_ones_own_is_trained_as_the_baseline_is(trained, small, tmp_
     own.write_text(own.read_text() + "\n")
     again = study.plan(study.Args(methods=(str(own),), seeds=2), results)
     assert again[0][1][2].name != mine.name  # another text is another method
+
+
+def test_a_worker_ends_with_the_study(tmp_path, monkeypatch):
+    """Also one that is killed: or the next start would train beside it, in the same folder."""
+    ended = threading.Event()
+    monkeypatch.setattr(os, "_exit", lambda code: ended.set())
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, getattr(sys, name))
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    study.start_worker(os.getppid(), tmp_path)
+    assert torch.get_num_threads() == 1 and Path.cwd() == ROOT and not ended.wait(0.1)
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    assert ended.wait(5)
+    sys.stdout.close()
+    torch.set_num_threads(threads)
 
 
 def test_what_fails_is_said_in_a_line_and_kept_nowhere(trained, small, tmp_path, capfd):
