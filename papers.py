@@ -15,6 +15,7 @@ GRPO = {
     "flux": dict(paper=_DANCE, prompts_per_step=16),
     "sd1.4": dict(paper=_DANCE, prompts_per_step=32, minibatches=2),
     "sd3.5-medium": dict(paper=_FLOW, prompts_per_step=48, kl_coef=1e-3, reward=("pickscore",)),
+    "qwen-image": dict(paper=_FLOW, prompts_per_step=32, reward=("pickscore",)),
     "hunyuan": dict(paper=_DANCE, prompts_per_step=32, steps=200, reward=("videoalign:vq",)),
 }
 
@@ -24,6 +25,7 @@ BPGO = {
     "flux": dict(paper=_BPGO, reward=("hpsv2",)),
     "sd1.4": dict(reward=("hpsv2",)),
     "sd3.5-medium": dict(reward=("hpsv2",)),
+    "qwen-image": dict(reward=("hpsv2",)),
     "wan2.1-1.3b": dict(_T2V, paper=_BPGO, prompts_per_step=32, steps=200),
     "wan2.1-14b": _T2V,
     "wan2.2-i2v": dict(_T2V, paper=_BPGO, prior="first-frame"),
@@ -47,6 +49,7 @@ SELF_PACED = {
     "flux": _JUDGED_IMAGES,
     "sd1.4": _JUDGED_IMAGES,
     "sd3.5-medium": _JUDGED_IMAGES,
+    "qwen-image": _JUDGED_IMAGES,
     "wan2.1-1.3b": dict(_JUDGED, paper=_PACED),
     "wan2.1-14b": dict(_JUDGED, paper=_PACED, thresholds=(0.75, 0.73)),
     "wan2.2-i2v": _JUDGED,

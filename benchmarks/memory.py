@@ -23,6 +23,7 @@ import grpo_base
 from common import arguments, counting, models, preflight
 from common.models.flux import Flux
 from common.models.hunyuan import HunyuanVideo
+from common.models.qwen import QwenImage
 from common.models.sd import StableDiffusion
 from common.models.sd3 import StableDiffusion3
 from common.models.wan import Wan, WanImageToVideo
@@ -75,6 +76,16 @@ def llama():
     return transformers.LlamaModel(transformers.LlamaConfig(**config, num_key_value_heads=8))
 
 
+def qwen():
+    text = dict(
+        vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
+        num_key_value_heads=4, rope_parameters={"rope_type": "default", "mrope_section": [16, 24, 24]},
+    )  # fmt: skip
+    vision = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, out_hidden_size=3584)
+    config = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False)
+    return transformers.Qwen2_5_VLForConditionalGeneration(config)
+
+
 def kl_vae(**config):
     return diffusers.AutoencoderKL(
         block_out_channels=(128, 256, 512, 512), down_block_types=("DownEncoderBlock2D",) * 4,
@@ -101,6 +112,9 @@ COMPONENTS = {
         text_encoder_2=clip_with_projection(1280, 32, 20), text_encoder_3=t5(),
         vae=kl_vae(latent_channels=16, use_quant_conv=False, use_post_quant_conv=False),
     ),
+    "qwen-image": lambda: dict(
+        transformer=diffusers.QwenImageTransformer2DModel(), text_encoder=qwen(), vae=diffusers.AutoencoderKLQwenImage()
+    ),
     "wan2.1-1.3b": lambda: wan(**SMALL_WAN),
     "wan2.1-14b": lambda: wan(**WAN),
     "wan2.2-i2v": lambda: wan(experts=2, channels=36, **WAN),
@@ -112,8 +126,8 @@ COMPONENTS = {
 
 
 FAMILIES = {
-    "flux": Flux, "sd1.4": StableDiffusion, "sd3.5-medium": StableDiffusion3, "wan2.1-1.3b": Wan, "wan2.1-14b": Wan,
-    "wan2.2-i2v": WanImageToVideo, "hunyuan": HunyuanVideo,
+    "flux": Flux, "sd1.4": StableDiffusion, "sd3.5-medium": StableDiffusion3, "qwen-image": QwenImage,
+    "wan2.1-1.3b": Wan, "wan2.1-14b": Wan, "wan2.2-i2v": WanImageToVideo, "hunyuan": HunyuanVideo,
 }  # fmt: skip
 
 

@@ -95,7 +95,7 @@ def load(run, model, trained):
             placing.adapt(run, module, trained.config.get("lora_targets") or model.lora_targets, rank)
         modules = {name: module for name, module in model.trainable.items()}
         if trained.averaged:
-            return _copy_average(modules.values(), sharding.deal(states["ema"])["shadow_params"], rank)
+            return _copy_average(model, sharding.deal(states["ema"])["shadow_params"], rank)
         for name, module in modules.items():
             _load_state(module, sharding.deal(states[name]), rank)
     except InputError:
@@ -116,9 +116,10 @@ def _load_state(module, state, rank):
     module.load_state_dict(state, strict=False)
 
 
-def _copy_average(modules, average, rank):
+def _copy_average(model, average, rank):
     """What diffusers' EMAModel keeps: the trained weights of all modules, in their order."""
-    weights = [w for module in modules for name, w in module.named_parameters() if not rank or "lora_" in name]
+    named = [pair for module in model.trainable.values() for pair in module.named_parameters()]
+    weights = [weight for name, weight in named if ("lora_" in name if rank else model.learns(name))]
     for weight, value in zip(weights, average, strict=True):
         weight.data.copy_(value)
 

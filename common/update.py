@@ -80,7 +80,8 @@ class Update(Processes):
                 self.frozen[name] = placing.put(self, copy.deepcopy(module), model)
             placing.put(self, module, model)
             if not self.args.lora_rank:
-                module.float().requires_grad_(True)
+                for name, weight in module.float().named_parameters():
+                    weight.requires_grad_(model.learns(name))
         if self.turn:
             self.turn.end()
         self.accelerator.wait_for_everyone()

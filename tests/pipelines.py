@@ -1,9 +1,11 @@
 """Small pipelines with random weights, of the real classes, with real tokenizers."""
 
 import torch
+import vlm
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLHunyuanVideo,
+    AutoencoderKLQwenImage,
     AutoencoderKLWan,
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -11,6 +13,8 @@ from diffusers import (
     FluxTransformer2DModel,
     HunyuanVideoPipeline,
     HunyuanVideoTransformer3DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
@@ -27,6 +31,8 @@ from transformers import (
     LlamaConfig,
     LlamaModel,
     PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     T5Config,
     T5EncoderModel,
     UMT5Config,
@@ -122,6 +128,29 @@ def sd3():
             pos_embed_max_size=8, dual_attention_layers=(0,), qk_norm="rms_norm",
         ),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+    )  # fmt: skip
+
+
+def qwen():
+    """32x32 -> latents [4, 16, 16] in 64 tokens of 16 channels."""
+    torch.manual_seed(0)
+    tokenizer = vlm.tokenizer()
+    vision = dict(depth=1, hidden_size=32, intermediate_size=32, num_heads=2, out_hidden_size=32)
+    text = vlm.text(tokenizer, max_position_embeddings=1024)
+    return QwenImagePipeline(
+        tokenizer=tokenizer,
+        text_encoder=Qwen2_5_VLForConditionalGeneration(
+            Qwen2_5_VLConfig(text_config=text, vision_config=vision, **vlm.ids(tokenizer))
+        ),
+        vae=AutoencoderKLQwenImage(
+            base_dim=4, z_dim=4, dim_mult=[1, 2], num_res_blocks=1, temperal_downsample=[False],
+            latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[1.5, 0.8, 1.2, 1.0],
+        ),
+        transformer=QwenImageTransformer2DModel(
+            in_channels=16, out_channels=4, num_layers=2, attention_head_dim=12, num_attention_heads=2,
+            joint_attention_dim=32, axes_dims_rope=(4, 4, 4),
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
     )  # fmt: skip
 
 

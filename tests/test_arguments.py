@@ -24,7 +24,8 @@ NUMBERS = [name for name, default in FIELDS.items() if type(default) in (int, fl
 NAMED = list(models.MODELS)
 SCRIPTS = {"grpo_base": grpo_base, "bpgo": bpgo, "slas": slas, "self_paced": self_paced}
 PAPERS = {  # script: the models that its paper trains
-    "grpo_base": {"flux", "sd1.4", "sd3.5-medium", "hunyuan"}, "bpgo": {"flux", "wan2.1-1.3b", "wan2.2-i2v"},
+    "grpo_base": {"flux", "sd1.4", "sd3.5-medium", "qwen-image", "hunyuan"},
+    "bpgo": {"flux", "wan2.1-1.3b", "wan2.2-i2v"},
     "slas": {"flux", "sd1.4"}, "self_paced": {"wan2.1-1.3b", "wan2.1-14b", "hunyuan"},
 }  # fmt: skip
 

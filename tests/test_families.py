@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import time
 from functools import partial
@@ -15,6 +16,7 @@ import torch
 from diffusers import (
     FluxTransformer2DModel,
     HunyuanVideoTransformer3DModel,
+    QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
     WanTransformer3DModel,
@@ -28,6 +30,7 @@ from common import arguments, models, placing, sde, trained
 from common.errors import InputError
 from common.models.flux import Flux
 from common.models.hunyuan import HunyuanVideo
+from common.models.qwen import QwenImage
 from common.models.sd import StableDiffusion
 from common.models.sd3 import StableDiffusion3
 from common.models.wan import Wan, WanImageToVideo
@@ -38,6 +41,7 @@ CLIP = dict(height=32, width=32, frames=5)
 FAMILIES = {
     "sd": (pipelines.sd, StableDiffusion, dict(height=32, width=32)),
     "sd3": (pipelines.sd3, StableDiffusion3, dict(height=32, width=32)),
+    "qwen": (pipelines.qwen, QwenImage, dict(height=32, width=32)),
     "wan": (pipelines.wan, Wan, CLIP),
     "wan, two experts": (partial(pipelines.wan, experts=2), Wan, CLIP),
     "i2v": (partial(pipelines.wan, images=True), WanImageToVideo, CLIP),
@@ -70,6 +74,9 @@ def official(model, sigmas, noise, picture, **settings):
     if isinstance(model, StableDiffusion3):  # its scheduler shifts by 3
         unshifted = torch.linspace(1, 0, steps + 1)[:-1].tolist()
         return pipe(prompt=CAPTIONS, sigmas=unshifted, max_sequence_length=24, **settings).images
+    if isinstance(model, QwenImage):
+        settings |= dict(true_cfg_scale=settings.pop("guidance_scale"), negative_prompt=[" "] * 3)
+        return pipe(prompt=CAPTIONS, sigmas=sigmas[:-1].tolist(), **settings).images
     settings["num_frames"] = model.frames
     if isinstance(model, HunyuanVideo):
         return pipe(prompt=CAPTIONS, sigmas=sigmas[:-1].tolist(), **settings).frames
@@ -106,7 +113,7 @@ def test_ode_sampler_gives_the_pipelines_own_samples(family, guidance, picture):
     assert (ours - theirs).abs().max() <= 1e-5
 
 
-@pytest.mark.parametrize("family", ["sd", "sd3", "wan", "i2v, two experts", "hunyuan"])
+@pytest.mark.parametrize("family", ["sd", "sd3", "qwen", "wan", "i2v, two experts", "hunyuan"])
 @torch.no_grad()
 def test_guidance_reaches_the_samples(family, picture):
     model, prompts = build(family, picture)
@@ -117,7 +124,7 @@ def test_guidance_reaches_the_samples(family, picture):
     assert (velocities[0] - velocities[1]).abs().max() > 1e-4
 
 
-@pytest.mark.parametrize("family", ["sd", "sd3", "wan", "i2v"])
+@pytest.mark.parametrize("family", ["sd", "sd3", "qwen", "wan", "i2v"])
 @torch.no_grad()
 def test_batched_guidance_equals_sequential(family, picture):
     results = []
@@ -259,7 +266,7 @@ def test_each_expert_learns_from_its_own_steps_alone(picture):
 # --- Training, from folders ---
 
 
-TRAINED = ["sd", "sd3", "wan", "wan, two experts", "i2v, two experts", "hunyuan"]
+TRAINED = ["sd", "sd3", "qwen", "wan", "wan, two experts", "i2v, two experts", "hunyuan"]
 GUIDED = dict(sd=3.0, hunyuan=6.0)
 
 
@@ -278,6 +285,20 @@ def folder_of(family, tmp_path, picture):
         reward=("jpeg",), guidance=GUIDED.get(family, 2.0),
         sde="ddim" if family == "sd" else "flow", noise_level=0.8, shift=1.0, learning_rate=1e-3, clip_range=1e-2,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("family", TRAINED)
+def test_gradients_reach_what_is_trained_and_nothing_else(family, picture):
+    """DDP waits for each."""
+    model, prompts = build(family, picture, guidance=GUIDED.get(family, 2.0))
+    cond, x = model.encode(prompts), sde.RowNoise(0, 0, range(3))(model.noise_shape)
+    for sigma in (0.95, 0.5):
+        model.velocity(x, sigma, cond).square().sum().backward()
+    for module in model.trainable.values():
+        reached = {name for name, weight in module.named_parameters() if weight.grad is not None}
+        assert reached == {name for name, _ in module.named_parameters() if model.learns(name)}
+        adapted = [name for name, _ in module.named_modules() if re.fullmatch(model.lora_targets, name)]
+        assert adapted and {f"{name}.weight" for name in adapted} <= reached
 
 
 @pytest.mark.parametrize("lora_rank", [0, 2])
@@ -299,7 +320,7 @@ def test_first_ratio_is_one_and_both_ways_of_training_move_every_trained_module(
         saved = torch.load(folder / "checkpoints/step_000003" / f"{name}.pt", weights_only=True)
         if lora_rank:
             # zero at first, as stays what asks for the text in the last block, whose answer nobody reads
-            unread = "transformer_blocks.1.attn.add_q_proj" if family == "sd3" else "none"
+            unread = "transformer_blocks.1.attn.add_q_proj" if family in ("sd3", "qwen") else "none"
             moved = [value for key, value in saved.items() if "lora_B" in key and unread not in key]
             assert moved and all(value.abs().max() > 0 for value in moved), name
         else:
@@ -327,7 +348,7 @@ def test_exported_lora_loads_into_the_plain_pipeline(family, train, tmp_path, pi
         assert all(torch.equal(loaded[key], expected[key]) for key in loaded)
 
 
-@pytest.mark.parametrize("family", ["wan, two experts", "sd", "sd3", "hunyuan"])
+@pytest.mark.parametrize("family", ["wan, two experts", "sd", "sd3", "qwen", "hunyuan"])
 def test_exported_weights_load_into_the_plain_pipeline(family, train, tmp_path, picture):
     settings = folder_of(family, tmp_path, picture)
     folder, _ = train(**settings, steps=2)
@@ -382,6 +403,7 @@ def test_processes_exchange_gradients_when_told_and_not_before(tmp_path):
         ("sd", dict(guidance=0.5), "--guidance 0.5: below 1 it would lead away from the prompt; 1 is without guidance"),
         ("sd", dict(height=30), "multiples of 8"),
         ("sd3", dict(width=36), "multiples of 8"),
+        ("qwen", dict(width=34), "multiples of 4"),
         ("sd3", dict(frames=5), "--frames has no meaning"),
         ("wan", dict(guidance_2=2.0), "--guidance-2 belongs to a model with two experts"),
         ("wan", dict(guidance=0.0), "--guidance 0: below 1"),
@@ -481,7 +503,7 @@ def test_the_table_of_models_names_sizes_lora_layers_and_blocks():
         (line,) = (line for line in text.splitlines() if line.startswith(f"{name} "))
         assert str(values["sampling_steps"]) in line and str(values["learning_rate"]) in line
         assert values["reward"][0] in line and Path(values["prompts"]).name in line
-    for cls in (Flux, StableDiffusion, StableDiffusion3, Wan, WanImageToVideo, HunyuanVideo):
+    for cls in (Flux, StableDiffusion, StableDiffusion3, QwenImage, Wan, WanImageToVideo, HunyuanVideo):
         assert cls.lora_targets in text and ", ".join(cls.blocks) in text
     assert "image-to-video" in text and str(models.ASSETS) not in text
 
@@ -506,6 +528,7 @@ FULL = {  # the configurations of the released checkpoints, where they differ fr
     "flux": (FluxTransformer2DModel, dict(guidance_embeds=True), Flux, 11.90e9),
     "sd1.4": (UNet2DConditionModel, dict(sample_size=64, cross_attention_dim=768), StableDiffusion, 0.8595e9),
     "sd3.5-medium": (SD3Transformer2DModel, SD3, StableDiffusion3, 2.24e9),
+    "qwen-image": (QwenImageTransformer2DModel, dict(), QwenImage, 20.43e9),
     "wan2.1-1.3b": (WanTransformer3DModel, dict(num_attention_heads=12, ffn_dim=8960, num_layers=30), Wan, 1.42e9),
     "wan2.1-14b": (WanTransformer3DModel, dict(), Wan, 14.29e9),
     "wan2.2-i2v": (WanTransformer3DModel, dict(in_channels=36), WanImageToVideo, 14.29e9),
@@ -515,7 +538,6 @@ FULL = {  # the configurations of the released checkpoints, where they differ fr
 
 @pytest.mark.parametrize("name", FULL)
 def test_full_sizes_have_the_parameters_blocks_and_lora_layers_that_they_should(name):
-    import re
 
     transformer, config, family, parameters = FULL[name]
     with torch.device("meta"):

@@ -104,7 +104,7 @@ def test_the_pages_class_is_the_files():
 def test_the_tests_that_the_page_names_are_there():
     text = "".join((ROOT / f"tests/{name}.py").read_text() for name in ("test_families", "test_processes"))
     named = re.findall(r"`(test_\w+)`", (ROOT / "docs/new_model.md").read_text())
-    assert len(named) == 9 and all(f"def {name}(" in text for name in named)
+    assert len(named) == 10 and all(f"def {name}(" in text for name in named)
 
 
 # --- A reward ---

@@ -27,6 +27,7 @@ FAMILIES = {
     "FluxPipeline": ("common.models.flux", "Flux"),
     "StableDiffusionPipeline": ("common.models.sd", "StableDiffusion"),
     "StableDiffusion3Pipeline": ("common.models.sd3", "StableDiffusion3"),
+    "QwenImagePipeline": ("common.models.qwen", "QwenImage"),
     "WanPipeline": ("common.models.wan", "Wan"),
     "WanImageToVideoPipeline": ("common.models.wan", "WanImageToVideo"),
     "HunyuanVideoPipeline": ("common.models.hunyuan", "HunyuanVideo"),
@@ -60,8 +61,8 @@ _VIDEO = dict(
     reward_batch=4,  # clips of 480x832x53: one GiB
 )  # fmt: skip
 
-# lora_learning_rate is what a LoRA takes where no --learning-rate is given. 3e-4: FLUX and Stable Diffusion 3.5 in
-# Flow-GRPO's code (ranks 64 and 32, of which each counts twice), Stable Diffusion 1 in DDPO's (kvablack/ddpo-pytorch).
+# lora_learning_rate is what a LoRA takes where no --learning-rate is given. 3e-4: FLUX, Qwen-Image and Stable Diffusion
+# 3.5 in Flow-GRPO's code (ranks 64, 64, 32; alpha is twice the rank), Stable Diffusion 1 in DDPO's (ddpo-pytorch).
 # 1e-4: Wan2.1 in Flow-GRPO's (1.3B; 14B stands beside it); for Wan2.2 and HunyuanVideo we know of none and take Wan's.
 #
 # Settings by name; --model NAME makes them the defaults of the command line. Where the papers are silent about a
@@ -100,6 +101,12 @@ MODELS = {
         _PAPERS, source="stabilityai/stable-diffusion-3.5-medium", height=512, width=512, guidance=4.5, steps=200,
         sampling_steps=10, sde="flow", shift=3.0, noise_level=0.7, group_size=24, minibatches=2, timestep_fraction=1.0,
         same_noise=False, lora_rank=32,
+    ),
+    # the same, with noise in two of the first five steps; the scheduler's shift at this size
+    "qwen-image": dict(
+        _PAPERS, source="Qwen/Qwen-Image", height=512, width=512, guidance=4.0, steps=200, sampling_steps=10,
+        sde="flow", shift=1.71, noise_level=1.2, sde_steps=5, sde_window=2, group_size=16, minibatches=2,
+        timestep_fraction=1.0, same_noise=False, lora_rank=64,
     ),
     "wan2.1-1.3b": dict(
         _VIDEO, source="Wan-AI/Wan2.1-T2V-1.3B-Diffusers", height=480, width=832, guidance=5.0, steps=150,

@@ -118,6 +118,10 @@ class Family:
         """Name of the trained module that computes the velocity at a sigma."""
         return next(iter(self.trainable))
 
+    def learns(self, name):
+        """Whether gradients reach a weight of a trained module: DDP would wait for one that gets none."""
+        return True
+
     @torch.no_grad()
     def encode(self, prompts, ahead=()):
         """b prompts -> {name: [b, ...]}; a prompt that was embedded before is looked up, while there is room: what was
@@ -196,6 +200,10 @@ class Family:
         else:
             towards = module(**inputs, **cond, return_dict=False)[0].float()
             away = module(**inputs, **unwanted, return_dict=False)[0].float()
+        return self.led(towards, away, scale)
+
+    def led(self, towards, away, scale):
+        """Two velocities [b, ...] -> the guided one [b, ...]."""
         return away + scale * (towards - away)
 
     def _size(self, unit, height, width):
