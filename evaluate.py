@@ -25,7 +25,7 @@ from tqdm import tqdm
 from tyro.conf import Positional, arg
 
 from common import arguments, errors, evaluation, layouts, models, placing, rewards, run_folder, scores, trained
-from common.arguments import Above, From
+from common.arguments import From
 from common.errors import InputError
 from common.processes import Processes
 from common.prompts import fields_of, read_prompts
@@ -49,24 +49,6 @@ class Args(arguments.Scored):
     """Samples of each prompt."""
     seed: Annotated[int, From(0, 2**31)] = 0
     """Of the noise that samples start from; 0 is that of the training's exams."""
-    sampling_steps: Annotated[int, From(2, 1000)] = 16
-    """Denoising steps."""
-    shift: Annotated[float, Above(0, 100)] = 3.0
-    """Shift of the sigmas."""
-    guidance: Annotated[float, From(0, 1000)] = 3.5
-    """Guidance scale."""
-    guidance_2: Annotated[float, From(0, 1000)] = 0.0
-    """Guidance scale of the second expert of a model that has two; 0: the same."""
-    batched_guidance: bool = False
-    """Both halves of classifier-free guidance in one forward pass."""
-    height: Annotated[int, From(0, 1e5)] = 0
-    """Height of the samples in pixels; 0: the model's own."""
-    width: Annotated[int, From(0, 1e5)] = 0
-    """Width of the samples in pixels; 0: the model's own."""
-    frames: Annotated[int, From(0, 1e4)] = 0
-    """Frames of a clip; 0: the model's own."""
-    fps: Annotated[float, Above(0, 1000)] = 15.0
-    """Frames a second at which clips are saved and scored."""
 
     # --- What is left of it ---
     layout: Literal["", "geneval", "vbench", "unigenbench", "hpsv2"] = ""
@@ -76,16 +58,6 @@ class Args(arguments.Scored):
     """Folder of the evaluation, in which it goes on; more runs may join. Default: one by the settings, below runs/."""
     shown: Annotated[int, From(0, 64)] = 8
     """Prompts in the picture of the models side by side."""
-    micro_batch: Annotated[int, From(1, 1e6)] = 8
-    """Rows of one forward pass."""
-    decode_batch: Annotated[int, From(0, 1e6)] = 0
-    """Rows that the VAE decodes at once; 0: a micro-batch."""
-    offload_encoders: bool = False
-    """Keep the text and image encoders off the accelerator except when a new prompt has to be encoded."""
-    process_timeout: Annotated[float, Above(0, 1e5)] = 60.0
-    """Minutes that processes wait for one another."""
-    trust_remote_code: bool = False
-    """Run the Python code that the repository of a --model or --judge-model brings along; else it is refused."""
 
 
 # What changes no number: an evaluation goes on with others of these.

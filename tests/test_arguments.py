@@ -3,7 +3,9 @@
 import ast
 import dataclasses
 import importlib
+import inspect
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -41,7 +43,7 @@ def refused(model="tiny-flux", **values):
 @pytest.fixture
 def no_hub(monkeypatch):
     """check() asks the model's folder or the hub what the model is; here it asks nobody."""
-    monkeypatch.setattr(models, "family_of", lambda name: None)
+    monkeypatch.setattr(models, "family_of", lambda *_: None)
 
 
 def reward_class(name):
@@ -316,6 +318,24 @@ def test_rewards_take_words_and_numbers(monkeypatch, word, frames):
 def test_resume_alone_means_latest(monkeypatch, argv, resume):
     args = parsed(monkeypatch, *argv)
     assert args.resume == resume and args.seed == ("--seed" in argv)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_has_the_methods_flags_first_and_the_judges_last(monkeypatch, capsys, script):
+    """All of them, each with what it is, in titled groups in the order of common/flags.py."""
+    cls = SCRIPTS[script].Args
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", "--help"])
+    with pytest.raises(SystemExit):
+        arguments.parse(cls, SCRIPTS[script].__doc__)
+    _, *parts = re.split(r"^[╭─ ]*((?:[a-z]+ )?options)\b", capsys.readouterr().out, flags=re.M)
+    titles, texts = parts[::2], parts[1::2]
+    assert titles == ["options", *(f"{g} options" for g in ("model", "reward", "rollout", "update", "run", "judge"))]
+    shown = [re.findall(r"^[│ ] --([a-z][a-z0-9-]*)", text, re.M) for text in texts]
+    assert shown[0] == [name.replace("_", "-") for name in inspect.get_annotations(cls)]
+    assert all(name.startswith("judge-") for name in shown[-1]) and shown[1][0] == "model"
+    named = [name.replace("-", "_") for names in shown for name in names]
+    assert sorted(named) == sorted(field.name for field in dataclasses.fields(cls))
+    assert all(text.count("(default:") == len(names) for text, names in zip(texts, shown))
 
 
 @pytest.mark.parametrize(
