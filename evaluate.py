@@ -105,6 +105,7 @@ def check(args, run, runs):
 def evaluate(args):
     # --- Setup ---
     run, runs = Processes(args), trained.find_all(args.runs, args.averaged)
+    args.micro_batch = arguments.rows_of(args.micro_batch)
     check(args, run, runs)
     layout = layouts.plan(args.layout, args.prompts) if args.layout else None
     prompts = layout.prompts if layout else read_prompts(args.prompts)

@@ -46,7 +46,12 @@ def of_model(args):
     """What models.load takes besides name, dtype and prompts."""
     names = ("source", "height", "width", "frames", "guidance", "guidance_2", "batched_guidance")
     settings = {name: getattr(args, name) for name in (*names, "offload_encoders", "trust_remote_code")}
-    return settings | {"decode_batch": args.decode_batch or args.micro_batch}
+    return settings | {"decode_batch": args.decode_batch or rows_of(args.micro_batch)}
+
+
+def rows_of(micro_batch):
+    """Rows of a pass where nothing has been counted: --micro-batch auto is 1 then."""
+    return 1 if micro_batch == "auto" else micro_batch
 
 
 def of_rewards(args):

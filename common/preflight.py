@@ -19,6 +19,7 @@ from common.errors import InputError
 
 SMALL = 2**30  # bytes of a model's files below which nothing has to be chosen, and no activations are counted
 ROOM = 0.9  # of the free memory: what a kernel needs while it runs, and the allocator's gaps, are not counted
+FILL = 0.75  # of the free memory, for passes of more rows: what they need uncounted grows with them
 SHARDED = ("sharded", "sharded over all machines")  # what is chosen besides flags
 LORA = 64  # the rank of a LoRA that is proposed
 
@@ -28,9 +29,10 @@ LORA = 64  # the rank of a LoRA that is proposed
 
 def settle(run, scorers):
     """Before anything is loaded: chooses --offload-encoders, --gradient-checkpointing, --exchange-often and sharding,
-    inside each machine or over all, where they decide whether the run fits, and leaves `run.activations`, the bytes of
-    a pass. Raises InputError with a command that fits. Of small models it has nothing to say."""
-    plan = Plan(run, scorers)
+    inside each machine or over all, where they decide whether the run fits, and on GPUs --micro-batch auto, and leaves
+    `run.activations`, the bytes of a pass. Raises InputError with a command that fits. Small models are left as they
+    are."""
+    plan, grows = Plan(run, scorers), run.asked.micro_batch == "auto" and run.device.type == "cuda"
     if plan.model is None:
         return
     for changes in plan.ways():
@@ -40,16 +42,23 @@ def settle(run, scorers):
             break
     else:
         raise InputError(plan.refusal(kinds))
+    rows = plan.most_rows(args, plan.shards(changes))
+    more = rows > run.batch
+    if more and grows:
+        args = dataclasses.replace(args, micro_batch=rows, decode_batch=args.decode_batch or args.micro_batch)
+        kinds = plan.kinds(args, plan.shards(changes), batch=rows)
     vars(run.args).update(vars(args))
     if "sharded" in changes:
         run.sharding = sharding.own_plugin()
     run.shards = max(run.shards, plan.shards(changes))
     run.activations = kinds["activations"]
     run.turns = plan.by_turns(args)
-    if changes:
-        chosen = ", ".join(name if name in SHARDED else _flag(name) for name in changes)
-        run.print(f"{args.model}: {chosen}, for the {plan.have / 2**30:.1f} GiB of memory that each process may take")
-    if (rows := plan.most_rows(args, plan.shards(changes))) > run.batch:
+    chosen = [name if name in SHARDED else _flag(name) for name in changes]
+    chosen += [f"--micro-batch {rows}"] * (more and grows)
+    if chosen:
+        memory = f"the {plan.have / 2**30:.1f} GiB of memory that each process may take"
+        run.print(f"{args.model}: {', '.join(chosen)}, for {memory}")
+    if more and not grows:
         run.print(
             f"{args.model}: {rows} rows a pass would fit, too, and be faster: --micro-batch {rows} --decode-batch "
             f"{args.decode_batch or args.micro_batch}"
@@ -106,12 +115,11 @@ class Plan:
         return counting.held(run, model, args, shards, arguments.keeps_initial(args), row, self.scorers)
 
     def most_rows(self, args, shards):
-        """Rows of the largest pass that fits, of so many a power of two; they are not taken by themselves, for what a
-        kernel needs while it runs is not counted."""
+        """Rows of the largest pass that fits, of so many a power of two, and leaves room for what is not counted."""
         share, rows = args.prompts_per_step * args.group_size // self.run.world, 1
         while 2 * rows <= share:
             larger = dataclasses.replace(args, micro_batch=2 * rows)
-            if sum(self.kinds(larger, shards, batch=2 * rows).values()) > self.have:
+            if sum(self.kinds(larger, shards, batch=2 * rows).values()) > FILL / ROOM * self.have:
                 break
             rows *= 2
         return rows

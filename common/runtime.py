@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
 from torch.nn.functional import pad
 
-from common import compiling, export, loading, preflight, run_folder, sharding
+from common import arguments, compiling, export, loading, preflight, run_folder, sharding
 from common.errors import InputError
 from common.processes import processes
 from common.saving import Saving
@@ -56,11 +56,13 @@ class Runtime(Update, Saving, Stopping):
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],  # they are constants
             project_dir=self.output,
         )
+        self.asked = dataclasses.replace(args)  # what config.json says: each machine chooses the rest by its own memory
+        args.micro_batch = arguments.rows_of(args.micro_batch)  # `settle` takes more where they fit
         self.batch = batch_size(args, rows // self.world)  # rows of a forward pass
         self.activations = 0  # bytes of a pass, where they were counted
         self.turns = False  # whether the processes of a machine load one after another
-        self.asked = dataclasses.replace(args)  # what config.json says: each machine chooses the rest by its own memory
         preflight.settle(self, self.scorers)
+        self.batch = batch_size(args, rows // self.world)
         self.mesh = sharding.mesh_of(self.device, self.world, self.shards) if self.sharding else None
         self.last_saved = time.monotonic()
         self.changes = run_folder.check(self.output, self.asked)

@@ -130,6 +130,7 @@ def load(args, prompts):
     names = ("height", "width", "frames", "guidance", "guidance_2", "sampling_steps", "shift", "fps", "micro_batch")
     known = {name: run[name] for name in (*names, *["source"] * bool(lora)) if name in run}
     settings = replace(arguments.defaults(arguments.Args, run.get("model", args.model)), **known, model=source)
+    settings.micro_batch = arguments.rows_of(settings.micro_batch)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = models.load(source, dtype, prompts, **arguments.of_model(settings))

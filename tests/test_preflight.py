@@ -156,7 +156,7 @@ def plan_of(monkeypatch, available, **settings):
     )
     run = SimpleNamespace(
         args=args, world=1, shards=1, sharding=None, dtype=torch.float32, device=torch.device("cpu"),
-        batch=args.micro_batch, precision="no", print=print,
+        batch=args.micro_batch, precision="no", print=print, asked=replace(args),
     )  # fmt: skip
     return preflight.Plan(run, [])
 
@@ -214,8 +214,9 @@ def test_full_sizes_fit_or_are_told_a_command_that_does(name, lora, world, gib, 
     args = arguments.defaults(bpgo.Args, name, lora_rank=lora)
     run = SimpleNamespace(
         args=args, world=world, shards=min(world, 8), sharding=None, dtype=torch.bfloat16,
-        device=torch.device("cpu"), batch=1, print=print,
+        device=torch.device("cpu"), batch=1, print=print, asked=replace(args),
     )  # fmt: skip
+    args.micro_batch = 1
     if ways is None:
         monkeypatch.setattr(sys, "argv", ["bpgo.py", "--model", name])
         with pytest.raises(InputError) as refused:
@@ -230,13 +231,40 @@ def test_full_sizes_fit_or_are_told_a_command_that_does(name, lora, world, gib, 
         assert run.activations > GIB
         words = r"(\d+) rows a pass would fit, too, .* --micro-batch \1 --decode-batch 1"
         said = re.search(words, capsys.readouterr().out)
-        plan, rows = preflight.Plan(run, []), int(said[1]) if said else 1
-        share = args.prompts_per_step * args.group_size // world
-        now, more = (
-            sum(plan.kinds(replace(args, micro_batch=n), plan.shards(()), batch=n).values()) <= plan.have
-            for n in (rows, 2 * rows)
-        )
-        assert now and (not more or 2 * rows > share)
+        assert_most_rows(run, int(said[1]) if said else 1)
+
+
+def assert_most_rows(run, rows):
+    """They fit into three quarters of the memory, and twice as many do not, or are not there."""
+    plan, share = preflight.Plan(run, []), run.args.prompts_per_step * run.args.group_size // run.world
+    now, more = (
+        sum(plan.kinds(replace(run.args, micro_batch=n), plan.shards(()), batch=n).values()) <= 0.75 / 0.9 * plan.have
+        for n in (rows, 2 * rows)
+    )
+    assert rows == 1 or now and (not more or 2 * rows > share)
+
+
+@pytest.mark.parametrize("asked, gib, least", [("auto", 80, 8), ("auto", 56, 2), ("auto", 48, 1), (1, 80, 1)])
+def test_on_a_gpu_a_pass_takes_the_rows_that_fit(asked, gib, least, monkeypatch, capsys):
+    monkeypatch.setattr(preflight.Plan, "outline", lambda plan, rank: full_size("flux", rank))
+    monkeypatch.setattr(counting, "activations", activations)
+    monkeypatch.setattr(preflight, "free", lambda run: gib * 10**9)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=2**50))
+    args = arguments.defaults(bpgo.Args, "flux", lora_rank=64)
+    assert args.micro_batch == "auto", "the default of a full-size model"
+    run = SimpleNamespace(
+        args=args, world=1, shards=1, sharding=None, dtype=torch.bfloat16, device=torch.device("cuda"), batch=1,
+        print=print, asked=replace(args, micro_batch=asked),
+    )  # fmt: skip
+    args.micro_batch = 1
+    preflight.settle(run, [])
+    rows, said = args.micro_batch, capsys.readouterr().out
+    assert rows >= least and (f"--micro-batch {rows}, for" in said) == (rows > 1)
+    assert args.decode_batch == (1 if rows > 1 else 0) and ("would fit, too" in said) == (asked == 1)
+    kinds = preflight.Plan(run, []).kinds(args, 1, batch=rows)
+    assert kinds["activations"] == run.activations
+    if asked == "auto":
+        assert_most_rows(run, rows)
 
 
 @pytest.mark.parametrize("name", ["fsdp2", "fsdp2_offload"])

@@ -50,7 +50,7 @@ _MOTION = dict(
 # DanceGRPO (2505.07818), which the three papers follow.
 _PAPERS = dict(
     prompts_per_step=8, group_size=12, sampling_steps=16, sde="dance", timestep_fraction=0.6, same_noise=True,
-    clip_range=1e-4, learning_rate=1e-5, lora_learning_rate=3e-4, micro_batch=1, prompts="dancegrpo:images",
+    clip_range=1e-4, learning_rate=1e-5, lora_learning_rate=3e-4, micro_batch="auto", prompts="dancegrpo:images",
     reward=("hpsv2.1",), gradient_checkpointing=True,
     keep_checkpoints=2,  # with optimizer a checkpoint of FLUX has 133 GiB
 )  # fmt: skip
