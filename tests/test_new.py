@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from common import loss, rewards, sde
+from common import arguments, loss, rewards, sde
 from common.errors import InputError
 from common.models.sd3 import StableDiffusion3
 
@@ -66,13 +66,20 @@ def test_the_pages_tests_pass(tmp_path, monkeypatch):
     file = tmp_path / "my_method.py"
     file.write_text(patched((ROOT / "grpo_base.py").read_text(), blocks("new_method", "diff")[0]))
     module_of(file, monkeypatch)
-    (code,) = blocks("new_method", "python")
-    names = {}
+    code, names = blocks("new_method", "python")[0], {}
     exec(code, names)
     tests = [value for name, value in names.items() if name.startswith("test_")]
     assert len(tests) == 2
     for test in tests:
         test()
+
+
+def test_the_pages_flag_has_its_bounds():
+    names = {"__name__": __name__}  # where dataclasses looks for the annotations
+    exec(blocks("new_method", "python")[1], names)
+    assert names["Args"]().power == 1
+    with pytest.raises(InputError, match="--power 5.0: must be from 0 and at most 4"):
+        arguments.check(arguments.defaults(names["Args"], power=5.0))
 
 
 def test_the_normalised_ratio_has_lost_its_shift_and_the_steps_spread(tmp_path, monkeypatch):
