@@ -195,7 +195,11 @@ def show(asked, results):
         lines.append((title, str(len(jobs)), str(len(jobs) - len(missing)), f"{minutes:.0f}"))
     lines.append(("together", *map(str, total[:2]), f"{total[2]:.0f}"))
     left = sum(seconds(job.settings) for _, jobs in asked for job in todo(jobs, results)) / 60
-    return aligned(lines) + f"\nleft: {left:.0f} core-minutes; a run is counted where it is first asked for"
+    spent = (
+        sum(results.runs(job.settings).get(job.seed, {}).get("seconds", 0) for _, jobs in asked for job in jobs) / 60
+    )
+    said = f"a run is counted where it is first asked for; left: {left:.0f} core-minutes, spent: {spent:.0f}"
+    return f"{aligned(lines)}\n{said}"
 
 
 # --- A run ---

@@ -21,6 +21,20 @@ from lab.study_results import FOLDER, Results
 README = Path(__file__).with_name("README.md")
 DRAWS = 100_000
 HOLDS, FAILS, UNDECIDED, NONE = "holds", "does not hold", "undecided at this scale", "no runs yet"
+PICTURES = {  # of lab/figures.py, by the paper under whose table they stand
+    "SLAS": {
+        "rewards": "held-out rewards over the steps",
+        "proxy_verifier": "the proxy against the verifier",
+        "alpha_gamma": "over alpha and over gamma",
+        "samples_proxy": "samples before, after GRPO and after SLAS on the proxy",
+    },
+    "BPGO": {
+        "ablation": "RAS, CRT and both",
+        "samples_doubtful": "samples before, after GRPO and after BPGO under a doubtful reward",
+        "samples_clips": "the same of clips",
+    },
+    "Self-Paced": {"stage_weights": "weights of the stages", "kinds": "the coefficient of variation over clusters"},
+}
 # 97.5% of Student's t with 1, 2, ... degrees of freedom
 T = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281, 2.2010, 2.1788, 2.1604, 2.1448,
      2.1314, 2.1199, 2.1098, 2.1009, 2.0930)  # fmt: skip
@@ -85,11 +99,11 @@ def findings(results):
 
 def table(results):
     """Results -> Markdown: a table for each paper, remarks under it, and the methods side by side."""
-    every, parts = findings(results), []
+    every, parts = findings(results), [pictures({"claims": "every claim with its interval"})]
     for paper in dict.fromkeys(claim.paper for claim in claims.CLAIMS):
         own = [finding for finding in every if finding.claim.paper == paper]
         head = ("claim", "source", "model", "measure", "seeds", "it", "against", "difference, 95%", "verdict")
-        parts += [f"### {paper}", markdown(head, map(row, own)), remarks(own)]
+        parts += [f"### {paper}", markdown(head, map(row, own)), remarks(own), pictures(PICTURES.get(paper, {}))]
     parts += ["### Methods side by side", side_by_side(results), "### The search", searches(results)]
     return "\n\n".join(part for part in parts if part)
 
@@ -107,6 +121,12 @@ def row(finding):
 def remarks(own):
     said = [(finding.claim, claims.REMARKS.get(finding.claim.name)) for finding in own]
     return "\n".join(f"- *{claim.text}* ({claim.ours.model}): {words}" for claim, words in said if words)
+
+
+def pictures(named):
+    """Those of {name: what it shows} that are drawn."""
+    drawn = {name: words for name, words in named.items() if (README.parent / f"figures/{name}.png").exists()}
+    return "\n\n".join(f"![{words}](figures/{name}.png)" for name, words in drawn.items())
 
 
 def side_by_side(results):
@@ -139,7 +159,9 @@ def searches(results):
         tuned = results.tuned(*searched)
         chosen = f"**{tuned['learning_rate']:g}, {tuned['clip_range']:g}**" if tuned else NONE
         lines.append((*searched, "; ".join(ends), chosen))
-    return markdown(("method", "model", "reward", "learning rate, clip range: reward of the last exam", "taken"), lines)
+    return markdown(
+        ("method", "model", "reward", "learning rate, clip range: reward of the last two exams", "taken"), lines
+    )
 
 
 def markdown(head, lines):
