@@ -15,9 +15,10 @@ so its mean over a prompt file, divided by the file's share of them (`share_of_v
 import hashlib
 from statistics import NormalDist
 
-from common.rewards import motion, verifier
+from common.rewards import motion, scene
 from common.rewards.motion import Motion
-from common.rewards.verifier import ANY, Verifier
+from common.rewards.scene import ANY
+from common.rewards.verifier import Verifier
 
 UNSURE = 0.3  # a score below most of the truth's
 VAGUE = 0.5  # the open share from which a caption counts as vague
@@ -26,7 +27,7 @@ VAGUE = 0.5  # the open share from which a caption counts as vague
 def left_open(caption):
     """The share of the attributes that a caption could name and leaves open: "a red circle" 0, "a circle" 0.5."""
     try:
-        wanted = [attribute for thing in verifier.parse(caption).objects for attribute in thing]
+        wanted = [attribute for thing in scene.parse(caption).objects for attribute in thing]
     except ValueError:
         moving = motion.parse(caption)
         wanted = [moving.shape, moving.colour, moving.direction, moving.speed]
@@ -43,7 +44,7 @@ def share_of_vague(captions):
 
 def counts(caption):
     """Whether a caption of the shapes world asks for a number: the kind that a biased judge likes."""
-    return verifier.parse(caption).task == "counting"
+    return scene.parse(caption).task == "counting"
 
 
 def own_error(sample, caption):

@@ -20,7 +20,7 @@ from PIL import Image
 from common import models, sde
 from common.errors import InputError
 from common.prompts import read_prompts
-from common.rewards import motion, verifier
+from common.rewards import motion, scene, verifier
 from lab import claims, figures, probes, study, study_rewards, verdicts
 from lab.moving import captions as moving_captions
 from lab.study_results import FOLDER, Results, name_of
@@ -344,7 +344,7 @@ def test_what_a_caption_leaves_open():
 
 def test_faults_are_those_that_the_class_names():
     images = torch.rand(5, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    images[0] = verifier.draw(*(torch.tensor([[v]]) for v in (0, 0, 16.0, 16.0, 5.0)), 32)[0]
+    images[0] = scene.draw(*(torch.tensor([[v]]) for v in (0, 0, 16.0, 16.0, 5.0)), 32)[0]
     truth = verifier.verify(images, CAPTIONS)["score"]
     assert truth[0] > 0.9
     open_ = torch.tensor([0.9 * share for share in (0, 0.5, 1, 0.5, 0.25)])
