@@ -99,13 +99,15 @@ class Results:
         return dict(sorted(found.items(), key=lambda pair: (pair[0].endswith(".py"), pair[0] != "grpo_base", pair[0])))
 
     def add(self, settings, seed, config, run):
-        """Writes a run into its setting's file: a killed process leaves the old file or the new one."""
+        """Writes a run into its setting's file as it is now: another study may write, too. A killed process leaves
+        the old file or the new one."""
         name = name_of(settings)
-        file = self.files.setdefault(name, {"settings": settings, "config": config, "runs": {}})
-        file["runs"][str(seed)] = rounded(run)
-        file["runs"] = dict(sorted(file["runs"].items(), key=lambda pair: int(pair[0])))
+        path = self.folder / f"{name}.json"
+        known = json.loads(path.read_text())["runs"] if path.exists() else {}
+        runs = sorted({**known, str(seed): rounded(run)}.items(), key=lambda pair: int(pair[0]))
+        self.files[name] = {"settings": settings, "config": config, "runs": dict(runs)}
         self.folder.mkdir(parents=True, exist_ok=True)
-        run_folder.write_text(self.folder / f"{name}.json", compact(file) + "\n")
+        run_folder.write_text(path, compact(self.files[name]) + "\n")
 
 
 def compact(file):

@@ -99,13 +99,28 @@ def findings(results):
 
 def table(results):
     """Results -> Markdown: a table for each paper, remarks under it, and the methods side by side."""
-    every, parts = findings(results), [pictures({"claims": "every claim with its interval"})]
+    every = findings(results)
+    parts = [pictures({"claims": "every claim with its interval"}), spread(every)]
     for paper in dict.fromkeys(claim.paper for claim in claims.CLAIMS):
         own = [finding for finding in every if finding.claim.paper == paper]
         head = ("claim", "source", "model", "measure", "seeds", "it", "against", "difference, 95%", "verdict")
         parts += [f"### {paper}", markdown(head, map(row, own)), remarks(own), pictures(PICTURES.get(paper, {}))]
     parts += ["### Methods side by side", side_by_side(results), "### The search", searches(results)]
     return "\n\n".join(part for part in parts if part)
+
+
+def spread(every):
+    """How far apart two settings have to be for so many seeds to tell, as a sentence; from what the runs say."""
+    ends = [one for one in every if one.claim.measure.words == claims.end("truth").words and one.others is not None]
+    stds = sorted(float(np.std(one.differences, ddof=1)) for one in ends if len(one.seeds) > 2)
+    if not stds:
+        return ""
+    middle = float(np.median(stds))
+    tell = [f"{n} seeds tell {T[n - 2] * middle / math.sqrt(n):.3f} apart" for n in (claims.SEEDS, claims.MAIN_SEEDS)]
+    return (
+        f"Paired by seed, differences of the verifier's last exam have a standard deviation of {middle:.3f} (the "
+        f"median of {len(stds)} comparisons; {stds[0]:.3f} to {stds[-1]:.3f}): {', '.join(tell)}."
+    )
 
 
 def row(finding):

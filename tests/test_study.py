@@ -197,6 +197,25 @@ def test_the_search_takes_the_best_of_each_and_its_runs_are_no_evidence(tmp_path
     assert results.tuned(*searched) == {"learning_rate": rates[1], "clip_range": points[3]["clip_range"]}
 
 
+def test_two_studies_may_write_into_one_file(tmp_path):
+    one, other = Results(tmp_path), Results(tmp_path)
+    settings = claims.setting("slas", "tiny-flux", "proxy").settings()
+    add(one, settings, [0], 0.5)
+    add(other, settings, [2], 0.7)
+    add(one, settings, [1], 0.6)
+    assert list(Results(tmp_path).runs(settings)) == [0, 1, 2] and list(one.runs(settings)) == [0, 1, 2]
+
+
+def test_the_spread_of_seeds_says_what_they_can_tell():
+    found = []
+    for differences in ([0.1, 0.2, 0.3], [0.1, 0.3, 0.5], [0.0, 0.0, 0.1]):
+        claim = next(claim for claim in claims.CLAIMS if claim.name == "slas-keeps:tiny-flux")
+        found.append(verdicts.Finding(claim, [0, 1, 2], 0.5, 0.4, differences, 0, 0, verdicts.HOLDS))
+    said = verdicts.spread(found)
+    assert "standard deviation of 0.100 (the median of 3 comparisons; 0.058 to 0.200)" in said
+    assert "5 seeds tell 0.124 apart, 8 seeds tell 0.084 apart" in said and verdicts.spread([]) == ""
+
+
 def test_what_is_there_is_not_run_again(tmp_path):
     results = Results(tmp_path, searched=False)
     args = study.Args(only=("kl",))
