@@ -44,13 +44,13 @@ QUICK_SEEDS = 2
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "numpy")
 SHOWN_SEED = 0  # of whose models the pictures show samples
 KEPT = ("reward_mean", "reward_std", "advantage_abs_mean", "grad_norm", "clip_fraction", "batch_std")
-# Seconds of one core, measured on an AVX-512 laptop core: starting and ending a run; an exam; a sample's rollout and
+# Seconds of one core, measured on a busy machine of two: starting and ending a run; an exam; a sample's rollout and
 # reward; a sample's share of an update at one denoising step.
 SECONDS = {
     "tiny-flux": (3.0, 2.5, 0.020, 0.0050),
     "tiny-sd": (3.0, 2.5, 0.021, 0.0055),
-    "tiny-wan": (3.0, 4.0, 0.034, 0.0070),
-    "tiny-wan-i2v": (3.0, 4.0, 0.030, 0.0070),
+    "tiny-wan": (3.0, 4.4, 0.034, 0.0070),
+    "tiny-wan-i2v": (3.0, 5.0, 0.030, 0.0070),
 }
 PROBE_SECONDS = {"probe:loudness": 20.0, "probe:bias": 15.0, "probe:samples": 5.0}
 
