@@ -8,7 +8,7 @@ import sys
 import textwrap
 from typing import Annotated, get_type_hints
 
-from common import errors, hub, models, rewards, run_folder
+from common import errors, models, rewards, run_folder
 from common.errors import InputError
 from common.flags import Above, Args, From, Scored, Start
 from common.prompts import sets
@@ -203,6 +203,8 @@ def check(args):
             "dancegrpo:videos or a file"
         )
     if args.push_to_hub:
+        from common import hub  # and with it its client
+
         hub.check_push(args.push_to_hub)
     for name in ("reward", "prompts"):
         if not getattr(args, name):

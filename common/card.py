@@ -8,7 +8,7 @@ import shlex
 import shutil
 from pathlib import Path
 
-from common import arguments, errors, hub, models
+from common import arguments, errors, models
 from common.errors import RunError
 from common.run_folder import rows_before, write_text
 
@@ -25,6 +25,8 @@ def leave(run):
         try:
             write(run.output, run.asked)
             if repository:
+                from common import hub  # and with it its client
+
                 run.print(f"pushed to {hub.push(repository, run.output / 'export')}")
         except Exception as error:  # a full disk; the client's, the network's
             later = f"; push it later: `hf upload {repository} {run.output}/export`" if repository else ""

@@ -10,7 +10,6 @@ import os
 import tempfile
 from pathlib import Path
 
-import psutil
 import torch
 
 from common.errors import InputError
@@ -49,6 +48,8 @@ def _elements(file):
 def by_turns(name, each, stays):
     """Whether the processes of this machine have to load one after another: each copies `each` bytes, of which it keeps
     `stays`. Raises InputError where that does not fit either."""
+    import psutil
+
     processes, have = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), psutil.virtual_memory().available
     if each + (processes - 1) * stays > have:
         raise InputError(

@@ -4,7 +4,6 @@ sampled with moved, sharded or compiled, with a LoRA or without. run: the Proces
 import re
 
 import torch
-from accelerate import Accelerator
 
 from common import compiling, sharding
 from common.errors import InputError
@@ -37,6 +36,8 @@ def settle(run, model):
 
 def place(run, model):
     """Moves all of the model to the device, to sample and not to train. model.trainable then holds what to call."""
+    from accelerate import Accelerator
+
     accelerator = Accelerator(mixed_precision=run.precision, cpu=run.device.type == "cpu")
     settle(run, model)
     for name, module in model.trainable.items():

@@ -10,9 +10,7 @@ import shlex
 import shutil
 import sys
 
-import psutil
 import torch
-from accelerate.utils import gather_object
 
 from common import arguments, checkpoints, counting, loading, models, placing, sharding
 from common.errors import InputError
@@ -71,7 +69,7 @@ class Plan:
     def __init__(self, run, scorers):
         self.run, self.scorers, self.counted = run, scorers, {}
         self.model = self.outline(run.args.lora_rank)
-        self.have = ROOM * min(gather_object([free(run)]) if run.world > 1 else [free(run)])
+        self.have = ROOM * min(run.together(free(run)))
 
     def outline(self, lora_rank):
         """The model without contents, with the LoRA that would be trained; None if it is small."""
@@ -174,6 +172,8 @@ def free(run):
     """Bytes of memory that this process may take as yet."""
     if run.device.type == "cuda":
         return torch.cuda.mem_get_info(run.device)[0]
+    import psutil
+
     return psutil.virtual_memory().available / run.world
 
 

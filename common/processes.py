@@ -6,8 +6,6 @@ import os
 from datetime import timedelta
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import gather, gather_object
 
 from common import sharding
 
@@ -46,6 +44,8 @@ class Processes:
 
     def gather(self, local):
         """[b, ...] of each process -> [B, ...] on all of them, in global row order."""
+        from accelerate.utils import gather
+
         return gather(local)
 
     def local(self, value):
@@ -56,6 +56,8 @@ class Processes:
 
     def together(self, thing):
         """All processes together: the list of what each of them has."""
+        from accelerate.utils import gather_object
+
         return gather_object([thing]) if self.world > 1 else [thing]
 
     def first(self, reason):
@@ -69,10 +71,14 @@ class Processes:
     @staticmethod
     def print(*words):
         """On the main process."""
+        from accelerate import PartialState
+
         if PartialState().is_main_process:
             print(*words, flush=True)
 
 
 def processes(args):
     """The processes of this launch, which wait for one another as long as --process-timeout says."""
+    from accelerate import PartialState
+
     return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(minutes=args.process_timeout))

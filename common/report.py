@@ -7,7 +7,6 @@ import time
 import numpy as np
 import torch
 from torch.nn.functional import pad
-from tqdm import tqdm
 
 from common import card, errors, page, signals
 from common.prompts import caption_of
@@ -30,6 +29,8 @@ class Report:
 
     def steps(self, start, stop):
         """The step numbers, behind a progress bar with reward, ratio error and the time left."""
+        from tqdm import tqdm
+
         self.bar = tqdm(
             range(start, stop), initial=start, total=stop, disable=not self.run.is_main, dynamic_ncols=True, unit="step"
         )

@@ -15,11 +15,9 @@ import time
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
 from torch.nn.functional import pad
 
-from common import arguments, compiling, export, loading, preflight, run_folder, sharding
+from common import arguments, compiling, loading, preflight, run_folder, sharding
 from common.errors import InputError
 from common.processes import processes
 from common.saving import Saving
@@ -49,13 +47,7 @@ class Runtime(Update, Saving, Stopping):
         self.output, _ = self.find(args)
         if args.compile:
             compiling.check(self.device)
-        self.accelerator = Accelerator(
-            mixed_precision=self.precision,
-            cpu=self.device.type != "cuda",
-            log_with=None if args.tracker == "none" else args.tracker,
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],  # they are constants
-            project_dir=self.output,
-        )
+        self.accelerator = accelerator(self)
         self.asked = dataclasses.replace(args)  # what config.json says: each machine chooses the rest by its own memory
         args.micro_batch = arguments.rows_of(args.micro_batch)  # `settle` takes more where they fit
         self.batch = batch_size(args, rows // self.world)  # rows of a forward pass
@@ -72,6 +64,8 @@ class Runtime(Update, Saving, Stopping):
     @staticmethod
     def find(args):
         """The folder of a run, the same on every process, and the settings that it was started with, {} before that."""
+        from accelerate.utils import broadcast_object_list
+
         is_main = processes(args).is_main_process
         chosen = run_folder.choose(args) if is_main or args.resume else None  # what is wrong with --resume, all say
         folder = Path(broadcast_object_list([chosen])[0])
@@ -103,12 +97,28 @@ class Runtime(Update, Saving, Stopping):
     def export(self):
         """export/: the LoRA, or the whole trained pipeline, for plain diffusers; returns the line that loads it. With
         --ema the averaged weights go to export_ema/, and stay in the model: a run ends with this."""
+        from common import export  # and with it accelerate and safetensors
+
         folder = self.output / "export"
         line = export.write(self, folder)
         if self.average:
             self.average.copy_to(self.weights())
             line += f"; the averaged one: {export.write(self, folder.with_name('export_ema'))}"
         return line
+
+
+def accelerator(run):
+    """Accelerate's own, for the run's precision and tracker."""
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedDataParallelKwargs
+
+    return Accelerator(
+        mixed_precision=run.precision,
+        cpu=run.device.type != "cuda",
+        log_with=None if run.args.tracker == "none" else run.args.tracker,
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],  # they are constants
+        project_dir=run.output,
+    )
 
 
 def batch_size(args, share):

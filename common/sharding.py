@@ -9,7 +9,6 @@ import os
 import warnings
 
 import torch
-from accelerate.utils import FullyShardedDataParallelPlugin, gather_object
 from torch.distributed.device_mesh import init_device_mesh
 
 from common.checkpoints import Pieces
@@ -31,12 +30,16 @@ def take_plugin():
         return None
     if os.environ.get("FSDP_VERSION", "1") != "2":
         raise InputError("only FSDP2 is supported: write fsdp_version: 2, as configs/fsdp2.yaml does")
+    from accelerate.utils import FullyShardedDataParallelPlugin
+
     asked = True
     return FullyShardedDataParallelPlugin()
 
 
 def own_plugin():
     """What configs/fsdp2.yaml asks for, where no config file asks for anything and weights fit only so."""
+    from accelerate.utils import FullyShardedDataParallelPlugin
+
     return FullyShardedDataParallelPlugin(
         fsdp_version=2, cpu_offload=False, reshard_after_forward=True, activation_checkpointing=True
     )
@@ -45,6 +48,8 @@ def own_plugin():
 def on_a_machine(processes):
     """How many of the processes each machine has, as the launcher says; all of them where it has one, or another one
     has more."""
+    from accelerate.utils import gather_object
+
     own = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
     alike = processes == 1 or set(gather_object([own])) == {own}
     return own if own > 1 and alike and processes % own == 0 else processes

@@ -6,7 +6,6 @@ import importlib
 import inspect
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -182,14 +181,6 @@ def test_bounds_of_different_kinds_differ():
     """typing caches Annotated by equality: on Python 3.10 a setting got the bound of another one."""
     assert arguments.From(0, 1) == arguments.From(0, 1) != arguments.Above(0, 1) != arguments.From(0, 1)
     assert 0 in arguments.From(0, 1) and 0 not in arguments.Above(0, 1)
-
-
-def test_importing_the_scripts_loads_no_package_that_takes_seconds():
-    """--help is there at once, and a method's equations can be imported by others."""
-    heavy = ("diffusers", "transformers", "peft", "matplotlib", "torchvision", "open_clip", "torch.distributed.fsdp")
-    code = f"import sys, {', '.join(SCRIPTS)}; print([name for name in {heavy} if name in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout == "[]\n"
 
 
 @pytest.mark.parametrize("name, value", [("prompts", ""), ("reward", ())])

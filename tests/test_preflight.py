@@ -156,7 +156,7 @@ def plan_of(monkeypatch, available, **settings):
     )
     run = SimpleNamespace(
         args=args, world=1, shards=1, sharding=None, dtype=torch.float32, device=torch.device("cpu"),
-        batch=args.micro_batch, precision="no", print=print, asked=replace(args),
+        batch=args.micro_batch, precision="no", print=print, asked=replace(args), together=lambda one: [one],
     )  # fmt: skip
     return preflight.Plan(run, [])
 
@@ -208,13 +208,12 @@ full_size, activations = functools.cache(memory.full_size), functools.cache(coun
 def test_full_sizes_fit_or_are_told_a_command_that_does(name, lora, world, gib, ways, offers, monkeypatch, capsys):
     monkeypatch.setattr(preflight.Plan, "outline", lambda plan, rank: full_size(name, rank))
     monkeypatch.setattr(counting, "activations", activations)
-    monkeypatch.setattr(preflight, "gather_object", lambda one: one * world)
     monkeypatch.setattr(preflight, "free", lambda run: gib * 10**9)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=2**50))
     args = arguments.defaults(bpgo.Args, name, lora_rank=lora)
     run = SimpleNamespace(
         args=args, world=world, shards=min(world, 8), sharding=None, dtype=torch.bfloat16,
-        device=torch.device("cpu"), batch=1, print=print, asked=replace(args),
+        device=torch.device("cpu"), batch=1, print=print, asked=replace(args), together=lambda one: [one] * world,
     )  # fmt: skip
     args.micro_batch = 1
     if ways is None:
@@ -254,7 +253,7 @@ def test_on_a_gpu_a_pass_takes_the_rows_that_fit(asked, gib, least, monkeypatch,
     assert args.micro_batch == "auto", "the default of a full-size model"
     run = SimpleNamespace(
         args=args, world=1, shards=1, sharding=None, dtype=torch.bfloat16, device=torch.device("cuda"), batch=1,
-        print=print, asked=replace(args, micro_batch=asked),
+        print=print, asked=replace(args, micro_batch=asked), together=lambda one: [one],
     )  # fmt: skip
     args.micro_batch = 1
     preflight.settle(run, [])

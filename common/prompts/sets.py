@@ -25,9 +25,6 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
 
-from huggingface_hub import constants
-
-from common import hub
 from common.errors import InputError
 from common.prompts import files
 
@@ -51,7 +48,7 @@ class Published(NamedTuple):
 
     def place(self):
         """Where it is kept."""
-        return Path(constants.HF_HOME) / "vgrpo" / self.blob / Path(self.path).name
+        return _cache() / self.blob / Path(self.path).name
 
 
 _DANCE = ("XueZeyue/DanceGRPO", "15cc71d53cc2e6e18a68ee607d5fb6ba9a99e344")
@@ -109,6 +106,12 @@ def path_of(name):
     return _fetched(name, PUBLISHED[name])
 
 
+def _cache():
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HOME) / "vgrpo"
+
+
 def _said(error):
     return (str(error) or repr(error)).splitlines()[0]
 
@@ -158,6 +161,8 @@ def _keep(place, data):
 
 
 def _from_hub(name, repository, file):
+    from common import hub  # and with it its client
+
     try:
         return hub.find(repository, file, "dataset")
     except (*hub.ERRORS, ValueError) as error:  # an id that is none
@@ -180,7 +185,7 @@ def _hub(name, part):
 def _hpdv2():
     """Of its 645,090 rows each prompt once, in their order; kept as text, which is read a hundred times faster."""
     path = _from_hub("hpdv2", "ymhao/HPDv2", "train.json")
-    place = Path(constants.HF_HOME) / "vgrpo" / path.parent.name / "hpdv2.txt"  # of this commit
+    place = _cache() / path.parent.name / "hpdv2.txt"  # of this commit
     if place.is_file():
         return files.read(place, called="hpdv2")
     prompts = list(dict.fromkeys(files.read(path, called="hpdv2")))
@@ -208,6 +213,8 @@ def _hpsv2(style):
         import hpsv2
     except ImportError as error:
         raise InputError(f"prompts: hpsv2:{style} takes the package hpsv2 ({error}); pip install hpsv2") from None
+    from common import hub
+
     hub.settle()
     try:
         try:

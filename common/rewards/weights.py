@@ -3,9 +3,7 @@
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 
-from common import hub
 from common.errors import InputError
 
 
@@ -37,6 +35,8 @@ class Source:
         return self._from_hub(repo, file)
 
     def _from_hub(self, repo, file):
+        from common import hub  # and with it its client
+
         try:
             return hub.find(repo, file)
         except hub.ERRORS:
@@ -48,6 +48,8 @@ class Source:
 
 def read(name, path):
     """A checkpoint's weights {name: tensor} on the CPU; raises InputError for a file that holds none."""
+    from safetensors.torch import load_file
+
     try:
         if Path(path).suffix == ".safetensors":
             return load_file(path)
