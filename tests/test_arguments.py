@@ -113,7 +113,9 @@ def test_every_script_has_all_settings_for_every_named_model(no_hub, script, nam
     if script == "self_paced":
         assert len(args.thresholds) == len(scorers) - 1
     if not name.startswith("tiny"):
-        assert args.micro_batch == "auto" and args.gradient_checkpointing and args.keep_checkpoints and args.steps >= 100
+        assert (
+            args.micro_batch == "auto" and args.gradient_checkpointing and args.keep_checkpoints and args.steps >= 100
+        )
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
