@@ -77,7 +77,9 @@ def compute_advantages(reward, adv_clip_max):
 
 def zero_variance(reward):
     """Rewards [P, G] -> [P, 1]: groups that have nothing to teach: all their scores are equal, or fewer than two."""
-    return reward.nan_to_num(-torch.inf).amax(1, keepdim=True) <= reward.nan_to_num(torch.inf).amin(1, keepdim=True)
+    highest = reward.masked_fill(reward.isnan(), -torch.inf).amax(1, keepdim=True)
+    lowest = reward.masked_fill(reward.isnan(), torch.inf).amin(1, keepdim=True)
+    return highest <= lowest  # below it where no sample has a score
 
 
 def keep_rows(reward, best_of):
@@ -85,7 +87,8 @@ def keep_rows(reward, best_of):
     of these the best_of/2 highest and lowest of each group; 0: all."""
     valid = ~reward.isnan()
     number = valid.sum(1, keepdim=True)  # [P, 1]
-    rank = reward.argsort(dim=1, stable=True).argsort(dim=1)  # NaN comes last
+    order = reward.argsort(dim=1, stable=True)  # of each group the numbers of its samples, the worst first, NaN last
+    rank = order.argsort(dim=1)  # of each sample its place in that order
     half = best_of // 2 if best_of else reward.shape[1]
     return valid & (number > 1) & ((rank < half) | (rank >= number - half))
 
@@ -109,9 +112,9 @@ def contrastive_rewards(rewards, prior, lam):
 class Prior:
     """The reward that each prompt's samples are expected to get (section 4.1); `state` is part of every checkpoint."""
 
-    def __init__(self, run, model, scorers, weights):
-        ask = {"sft": heldout.initial_reward, "first-frame": heldout.still_reward}.get(run.args.prior)
-        self.run, self.ask = run, ask and partial(ask, run, model, scorers, weights)
+    def __init__(self, run, model, scorers, reward_weights):
+        self.run, self.about = run, (run, model, scorers, reward_weights)
+        self.ask = {"sft": heldout.initial_reward, "first-frame": heldout.still_reward}.get(run.args.prior)
         self.state = {"mean": run.args.prior_value, "steps": 0, "known": {}}
         if run.args.prior == "first-frame" and not hasattr(model, "still"):
             raise errors.InputError(f"--prior first-frame: {run.args.model} has no conditioning image, take another")
@@ -120,10 +123,10 @@ class Prior:
 
     def expect(self, prompts, reward):
         """P prompts and the rewards [P, G] of their samples -> priors [P, 1]; the running mean moves on after that."""
-        mean, steps, known = self.state.values()
+        mean, steps, known = (self.state[name] for name in ("mean", "steps", "known"))
         if self.ask:
             new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in known]
-            known.update(zip(map(str, new), self.ask(new).tolist()) if new else ())
+            known.update(zip(map(str, new), self.ask(*self.about, new).tolist()) if new else ())
             return reward.new_tensor([known[prompt] for prompt in prompts])[:, None]
         if self.run.args.prior == "running-mean" and reward.isfinite().any():
             own = reward.nanmean().item()
@@ -169,7 +172,7 @@ def main(args):
         trajectories, scoring = [], Scoring(scorers, model, captions, run.score_batch)
         for mb in run.batches(len(rows)):
             x = sde.RowNoise(args.seed, step, first[mb], run.device)(model.noise_shape)
-            noise = sde.RowNoise(args.seed, step, B + rows[mb], run.device)
+            noise = sde.RowNoise(args.seed, step, B + rows[mb], run.device)  # streams behind those of x
             velocity = partial(model.velocity, cond=models.take(cond, mb))
             with torch.no_grad():
                 trajectories.append(sde.rollout(velocity, x, sigmas, s, noise, transition))
@@ -188,9 +191,9 @@ def main(args):
         parts = [w * compute_advantages(r, args.adv_clip_max) for r, w in terms]  # [P, G]
         advantages = sum(parts)  # [P, G]
         expected = prior.expect(batch, reward)  # [P, 1]
-        deviation, unit = reward - expected, args.reward_scale or rewards.scale(scorers, reward_weights)
-        trust = reliability_weights(deviation.nanmean(1, keepdim=True), 0, args.alpha, args.k / unit)  # [P, 1]
-        contrast = compute_advantages(contrastive_rewards(deviation, 0, args.lam / unit), args.adv_clip_max)
+        unit = args.reward_scale or rewards.scale(scorers, reward_weights)  # eq 4 of R - prior and 0: exp stays small
+        trust = reliability_weights(reward.nanmean(1, keepdim=True), expected, args.alpha, args.k / unit)  # [P, 1]
+        contrast = compute_advantages(contrastive_rewards(reward - expected, 0, args.lam / unit), args.adv_clip_max)
         both = (contrast, 0 * contrast) if args.crt_alone else (trust * advantages, args.beta * contrast)  # eq 5; 3, 6
         advantage, contrast = map(run.local, both)  # [b]
         spread = (reward - reward.nanmean(1, keepdim=True)).square().nanmean(1, keepdim=True).sqrt()  # [P, 1]
@@ -204,16 +207,18 @@ def main(args):
             minibatch = minibatches[update % args.minibatches]
             # rows without advantage and without KL have no gradient
             learning = minibatch if args.kl_coef else minibatch & advantages.any(1, keepdim=True)
-            weight = pad(run.local(learning / minibatch.sum()), (0, 1))  # [b + 1]: 0 for row -1, the filler
+            share = learning / minibatch.sum()  # of each sample in the loss [P, G]
+            row_share = pad(run.local(share), (0, 1))  # [b + 1]: 0 for row -1, the filler
             diagnostics.append([])
             trained = sde.noisy_steps(s, args.timestep_fraction, chance)
-            last_use = {model.trained_at(sigmas[t]): t for t in trained}  # of each trained module
+            last_steps = {model.trained_at(sigmas[t]): t for t in trained}  # of each trained module
             batches = run.micro_batches(learning)
             for mb in batches:
                 cond_mb = models.take(cond, mb)
                 for t in trained:
                     x, x_next, at = latents[mb, t], latents[mb, t + 1], (sigmas[t], sigmas[t + 1], s[t])
-                    run.exchange_gradients(mb is batches[-1] and t in last_use.values())
+                    # until a module's last pass each process adds up its own gradients
+                    run.exchange_gradients(mb is batches[-1] and t in last_steps.values())
                     velocity = model.velocity(x, sigmas[t], cond_mb)
                     _, log_prob, mean = transition(velocity, x, *at, x_next=x_next)
                     ratio = torch.exp(log_prob - log_probs[mb, t])  # [mb]
@@ -223,9 +228,9 @@ def main(args):
                         with run.initial_weights():
                             _, _, reference = transition(model.velocity(x, sigmas[t], cond_mb), x, *at)
                         row_loss += args.kl_coef * loss.gaussian_kl(mean, reference, sde.transition_std(*at))
-                    batch_loss = (weight[mb] * row_loss).sum() / len(trained)
+                    batch_loss = (row_share[mb] * row_loss).sum() / len(trained)
                     run.backward(batch_loss)
-                    diagnostics[-1].append(loss.diagnostics(ratio, args.clip_range, weight[mb], batch_loss, update))
+                    diagnostics[-1].append(loss.diagnostics(ratio, args.clip_range, row_share[mb], batch_loss, update))
             metrics["grad_norm"] = run.update() if batches else 0.0
         metrics["update_seconds"] = clock.lap()
 

@@ -54,7 +54,9 @@ def compute_advantages(reward, adv_clip_max):
 
 def zero_variance(reward):
     """Rewards [P, G] -> [P, 1]: groups that have nothing to teach: all their scores are equal, or fewer than two."""
-    return reward.nan_to_num(-torch.inf).amax(1, keepdim=True) <= reward.nan_to_num(torch.inf).amin(1, keepdim=True)
+    highest = reward.masked_fill(reward.isnan(), -torch.inf).amax(1, keepdim=True)
+    lowest = reward.masked_fill(reward.isnan(), torch.inf).amin(1, keepdim=True)
+    return highest <= lowest  # below it where no sample has a score
 
 
 def keep_rows(reward, best_of):
@@ -62,7 +64,8 @@ def keep_rows(reward, best_of):
     of these the best_of/2 highest and lowest of each group; 0: all."""
     valid = ~reward.isnan()
     number = valid.sum(1, keepdim=True)  # [P, 1]
-    rank = reward.argsort(dim=1, stable=True).argsort(dim=1)  # NaN comes last
+    order = reward.argsort(dim=1, stable=True)  # of each group the numbers of its samples, the worst first, NaN last
+    rank = order.argsort(dim=1)  # of each sample its place in that order
     half = best_of // 2 if best_of else reward.shape[1]
     return valid & (number > 1) & ((rank < half) | (rank >= number - half))
 
@@ -108,7 +111,7 @@ def main(args):
         trajectories, scoring = [], Scoring(scorers, model, captions, run.score_batch)
         for mb in run.batches(len(rows)):
             x = sde.RowNoise(args.seed, step, first[mb], run.device)(model.noise_shape)
-            noise = sde.RowNoise(args.seed, step, B + rows[mb], run.device)
+            noise = sde.RowNoise(args.seed, step, B + rows[mb], run.device)  # streams behind those of x
             velocity = partial(model.velocity, cond=models.take(cond, mb))
             with torch.no_grad():
                 trajectories.append(sde.rollout(velocity, x, sigmas, s, noise, transition))
@@ -138,16 +141,18 @@ def main(args):
             minibatch = minibatches[update % args.minibatches]
             # rows without advantage and without KL have no gradient
             learning = minibatch if args.kl_coef else minibatch & advantages.any(1, keepdim=True)
-            weight = pad(run.local(learning / minibatch.sum()), (0, 1))  # [b + 1]: 0 for row -1, the filler
+            share = learning / minibatch.sum()  # of each sample in the loss [P, G]
+            row_share = pad(run.local(share), (0, 1))  # [b + 1]: 0 for row -1, the filler
             diagnostics.append([])
             trained = sde.noisy_steps(s, args.timestep_fraction, chance)
-            last_use = {model.trained_at(sigmas[t]): t for t in trained}  # of each trained module
+            last_steps = {model.trained_at(sigmas[t]): t for t in trained}  # of each trained module
             batches = run.micro_batches(learning)
             for mb in batches:
                 cond_mb = models.take(cond, mb)
                 for t in trained:
                     x, x_next, at = latents[mb, t], latents[mb, t + 1], (sigmas[t], sigmas[t + 1], s[t])
-                    run.exchange_gradients(mb is batches[-1] and t in last_use.values())
+                    # until a module's last pass each process adds up its own gradients
+                    run.exchange_gradients(mb is batches[-1] and t in last_steps.values())
                     velocity = model.velocity(x, sigmas[t], cond_mb)
                     _, log_prob, mean = transition(velocity, x, *at, x_next=x_next)
                     ratio = torch.exp(log_prob - log_probs[mb, t])  # [mb]
@@ -156,9 +161,9 @@ def main(args):
                         with run.initial_weights():
                             _, _, reference = transition(model.velocity(x, sigmas[t], cond_mb), x, *at)
                         row_loss += args.kl_coef * loss.gaussian_kl(mean, reference, sde.transition_std(*at))
-                    batch_loss = (weight[mb] * row_loss).sum() / len(trained)
+                    batch_loss = (row_share[mb] * row_loss).sum() / len(trained)
                     run.backward(batch_loss)
-                    diagnostics[-1].append(loss.diagnostics(ratio, args.clip_range, weight[mb], batch_loss, update))
+                    diagnostics[-1].append(loss.diagnostics(ratio, args.clip_range, row_share[mb], batch_loss, update))
             metrics["grad_norm"] = run.update() if batches else 0.0
         metrics["update_seconds"] = clock.lap()
 

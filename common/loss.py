@@ -19,13 +19,14 @@ def gaussian_kl(mean, reference_mean, std):
 
 
 @torch.no_grad()
-def diagnostics(ratio, clip_range, weight, loss, update):
-    """Of a micro-batch, over the rows with weight > 0: ratio [B], weight [B], loss scalar -> {name: scalar}, sums.
+def diagnostics(ratio, clip_range, share, loss, update):
+    """Of a micro-batch, over the rows that have a share in the loss (> 0): ratio [B], share [B], loss a scalar, update
+    the number of the rollout's update -> {name: scalar}, sums, but for the largest error.
 
     ratio_error max |rho - 1| before the first update (0) must be rounding: more means that the two passes differ.
     approx_kl is Schulman's non-negative estimate (rho - 1) - log rho of KL(old || new).
     """
-    counts = weight > 0
+    counts = share > 0
     ratio = torch.where(counts, ratio, 1.0)
     error = (ratio - 1).abs()
     return {

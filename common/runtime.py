@@ -83,7 +83,7 @@ class Runtime(Update, Saving, Stopping):
 
     def micro_batches(self, kept):
         """kept [P, G] bool, the same on every process -> local indices of this process's kept rows, by `batch`, and -1,
-        the last row, as a filler, whose weight the script sets to 0.
+        the last row, as a filler, whose share in the loss is 0.
 
         All have one shape: of another one the kernels round otherwise than the rollout's did. And every process gets
         equally many (sharded and data-parallel modules hang otherwise).
