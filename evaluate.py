@@ -103,6 +103,7 @@ def check(args, run, runs):
 
 
 def evaluate(args):
+    """Scores base and runs, and writes tables and pictures. Raises InputError, RunError."""
     # --- Setup ---
     run, runs = Processes(args), trained.find_all(args.runs, args.averaged)
     args.micro_batch = arguments.rows_of(args.micro_batch)
@@ -160,6 +161,7 @@ def trains_all(weights):
 
 
 def tell_layout(layout, folder, names):
+    """Checks the samples of each model in the folder and prints what the benchmark's own tool is started with."""
     for name in names:
         layout.check(folder.path, name)
         print(*layout.commands(folder.path, name), sep="\n")
@@ -187,6 +189,7 @@ def tell(args, folder, prompts, reward_weights, names, parts):
 
 
 def main(args):
+    """`evaluate`; Ctrl-C ends it with a line that says how to go on."""
     try:
         evaluate(args)
     except KeyboardInterrupt:

@@ -136,6 +136,7 @@ def split_rows(kept, number):
 
 
 def main(args):
+    """Trains, and returns the Report. args: Args. Raises InputError, RunError, Stopped (common/errors.py)."""
     # --- Setup ---
     arguments.check(args)
     args = calibrate(args) if args.calibrate else args

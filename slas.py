@@ -89,6 +89,7 @@ def split_rows(kept, number):
 
 
 def main(args):
+    """Trains, and returns the Report. args: Args. Raises InputError, RunError, Stopped (common/errors.py)."""
     # --- Setup ---
     if args.gamma == "auto" and args.normalize in ("after", "shaped"):
         raise errors.InputError(f"--gamma auto --normalize {args.normalize}: it bounds the powers of before or none")

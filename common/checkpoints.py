@@ -76,6 +76,7 @@ def copy(folder, output, step):
 
 
 def name_of(step):
+    """The folder's name of a step's checkpoint."""
     return f"step_{step:06d}"
 
 

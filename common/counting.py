@@ -91,6 +91,7 @@ class Kept:
         self.seen, self.tensors = {}, []
 
     def pack(self, tensor):
+        """Counts a tensor that autograd keeps, once for each storage."""
         storage = tensor.untyped_storage()
         if storage._cdata not in self.weights:
             self.seen[storage._cdata] = storage.nbytes()
@@ -99,6 +100,7 @@ class Kept:
 
     @property
     def bytes(self):
+        """Of all that was kept so far."""
         return sum(self.seen.values())
 
     def __enter__(self):

@@ -60,6 +60,7 @@ class Folder:
         return {row["part"]: row["scores"] for row in rows[1:]}
 
     def begin(self):
+        """Writes the settings, and the scores that were read, without a killed process's half line. Raises OSError."""
         (self.path / "scores").mkdir(parents=True, exist_ok=True)
         run_folder.write_text(self.path / "evaluation.json", json.dumps(self.settings, indent=2) + "\n")
         for name, parts in self.parts.items():
@@ -98,11 +99,13 @@ class Folder:
             raise error
 
     def cannot_write(self, error):
+        """The line for an OSError."""
         return f"cannot write into {self.path} ({errors.text(error)}); is the disk full? The same command goes on"
 
     # --- The picture ---
 
     def shown(self, name, prompt):
+        """The file of a model's sample of a prompt."""
         return self.path / "shown" / name / f"{prompt:05d}.pt"
 
     def show(self, name, prompt, sample):

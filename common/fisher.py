@@ -148,7 +148,9 @@ class TrustRegion:
         self.measured |= zip(("eigenvalue", "residual"), map(float, found))
 
     def state_dict(self):
+        """What a checkpoint keeps: the numbers measured so far."""
         return self.measured
 
     def load_state_dict(self, state):
+        """Goes on with them."""
         self.measured.update({name: float(value) for name, value in state.items()})

@@ -46,9 +46,11 @@ class Layout:
         return sorted(self.files, key=lambda sample: sample[::-1])
 
     def root(self, folder, model):
+        """The folder of a model that the tool is pointed at."""
         return Path(folder) / self.name / self.place / model
 
     def path(self, folder, model, sample):
+        """The file of a sample (prompt, which)."""
         return self.root(folder, model) / self.files[sample]
 
     def begin(self, folder, model):

@@ -69,4 +69,5 @@ class Turn:
         fcntl.flock(self.file, fcntl.LOCK_EX)
 
     def end(self):
+        """Lets the next process load."""
         self.file.close()

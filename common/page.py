@@ -81,6 +81,7 @@ def tiles(config, rows):
 
 
 def tile(label, value):
+    """A number with its label."""
     return f'<div class="tile"><small>{escape(label)}</small><b>{escape(value)}</b></div>'
 
 
@@ -125,6 +126,7 @@ def line(values, width=180, height=26):
 
 
 def settings(config):
+    """A line of the table for each setting."""
     for name, value in config.items():
         shown = value if isinstance(value, str) else json.dumps(value)
         yield f"<tr><th>{escape(name)}<td>{escape(shown)}</tr>"
@@ -137,6 +139,7 @@ def finite(rows, name):
 
 
 def main(folders):
+    """Writes the page of each run's folder. Raises InputError."""
     if not folders or folders[0].startswith("-"):
         raise InputError("python -m common.page RUN [RUN ...] writes RUN/report.html")
     for folder in folders:

@@ -140,6 +140,7 @@ class Plan:
         return loading.by_turns(args.model, sum(parts.values()) + of_start, stays)
 
     def refusal(self, kinds):
+        """Why the run does not fit, with commands that do. kinds: bytes by kind of the last way tried."""
         fits = "; ".join(f"{words} ({size / 2**30:.0f} GiB)" for words, size in self.others())
         return (
             f"--model {self.run.args.model}: each process would hold {sum(kinds.values()) / 2**30:.1f} GiB "

@@ -114,6 +114,7 @@ class Clock:
         self.device, self.last = device, time.perf_counter()
 
     def lap(self):
+        """Seconds since the last lap, or since the clock was made."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         before, self.last = self.last, time.perf_counter()

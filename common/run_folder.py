@@ -28,8 +28,7 @@ NEUTRAL = (
     "micro_batch", "decode_batch", "reward_batch", "batched_guidance", "exchange_often", "compile",
     "attention",
 )  # fmt: skip
-# Settings that may change when a run goes on; any other difference makes it another run. These besides are how far an
-# update goes: what one turns when a run goes wrong.
+# Settings that may change when a run goes on, how far an update goes besides; any other makes it another run.
 FREE = (*NEUTRAL, "learning_rate", "weight_decay", "max_grad_norm")
 # Those that may besides, when a checkpoint becomes the beginning of a run in a new folder: no state depends on them.
 FREE_IN_A_NEW_FOLDER = ("seed", "prompts", "eval_prompts", "kl_coef", "clip_range", "adv_clip_max")
@@ -202,6 +201,7 @@ def rows_before(path, step):
 
 
 def write_rows(path, rows):
+    """Writes metrics.jsonl anew."""
     write_text(path, "".join(map(line_of, rows)))
 
 
@@ -212,10 +212,12 @@ def line_of(row):
 
 
 def settings(args):
+    """What config.json has of an Args, with the script's name."""
     return {"script": script(), **json.loads(json.dumps(dataclasses.asdict(args)))}
 
 
 def script():
+    """The name of the script that was started, without its ending."""
     return Path(sys.argv[0]).stem
 
 

@@ -1,10 +1,14 @@
 """The house itself: how long its rooms are, what each of them says, and what importing one brings along."""
 
 import ast
+import dataclasses
+import importlib
 import subprocess
 import sys
 
 from conftest import ROOT
+
+from common import arguments
 
 CODE = sorted((ROOT / "common").rglob("*.py"))
 LINES, CLASS_LINES = 300, 150
@@ -41,3 +45,41 @@ def test_the_equations_bring_torch_along_and_nothing_else():
     """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "[] False True\n"
+
+
+SCRIPTS = [ROOT / f"{name}.py" for name in ("grpo_base", "bpgo", "slas", "self_paced", "evaluate", "papers")]
+
+
+def public(body, prefix=""):
+    """[(name, node)] of the functions, classes and methods that have no underscore; of Args the fields say it."""
+    for node in body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name[0] != "_" and node.name != "Args":
+            yield prefix + node.name, node
+            if isinstance(node, ast.ClassDef):
+                yield from public(node.body, f"{prefix}{node.name}.")
+
+
+def test_every_public_function_and_class_says_what_it_is():
+    silent = [
+        f"{path.relative_to(ROOT)}: {name}"
+        for path in [*CODE, *SCRIPTS]
+        for name, node in public(parsed(path).body)
+        if not ast.get_docstring(node)
+    ]
+    assert not silent
+
+
+def test_every_flag_of_every_script_is_read_somewhere():
+    """As args.x, self.args.x and so on, in common/ or in the script itself; or taken by its name there."""
+
+    def reads(path):
+        nodes = [node for node in ast.walk(parsed(path)) if isinstance(node, ast.Attribute)]
+        return {n.attr for n in nodes if getattr(n.value, "id", getattr(n.value, "attr", "")) == "args"}
+
+    args = arguments.Args()
+    of_rewards = arguments.of_rewards(args)
+    shared = {*arguments.of_model(args), *of_rewards, *(f"judge_{name}" for name in of_rewards["judge"])}
+    shared |= {name for path in CODE if path.name != "arguments.py" for name in reads(path)}
+    for path in SCRIPTS[:-1]:
+        flags = {field.name for field in dataclasses.fields(importlib.import_module(path.stem).Args)}
+        assert not flags - shared - reads(path), path.name

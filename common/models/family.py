@@ -57,6 +57,7 @@ class Family:
 
     @classmethod
     def task(cls):
+        """In the hub's words: text-to-image, and so on."""
         return f"{'image' if cls.images else 'text'}-to-{'video' if cls.video else 'image'}"
 
     @classmethod
@@ -103,6 +104,7 @@ class Family:
 
     @property
     def device(self):
+        """Where samples and conditioning are."""
         return self.pipe.vae.device
 
     @property

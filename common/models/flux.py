@@ -33,6 +33,7 @@ class Flux(Family):
         return {"encoder_hidden_states": text[0], "pooled_projections": pooled[0]}
 
     def blank(self):
+        """Zeros like the conditioning of one prompt, {name: [...]}."""
         config, longest = self.pipe.transformer.config, min(512, self.pipe.tokenizer_2.model_max_length)
         return {
             "encoder_hidden_states": torch.zeros(longest, config.joint_attention_dim, dtype=self.dtype),
@@ -56,6 +57,7 @@ class Flux(Family):
         )[0].float()
 
     def pixels(self, x0):
+        """Latents [b, *noise_shape] -> images [b, 3, H, W] in [0, 1], in the VAE's dtype."""
         vae = self.pipe.vae
         # a token is 2x2 latent pixels, channel by channel
         z = pixel_shuffle(x0.mT.unflatten(2, (self.height // self.unit, self.width // self.unit)), 2)

@@ -37,6 +37,7 @@ class HunyuanVideo(Family):
         }
 
     def blank(self):
+        """Zeros like the conditioning of one prompt, {name: [...]}."""
         config = self.pipe.transformer.config
         return {
             "encoder_hidden_states": torch.zeros(256, config.text_embed_dim, dtype=self.dtype),
@@ -59,6 +60,7 @@ class HunyuanVideo(Family):
         )[0].float()
 
     def pixels(self, x0):
+        """Latents [b, *noise_shape] -> clips [b, F, 3, H, W] in [0, 1], in the VAE's dtype."""
         vae = self.pipe.vae
         clips = vae.decode((x0 / vae.config.scaling_factor).to(vae.dtype)).sample.float()
         return self.pipe.video_processor.postprocess_video(clips, output_type="pt")

@@ -35,6 +35,7 @@ class QwenImage(Family):
         self.lora_targets = rf"(?!transformer_blocks\.{last}\.({'|'.join(UNREAD)}))" + self.lora_targets
 
     def learns(self, name):
+        """Whether a weight of this name is in what is computed, and so has a gradient."""
         return not name.startswith(self.unread)
 
     def text(self, caption):
@@ -48,6 +49,7 @@ class QwenImage(Family):
         }
 
     def blank(self):
+        """Zeros like the conditioning of one prompt, {name: [...]}."""
         return {
             "encoder_hidden_states": torch.zeros(
                 LONGEST, self.pipe.transformer.config.joint_attention_dim, dtype=self.dtype
@@ -68,6 +70,7 @@ class QwenImage(Family):
         return led * (towards.norm(dim=-1, keepdim=True) / led.norm(dim=-1, keepdim=True))
 
     def pixels(self, x0):
+        """Latents [b, *noise_shape] -> images [b, 3, H, W] in [0, 1], in the VAE's dtype."""
         vae = self.pipe.vae
         mean, std = (torch.tensor(s).to(x0)[:, None, None] for s in (vae.config.latents_mean, vae.config.latents_std))
         z = pixel_shuffle(x0.mT.unflatten(2, self.grid), 2) * std + mean  # a token is 2x2 latent pixels

@@ -53,6 +53,7 @@ class StableDiffusion(Family):
         return {"encoder_hidden_states": text[0]}
 
     def blank(self):
+        """Zeros like the conditioning of one prompt, {name: [...]}."""
         shape = self.pipe.tokenizer.model_max_length, self.pipe.unet.config.cross_attention_dim
         return {"encoder_hidden_states": torch.zeros(shape, dtype=self.dtype)}
 
@@ -67,6 +68,7 @@ class StableDiffusion(Family):
         return (noise - x) / (1 - sigma)  # eps - x0, with x0 = (x - sigma eps) / (1 - sigma)
 
     def pixels(self, x0):
+        """Latents [b, *noise_shape] -> images [b, 3, H, W] in [0, 1], in the VAE's dtype."""
         vae = self.pipe.vae
         z = x0 / torch.hypot(1 - self.last, self.last).to(x0) / vae.config.scaling_factor
         return self.pipe.image_processor.postprocess(vae.decode(z.to(vae.dtype)).sample.float(), output_type="pt")

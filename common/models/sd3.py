@@ -35,6 +35,7 @@ class StableDiffusion3(Family):
         return {"encoder_hidden_states": text[0], "pooled_projections": pooled[0]}
 
     def blank(self):
+        """Zeros like the conditioning of one prompt, {name: [...]}."""
         config, longest = self.pipe.transformer.config, min(256, self.pipe.tokenizer_3.model_max_length)
         shape = self.pipe.tokenizer_max_length + longest, config.joint_attention_dim
         return {
@@ -49,6 +50,7 @@ class StableDiffusion3(Family):
         return self.guided(module, self.guidance, cond, hidden_states=x, timestep=timestep)
 
     def pixels(self, x0):
+        """Latents [b, *noise_shape] -> images [b, 3, H, W] in [0, 1], in the VAE's dtype."""
         vae = self.pipe.vae
         z = x0 / vae.config.scaling_factor + vae.config.shift_factor
         return self.pipe.image_processor.postprocess(vae.decode(z.to(vae.dtype)).sample.float(), output_type="pt")

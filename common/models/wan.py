@@ -34,6 +34,7 @@ class Wan(Family):
         self.noise_shape = (z, (self.frames - 1) // time + 1, self.height // space, self.width // space)
 
     def trained_at(self, sigma):
+        """The expert of high noise, or that of low."""
         boundary = self.pipe.config.boundary_ratio
         # in float32, as the pipeline compares its timesteps: shift 3 puts a step on the boundary exactly
         high = boundary is None or float(torch.as_tensor(sigma, dtype=torch.float32) * 1000) >= boundary * 1000
@@ -46,6 +47,7 @@ class Wan(Family):
         return {"encoder_hidden_states": text[0]}
 
     def blank(self):
+        """Zeros like the conditioning of one prompt, {name: [...]}."""
         longest = min(512, self.pipe.tokenizer.model_max_length)
         shape = longest, self.pipe.transformer.config.text_dim
         return {"encoder_hidden_states": torch.zeros(shape, dtype=self.dtype)}
@@ -60,6 +62,7 @@ class Wan(Family):
         return self.guided(self.trainable[expert], scale, cond, hidden_states=x, timestep=timestep)
 
     def pixels(self, x0):
+        """Latents [b, *noise_shape] -> clips [b, F, 3, H, W] in [0, 1], in the VAE's dtype."""
         vae = self.pipe.vae
         mean, std = (
             torch.tensor(statistic).to(x0)[:, None, None, None]
@@ -76,6 +79,7 @@ class Wan(Family):
             )
 
     def load_lora(self, folder):
+        """Of both experts, where there are two."""
         self.pipe.load_lora_weights(folder)
         if "transformer_2" in self.trainable:
             self.pipe.load_lora_weights(f"{folder}/transformer_2", load_into_transformer_2=True)
@@ -100,6 +104,7 @@ class WanImageToVideo(Wan):
         return cond
 
     def blank(self):
+        """Zeros like the conditioning of one prompt, {name: [...]}. The image's part is among them."""
         config, (_, *shape) = self.pipe.transformer.config, self.noise_shape
         cond = {**super().blank(), "still": torch.zeros(config.in_channels - self.noise_shape[0], *shape)}
         if config.image_dim is not None:

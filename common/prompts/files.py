@@ -63,11 +63,13 @@ def text_of(path):
 
 
 def lines(path):
+    """The lines of a text file that are not blank: [str]."""
     prompts = [line.strip() for line in text_of(path).split("\n") if line.strip()]
     return [str(path.parent / prompt) if "\t" in prompt else prompt for prompt in prompts]
 
 
 def table(path, column, called):
+    """A column of a table, [str], with the other columns as fields where they are JSON's. Raises InputError."""
     try:
         rows = ROWS[path.suffix.lower()](path, column)
     except (ValueError, csv.Error, ImportError, RecursionError) as error:
@@ -112,6 +114,7 @@ def cell(row, column, number, called):
 
 
 def one_line(text):
+    """Text without tabs and line breaks."""
     return re.sub(r"[\t\r\n]+", " ", text).strip()
 
 

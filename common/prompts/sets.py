@@ -43,6 +43,7 @@ class Published(NamedTuple):
     column: str = files.COLUMN
 
     def url(self):
+        """Where it is published, or mirrored."""
         base = os.environ.get("VGRPO_GITHUB", "https://raw.githubusercontent.com").rstrip("/")
         return f"{base}/{self.repository}/{self.commit}/{self.path}"
 
@@ -81,6 +82,7 @@ def is_name(spec):
 
 
 def is_benchmark(spec):
+    """Whether `spec` names a benchmark's prompts, which nobody should train on."""
     return spec.partition(":")[0] in BENCHMARKS
 
 

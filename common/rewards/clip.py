@@ -27,6 +27,7 @@ class OpenClip(Cosine):
     resize = "shortest"
 
     def build(self, source):
+        """Fetches the weights and returns the module with them. Raises InputError."""
         config, tokens, file = open_clip.get_model_config(self.architecture), self.architecture, self.file
         about = dict(mean=pixels.OPENAI[0], std=pixels.OPENAI[1], resize_mode=self.resize, interpolation="bicubic")
         local = source.given and source.given / "open_clip_config.json"
@@ -46,10 +47,12 @@ class OpenClip(Cosine):
         return weights.fill(source.name, module, weights.read(source.name, path), path)
 
     def media(self, images):
+        """Images [b, 3, H, W] in [0, 1] -> embeddings [b, D]."""
         images = self.resized(pixels.levels(images))
         return self.module.encode_image(pixels.normalised(images, self.mean_std))
 
     def texts(self, prompts, device):
+        """n prompts -> embeddings [n, D]."""
         return self.module.encode_text(self.tokens(prompts).to(device))
 
 

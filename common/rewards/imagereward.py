@@ -98,4 +98,5 @@ class ImageReward:
         return (self.head(read)[:, 0] - MEAN) / STD
 
     def pixels(self, images):
+        """Images [b, 3, H, W] in [0, 1] -> what the model sees, [b, 3, size, size], normalised."""
         return pixels.normalised(pixels.shortest_side(pixels.levels(images), self.size))

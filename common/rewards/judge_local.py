@@ -61,11 +61,13 @@ class Local:
         return said
 
     def words(self, inputs):
+        """Inputs of b conversations -> b answers."""
         settings = dict(max_new_tokens=TOKENS, do_sample=False, temperature=None, top_p=None, top_k=None)
         new = self.model.generate(**inputs, **settings)[:, inputs["input_ids"].shape[1] :]
         return self.processor.batch_decode(new, skip_special_tokens=True)
 
     def chances(self, inputs):
+        """Inputs of b conversations -> b times {digit: probability}, of the next token alone."""
         chance = self.model(**inputs, logits_to_keep=1).logits[:, -1].float().softmax(-1)
         tokens = self.processor.tokenizer.convert_tokens_to_ids(list("0123456789"))
         return [digits(zip("0123456789", row)) for row in chance[:, tokens].tolist()]

@@ -46,6 +46,7 @@ class Server:
             return list(pool.map(self.answer, talks))
 
     def answer(self, talk):
+        """The same of one."""
         kwargs = dict(logprobs=True, top_logprobs=20, max_tokens=1) if self.expected else dict(max_tokens=TOKENS)
         try:
             return self.ask(chances if self.expected else words, messages=sent(talk), temperature=0.0, **kwargs)
@@ -64,6 +65,7 @@ class Server:
             raise RunError(f"reward {self.name}: the server at {self.url} refuses to judge ({text(error)})") from None
 
     def alive(self):
+        """Whether it still answers at all."""
         try:
             self.greet(retries=1)
         except openai.OpenAIError:
@@ -113,6 +115,7 @@ class Bounded(http.SyncByteStream):
             yield part
 
     def close(self):
+        """Closes the connection."""
         self.stream.close()
 
 
@@ -159,6 +162,7 @@ def sent(talk):
 
 
 def inline(part):
+    """A picture as the protocol has it."""
     file = io.BytesIO()
     part["image"].save(file, "JPEG", quality=95, subsampling=0)
     data = base64.b64encode(file.getvalue()).decode()

@@ -23,6 +23,7 @@ class PickScore(Cosine):
     range = (-100.0, 100.0)
 
     def build(self, source):
+        """Fetches the weights and returns the module with them. Raises InputError."""
         path = source.find(self.repo, self.file)
         about = source.find(self.repo, "config.json", beside=True)
         try:
@@ -36,9 +37,11 @@ class PickScore(Cosine):
         return module
 
     def media(self, images):
+        """Images [b, 3, H, W] in [0, 1] -> embeddings [b, D]."""
         # the processor's crop rounds down
         images = pixels.shortest_side(pixels.levels(images), self.size, crop=int)
         return self.module.get_image_features(pixel_values=pixels.normalised(images)).pooler_output
 
     def texts(self, prompts, device):
+        """n prompts -> embeddings [n, D]."""
         return self.module.get_text_features(input_ids=self.tokens(prompts).to(device)).pooler_output

@@ -231,4 +231,5 @@ class Passed(Verifier):
     scale = 0.4
 
     def score(self, media, prompts):
+        """media [b, 3, H, W] in [0, 1], prompts b strings -> 1 or 0 each, [b] float32."""
         return super().score(media, prompts).float()

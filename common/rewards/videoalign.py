@@ -83,6 +83,7 @@ def renamed(state):
 
 @functools.lru_cache(maxsize=1)  # four rewards, one model
 def shared(given, batch):
+    """The model, loaded once for all of its ratings."""
     return Ratings(weights.Source("videoalign", {"videoalign": given} if given else None), batch)
 
 
@@ -110,6 +111,7 @@ class Ratings:
 
     @torch.no_grad()
     def rate(self, media, prompts, fps):
+        """Clips [b, F, 3, H, W] in [0, 1] of b prompts -> ratings VQ, MQ, TA [b, 3]; the last ones are remembered."""
         if self.last[0]() is media and self.last[1] == prompts:
             return self.last[2]
         device = media.device

@@ -35,6 +35,7 @@ class ClipOfFrames(torch.nn.Module):
         self.proj = torch.nn.Parameter(torch.zeros(width, output))
 
     def forward(self, clips):
+        """Frames [b, F, 3, H, W], normalised -> embeddings [b, D]."""
         x = self.conv1(clips.transpose(1, 2)).flatten(3)  # [b, W, F, N]
         x = x.permute(0, 2, 3, 1) + self.positional_embedding[1:] + self.temporal_positional_embedding[:, :, None]
         first = (self.class_embedding + self.positional_embedding[0]).expand(len(x), 1, -1)
@@ -101,6 +102,7 @@ class VideoClipXL(Cosine):
     scale = 0.02
 
     def build(self, source):
+        """Fetches the weights and returns the module with them. Raises InputError."""
         path = source.find(self.repo, self.file)
         self.tokens = open_clip.SimpleTokenizer(context_length=CONTEXT)
         state = renamed(weights.read(source.name, path))
@@ -109,6 +111,7 @@ class VideoClipXL(Cosine):
         return weights.fill(source.name, module, state, path)
 
     def media(self, clips):
+        """Clips [b, F, 3, H, W] in [0, 1] -> embeddings [b, D]."""
         if clips.shape[1] < FRAMES:
             raise InputError(
                 f"reward videoclip-xl looks at {FRAMES} frames of a clip, these have {clips.shape[1]}; give --frames"
@@ -118,4 +121,5 @@ class VideoClipXL(Cosine):
         return self.module.video(pixels.normalised(frames.unflatten(0, clips.shape[:2]), pixels.IMAGENET))
 
     def texts(self, prompts, device):
+        """n prompts -> embeddings [n, D]."""
         return self.module.text(self.tokens(prompts).to(device))

@@ -88,6 +88,7 @@ def placed(module, device):
 
 
 def precision(device):
+    """The dtype of a reward model's weights on a device."""
     return torch.float32 if device.type == "cpu" else torch.float16
 
 
