@@ -8,7 +8,7 @@ from peft import LoraConfig
 
 from common import models, sde
 from common.errors import InputError
-from common.models import family
+from common.models import embeddings
 from common.prompts import prompts_ahead, prompts_of_step
 
 PROMPTS = ["a square", "four yellow triangles", "a black cross and a blue circle"]  # 2, 3 and 7 words
@@ -65,7 +65,7 @@ def test_each_distinct_prompt_is_encoded_once_and_alone(flux):
 def test_of_fifty_thousand_prompts_few_embeddings_are_kept(flux, monkeypatch):
     """Those of FLUX have 4 MB each."""
     every = flux.encode(PROMPTS)
-    monkeypatch.setattr(family, "KEPT", 2 * sum(value[0].nbytes for value in every.values()))
+    monkeypatch.setattr(embeddings, "KEPT", 2 * sum(value[0].nbytes for value in every.values()))
     flux.encode(PROMPTS[:1])
     for i in range(40):
         some = [PROMPTS[(i + j) % len(PROMPTS)] for j in range(1 + i % 3)] + [f"a red circle {'big ' * i}"]
@@ -94,7 +94,7 @@ def test_encoders_that_wait_on_the_cpu_come_once_for_several_steps(flux, monkeyp
     assert torch.equal(alone, apart) and torch.equal(alone, here)
 
     monkeypatch.setattr(flux, "offload_encoders", True)
-    monkeypatch.setattr(family, "KEPT", 3 * sum(value[0].nbytes for value in cond.values()))
+    monkeypatch.setattr(embeddings, "KEPT", 3 * sum(value[0].nbytes for value in cond.values()))
     flux.embedded.clear()
     flux.encode(prompts[:1], prompts[1:])
     assert list(flux.embedded) == [*prompts[1:3], prompts[0]], "no more than there is room for"

@@ -1,22 +1,16 @@
 """What the families of models have in common: embeddings computed once, decoding in slices, one trained module."""
 
-import contextlib
-from pathlib import Path
-
 import torch
-from PIL import Image
 
 from common import sde
 from common.errors import InputError, of_the_machine, text
-from common.prompts import caption_of, image_of
-
-READ = 500  # images that are read to their end before a run
-KEPT = 2**30  # bytes of embeddings that stay: 256 prompts of FLUX or Wan, a run visits thousands
+from common.models import pictures
+from common.models.embeddings import Embeddings
 
 CURE = "download the whole model again, or give another --model"
 
 
-class Family:
+class Family(Embeddings):
     """A diffusers pipeline as GRPO sees it. A family states the class attributes and defines embed, velocity, pixels.
 
     height, width, frames: of a sample; 0: the model's own. guidance: the scale, inside `velocity`; guidance_2: of the
@@ -64,20 +58,7 @@ class Family:
     def check(cls, prompts):
         """Raises InputError for the first prompt that this family cannot take. The first images are read to their end,
         once; of tens of thousands it would take minutes, so of the others only whether they are there."""
-        for prompt in prompts:
-            image = image_of(prompt)
-            if cls.images and not image:
-                raise InputError(
-                    f"prompts: {prompt[:60]!r} has no image; write lines IMAGE <tab> CAPTION for this model"
-                )
-            if image and not cls.images:
-                raise InputError(f"prompts: {prompt[:60]!r} has an image, which this model does not take")
-        images = [image for image in dict.fromkeys(map(image_of, prompts)) if image]
-        for i, image in enumerate(images):
-            if not Path(image).is_file():
-                raise InputError(f"prompts: there is no image {image}; paths count from the prompt file's folder")
-            if i < READ:
-                read_image(image, small=True)
+        pictures.check(cls, prompts)
 
     @torch.no_grad()
     def try_out(self, prompt):
@@ -123,55 +104,6 @@ class Family:
     def learns(self, name):
         """Whether gradients reach a weight of a trained module: DDP would wait for one that gets none."""
         return True
-
-    @torch.no_grad()
-    def encode(self, prompts, ahead=()):
-        """b prompts -> {name: [b, ...]}; a prompt that was embedded before is looked up, while there is room: what was
-        used last stays. ahead: prompts that will be asked for soon; encoders that had to come from the CPU embed them,
-        too, as far as there is room."""
-        asked = list(dict.fromkeys(prompts))
-        new = [prompt for prompt in asked if prompt not in self.embedded]
-        with self._encoders_at_hand() if new else contextlib.nullcontext(), self._no_autocast():
-            for prompt in new:  # one by one: an embedding must not depend on its neighbours
-                self.embedded[prompt] = self._kept(self.embed(prompt))
-            if self.negative and not self.unwanted:
-                self.unwanted = self._at_hand(self.text(""))
-            room = max(len(asked), KEPT // sum(value.nbytes for value in self.embedded[asked[0]].values()))
-            for prompt in ahead[: room - len(asked)] if new and self.offload_encoders else ():
-                self.embedded[prompt] = self.embedded.pop(prompt, None) or self._kept(self.embed(prompt))
-        for prompt in asked:
-            self.embedded[prompt] = self.embedded.pop(prompt)  # to the end of the line
-        for prompt in list(self.embedded)[:-room]:
-            del self.embedded[prompt]
-        rows = {prompt: self._at_hand(self.embedded[prompt]) for prompt in asked}
-        return {name: torch.stack([rows[prompt][name] for prompt in prompts]) for name in rows[asked[0]]}
-
-    def embed(self, prompt):
-        """What the velocity is conditioned on: {name: [...]} without the batch dimension."""
-        return self.text(caption_of(prompt))
-
-    def _kept(self, embedding):
-        """Where it waits: on the CPU, as 50,000 prompts would fill any GPU, and pinned, for the GPU to fetch it."""
-        pinned = self.device.type == "cuda"
-        return {name: value.cpu().pin_memory() if pinned else value.cpu() for name, value in embedding.items()}
-
-    def _at_hand(self, embedding):
-        return {name: value.to(self.device, non_blocking=True) for name, value in embedding.items()}
-
-    def _no_autocast(self):
-        return torch.autocast("cuda" if self.device.type == "cuda" else "cpu", enabled=False)
-
-    @contextlib.contextmanager
-    def _encoders_at_hand(self):
-        modules = [getattr(self.pipe, name) for name in self.encoders if self.offload_encoders]
-        modules = [module for module in modules if module is not None]
-        for module in modules:
-            module.to(self.device)
-        try:
-            yield
-        finally:
-            for module in modules:
-                module.to("cpu")
 
     @torch.no_grad()
     def decode(self, x0):
@@ -227,14 +159,3 @@ class Family:
     def load_lora(self, folder):
         """The reverse, as a user of the plain pipeline does it."""
         self.pipe.load_lora_weights(folder)
-
-
-def read_image(path, small=False):
-    """The image as PIL's, in RGB; small: a JPEG is read whole but decoded small. Raises InputError."""
-    try:
-        with Image.open(path) as picture:
-            if small:
-                picture.draft("RGB", (64, 64))
-            return picture.convert("RGB")
-    except Exception as error:  # whatever a broken file makes PIL say; a huge one, too
-        raise InputError(f"prompts: {path} is no picture that can be read: {text(error)}") from None

@@ -4,7 +4,8 @@ import torch
 from diffusers import WanImageToVideoPipeline, WanPipeline
 
 from common.errors import InputError
-from common.models.family import Family, read_image
+from common.models.family import Family
+from common.models.pictures import read_image
 from common.prompts import image_of
 
 
