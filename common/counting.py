@@ -126,14 +126,14 @@ def activations(model, dtype, checkpointing):
 
 def count(model, dtype, checkpointing):
     """The same on tensors that are there."""
-    module, largest, before = model.trainable[model.trained_at(1.0)], 0, {}
+    module, largest, at = model.trainable[model.trained_at(1.0)], 0, {}  # at: bytes kept when a block began
 
     def entered(block, *_):
-        before[block] = kept.bytes
+        at[block] = kept.bytes
 
     def left(block, *_):
         nonlocal largest
-        largest = max(largest, kept.bytes - before[block])
+        largest = max(largest, kept.bytes - at[block])
 
     def velocity():
         cond = {name: value[None] for name, value in blank.items()}
