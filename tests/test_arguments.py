@@ -69,7 +69,7 @@ def test_defaults_are_those_of_the_table(name):
 
 @pytest.mark.parametrize("name", NAMED)
 def test_the_table_has_no_setting_that_is_no_flag(name):
-    assert models.settings(name).keys() - FIELDS.keys() == {"lora_learning_rate"}
+    assert models.settings(name).keys() - FIELDS.keys() == {"pipeline", "lora_learning_rate"}
 
 
 def test_tiny_flux_needs_no_flags():
@@ -107,7 +107,7 @@ def test_every_script_has_all_settings_for_every_named_model(no_hub, script, nam
     args = defaults(cls, name)
     check(args)
     beside = arguments.settings(cls, name).keys() - {f.name for f in dataclasses.fields(cls)}
-    assert beside <= {"source", "paper", "lora_learning_rate"}
+    assert beside <= {"source", "pipeline", "paper", "lora_learning_rate"}
     scorers = [reward_class(reward) for reward in rewards.parse(args.reward)]
     assert all(scorer.video if args.frames else getattr(scorer, "image", True) for scorer in scorers)
     if script == "self_paced":
@@ -198,6 +198,18 @@ def test_other_weights_than_a_named_models_are_looked_for_first(tmp_path):
     )
     assert refused(source=str(tmp_path / "none")).startswith(f"model: there is no folder {tmp_path}/none and it is no")
     assert f"{tmp_path} has no model_index.json" in refused(source=str(tmp_path))
+    other = models.settings("tiny-wan")["source"]  # it would train, with FLUX's size, and 53 frames of it
+    assert refused(model="flux", prompts="prompts.txt", reward=("jpeg",), source=other) == (
+        f"--source {other}: a WanPipeline, and --model flux is another; give --model {other} alone"
+    )
+    assert refused(source="flux") == "--source flux: it takes a folder or hub id; give --model flux alone"
+
+
+@pytest.mark.parametrize("name", [name for name in NAMED if name.startswith("tiny-")])
+def test_a_named_models_own_weights_are_of_its_pipeline(name):
+    own = models.settings(name)
+    assert models.family_of(name).pipeline.__name__ == own["pipeline"]
+    assert models.family_of(name, own["source"]) is models.family_of(name)
 
 
 def test_a_folder_that_is_no_supported_model(tmp_path):

@@ -65,63 +65,74 @@ _VIDEO = dict(
 # 3.5 in Flow-GRPO's code (ranks 64, 64, 32; alpha is twice the rank), Stable Diffusion 1 in DDPO's (ddpo-pytorch).
 # 1e-4: Wan2.1 in Flow-GRPO's (1.3B; 14B stands beside it); for Wan2.2 and HunyuanVideo we know of none and take Wan's.
 #
-# Settings by name; --model NAME makes them the defaults of the command line. Where the papers are silent about a
-# pair (prompts a step on another number of GPUs, guidance), it is the model's own default.
+# Settings by name; --model NAME makes them the defaults of the command line. A --source has to be of the same pipeline.
+# Where the papers are silent about a pair (prompts a step on another number of GPUs, guidance), it is the model's own
+# default.
 MODELS = {
     # three minibatches gain in 30 steps what one gains in 45 to 60: two scripts, one seed each. tiny-sd: 0.577 against
     # 0.523 after 40 steps (one script, one seed); nothing is gained with tiny-wan (three) and tiny-wan-i2v (two)
-    "tiny-flux": dict(_TINY, **_SHAPES, minibatches=3, source=str(ASSETS / "tiny-flux"), guidance=3.5),
+    "tiny-flux": dict(
+        _TINY, **_SHAPES, pipeline="FluxPipeline", source=str(ASSETS / "tiny-flux"), guidance=3.5, minibatches=3,
+    ),
     "tiny-sd": dict(
         # a LoRA: the U-Net's full weights lose more than they learn. Not DDIM's noise: of 8 steps the last noisy one
         # would weigh sixty times as much as any other
-        _TINY | dict(learning_rate=3e-3), **_SHAPES, minibatches=3, source=str(ASSETS / "tiny-sd"), guidance=1.0,
-        lora_rank=16,
+        _TINY | dict(learning_rate=3e-3), **_SHAPES, pipeline="StableDiffusionPipeline",
+        source=str(ASSETS / "tiny-sd"), guidance=1.0, minibatches=3, lora_rank=16,
     ),
-    "tiny-wan": dict(_TINY, **_MOTION, source=str(ASSETS / "tiny-wan"), guidance=1.0, shift=3.0),
+    "tiny-wan": dict(
+        _TINY, **_MOTION, pipeline="WanPipeline", source=str(ASSETS / "tiny-wan"), guidance=1.0, shift=3.0,
+    ),
     "tiny-wan-i2v": {
         **_TINY, **_MOTION,
         # noise in the first expert's three steps alone: the second, which has little say in what moves where, learns
         # from noise in its own steps to make worse clips. And many first frames a step, each in a small group
         **dict(sde_steps=3, prompts_per_step=24, group_size=4, learning_rate=3e-4, steps=50),
-        **dict(source=str(ASSETS / "tiny-wan-i2v"), guidance=1.0, shift=3.0),
+        **dict(source=str(ASSETS / "tiny-wan-i2v"), guidance=1.0, shift=3.0, pipeline="WanImageToVideoPipeline"),
         "prompts": str(ASSETS / "prompts/motion_i2v.txt"),
         "eval_prompts": str(ASSETS / "prompts/motion_i2v_heldout.txt"),
     },
     "flux": dict(
-        _PAPERS, source="black-forest-labs/FLUX.1-dev", height=720, width=720, guidance=3.5, steps=200, shift=3.0,
-        noise_level=0.3, minibatches=3,
+        _PAPERS, pipeline="FluxPipeline", source="black-forest-labs/FLUX.1-dev", height=720, width=720, guidance=3.5,
+        steps=200, shift=3.0, noise_level=0.3, minibatches=3,
     ),
     "sd1.4": dict(
-        _PAPERS, source="CompVis/stable-diffusion-v1-4", height=512, width=512, guidance=5.0, steps=300,
+        _PAPERS, pipeline="StableDiffusionPipeline", source="CompVis/stable-diffusion-v1-4",
+        height=512, width=512, guidance=5.0, steps=300,
         sampling_steps=50, sde="ddim", shift=1.0, noise_level=1.0, group_size=16, timestep_fraction=1.0,
     ),
     # Flow-GRPO (2505.05470 and its code's config/grpo.py): a LoRA, two updates a rollout, all noisy steps; the shift of
     # the model's own scheduler. Its KL and its number of prompts stand in papers.py; it names no number of steps
     "sd3.5-medium": dict(
-        _PAPERS, source="stabilityai/stable-diffusion-3.5-medium", height=512, width=512, guidance=4.5, steps=200,
+        _PAPERS, pipeline="StableDiffusion3Pipeline", source="stabilityai/stable-diffusion-3.5-medium",
+        height=512, width=512, guidance=4.5, steps=200,
         sampling_steps=10, sde="flow", shift=3.0, noise_level=0.7, group_size=24, minibatches=2, timestep_fraction=1.0,
         same_noise=False, lora_rank=32,
     ),
     # the same, with noise in two of the first five steps; the scheduler's shift at this size
     "qwen-image": dict(
-        _PAPERS, source="Qwen/Qwen-Image", height=512, width=512, guidance=4.0, steps=200, sampling_steps=10,
-        sde="flow", shift=1.71, noise_level=1.2, sde_steps=5, sde_window=2, group_size=16, minibatches=2,
+        _PAPERS, pipeline="QwenImagePipeline", source="Qwen/Qwen-Image", height=512, width=512, guidance=4.0,
+        steps=200, sampling_steps=10, sde="flow", shift=1.71, noise_level=1.2, sde_steps=5, sde_window=2,
+        group_size=16, minibatches=2,
         timestep_fraction=1.0, same_noise=False, lora_rank=64,
     ),
     "wan2.1-1.3b": dict(
-        _VIDEO, source="Wan-AI/Wan2.1-T2V-1.3B-Diffusers", height=480, width=832, guidance=5.0, steps=150,
+        _VIDEO, pipeline="WanPipeline", source="Wan-AI/Wan2.1-T2V-1.3B-Diffusers", height=480, width=832,
+        guidance=5.0, steps=150,
     ),
     "wan2.1-14b": dict(
-        _VIDEO, source="Wan-AI/Wan2.1-T2V-14B-Diffusers", height=240, width=416, guidance=5.0, steps=220,
-        prompts_per_step=16,
+        _VIDEO, pipeline="WanPipeline", source="Wan-AI/Wan2.1-T2V-14B-Diffusers", height=240, width=416,
+        guidance=5.0, steps=220, prompts_per_step=16,
     ),
     "wan2.2-i2v": dict(  # 2511.18919: 8 samples a group, 16 prompts on 16 GPUs
-        _VIDEO, source="Wan-AI/Wan2.2-I2V-A14B-Diffusers", height=480, width=832, guidance=3.5, steps=200,
+        _VIDEO, pipeline="WanImageToVideoPipeline", source="Wan-AI/Wan2.2-I2V-A14B-Diffusers",
+        height=480, width=832, guidance=3.5, steps=200,
         prompts_per_step=16, group_size=8, best_of=0, learning_rate=1e-5, prompts="first-frames",
         reward=("videoclip-xl",),
     ),
     "hunyuan": dict(
-        _VIDEO, source="hunyuanvideo-community/HunyuanVideo", height=480, width=480, guidance=6.0, steps=100,
+        _VIDEO, pipeline="HunyuanVideoPipeline", source="hunyuanvideo-community/HunyuanVideo",
+        height=480, width=480, guidance=6.0, steps=100,
         noise_level=0.25, group_size=24, learning_rate=1e-5,
     ),
 }  # fmt: skip
@@ -141,6 +152,8 @@ def source_of(name, source=""):
     """The folder or hub id with the weights of a model: `source`, of a named one alone, its own, or its name."""
     if source and name not in MODELS:
         raise InputError(f"--source {source}: --model {name} is no named model; give --model {source} instead")
+    if source in MODELS and not Path(source).is_dir():
+        raise InputError(f"--source {source}: it takes a folder or hub id; give --model {source} alone")
     return source or settings(name).get("source", name)
 
 
@@ -149,7 +162,7 @@ def family_of(name, source=""):
 
     Raises InputError that says what to do; loads no weights.
     """
-    name = source_of(name, source)
+    named, name = name, source_of(name, source)
     index = _index_file(name)
     try:
         content = json.loads(index.read_text(encoding="utf-8"))
@@ -160,6 +173,8 @@ def family_of(name, source=""):
         raise InputError(f"model: {index} is broken, it names no class of a pipeline; download {name} again")
     if pipeline not in FAMILIES:
         raise InputError(f"model: {name} is a {pipeline:.60}; supported are {', '.join(FAMILIES)}")
+    if source and pipeline != settings(named)["pipeline"]:
+        raise InputError(f"--source {name}: a {pipeline}, and --model {named} is another; give --model {name} alone")
     module, attribute = FAMILIES[pipeline]
     return getattr(importlib.import_module(module), attribute)
 
