@@ -4,7 +4,8 @@
 
 A RUN is a training run's folder (its newest checkpoint, or else its export), RUN/checkpoints/step_NNNNNN, RUN/export or
 RUN/export_ema: all weights, LoRA or sharded alike. The flags' defaults are the first run's settings, so that a
-checkpoint gets its own exam's reward once more (eval_reward in metrics.jsonl). Without a RUN, --model is looked at.
+checkpoint gets the reward of its own evaluation once more (eval_reward in metrics.jsonl). Without a RUN, --model is
+looked at.
 
 On the screen, in results.json and results.csv: of each reward the mean over prompts, a 95% interval (bootstrap over
 prompts), and how often a run's sample beats the base's of the same prompt and noise, ties counted half. Scores are kept
@@ -48,7 +49,7 @@ class Args(arguments.Scored):
     samples: Annotated[int, From(1, 1000)] = 1
     """Samples of each prompt."""
     seed: Annotated[int, From(0, 2**31)] = 0
-    """Of the noise that samples start from; 0 is that of the training's exams."""
+    """Of the noise that samples start from; 0 is that of the training's evaluations."""
 
     # --- What is left of it ---
     layout: Literal["", "geneval", "vbench", "unigenbench", "hpsv2"] = ""
@@ -125,11 +126,11 @@ def evaluate(args):
     placing.place(run, model)
     rewards.try_out(scorers, model, prompts[0])
     sigmas = model.sigmas(args.sampling_steps, args.shift)  # [T+1]
-    exam = evaluation.Exam(run, model, scorers, sigmas, prompts, folder, layout, args.shown)
+    evaluator = evaluation.Evaluator(run, model, scorers, sigmas, prompts, folder, layout, args.shown)
     samples = layout.samples() if layout else [(p, which) for which in range(args.samples) for p in range(len(prompts))]
     parts = torch.tensor(samples).split(run.score_batch)
-    folder.together(run, exam.begin)
-    todo = {name: [n for n, part in enumerate(parts) if exam.lacks(name, n, part)] for name in found}
+    folder.together(run, evaluator.begin)
+    todo = {name: [n for n, part in enumerate(parts) if evaluator.lacks(name, n, part)] for name in found}
     run.together(None)  # all have looked before anyone writes
 
     # --- Samples and scores ---
@@ -142,9 +143,9 @@ def evaluate(args):
                 trained.load(run, model, found[name])
             for start in range(0, len(todo[name]), run.world):
                 turn = todo[name][start : start + run.world]  # a part for each process
-                mine = [exam.score(name, parts[n]) for n in turn[run.index :][:1]]
+                mine = [evaluator.score(name, parts[n]) for n in turn[run.index :][:1]]
                 scored = [part for of_process in run.together(mine) for part in of_process]
-                exam.check(scored, torch.cat([parts[n] for n in turn]))
+                evaluator.check(scored, torch.cat([parts[n] for n in turn]))
                 folder.together(run, folder.add, name, {n: given for n, (given, _) in zip(turn, scored)})
                 bar.update(sum(len(parts[n]) for n in turn))
 

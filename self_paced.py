@@ -79,7 +79,7 @@ def stage_weights(rewards, thresholds, alpha, beta, slope, saturation="hoyer", o
 
 
 def check_stages(args, scorers, reward_weights):
-    """Raises InputError for stages that cannot be mixed; returns the weights of the exam: the last stage's alone."""
+    """Raises InputError for stages that cannot be mixed; returns the evaluation's reward weights: the last stage's."""
     number, plain = len(reward_weights), set(reward_weights.values()) == {1.0} and args.aggregate == "rewards"
     if not plain or len(args.thresholds) != number - 1 or args.only_stage > number:
         raise errors.InputError(f"{number} stages: a threshold less; no =WEIGHT, --aggregate, later --only-stage")

@@ -31,19 +31,19 @@ WARM = 50  # steps until every cache that is bounded has filled: each prompt's e
 @dataclass
 class Args:
     steps: int = 300
-    """Training steps of a run; exams, samples and checkpoints come every 50."""
+    """Training steps of a run; evaluations, samples and checkpoints come every 50."""
     write: bool = True
     """Rewrite its part of benchmarks/RESULTS.md."""
 
 
 def watched(script, steps):
-    """Each step's (MiB of memory, open files, threads, seconds) at its end, without exam, samples and checkpoint."""
+    """Each step's (MiB of memory, open files, threads, seconds) at its end, but for evaluation, samples, checkpoint."""
     process, rows = psutil.Process(), []
 
     class Watched(Report):
         def log(self, step, metrics):
             super().log(step, metrics)
-            if "rollout_seconds" not in metrics:  # the last exam
+            if "rollout_seconds" not in metrics:  # the last evaluation
                 return
             spent = sum(metrics[f"{part}_seconds"] for part in ("rollout", "reward", "update"))
             rows.append((process.memory_info().rss / 2**20, process.num_fds(), process.num_threads(), spent))

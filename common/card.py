@@ -95,10 +95,11 @@ def loading(args, family):
 
 def reward_words(args, rows):
     """What the training did to the held-out reward."""
-    exams = [row["eval_reward"] for row in rows if isinstance(row.get("eval_reward"), float)]
+    evaluations = [row["eval_reward"] for row in rows if isinstance(row.get("eval_reward"), float)]
     said = f"Rewards: {', '.join(f'`{name}`' for name in args.reward)}."
-    if len(exams) > 1:
-        said += f" Held-out reward over {args.steps} steps: {exams[0]:.4g} -> {exams[-1]:.4g}, noise-free samples."
+    if len(evaluations) > 1:
+        ends = f"{evaluations[0]:.4g} -> {evaluations[-1]:.4g}"
+        said += f" Held-out reward over {args.steps} steps: {ends}, noise-free samples."
     return said
 
 

@@ -5,7 +5,7 @@ bfloat16 the ratio would be off by more than the clip range. So a block computes
 the rollout drops what is only kept for the backward pass. Its inputs ask for gradients in any case, as most do in the
 update: one graph serves the first block of a LoRA, too.
 
-Batches of another shape than the run's (the exam's last) are not compiled anew: they take the blocks as they were.
+Batches of another shape than the run's (an evaluation's last) are not compiled anew: they take the blocks as they were.
 """
 
 import contextlib

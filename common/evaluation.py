@@ -1,4 +1,4 @@
-"""What evaluate.py examines models with, and the folder of an evaluation, in which it goes on after a kill:
+"""What evaluate.py makes and scores samples with, and the folder of an evaluation, in which it goes on after a kill:
 
     evaluation.json          its settings; others need another folder
     scores/MODEL.jsonl       a line as soon as a part of a model's samples is scored; the first line says whose they are
@@ -136,7 +136,7 @@ class Folder:
 
 
 @dataclass
-class Exam:
+class Evaluator:
     """What every model's samples are made and scored with. Samples are (prompt, which); a part is some, [n, 2]."""
 
     run: Processes
@@ -171,7 +171,7 @@ class Exam:
         captions, streams = [self.prompts[p] for p in part[:, 0]], part[:, 1] * len(self.prompts) + part[:, 0]
         settings = self.sigmas, args.micro_batch, run.device, args.seed
         try:
-            found, media = heldout.examine(self.model, self.scorers, captions, streams, *settings)
+            found, media = heldout.sample_and_score(self.model, self.scorers, captions, streams, *settings)
             if not media.isfinite().all():
                 return (
                     {},

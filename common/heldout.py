@@ -1,4 +1,4 @@
-"""The fixed exam of a run, and evaluate.py's: noise-free samples of held-out prompts, from the same initial noise every
+"""Evaluation, a run's own and evaluate.py's: noise-free samples of held-out prompts, from the same initial noise every
 time."""
 
 from contextlib import nullcontext
@@ -11,7 +11,7 @@ from common.errors import RunError
 from common.rewards.asking import check_finite, score
 from common.rewards.mixing import weighted_sum
 
-NOISE = 2**31 - 1  # the "step" whose noise the exam starts from; no training step has it
+NOISE = 2**31 - 1  # the "step" whose noise the evaluation starts from; no training step has it
 
 
 @torch.no_grad()
@@ -27,18 +27,18 @@ def sample(model, prompts, streams, sigmas, micro_batch, device="cpu", seed=0):
     return torch.cat(images)
 
 
-def examine(model, scorers, prompts, streams, sigmas, micro_batch, device="cpu", seed=0, weights=nullcontext):
-    """`sample`, in the context of `weights`, and every scorer on it: ({name: [b]}, samples). What a scorer raised waits
+def sample_and_score(model, scorers, prompts, streams, sigmas, micro_batch, device="cpu", seed=0, policy=nullcontext):
+    """`sample`, in the context of `policy`, and every scorer on it: ({name: [b]}, samples). What a scorer raised waits
     for `check_finite`."""
-    with weights():
+    with policy():
         media = sample(model, prompts, streams, sigmas, micro_batch, device, seed)
     return score(scorers, media, prompts), media
 
 
-def exam(run, model, scorers, prompts, shown=0, weights=nullcontext):
+def scores_of(run, model, scorers, prompts, shown=0, policy=nullcontext):
     """Every scorer on one noise-free sample of each of n prompts: {name: [n]}, the same on every process, and up to
-    `shown` of this process's images [b, C, H, W], on the main process those of the first prompts. weights: a context
-    to sample in. Between batches it hears signals."""
+    `shown` of this process's images [b, C, H, W], on the main process those of the first prompts. policy: a context
+    to sample in, as Runtime.initial_weights. Between batches it hears signals."""
     # equal shares for all processes: the first prompts fill up the last share, and are dropped again below
     numbers = run.rows(-(-len(prompts) // run.world) * run.world) % len(prompts)
     mine = [prompts[i] for i in numbers]
@@ -48,7 +48,7 @@ def exam(run, model, scorers, prompts, shown=0, weights=nullcontext):
         run.check_signals()
         captions = [mine[i] for i in part]
         settings = sigmas, run.args.micro_batch, run.device
-        scores, media = examine(model, scorers, captions, numbers[part], *settings, weights=weights)
+        scores, media = sample_and_score(model, scorers, captions, numbers[part], *settings, policy=policy)
         parts.append(scores)
         images += media[: max(0, shown - len(images))].cpu()
     scores = {name: run.gather(torch.cat([part[name] for part in parts]))[: len(prompts)] for name in scorers}
@@ -56,23 +56,23 @@ def exam(run, model, scorers, prompts, shown=0, weights=nullcontext):
     return scores, torch.stack(images) if images else None
 
 
-def initial_reward(run, model, scorers, weights, prompts):
+def initial_reward(run, model, scorers, reward_weights, prompts):
     """Mean reward of --group-size noise-free samples of each of n prompts by the weights before training: [n]"""
     samples = [prompt for prompt in prompts for _ in range(run.args.group_size)]
-    scorers = {name: scorers[name] for name in weights}  # not those that are only watched
-    scores, _ = exam(run, model, scorers, samples, weights=run.initial_weights)
-    return expected(weighted_sum(scores, weights).view(len(prompts), -1).nanmean(1), prompts)
+    scorers = {name: scorers[name] for name in reward_weights}  # not those that are only watched
+    scores, _ = scores_of(run, model, scorers, samples, policy=run.initial_weights)
+    return expected(weighted_sum(scores, reward_weights).view(len(prompts), -1).nanmean(1), prompts)
 
 
-def still_reward(run, model, scorers, weights, prompts):
+def still_reward(run, model, scorers, reward_weights, prompts):
     """Reward of each of n prompts' conditioning images, shown as a still video: [n]"""
-    scorers = {name: scorers[name] for name in weights}
+    scorers = {name: scorers[name] for name in reward_weights}
     parts = [prompts[i : i + run.score_batch] for i in range(0, len(prompts), run.score_batch)]
     found = [score(scorers, model.still(part), part) for part in parts]
     scores = {name: torch.cat([part[name] for part in found]) for name in scorers}
     scores = {name: run.gather(value[None]).T for name, value in scores.items()}  # [n, processes]
     check_finite(scores, scorers, prompts)
-    return expected(weighted_sum(scores, weights)[:, 0], prompts)  # a judge may answer each process otherwise
+    return expected(weighted_sum(scores, reward_weights)[:, 0], prompts)  # a judge may answer each process otherwise
 
 
 def expected(rewards, prompts):
@@ -83,16 +83,17 @@ def expected(rewards, prompts):
     return rewards
 
 
-def evaluate(run, report, model, scorers, weights, prompts, step, last=False):
-    """On the steps that --eval-every and --sample-every name, the exam: {"eval_reward", "eval_<scorer>"}, else {}."""
+def evaluate(run, report, model, scorers, reward_weights, prompts, step, last=False):
+    """The evaluation on the steps that --eval-every and --sample-every name: {"eval_reward", "eval_<scorer>"}, else
+    {}."""
     args = run.args
     due = args.eval_every and (last or step % args.eval_every == 0)
     grid = args.sample_every and (last or step % args.sample_every == 0)
     if not prompts or not (due or grid):
         return {}
     prompts = prompts if due else prompts[:16]
-    scores, images = exam(run, model, scorers, prompts, shown=16)
-    reward = weighted_sum(scores, weights)
+    scores, images = scores_of(run, model, scorers, prompts, shown=16)
+    reward = weighted_sum(scores, reward_weights)
     if grid:
         report.samples(step, images, prompts, reward)
     if not due:

@@ -156,7 +156,7 @@ def vectors_of(model, captions):
 
 
 def scores_of_samples(args, model, settings, scorers, prompts):
-    """{reward: [n * samples]} of noise-free samples, from the fixed noise that the exams of runs start from."""
+    """{reward: [n * samples]} of noise-free samples, from the fixed noise that the evaluations of runs start from."""
     sigmas, rows = model.sigmas(settings.sampling_steps, settings.shift), []
     every = [prompt for prompt in prompts for _ in range(args.samples)]
     for part in torch.arange(len(every)).split(settings.micro_batch):

@@ -231,7 +231,7 @@ def velocity(transformer, x, sigma, guidance, pooled, sequence):
 
 
 @torch.no_grad()
-def exam(pipe, captions, group, seed, steps=8):
+def evaluate(pipe, captions, group, seed, steps=8):
     """The verifier's scores of the pipeline's own noise-free samples, `group` of each caption: {name: [P, G]}."""
     pipe.set_progress_bar_config(disable=True)
     images = pipe(
@@ -251,7 +251,7 @@ def main(args):
     pipe.to(torch.float16).save_pretrained(args.output)
     size = sum(file.stat().st_size for file in Path(args.output).rglob("*") if file.is_file())
     print(f"{args.output}: {size / 1e6:.1f} MB, {time.time() - started:.0f} s")
-    for name, score in exam(pipe.to(torch.float32), shapes.split_captions()[1], 8, args.seed).items():
+    for name, score in evaluate(pipe.to(torch.float32), shapes.split_captions()[1], 8, args.seed).items():
         print(f"held-out {name}: mean {score.mean():.3f}, within a group {score.std(1, unbiased=False).mean():.3f}")
 
 

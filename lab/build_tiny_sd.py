@@ -110,7 +110,7 @@ def train(pipe, args):
 
 
 @torch.no_grad()
-def exam(folder, captions, group, seed, steps=8):
+def evaluate(folder, captions, group, seed, steps=8):
     """The verifier on noise-free samples of a saved pipeline, `group` of each caption: {name: [P, G]}."""
     lines = [caption for caption in captions for _ in range(group)]
     model = models.load(folder, torch.float32, lines)
@@ -126,7 +126,7 @@ def main(args):
     pipe.to(torch.float16).save_pretrained(args.output)
     size = sum(file.stat().st_size for file in Path(args.output).rglob("*") if file.is_file())
     print(f"{args.output}: {size / 1e6:.1f} MB, {time.time() - started:.0f} s")
-    for name, score in exam(args.output, shapes.split_captions()[1], 8, args.seed).items():
+    for name, score in evaluate(args.output, shapes.split_captions()[1], 8, args.seed).items():
         print(f"held-out {name}: mean {score.mean():.3f}, within a group {score.std(1, unbiased=False).mean():.3f}")
 
 

@@ -329,7 +329,7 @@ def embed(pipe, ids):
 
 
 @torch.no_grad()
-def exam(name, folder, group, seed, every=1):
+def evaluate(name, folder, group, seed, every=1):
     """The verifier on noise-free samples of a saved pipeline, `group` for each held-out line: {part: [P, G]}."""
     settings = models.settings(name)
     lines = [line for line in read_prompts(settings["eval_prompts"])[::every] for _ in range(group)]
@@ -358,7 +358,7 @@ def main(args):
     pipe.to(torch.float16).save_pretrained(output)
     size = sum(file.stat().st_size for file in Path(output).rglob("*") if file.is_file())
     print(f"{output}: {size / 1e6:.1f} MB, {time.time() - started:.0f} s")
-    for part, score in exam(name, output, 8, args.seed).items():
+    for part, score in evaluate(name, output, 8, args.seed).items():
         print(f"held-out {part}: mean {score.mean():.3f}, within a group {score.std(1, unbiased=False).mean():.3f}")
 
 

@@ -126,7 +126,7 @@ def points(model):
     return rates + [{**start, "clip_range": start["clip_range"] * factor} for factor in CLIPPED.get(model, ())]
 
 
-# --- Measures of a run, {"steps", "exams": {name: [...]}, "training": {name: [...]}, "numbers": {name: value}} ---
+# --- Measures of a run, {"steps", "evaluations": {name: [...]}, "training": {name: [...]}, "numbers": {name: x}} ---
 
 
 @dataclass(frozen=True)
@@ -141,20 +141,21 @@ NAMES = {
 
 
 def end(name):
-    return Measure(f"{NAMES[name]}, last exam", lambda run: run["exams"][name][-1])
+    return Measure(f"{NAMES[name]}, last evaluation", lambda run: run["evaluations"][name][-1])
 
 
 def change(name):
     return Measure(
-        f"{NAMES[name]}, last exam less the first", lambda run: run["exams"][name][-1] - run["exams"][name][0]
+        f"{NAMES[name]}, last evaluation less the first",
+        lambda run: run["evaluations"][name][-1] - run["evaluations"][name][0],
     )
 
 
 def area(name, share=1.0):
-    """The mean of the curve of exams over the first share of the steps: who rises faster has the larger one."""
+    """The mean of the curve of evaluations over the first share of the steps: who rises faster has the larger one."""
 
     def mean(run):
-        steps, values = run["steps"], run["exams"][name]
+        steps, values = run["steps"], run["evaluations"][name]
         last = math.ceil(share * (len(steps) - 1))
         parts = [(steps[i + 1] - steps[i]) * (values[i] + values[i + 1]) / 2 for i in range(last)]
         return sum(parts) / (steps[last] - steps[0])
@@ -163,8 +164,8 @@ def area(name, share=1.0):
 
 
 def falls(name):
-    """All that the curve of exams loses between one and the next: 0 where it only rises."""
-    pairs = lambda run: zip(run["exams"][name], run["exams"][name][1:])  # noqa: E731
+    """All that the curve of evaluations loses between one and the next: 0 where it only rises."""
+    pairs = lambda run: zip(run["evaluations"][name], run["evaluations"][name][1:])  # noqa: E731
     return Measure(f"{NAMES[name]}, sum of falls", lambda run: sum(max(0.0, a - b) for a, b in pairs(run)))
 
 

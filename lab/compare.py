@@ -5,8 +5,8 @@
 Runs of one setting, which differ by their seed alone, are one line: their mean, and the range between the lowest and
 the highest. Every reward has a panel of its own, those that are trained on first, then those that are only watched;
 solid lines are the training samples, dashed ones with points the held-out prompts. A step counts where all runs of a
-setting have it. compare.csv and compare.json hold the table that is printed: the first and the last exam, or, without
-exams, the mean of the first and of the last 5 steps.
+setting have it. compare.csv and compare.json hold the table that is printed: the first and the last evaluation, or,
+without evaluations, the mean of the first and of the last 5 steps.
 """
 
 import csv
@@ -67,8 +67,8 @@ class Setting:
         return [series for run in self.runs if (series := run.series(metric))]
 
     def ends(self, name):
-        """The held-out reward NAME of the first and the last exam, or else the training reward's, each as (mean over
-        runs, lowest, highest); None where there is neither. And which of the two it is."""
+        """The held-out reward NAME of the first and the last evaluation, or else the training reward's, each as (mean
+        over runs, lowest, highest); None where there is neither. And which of the two it is."""
         held_out = list(self.series(f"eval_{name}").values())
         if len(held_out) > 1:
             return held_out[0], held_out[-1], "held-out"

@@ -47,15 +47,15 @@ def band(curves):
     return mean, mean - half, mean + half
 
 
-def draw_curve(axis, runs, name, label, colour, part="exams", style="-"):
-    """A mean line with its band; part: of the exams, or of the training steps."""
+def draw_curve(axis, runs, name, label, colour, part="evaluations", style="-"):
+    """A mean line with its band; part: of the evaluations, or of the training steps."""
     if not runs or any(name not in run[part] for run in runs.values()):
         return
     curves = [run[part][name] for run in runs.values()]
-    steps = next(iter(runs.values()))["steps"] if part == "exams" else list(range(len(curves[0])))
+    steps = next(iter(runs.values()))["steps"] if part == "evaluations" else list(range(len(curves[0])))
     mean, low, high = band(curves)
     axis.fill_between(steps, low, high, color=colour, alpha=0.16, lw=0)
-    axis.plot(steps, mean, style, color=colour, label=label, marker="o" if part == "exams" else "", ms=3.2)
+    axis.plot(steps, mean, style, color=colour, label=label, marker="o" if part == "evaluations" else "", ms=3.2)
 
 
 def look(number, script):
@@ -139,7 +139,7 @@ def dots(axis, place, values, colour, horizontal=False):
 
 def sweep(axis, results, places, title, xlabel):
     """places [(x, Setting)]: the verifier at the end, over a flag."""
-    known = [(x, [run["exams"]["truth"][-1] for run in results.of(setting).values()]) for x, setting in places]
+    known = [(x, [run["evaluations"]["truth"][-1] for run in results.of(setting).values()]) for x, setting in places]
     known = [(x, values) for x, values in known if values]
     means = [dots(axis, x, values, "#D55E00" if "alpha" in xlabel else "#0072B2") for x, values in known]
     axis.plot([x for x, _ in known], means, color="#AAAAAA", lw=1, zorder=0)
@@ -160,20 +160,21 @@ def alphas(results, plt):
     ]
     sweep(axes[2], results, places, "tiny-flux: SLAS on the proxy", "gamma")
     axes[2].set_xticks([x for x, _ in gammas], ["0", "0.25", "0.5", "1", "auto"])
-    axes[0].set_ylabel("the verifier, last exam")
+    axes[0].set_ylabel("the verifier, last evaluation")
     return figure
 
 
 def hacking(results, plt):
-    """The proxy against the verifier, from the first exam to the last: what is gained to the right and not upwards is
-    hacked."""
+    """The proxy against the verifier, from first evaluation to last: what is gained to the right and not upwards
+    is hacked."""
     figure, axes = plt.subplots(1, 2, figsize=(8, 3.7))
     for axis, model in zip(axes, claims.IMAGES):
         own = 0
         for script, runs in results.methods(model, "proxy").items():
             label, colour = look(own, script)
             own += script not in METHODS
-            paths = np.array([[run["exams"]["reward"], run["exams"]["truth"]] for run in runs.values()])  # [n, 2, k]
+            curves = [run["evaluations"] for run in runs.values()]
+            paths = np.array([[curve["reward"], curve["truth"]] for curve in curves])  # [n, 2, k]
             for path in paths:
                 axis.plot(*path, color=colour, alpha=0.22, lw=0.9)
             if len(paths):

@@ -53,8 +53,8 @@ def run(job, seed, folder):
     with (folder / f"{output.name}.log").open("a") as log:
         subprocess.run(words, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=log, stderr=log, check=True)
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    exams = [row["eval_reward"] for row in rows if "eval_reward" in row]
-    return {"start": exams[0], "end": exams[-1], "commit": commit()}
+    evaluations = [row["eval_reward"] for row in rows if "eval_reward" in row]
+    return {"start": evaluations[0], "end": evaluations[-1], "commit": commit()}
 
 
 def commit():

@@ -44,8 +44,8 @@ QUICK_SEEDS = 2
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "numpy")
 SHOWN_SEED = 0  # of whose models the pictures show samples
 KEPT = ("reward_mean", "reward_std", "advantage_abs_mean", "grad_norm", "clip_fraction", "batch_std")
-# Seconds of one core, measured on a busy machine of two: starting and ending a run; an exam; a sample's rollout and
-# reward; a sample's share of an update at one denoising step.
+# Seconds of one core, measured on a busy machine of two: starting and ending a run; an evaluation; a sample's rollout
+# and reward; a sample's share of an update at one denoising step.
 SECONDS = {
     "tiny-flux": (3.0, 2.5, 0.020, 0.0050),
     "tiny-sd": (3.0, 2.5, 0.021, 0.0055),
@@ -175,14 +175,14 @@ def seconds(settings):
     if settings["script"].startswith("probe:"):
         return PROBE_SECONDS[settings["script"]]
     every = {**models.settings(settings["model"]), **settings}
-    start, exam, sampled, updated = SECONDS[settings["model"]]
+    start, evaluation, sampled, updated = SECONDS[settings["model"]]
     samples = every["prompts_per_step"] * every["group_size"]
     noisy = every.get("sde_window") or every.get("sde_steps") or every["sampling_steps"] - 1
     trained = max(1, round(every["timestep_fraction"] * noisy)) * (every.get("best_of") or every["group_size"])
     trained *= every["prompts_per_step"] * (1.33 if every.get("kl_coef") else 1)
     again = samples * sampled if every.get("prior") == "sft" else 0.0  # of the initial weights, while prompts are new
     step = samples * sampled + trained * updated + again + (0.5 if every.get("gamma") == "auto" else 0)
-    return start + exam * (2 + (every["steps"] - 1) // every["eval_every"]) + every["steps"] * step
+    return start + evaluation * (2 + (every["steps"] - 1) // every["eval_every"]) + every["steps"] * step
 
 
 def show(asked, results):
@@ -288,19 +288,19 @@ def short(name):
 
 
 def numbers_of(rows, args):
-    """The rows of metrics.jsonl -> {"steps", "exams", "training"}; "vague" is the mean over vague captions alone."""
+    """The rows of metrics.jsonl -> {"steps", "evaluations", "training"}; "vague" is the mean over vague captions."""
     from common.prompts import caption_of, read_prompts
 
-    exams = [row for row in rows if "eval_reward" in row]
-    names = [name for name in exams[0] if name.startswith("eval_")]
-    found = {short(name.removeprefix("eval_")): [row[name] for row in exams] for name in names}
+    evaluations = [row for row in rows if "eval_reward" in row]
+    names = [name for name in evaluations[0] if name.startswith("eval_")]
+    found = {short(name.removeprefix("eval_")): [row[name] for row in evaluations] for name in names}
     if "vague" in found:
         share = study_rewards.share_of_vague([caption_of(prompt) for prompt in read_prompts(args.eval_prompts)])
         found["vague"] = [value / share if share else float("nan") for value in found["vague"]]
     steps = [row for row in rows if "reward_mean" in row]
     curves = ("weight_", "trust_", "gamma", "prior")
     training = {name: [row[name] for row in steps] for name in steps[0] if name in KEPT or name.startswith(curves)}
-    return {"steps": [row["step"] for row in exams], "exams": found, "training": training}
+    return {"steps": [row["step"] for row in evaluations], "evaluations": found, "training": training}
 
 
 def pictures(args):
@@ -347,8 +347,8 @@ def keep(results, job, found):
     if isinstance(found, str):
         return f"{what} FAILED: {found}"
     results.add(job.settings, job.seed, *found)
-    exams = found[1].get("exams", {})
-    return f"{what}: " + ", ".join(f"{name} {values[0]:.3f} -> {values[-1]:.3f}" for name, values in exams.items())
+    curves = found[1].get("evaluations", {})
+    return f"{what}: " + ", ".join(f"{name} {values[0]:.3f} -> {values[-1]:.3f}" for name, values in curves.items())
 
 
 def quick(settings):

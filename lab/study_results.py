@@ -4,7 +4,7 @@
                                  "config": all flags of its runs,
                                  "runs": {seed: run}}
 
-A run: {"commit", "versions", "seconds" (of a core), "steps" and "exams" {name: [...]} of the held-out prompts,
+A run: {"commit", "versions", "seconds" (of a core), "steps" and "evaluations" {name: [...]} of the held-out prompts,
 "training" {name: [...]}, and of some "pictures"}; a probe's: {"numbers": {name: value}} or {"pictures"}.
 """
 
@@ -65,12 +65,12 @@ class Results:
         return None if tuned is None else self.shrink(setting.settings(tuned))
 
     def tried(self, script, model, task):
-        """[(point, mean reward of the last two exams)] of the search's points whose runs are all there."""
+        """[(point, mean reward of the last two evaluations)] of the search's points whose runs are all there."""
         found = []
         for point in claims.points(model):
             runs = self.runs(claims.setting(script, model, task).settings(point))
             if all(seed in runs for seed in claims.SEARCH_SEEDS):
-                ends = [value for seed in claims.SEARCH_SEEDS for value in runs[seed]["exams"]["reward"][-2:]]
+                ends = [value for seed in claims.SEARCH_SEEDS for value in runs[seed]["evaluations"]["reward"][-2:]]
                 found.append((point, sum(ends) / len(ends)))
         return found
 

@@ -118,7 +118,7 @@ def spread(every):
     middle = float(np.median(stds))
     tell = [f"{n} seeds tell {T[n - 2] * middle / math.sqrt(n):.3f} apart" for n in (claims.SEEDS, claims.MAIN_SEEDS)]
     return (
-        f"Paired by seed, differences of the verifier's last exam have a standard deviation of {middle:.3f} (the "
+        f"Paired by seed, differences of the verifier's last evaluation have a standard deviation of {middle:.3f} (the "
         f"median of {len(stds)} comparisons; {stds[0]:.3f} to {stds[-1]:.3f}): {', '.join(tell)}."
     )
 
@@ -146,17 +146,15 @@ def pictures(named):
 
 def side_by_side(results):
     """A line for each script that a task was given to, a reader's own too."""
-    head, lines = (
-        ("model", "reward", "method", "seeds", "reward, last exam", "verifier, last exam", "against grpo_base"),
-        [],
-    )
+    lines, last = [], "last evaluation"
+    head = ("model", "reward", "method", "seeds", f"reward, {last}", f"verifier, {last}", "against grpo_base")
     for model, task in claims.SIDE_BY_SIDE:
         base = results.of(claims.setting("grpo_base", model, task))
         for script, runs in results.methods(model, task).items():
             seeds = sorted(set(runs) & set(base))
-            ends = {name: [runs[seed]["exams"][name][-1] for seed in seeds] for name in ("reward", "truth")}
+            ends = {name: [runs[seed]["evaluations"][name][-1] for seed in seeds] for name in ("reward", "truth")}
             means = [f"{sum(values) / len(values):.3f}" for values in ends.values() if values]
-            more = [ours - base[seed]["exams"]["truth"][-1] for ours, seed in zip(ends["truth"], seeds)]
+            more = [ours - base[seed]["evaluations"]["truth"][-1] for ours, seed in zip(ends["truth"], seeds)]
             if means and script != "grpo_base":
                 low, high = interval(more)
                 means.append(f"{sum(more) / len(more):+.3f} [{low:+.3f}, {high:+.3f}]")
@@ -166,7 +164,7 @@ def side_by_side(results):
 
 
 def searches(results):
-    """What the search found: the mean reward of the last exam at each point, the chosen values in the last column."""
+    """What the search found: the mean reward of the last evaluation at each point, the chosen values in the last."""
     lines = []
     for searched in claims.SEARCHED:
         tried = results.tried(*searched)
@@ -175,7 +173,7 @@ def searches(results):
         chosen = f"**{tuned['learning_rate']:g}, {tuned['clip_range']:g}**" if tuned else NONE
         lines.append((*searched, "; ".join(ends), chosen))
     return markdown(
-        ("method", "model", "reward", "learning rate, clip range: reward of the last two exams", "taken"), lines
+        ("method", "model", "reward", "learning rate, clip range: reward of the last two evaluations", "taken"), lines
     )
 
 

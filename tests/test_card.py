@@ -82,8 +82,8 @@ def hub(monkeypatch):
 
 def test_an_export_has_a_card_that_the_hub_reads(train, tmp_path):
     (tmp_path / "few.txt").write_text("a red circle\ntwo shapes")
-    exams = dict(sample_every=2, eval_every=2, eval_prompts=str(tmp_path / "few.txt"))
-    folder, _ = train(bpgo, lora_rank=4, **exams, prior="constant", prior_value=0.5)
+    evaluations = dict(sample_every=2, eval_every=2, eval_prompts=str(tmp_path / "few.txt"))
+    folder, _ = train(bpgo, lora_rank=4, **evaluations, prior="constant", prior_value=0.5)
     found = ModelCard.load(folder / "export/README.md")
     data = found.data.to_dict()
     assert (data["library_name"], data["pipeline_tag"]) == ("diffusers", "text-to-image")
@@ -92,8 +92,8 @@ def test_an_export_has_a_card_that_the_hub_reads(train, tmp_path):
     said = found.text
     assert "# tiny-flux, trained with Bayesian prior-guided optimization (BPGO)" in said
     assert "https://arxiv.org/abs/2511.18919" in said and "load_lora_weights" in said
-    exams = [row["eval_reward"] for row in card.rows_before(folder / "metrics.jsonl", 9) if "eval_reward" in row]
-    assert f"{exams[0]:.4g} -> {exams[-1]:.4g}" in said
+    evaluations = [row["eval_reward"] for row in card.rows_before(folder / "metrics.jsonl", 9) if "eval_reward" in row]
+    assert f"{evaluations[0]:.4g} -> {evaluations[-1]:.4g}" in said
     assert "--prior constant --prior-value 0.5" in said and "--lora-rank 4" in said and str(folder) not in said
     for name in ("reward.png", "samples.png"):
         assert f"![{name}]({name})" in said and (folder / "export" / name).read_bytes()[:4] == b"\x89PNG"

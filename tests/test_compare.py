@@ -21,7 +21,7 @@ STEPS = 12
 def made(tmp_path, monkeypatch):
     """made(name, script, ...) -> a run's folder, with config.json as the scripts write it, and its rows of metrics."""
 
-    def run(name, script=grpo_base, exams=True, lost=(), steps=STEPS, **settings):
+    def run(name, script=grpo_base, evaluations=True, lost=(), steps=STEPS, **settings):
         monkeypatch.setattr("sys.argv", [script.__file__])
         args = arguments.defaults(script.Args, **{"reward": ("verifier", "jpeg=2"), "watch": ("clip",), **settings})
         folder = tmp_path / name
@@ -31,7 +31,7 @@ def made(tmp_path, monkeypatch):
         for metric in ("reward_mean", "verifier_mean", "jpeg_mean", "clip_mean"):
             for row in rows:
                 row[metric] = float(random.normal())
-        for row in rows[::4] if exams else ():
+        for row in rows[::4] if evaluations else ():
             row |= {f"eval_{name}": float(random.normal()) for name in ("reward", "verifier", "jpeg", "clip")}
         for step in lost:
             rows[step]["reward_mean"] = math.nan  # null in the file
@@ -54,9 +54,9 @@ def test_seeds_of_one_setting_are_one_line_with_mean_and_range(made, tmp_path, c
     shown = [("reward", "the sum"), ("verifier", "trained"), ("jpeg", "trained"), ("clip", "watched")]
     assert [(row["reward"], row["kind"]) for row in rows[:4]] == shown
     for row, name in zip(rows, ("reward", "verifier", "jpeg", "clip")):
-        exams = np.array([[r[f"eval_{name}"] for r in own if f"eval_{name}" in r] for _, own in runs[:3]])
-        assert row["samples"] == "held-out" and row["start"] == pytest.approx(exams[:, 0].mean(), abs=1e-12)
-        expected = exams[:, -1].mean(), exams[:, -1].min(), exams[:, -1].max()
+        evaluations = np.array([[r[f"eval_{name}"] for r in own if f"eval_{name}" in r] for _, own in runs[:3]])
+        assert row["samples"] == "held-out" and row["start"] == pytest.approx(evaluations[:, 0].mean(), abs=1e-12)
+        expected = evaluations[:, -1].mean(), evaluations[:, -1].min(), evaluations[:, -1].max()
         assert (row["end"], row["lowest"], row["highest"]) == pytest.approx(expected, abs=1e-12)
     with (tmp_path / "compare/compare.csv").open() as file:
         assert [row["end"] for row in csv.DictReader(file)] == [str(row["end"]) for row in rows]
@@ -89,12 +89,12 @@ def test_a_step_counts_where_all_runs_have_it(made):
 def test_of_seeds_of_different_length_the_ends_are_of_steps_that_both_have(made, tmp_path):
     (one, first), (two, second) = made("one", steps=9), made("two", seed=1, steps=6)
     (row, *_) = compared(tmp_path, one, two, f"{one}/../one")  # one that is named twice is one
-    at = [rows[4]["eval_reward"] for rows in (first, second)]  # exams of steps 0, 4 and 8, and of 0 and 4
+    at = [rows[4]["eval_reward"] for rows in (first, second)]  # evaluations of steps 0, 4 and 8, and of 0 and 4
     assert row["runs"] == 2 and (row["lowest"], row["highest"]) == pytest.approx((min(at), max(at)))
 
 
-def test_without_exams_the_ends_are_means_of_five_steps(made, tmp_path, capsys):
-    folder, rows = made("run", exams=False, reward=("verifier",), watch=(), lost=[0])
+def test_without_evaluations_the_ends_are_means_of_five_steps(made, tmp_path, capsys):
+    folder, rows = made("run", evaluations=False, reward=("verifier",), watch=(), lost=[0])
     (row,) = compared(tmp_path, folder)
     values = [row["verifier_mean"] for row in rows]
     assert (row["samples"], row["reward"]) == ("training", "verifier")

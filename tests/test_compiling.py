@@ -56,12 +56,12 @@ def test_rollout_and_update_run_the_same_graphs_and_nothing_else_changes(
     graphs, bf16, small, lora_rank, kl_coef, train
 ):
     """Of a LoRA the first block's inputs want no gradients, the rollout's none at all; the reference of the KL has the
-    LoRA off. The exam's batches of 3 and 2 of 5 prompts: the last one is no batch of the run's."""
+    LoRA off. The evaluation's batches of 3 and 2 of 5 prompts: the last one is no batch of the run's."""
     small |= dict(lora_rank=lora_rank, kl_coef=kl_coef, gradient_checkpointing=bool(lora_rank))
     plain, expected = train(**small)
     folder, rows = train(**small, compile=True, output="compiled")
     assert len(graphs) == len(BLOCKS) * (2 if kl_coef else 1)
-    rows = rows[:2]  # the third is the last exam
+    rows = rows[:2]  # the third is the last evaluation
     assert all(row["ratio_error"] == 0.0 for row in rows)
     assert weights(folder, 2).keys() == weights(plain, 2).keys()
     for row, other in zip(rows, expected):

@@ -1,4 +1,4 @@
-"""evaluate.py: the training's own exam once more, tables, kills, processes, bad input."""
+"""evaluate.py: the training's own evaluation once more, tables, kills, processes, bad input."""
 
 import csv
 import errno
@@ -31,7 +31,7 @@ NUMBER = 12
 
 
 def trained(folder, script, **settings):
-    """A small run in a folder, with exams before, between and after its two steps."""
+    """A small run in a folder, with evaluations before, between and after its two steps."""
     small = dict(prompts_per_step=2, group_size=4, sampling_steps=4, micro_batch=8, minibatches=1, tracker="none")
     small |= dict(steps=2, eval_every=1, sample_every=0, eval_prompts=str(folder.parent / "few.txt"))
     with pytest.MonkeyPatch.context() as patch:
@@ -66,7 +66,7 @@ def look(tmp_path, monkeypatch, capsys):
     return run
 
 
-def exam_rewards(folder):
+def eval_rewards(folder):
     return [row["eval_reward"] for row in rows_before(folder / "metrics.jsonl", 10**6)]
 
 
@@ -75,17 +75,17 @@ def answers(folder):
     return {name: (folder / name).read_bytes() for name in ("results.json", "results.csv", "side_by_side.png")}
 
 
-# --- The training's own exam ---
+# --- The training's own evaluation ---
 
 
-def test_a_checkpoint_gets_its_own_exams_reward_once_more(runs, look):
+def test_a_checkpoint_gets_its_own_evaluations_reward_once_more(runs, look):
     """All weights and a LoRA, the last checkpoint and a named one; the base as before training."""
     found, folder = look(runs.full, runs.lora, runs.full / "checkpoints/step_000001", shown=2)
     assert list(found["rewards"]) == ["base", "full", "lora", "full-step_000001"]
     means = {name: row["verifier"]["mean"] for name, row in found["rewards"].items()}
-    assert means["base"] == exam_rewards(runs.full)[0]
-    assert [means["full-step_000001"], means["full"]] == exam_rewards(runs.full)[1:]
-    assert means["lora"] == exam_rewards(runs.lora)[-1] and len(set(means.values())) == 4
+    assert means["base"] == eval_rewards(runs.full)[0]
+    assert [means["full-step_000001"], means["full"]] == eval_rewards(runs.full)[1:]
+    assert means["lora"] == eval_rewards(runs.lora)[-1] and len(set(means.values())) == 4
     assert (folder / "side_by_side.png").read_bytes()[:4] == b"\x89PNG"
 
 
@@ -98,18 +98,18 @@ def test_in_bf16_a_lora_is_what_it_was_and_all_weights_are_rounded_as_an_export_
         )
         found, _ = look(folder, folder / "export", output=f"look-{rank}")
         base, run, export = (row["verifier"]["mean"] for row in found["rewards"].values())
-        assert base == pytest.approx(exam_rewards(folder)[0], abs=off)
-        assert run == pytest.approx(exam_rewards(folder)[1], abs=off) and abs(run - base) > 1e-4
+        assert base == pytest.approx(eval_rewards(folder)[0], abs=off)
+        assert run == pytest.approx(eval_rewards(folder)[1], abs=off) and abs(run - base) > 1e-4
         assert run == pytest.approx(export, abs=0.02 if rank else 1e-6)
 
 
 def test_several_rewards_with_weights_and_self_paced_ones(runs, look, tmp_path):
     mixed = trained(runs.full.with_name("mixed"), grpo_base, steps=1, reward=("red=0.5", "green=2"))
     found, _ = look(mixed)
-    assert [row["sum"]["mean"] for row in found["rewards"].values()] == exam_rewards(mixed)
+    assert [row["sum"]["mean"] for row in found["rewards"].values()] == eval_rewards(mixed)
     paced = trained(runs.full.with_name("paced"), self_paced, steps=1)
     found, _ = look(paced, output="paced")
-    assert [row["verifier"]["mean"] for row in found["rewards"].values()] == exam_rewards(paced)
+    assert [row["verifier"]["mean"] for row in found["rewards"].values()] == eval_rewards(paced)
 
 
 def test_clips_of_two_experts_and_their_moving_averages(look, tmp_path):
@@ -118,7 +118,7 @@ def test_clips_of_two_experts_and_their_moving_averages(look, tmp_path):
     folder = trained(tmp_path / "run", grpo_base, **settings)
     found, place = look(folder, folder / "export_ema", shown=2)
     means = [row["motion"]["mean"] for row in found["rewards"].values()]
-    assert means[:2] == [exam_rewards(folder)[0], exam_rewards(folder)[-1]]
+    assert means[:2] == [eval_rewards(folder)[0], eval_rewards(folder)[-1]]
     assert (place / "side_by_side.mp4").stat().st_size and (place / "side_by_side.png").exists()
     averaged, _ = look(folder, "--averaged", output="averaged")
     assert averaged["rewards"]["run-averaged"]["motion"]["mean"] == means[2] not in means[:2]
@@ -136,7 +136,7 @@ def test_a_run_may_lie_in_a_folder_called_checkpoints(runs, look, tmp_path):
     folder = shutil.copytree(runs.lora, tmp_path / "checkpoints/a run")
     found, _ = look(folder, folder / "checkpoints/step_000002")
     means = {name: row["verifier"]["mean"] for name, row in found["rewards"].items()}
-    assert means["a run"] == means["a run-step_000002"] == exam_rewards(runs.lora)[-1]
+    assert means["a run"] == means["a run-step_000002"] == eval_rewards(runs.lora)[-1]
 
 
 def share_out(folder):
@@ -174,8 +174,10 @@ ALL_TAKEN = [(f"tiny-{family}", rank) for family in ("flux", "sd", "wan", "wan-i
 @pytest.mark.parametrize("exports", [TAKEN, pytest.param(ALL_TAKEN, marks=pytest.mark.slow)], ids=["some", "all"])
 def test_exports_give_the_evaluators_own_samples_in_plain_diffusers(exports, look, tmp_path, monkeypatch):
     """Loaded by another process that knows nothing of this project: 1e-5 in float32, and not the base model's."""
-    jobs, examine, made = [], heldout.examine, []
-    monkeypatch.setattr(heldout, "examine", lambda *words, **more: made.append(examine(*words, **more)) or made[-1])
+    jobs, true, made = [], heldout.sample_and_score, []
+    monkeypatch.setattr(
+        heldout, "sample_and_score", lambda *words, **more: made.append(true(*words, **more)) or made[-1]
+    )
     for name, rank in exports:
         prompts = read_prompts(models.settings(name)["eval_prompts"])[:2]
         (tmp_path / "few.txt").write_text("\n".join(prompts))
@@ -199,7 +201,7 @@ def test_exports_give_the_evaluators_own_samples_in_plain_diffusers(exports, loo
 
 
 def job_of(folder, name, rank, prompts, settings):
-    """For plain_pipelines.py: the exam's prompts, noise and sigmas."""
+    """For plain_pipelines.py: the evaluation's prompts, noise and sigmas."""
     model = models.load(name, torch.float32, prompts)
     torch.save(sde.RowNoise(0, heldout.NOISE, range(2))(model.noise_shape), folder / "latents.pt")
     export, experts = str(folder / "export"), "transformer_2" in model.trainable
@@ -219,7 +221,7 @@ def job_of(folder, name, rank, prompts, settings):
 def test_a_killed_evaluation_goes_on_to_the_same_table_bit_for_bit(runs, look, monkeypatch):
     flags = (runs.lora, "--samples", "2", "--micro-batch", "5", "--reward-batch", "5")
     _, whole = look(*flags, output="whole", shown=4)
-    left, add, examine, made = [3], evaluation.Folder.add, heldout.examine, []
+    left, add, true, made = [3], evaluation.Folder.add, heldout.sample_and_score, []
 
     def killed(self, *words):
         left[0] -= 1
@@ -229,9 +231,9 @@ def test_a_killed_evaluation_goes_on_to_the_same_table_bit_for_bit(runs, look, m
 
     def counted(model, scorers, prompts, *words):
         made.append(len(prompts))
-        return examine(model, scorers, prompts, *words)
+        return true(model, scorers, prompts, *words)
 
-    monkeypatch.setattr(heldout, "examine", counted)
+    monkeypatch.setattr(heldout, "sample_and_score", counted)
     monkeypatch.setattr(evaluation.Folder, "add", killed)
     with pytest.raises(errors.Stopped, match="the same command goes on"):
         look(*flags, output="cut", shown=4)
@@ -260,8 +262,8 @@ def test_two_processes_give_the_table_of_one(runs, look, tmp_path):
 
 def test_more_runs_join_an_evaluation(runs, look, monkeypatch):
     look(runs.full)
-    made, examine = [], heldout.examine
-    monkeypatch.setattr(heldout, "examine", lambda *words, **more: made.append(1) or examine(*words, **more))
+    made, true = [], heldout.sample_and_score
+    monkeypatch.setattr(heldout, "sample_and_score", lambda *words, **more: made.append(1) or true(*words, **more))
     found, _ = look(runs.full, runs.lora)
     assert list(found["rewards"]) == ["base", "full", "lora"]
     assert len(made) == 1, "the new run alone"

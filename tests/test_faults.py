@@ -142,7 +142,7 @@ def test_a_signal_in_a_rollout_does_not_wait_for_its_end(train, monkeypatch, cap
 
 
 @pytest.mark.long
-def test_a_signal_in_an_exam_does_not_wait_for_its_end(train, monkeypatch, capfd, raising):
+def test_a_signal_in_an_evaluation_does_not_wait_for_its_end(train, monkeypatch, capfd, raising):
     """In that of the initial weights, for a prior, when those of a LoRA are off: what is saved are the trained ones."""
     small = dict(micro_batch=4, reward_batch=4, prior="sft", lora_rank=2)
     assert_stops_in(heldout, "sample", 3, train, monkeypatch, capfd, **small)  # of two a step

@@ -129,7 +129,7 @@ def test_pixels_are_those_of_the_sample(tmp_path):
 
 
 def test_an_interrupted_layout_goes_on_with_what_is_missing(write, monkeypatch, tmp_path):
-    examine, honest, made, left = heldout.examine, layouts.write, [], [4]
+    true, honest, made, left = heldout.sample_and_score, layouts.write, [], [4]
 
     def interrupted(path, *words):
         left[0] -= 1
@@ -142,7 +142,7 @@ def test_an_interrupted_layout_goes_on_with_what_is_missing(write, monkeypatch, 
     with pytest.raises(errors.Stopped):
         write("geneval")
     monkeypatch.setattr(layouts, "write", honest)
-    monkeypatch.setattr(heldout, "examine", lambda *words: made.append(len(words[2])) or examine(*words))
+    monkeypatch.setattr(heldout, "sample_and_score", lambda *words: made.append(len(words[2])) or true(*words))
     folder = write("geneval")
     assert sum(made) == 5, "of 8 three, a part, were finished"
     assert len(list(folder.rglob("*"))) == 2 * (1 + 1 + 1 + 4)

@@ -368,7 +368,7 @@ def test_sft_prior_is_what_the_initial_weights_get_even_after_updates(train, tmp
     known = weights(folder, 3, "prior")["known"]
     assert set(known) == set(prompts)
 
-    class OneProcess:  # heldout.exam asks a run for its share of rows, and whether to stop
+    class OneProcess:  # heldout.scores_of asks a run for its share of rows, and whether to stop
         world, device, score_batch = 1, torch.device("cpu"), 8
         rows, gather, check_signals = staticmethod(torch.arange), staticmethod(lambda x: x), staticmethod(lambda: None)
         args = arguments.defaults(bpgo.Args, group_size=4, sampling_steps=8, micro_batch=8)
@@ -376,7 +376,7 @@ def test_sft_prior_is_what_the_initial_weights_get_even_after_updates(train, tmp
     scorers, untrained = rewards.load(["verifier"], prompts), plain_model()
     for step in (0, 1):  # the second step's prompts are asked for after an update
         batch = prompts_of_step(read_prompts(settings["prompts"]), step, 2, 0)
-        scores, _ = heldout.exam(OneProcess, untrained, scorers, [p for p in batch for _ in range(4)])
+        scores, _ = heldout.scores_of(OneProcess, untrained, scorers, [p for p in batch for _ in range(4)])
         expected = scores["verifier"].view(2, 4).mean(1)
         assert [known[p] for p in batch] == pytest.approx(expected.tolist(), abs=1e-5)
         assert rows[step]["prior"] == pytest.approx(expected.mean().item(), abs=1e-5)
@@ -495,7 +495,7 @@ def test_stages_of_tiny_flux_and_the_picture_of_the_curriculum(train):
     for row in rows[:-1]:
         assert sum(row[f"weight_{name}"] for name in STAGES) == pytest.approx(1, abs=1e-6)
         assert all(row[f"competence_{name}"] == pytest.approx(row[f"{name}_mean"], abs=1e-6) for name in STAGES)
-    assert rows[0]["eval_reward"] == rows[0]["eval_verifier"]  # the exam asks for the last stage
+    assert rows[0]["eval_reward"] == rows[0]["eval_verifier"]  # the evaluation asks for the last stage
     for picture in ("weight.png", "competence.png", "reward.png"):
         assert (folder / picture).stat().st_size > 5000
 

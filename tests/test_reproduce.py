@@ -143,8 +143,8 @@ def test_an_ablation_differs_from_its_method_in_nothing_else(title, other, monke
     ours, theirs = (vars(parsed(COMMANDS[name], monkeypatch)[1]) for name in (title, other))
     differing = {name for name in ours if ours[name] != theirs[name]}
     method = {"alpha", "beta", "crt_alone", "only_stage", "judge_model", "judge_url"}
-    exam = {"watch", "eval_prompts", "eval_every", "output"}
-    assert differing & method and differing <= method | exam
+    evaluation = {"watch", "eval_prompts", "eval_every", "output"}
+    assert differing & method and differing <= method | evaluation
 
 
 @pytest.mark.parametrize(

@@ -191,7 +191,7 @@ def test_a_clip_scores_the_mean_of_its_chosen_frames(tmp_path, which):
 
 
 def test_a_learned_reward_trains_with_its_flags(train, tmp_path):
-    """With weights of one's own, beside a verifier that is only watched; trained, logged and examined."""
+    """With weights of one's own, beside a verifier that is only watched; trained, logged and evaluated."""
     (tmp_path / "held.txt").write_text("a red circle\na blue square\n")
     settings = dict(reward=("clip=2",), reward_path=(f"clip={clip_folder(tmp_path / 'clip')}",), reward_batch=3)
     settings |= dict(watch=("verifier", "jpeg"), eval_prompts=str(tmp_path / "held.txt"), eval_every=1)

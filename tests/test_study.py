@@ -80,7 +80,7 @@ def test_the_verdict_comes_from_the_interval_alone(low, high, lower, said):
 
 
 def made(truth, reward=None, steps=(0, 5, 10), **training):
-    return {"steps": list(steps), "exams": {"truth": truth, "reward": reward or truth}, "training": training}
+    return {"steps": list(steps), "evaluations": {"truth": truth, "reward": reward or truth}, "training": training}
 
 
 def test_differences_are_paired_by_the_seeds_that_all_have():
@@ -262,7 +262,7 @@ def test_two_runs_from_the_plan_to_the_table(trained, small, tmp_path):
     file = json.loads((tmp_path / "results" / f"{pair[0].name}.json").read_text())
     run = file["runs"]["0"]
     assert file["config"]["gamma"] == 0.5 and str(ROOT) not in json.dumps(file)
-    assert run["steps"] == [0, 1] and set(run["exams"]) == {"reward", "clip", "truth", "quality"}
+    assert run["steps"] == [0, 1] and set(run["evaluations"]) == {"reward", "clip", "truth", "quality"}
     assert len(run["training"]["reward_mean"]) == 1 and {"gamma", "batch_std"} <= set(run["training"])
     assert run["versions"]["torch"] and run["commit"] and run["seconds"] > 0
     assert len(run["pictures"]["png"]) == 6 and list(results.methods("tiny-flux", "proxy")) == ["grpo_base", "slas"]
@@ -279,7 +279,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_numbers(trained, small, tmp_
 
     def interrupted(*words):
         calls.append(words)
-        if len(calls) == 4:  # an exam, a step, an exam; this one is in the second step
+        if len(calls) == 4:  # an evaluation, a step, an evaluation; this one is in the second step
             os.kill(os.getpid(), signal.SIGTERM)
         return honest(*words)
 
@@ -287,8 +287,8 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_numbers(trained, small, tmp_
     assert trained(job) == "Stopped: SIGTERM: stopped after 1 steps"
     monkeypatch.setattr(sde, "rollout", honest)
     _, found = trained(job)
-    assert whole["steps"] == [0, 1, 2] and whole["exams"]["vague"] != whole["exams"]["truth"]
-    assert {name: found[name] for name in ("steps", "exams")} == {name: whole[name] for name in ("steps", "exams")}
+    assert whole["steps"] == [0, 1, 2] and whole["evaluations"]["vague"] != whole["evaluations"]["truth"]
+    assert all(found[name] == whole[name] for name in ("steps", "evaluations"))
     curves = [{n: v for n, v in run["training"].items()} for run in (found, whole)]
     assert curves[0] == curves[1] and {"prior", "trust_mean"} <= set(curves[0])
 
@@ -441,11 +441,11 @@ def test_figures_of_made_up_runs(tmp_path):
     pictures = {"captions": ["a red circle", "two circles"], "truth": [0.5, 0.25], "png": [png, png]}
     for _, jobs in study.plan(study.Args(seeds=2), results):
         for job in jobs:
-            exams = {name: np.sort(random.random(3)).tolist() for name in ("reward", "truth", "vague", "quality")}
+            evaluations = {name: np.sort(random.random(3)).tolist() for name in ("reward", "truth", "vague", "quality")}
             stages = {f"weight_{stage}": random.random(6).tolist() for stage in job.settings.get("reward", ())}
             run = {
                 "steps": [0, 15, 30],
-                "exams": exams,
+                "evaluations": evaluations,
                 "training": {"reward_std": random.random(6).tolist(), **stages},
             }
             numbers = {

@@ -11,13 +11,13 @@ from conftest import ROOT, metrics
 from diffusers import FluxPipeline
 
 from common.rewards.scene import COLOURS, SHAPES
-from lab.build_tiny_flux import exam, what_is_where
+from lab.build_tiny_flux import evaluate, what_is_where
 from lab.shapes import Scenes, split_captions
 
 
 def test_base_model_chooses_badly_with_a_wide_spread():
     pipe = FluxPipeline.from_pretrained(ROOT / "assets/tiny-flux", dtype=torch.float32)
-    score = exam(pipe, split_captions()[1][::4], group=8, seed=0)["score"]
+    score = evaluate(pipe, split_captions()[1][::4], group=8, seed=0)["score"]
     assert score.shape == (32, 8)
     assert 0.40 <= score.mean() <= 0.60
     assert score.std(1, unbiased=False).mean() >= 0.15
@@ -52,6 +52,6 @@ def test_main_job_lifts_the_held_out_reward_within_five_minutes(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert time.time() - started <= 300
-    exams = [row["eval_reward"] for row in metrics(tmp_path / "run") if "eval_reward" in row]
-    assert exams[-1] - exams[0] >= 0.15
-    assert f"held-out reward {exams[0]:.3f} -> {exams[-1]:.3f}" in done.stdout
+    evaluations = [row["eval_reward"] for row in metrics(tmp_path / "run") if "eval_reward" in row]
+    assert evaluations[-1] - evaluations[0] >= 0.15
+    assert f"held-out reward {evaluations[0]:.3f} -> {evaluations[-1]:.3f}" in done.stdout

@@ -37,9 +37,9 @@ embedded = pytest.mark.parametrize(
 def test_base_model_chooses_badly_with_a_wide_spread(name):
     folder = str(models.ASSETS / name)
     if name == "tiny-sd":
-        score = build_tiny_sd.exam(folder, shapes.split_captions()[1][::4], group=8, seed=0)["score"]
+        score = build_tiny_sd.evaluate(folder, shapes.split_captions()[1][::4], group=8, seed=0)["score"]
     else:
-        score = build_tiny_wan.exam(name, folder, group=8, seed=0, every=8)["score"]
+        score = build_tiny_wan.evaluate(name, folder, group=8, seed=0, every=8)["score"]
     assert 0.25 <= score.mean() <= 0.55
     assert score.std(1, unbiased=False).mean() >= 0.09
 
@@ -67,8 +67,8 @@ def test_a_method_lifts_the_held_out_reward_within_ten_minutes(script, model, fl
     done = subprocess.run(words, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert time.time() - started <= 600
-    exams = [row["eval_reward"] for row in metrics(tmp_path / "run") if "eval_reward" in row]
-    assert exams[-1] - exams[0] >= GAIN
+    evaluations = [row["eval_reward"] for row in metrics(tmp_path / "run") if "eval_reward" in row]
+    assert evaluations[-1] - evaluations[0] >= GAIN
 
 
 def test_ddim_in_few_steps_weighs_its_last_noisy_step_most():

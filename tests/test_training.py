@@ -342,7 +342,7 @@ def test_run_folder_holds_what_it_promises(train):
     assert list(folder.rglob("events.out.tfevents.*"))
 
 
-def test_exam_reward_is_the_mean_over_all_prompts_of_the_pipelines_own_images(train):
+def test_eval_reward_is_the_mean_over_all_prompts_of_the_pipelines_own_images(train):
     prompts = read_prompts(ROOT / "assets/prompts/shapes_heldout.txt")
     _, rows = train(steps=1, eval_every=1, eval_prompts=str(ROOT / "assets/prompts/shapes_heldout.txt"))
     pipe = FluxPipeline.from_pretrained(models.ASSETS / "tiny-flux", dtype=torch.float32)
@@ -357,7 +357,7 @@ def test_exam_reward_is_the_mean_over_all_prompts_of_the_pipelines_own_images(tr
 
 
 def test_rewards_see_their_own_batches_however_small_the_micro_batch_is(train, tmp_path, monkeypatch):
-    """And the exam holds no more samples than that at once: a clip is a quarter of a gigabyte."""
+    """And the evaluation holds no more samples than that at once: a clip is a quarter of a gigabyte."""
     sizes, true_score = [], heldout.score
 
     def spied(scorers, media, captions):
@@ -370,7 +370,7 @@ def test_rewards_see_their_own_batches_however_small_the_micro_batch_is(train, t
     (tmp_path / "few.txt").write_text("\n".join(held_out))
     settings = dict(steps=1, sampling_steps=2, eval_every=1, sample_every=1, eval_prompts=str(tmp_path / "few.txt"))
     _, (small, last) = train(micro_batch=1, reward_batch=3, output="small", **settings)
-    assert sizes == [1, 3, 1, 3, 3, 2, 3, 1]  # one to try, the exam's 4, the step's 8, the exam again
+    assert sizes == [1, 3, 1, 3, 3, 2, 3, 1]  # one to try, the evaluation's 4, the step's 8, the evaluation again
     _, (large, _) = train(micro_batch=8, output="large", **settings)
     for name in ("reward_mean", "reward_std", "eval_reward"):
         assert small[name] == pytest.approx(large[name], abs=1e-5)
