@@ -56,7 +56,8 @@ class Model:
     shift: Annotated[float, Above(0, 100)] = 3.0
     """Shift of the sigmas: larger spends more steps at high noise."""
     guidance: Annotated[float, From(0, 1000)] = 3.5
-    """Guidance scale, the same in rollout and update. Of classifier-free guidance (Wan, Stable Diffusion) 1 is none."""
+    """Guidance scale, the same in rollout and update. Of classifier-free guidance 1 is none: Wan, Stable
+    Diffusion, Qwen-Image."""
     guidance_2: Annotated[float, From(0, 1000)] = 0.0
     """Guidance scale of the second expert of a model that has two (Wan2.2); 0: the same."""
     batched_guidance: bool = False
