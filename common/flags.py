@@ -63,7 +63,7 @@ class Model:
     batched_guidance: bool = False
     """Compute both halves of classifier-free guidance in one forward pass: faster, for twice the memory."""
     micro_batch: Annotated[int | Literal["auto"], From(1, 1e6)] = 8
-    """Rows of one forward pass, of rollout and update alike; auto: on a GPU as many as fit, by count, else 1."""
+    """Rows of one forward pass, of rollout and update alike; auto: in training on GPUs as many as fit, else 1."""
     decode_batch: Annotated[int, From(0, 1e6)] = 0
     """Rows that the VAE decodes at once; 0: a micro-batch."""
     offload_encoders: bool = False

@@ -18,7 +18,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from common import arguments, models
+from common import arguments
 
 SEEDS, MAIN_SEEDS = 5, 8  # of a comparison, and of those that the papers' first figures make
 SEARCH_SEEDS = (100, 101)  # that no claim uses
@@ -102,7 +102,8 @@ def setting(script, model, task, **flags):
 # Of learning rate and clip range, each on its own, from the model's own values; the same points for every method. With
 # one optimizer update a rollout nothing is ever clipped.
 STARTS = {
-    model: {name: models.settings(model)[name] for name in ("learning_rate", "clip_range")} for model in IMAGES + CLIPS
+    model: {name: getattr(arguments.defaults(arguments.Args, model), name) for name in ("learning_rate", "clip_range")}
+    for model in IMAGES + CLIPS
 }
 RATES = dict.fromkeys(STARTS, (1, 2, 4)) | {"tiny-sd": (0.5, 1, 2)}
 CLIPPED = {"tiny-flux": (5,)}

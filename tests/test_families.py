@@ -400,7 +400,11 @@ def test_processes_exchange_gradients_when_told_and_not_before(tmp_path):
     [
         ("sd", dict(frames=5), "--frames has no meaning"),
         ("sd", dict(guidance_2=2.0), "--guidance-2 belongs to a model with two experts"),
-        ("sd", dict(guidance=0.5), "--guidance 0.5: below 1 it would lead away from the prompt; 1 is without guidance"),
+        (
+            "sd",
+            dict(guidance=0.5),
+            "--guidance 0.5: below 1 it follows the prompt less than with none, which is 1",
+        ),
         ("sd", dict(height=30), "multiples of 8"),
         ("sd3", dict(width=36), "multiples of 8"),
         ("qwen", dict(width=34), "multiples of 4"),

@@ -77,8 +77,8 @@ MODELS = {
     "tiny-sd": dict(
         # a LoRA: the U-Net's full weights lose more than they learn. Not DDIM's noise: of 8 steps the last noisy one
         # would weigh sixty times as much as any other
-        _TINY | dict(learning_rate=3e-3), **_SHAPES, pipeline="StableDiffusionPipeline",
-        source=str(ASSETS / "tiny-sd"), guidance=1.0, minibatches=3, lora_rank=16,
+        _TINY, **_SHAPES, pipeline="StableDiffusionPipeline", source=str(ASSETS / "tiny-sd"), guidance=1.0,
+        minibatches=3, lora_rank=16,
     ),
     "tiny-wan": dict(
         _TINY, **_MOTION, pipeline="WanPipeline", source=str(ASSETS / "tiny-wan"), guidance=1.0, shift=3.0,

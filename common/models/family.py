@@ -45,7 +45,7 @@ class Family(Embeddings):
             raise InputError("--guidance-2 belongs to a model with two experts, and this one has one")
         for flag, scale in (("--guidance", guidance), ("--guidance-2", self.guidance_2)):
             if self.negative and scale < 1:
-                raise InputError(f"{flag} {scale:g}: below 1 it would lead away from the prompt; 1 is without guidance")
+                raise InputError(f"{flag} {scale:g}: below 1 it follows the prompt less than with none, which is 1")
         if batched_guidance and not self.negative:
             raise InputError(f"--batched-guidance has no meaning: {type(pipe).__name__} takes its guidance as an input")
 
