@@ -60,12 +60,12 @@ class Args(arguments.Args):
     SETTINGS, CURVES = papers.BPGO, ("prior", "trust")
 
 
-def combine_scores(scores, weights):
+def combine_scores(scores: dict[str, torch.Tensor], weights: dict[str, float | torch.Tensor]) -> torch.Tensor:
     """{name: [P, G]} and {name: weight} -> rewards [P, G]: the weighted sum."""
     return rewards.weighted_sum(scores, weights)
 
 
-def compute_advantages(reward, adv_clip_max):
+def compute_advantages(reward: torch.Tensor, adv_clip_max: float) -> torch.Tensor:
     """Rewards [P, G] -> advantages [P, G]: normalised within each group (population standard deviation), clamped.
 
     A group whose rewards are all equal has advantage 0, exactly, as has a sample without a score (NaN).
@@ -75,14 +75,14 @@ def compute_advantages(reward, adv_clip_max):
     return torch.where(zero_variance(reward) | reward.isnan(), 0.0, advantages).clamp(-adv_clip_max, adv_clip_max)
 
 
-def zero_variance(reward):
+def zero_variance(reward: torch.Tensor) -> torch.Tensor:
     """Rewards [P, G] -> [P, 1]: groups that have nothing to teach: all their scores are equal, or fewer than two."""
     highest = reward.masked_fill(reward.isnan(), -torch.inf).amax(1, keepdim=True)
     lowest = reward.masked_fill(reward.isnan(), torch.inf).amin(1, keepdim=True)
     return highest <= lowest  # below it where no sample has a score
 
 
-def keep_rows(reward, best_of):
+def keep_rows(reward: torch.Tensor, best_of: int) -> torch.Tensor:
     """Rewards [P, G] -> rows to train on [P, G] bool: those with a score (not NaN) in groups with two or more of them;
     of these the best_of/2 highest and lowest of each group; 0: all."""
     valid = ~reward.isnan()
@@ -93,18 +93,18 @@ def keep_rows(reward, best_of):
     return valid & (number > 1) & ((rank < half) | (rank >= number - half))
 
 
-def split_rows(kept, number):
+def split_rows(kept: torch.Tensor, number: int) -> list[torch.Tensor]:
     """Rows to train on [P, G] bool -> `number` disjoint minibatches of them, each with its share of every group."""
     turn = kept.cumsum(1)  # the samples of a group are dealt out in turn
     return [kept & (turn % number == part) for part in range(number)]
 
 
-def reliability_weights(group_mean, prior, alpha, k):
+def reliability_weights(group_mean: torch.Tensor, prior: torch.Tensor | float, alpha: float, k: float) -> torch.Tensor:
     """Mean rewards and priors, each [P, 1] -> trust [P, 1] in [1 - alpha, 1 + alpha] (eq 2); 1 for NaN, no score."""
     return (1 + alpha * (2 * torch.sigmoid(k * (group_mean - prior)) - 1)).nan_to_num(1.0)
 
 
-def contrastive_rewards(rewards, prior, lam):
+def contrastive_rewards(rewards: torch.Tensor, prior: torch.Tensor | float, lam: float) -> torch.Tensor:
     """Rewards [P, G] and priors [P, 1] -> rewards stretched around the prior [P, G] (eq 4); exponents stay in +-10."""
     return (lam * (rewards - prior) + (rewards > prior)) * torch.exp(rewards.clamp(-10, 10))
 
@@ -112,7 +112,7 @@ def contrastive_rewards(rewards, prior, lam):
 class Prior:
     """The reward that each prompt's samples are expected to get (section 4.1); `state` is part of every checkpoint."""
 
-    def __init__(self, run, model, scorers, reward_weights):
+    def __init__(self, run: Runtime, model: object, scorers: dict, reward_weights: dict[str, float]):
         self.run, self.about = run, (run, model, scorers, reward_weights)
         self.ask = {"sft": heldout.initial_reward, "first-frame": heldout.still_reward}.get(run.args.prior)
         self.state = {"mean": run.args.prior_value, "steps": 0, "known": {}}
@@ -121,7 +121,7 @@ class Prior:
         if run.args.prior == "sft":
             run.keep_initial(model)
 
-    def expect(self, prompts, reward):
+    def expect(self, prompts: list[str], reward: torch.Tensor) -> torch.Tensor:
         """P prompts and the rewards [P, G] of their samples -> priors [P, 1]; the running mean moves on after that."""
         mean, steps, known = (self.state[name] for name in ("mean", "steps", "known"))
         if self.ask:
@@ -135,7 +135,7 @@ class Prior:
         return torch.full_like(reward[:, :1], mean)
 
 
-def main(args):
+def main(args: Args) -> Report:
     """Trains, and returns the Report. args: Args. Raises InputError, RunError, Stopped (common/errors.py)."""
     # --- Setup ---
     arguments.check(args)

@@ -37,12 +37,12 @@ class Args(arguments.Args):
     SETTINGS = papers.GRPO
 
 
-def combine_scores(scores, weights):
+def combine_scores(scores: dict[str, torch.Tensor], weights: dict[str, float | torch.Tensor]) -> torch.Tensor:
     """{name: [P, G]} and {name: weight} -> rewards [P, G]: the weighted sum."""
     return rewards.weighted_sum(scores, weights)
 
 
-def compute_advantages(reward, adv_clip_max):
+def compute_advantages(reward: torch.Tensor, adv_clip_max: float) -> torch.Tensor:
     """Rewards [P, G] -> advantages [P, G]: normalised within each group (population standard deviation), clamped.
 
     A group whose rewards are all equal has advantage 0, exactly, as has a sample without a score (NaN).
@@ -52,14 +52,14 @@ def compute_advantages(reward, adv_clip_max):
     return torch.where(zero_variance(reward) | reward.isnan(), 0.0, advantages).clamp(-adv_clip_max, adv_clip_max)
 
 
-def zero_variance(reward):
+def zero_variance(reward: torch.Tensor) -> torch.Tensor:
     """Rewards [P, G] -> [P, 1]: groups that have nothing to teach: all their scores are equal, or fewer than two."""
     highest = reward.masked_fill(reward.isnan(), -torch.inf).amax(1, keepdim=True)
     lowest = reward.masked_fill(reward.isnan(), torch.inf).amin(1, keepdim=True)
     return highest <= lowest  # below it where no sample has a score
 
 
-def keep_rows(reward, best_of):
+def keep_rows(reward: torch.Tensor, best_of: int) -> torch.Tensor:
     """Rewards [P, G] -> rows to train on [P, G] bool: those with a score (not NaN) in groups with two or more of them;
     of these the best_of/2 highest and lowest of each group; 0: all."""
     valid = ~reward.isnan()
@@ -70,13 +70,13 @@ def keep_rows(reward, best_of):
     return valid & (number > 1) & ((rank < half) | (rank >= number - half))
 
 
-def split_rows(kept, number):
+def split_rows(kept: torch.Tensor, number: int) -> list[torch.Tensor]:
     """Rows to train on [P, G] bool -> `number` disjoint minibatches of them, each with its share of every group."""
     turn = kept.cumsum(1)  # the samples of a group are dealt out in turn
     return [kept & (turn % number == part) for part in range(number)]
 
 
-def main(args):
+def main(args: Args) -> Report:
     """Trains, and returns the Report. args: Args. Raises InputError, RunError, Stopped (common/errors.py)."""
     # --- Setup ---
     arguments.check(args)

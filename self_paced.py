@@ -57,28 +57,28 @@ class Args(arguments.Args):
     SETTINGS, CURVES = papers.SELF_PACED, ("weight", "competence")
 
 
-def combine_scores(scores, weights):
+def combine_scores(scores: dict[str, torch.Tensor], weights: dict[str, float | torch.Tensor]) -> torch.Tensor:
     """{name: [P, G]} and {name: weight} -> rewards [P, G]: the weighted sum."""
     return rewards.weighted_sum(scores, weights)
 
 
-def hoyer_sparsity(rewards):
+def hoyer_sparsity(rewards: torch.Tensor) -> torch.Tensor:
     """Rewards [..., G] -> [...] in [0, 1] (eq 8): 0 if they are all equal, 1 if one alone is not 0. NaN: none."""
     size, root = rewards.square().nansum(-1).sqrt(), rewards.isfinite().to(rewards).sum(-1).sqrt()
     return torch.where(size > 0, (root - rewards.abs().nansum(-1) / size) / (root - 1).clamp(min=EPS), 0.0)
 
 
-def stage_weights(rewards, thresholds, alpha, beta, slope, saturation="hoyer", only=0, gate="previous"):
+def stage_weights(rewards: torch.Tensor, thresholds: tuple[float, ...], alpha: float, beta: float, slope: float,
+                  saturation: str = "hoyer", only: int = 0, gate: str = "previous") -> torch.Tensor:  # fmt: skip
     """Rewards [K, P, G] of K stages, K - 1 thresholds -> weights [K, P] (eq 6, 9). The first gate stands half open."""
     S = hoyer_sparsity(rewards) if saturation == "hoyer" else 1 - hoyer_sparsity(rewards)  # [K, P]
-    gates, opening = torch.full_like(S, 0.5), rewards[:-1] if gate == "previous" else rewards[1:]
-    above = opening.nanmean(-1) - rewards.new_tensor(thresholds)[:, None]  # [K - 1, P]
-    gates[1:] = torch.sigmoid(slope * above) + beta * (S[:-1] - S[1:])
+    above = (rewards[:-1] if gate == "previous" else rewards[1:]).nanmean(-1) - rewards.new_tensor(thresholds)[:, None]
+    gates = torch.cat([torch.full_like(S[:1], 0.5), torch.sigmoid(slope * above) + beta * (S[:-1] - S[1:])])  # [K, P]
     alone = (torch.arange(1, len(gates) + 1) == only)[:, None].expand_as(gates).to(gates)  # 1 for that stage, 0 else
     return alone if only else torch.softmax(alpha * gates, dim=0)
 
 
-def check_stages(args, scorers, reward_weights):
+def check_stages(args: Args, scorers: dict, reward_weights: dict[str, float]) -> dict[str, float]:
     """Raises InputError for stages that cannot be mixed; returns the evaluation's reward weights: the last stage's."""
     number, plain = len(reward_weights), set(reward_weights.values()) == {1.0} and args.aggregate == "rewards"
     if not plain or len(args.thresholds) != number - 1 or args.only_stage > number:
@@ -87,7 +87,7 @@ def check_stages(args, scorers, reward_weights):
     return {list(reward_weights)[-1]: 1.0}
 
 
-def calibrate(args):
+def calibrate(args: Args) -> Args:
     """args with the run's own thresholds, or with new ones from runs of each stage that opens a gate (appendix A)."""
     folder, known = Runtime.find(args)
     if known:
@@ -101,7 +101,7 @@ def calibrate(args):
     return replace(args, thresholds=tuple(thresholds), output=str(folder))
 
 
-def compute_advantages(reward, adv_clip_max):
+def compute_advantages(reward: torch.Tensor, adv_clip_max: float) -> torch.Tensor:
     """Rewards [P, G] -> advantages [P, G]: normalised within each group (population standard deviation), clamped.
 
     A group whose rewards are all equal has advantage 0, exactly, as has a sample without a score (NaN).
@@ -111,14 +111,14 @@ def compute_advantages(reward, adv_clip_max):
     return torch.where(zero_variance(reward) | reward.isnan(), 0.0, advantages).clamp(-adv_clip_max, adv_clip_max)
 
 
-def zero_variance(reward):
+def zero_variance(reward: torch.Tensor) -> torch.Tensor:
     """Rewards [P, G] -> [P, 1]: groups that have nothing to teach: all their scores are equal, or fewer than two."""
     highest = reward.masked_fill(reward.isnan(), -torch.inf).amax(1, keepdim=True)
     lowest = reward.masked_fill(reward.isnan(), torch.inf).amin(1, keepdim=True)
     return highest <= lowest  # below it where no sample has a score
 
 
-def keep_rows(reward, best_of):
+def keep_rows(reward: torch.Tensor, best_of: int) -> torch.Tensor:
     """Rewards [P, G] -> rows to train on [P, G] bool: those with a score (not NaN) in groups with two or more of them;
     of these the best_of/2 highest and lowest of each group; 0: all."""
     valid = ~reward.isnan()
@@ -129,13 +129,13 @@ def keep_rows(reward, best_of):
     return valid & (number > 1) & ((rank < half) | (rank >= number - half))
 
 
-def split_rows(kept, number):
+def split_rows(kept: torch.Tensor, number: int) -> list[torch.Tensor]:
     """Rows to train on [P, G] bool -> `number` disjoint minibatches of them, each with its share of every group."""
     turn = kept.cumsum(1)  # the samples of a group are dealt out in turn
     return [kept & (turn % number == part) for part in range(number)]
 
 
-def main(args):
+def main(args: Args) -> Report:
     """Trains, and returns the Report. args: Args. Raises InputError, RunError, Stopped (common/errors.py)."""
     # --- Setup ---
     arguments.check(args)

@@ -46,12 +46,12 @@ class Args(arguments.Args):
     SETTINGS, CURVES = papers.SLAS, ("gamma",)
 
 
-def combine_scores(scores, weights):
+def combine_scores(scores: dict[str, torch.Tensor], weights: dict[str, float | torch.Tensor]) -> torch.Tensor:
     """{name: [P, G]} and {name: weight} -> rewards [P, G]: the weighted sum."""
     return rewards.weighted_sum(scores, weights)
 
 
-def compute_advantages(reward, gamma, adv_clip_max, normalize="before"):
+def compute_advantages(reward: torch.Tensor, gamma: float, adv_clip_max: float, divide: str = "before") -> torch.Tensor:
     """Rewards [P, G] -> advantages [P, G]: the power 1 + gamma of the deviations, with their sign (eq 20), clamped.
 
     A group whose rewards are all equal has advantage 0, exactly, as has a sample without a score (NaN).
@@ -60,18 +60,18 @@ def compute_advantages(reward, gamma, adv_clip_max, normalize="before"):
     std = (reward - reward.nanmean()).square().nanmean().sqrt() + EPS  # of the whole batch
     power = centred.sign() * (centred / std).abs() ** (1 + gamma)
     shaped = (power - power.nanmean()).square().nanmean().sqrt() + EPS  # their own, of the whole batch
-    advantages = power * {"after": std**gamma, "shaped": 1 / shaped, "none": std ** (1 + gamma)}.get(normalize, 1)
+    advantages = power * {"after": std**gamma, "shaped": 1 / shaped, "none": std ** (1 + gamma)}.get(divide, 1)
     return torch.where(zero_variance(reward) | reward.isnan(), 0.0, advantages).clamp(-adv_clip_max, adv_clip_max)
 
 
-def zero_variance(reward):
+def zero_variance(reward: torch.Tensor) -> torch.Tensor:
     """Rewards [P, G] -> [P, 1]: groups that have nothing to teach: all their scores are equal, or fewer than two."""
     highest = reward.masked_fill(reward.isnan(), -torch.inf).amax(1, keepdim=True)
     lowest = reward.masked_fill(reward.isnan(), torch.inf).amin(1, keepdim=True)
     return highest <= lowest  # below it where no sample has a score
 
 
-def keep_rows(reward, best_of):
+def keep_rows(reward: torch.Tensor, best_of: int) -> torch.Tensor:
     """Rewards [P, G] -> rows to train on [P, G] bool: those with a score (not NaN) in groups with two or more of them;
     of these the best_of/2 highest and lowest of each group; 0: all."""
     valid = ~reward.isnan()
@@ -82,13 +82,13 @@ def keep_rows(reward, best_of):
     return valid & (number > 1) & ((rank < half) | (rank >= number - half))
 
 
-def split_rows(kept, number):
+def split_rows(kept: torch.Tensor, number: int) -> list[torch.Tensor]:
     """Rows to train on [P, G] bool -> `number` disjoint minibatches of them, each with its share of every group."""
     turn = kept.cumsum(1)  # the samples of a group are dealt out in turn
     return [kept & (turn % number == part) for part in range(number)]
 
 
-def main(args):
+def main(args: Args) -> Report:
     """Trains, and returns the Report. args: Args. Raises InputError, RunError, Stopped (common/errors.py)."""
     # --- Setup ---
     if args.gamma == "auto" and args.normalize in ("after", "shaped"):

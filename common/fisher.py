@@ -10,13 +10,22 @@ F is the Hessian of that average at d = 0, exactly: the second derivative of the
 means, which is 0 there. Neither F nor J is ever formed; vectors are lists of tensors, shaped like the weights.
 """
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from common import preflight, sde
 
+if TYPE_CHECKING:  # they load more than torch
+    from common.models.family import Family
+    from common.runtime import Runtime
 
-def gaussian_fisher_product(mean, weights, std, vector):
+Vector = list[torch.Tensor]  # shaped like the weights
+
+
+def gaussian_fisher_product(mean: torch.Tensor, weights: Vector, std: torch.Tensor | float, vector: Vector) -> Vector:
     """F v, in units of KL per weight: mean [B, ...], a differentiable function value of `weights`, a list of tensors;
     std a scalar or [B], not 0; vector: list like weights -> list like weights, zeros where mean does not depend on it.
 
@@ -37,7 +46,9 @@ def gaussian_fisher_product(mean, weights, std, vector):
     return list(torch.autograd.grad(mean, weights, scaled, retain_graph=True, materialize_grads=True))
 
 
-def largest_eigenvalue(product, like, iterations, generator):
+def largest_eigenvalue(
+    product: Callable[[Vector], Vector], like: Vector, iterations: int, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Power iteration for a symmetric positive semi-definite F: product: v -> F v, list -> list, called `iterations`
     times; like: list of tensors that gives the vectors' shapes, dtypes and device; generator: a CPU generator.
 
@@ -59,12 +70,12 @@ def largest_eigenvalue(product, like, iterations, generator):
     return eigenvalue, _dot(rest, rest).sqrt() / eigenvalue.clamp_min(torch.finfo(eigenvalue.dtype).tiny)
 
 
-def _dot(left, right):
+def _dot(left: Vector, right: Vector) -> torch.Tensor:
     """Inner product of two lists of tensors: 0-dim."""
     return sum((a * b).sum() for a, b in zip(left, right))
 
 
-def largest_exponent(deviation, bound, gamma_max):
+def largest_exponent(deviation: torch.Tensor, bound: float, gamma_max: float) -> float:
     """The largest gamma in [0, gamma_max] with mean |deviation|^(2 (1 + gamma)) <= bound, and 0.0 if there is none:
     deviation any shape, the rewards less their mean, in the scale in which the power is taken; bound a float.
 
@@ -73,13 +84,13 @@ def largest_exponent(deviation, bound, gamma_max):
     """
     size = deviation.detach().double().cpu().abs()
 
-    def powers(gamma):
+    def powers(gamma: float) -> torch.Tensor:
         return size ** (2 * (1 + gamma))
 
-    def allowed(gamma):
+    def allowed(gamma: float) -> bool:
         return (powers(gamma).mean() <= bound).item()
 
-    def rising(gamma):  # the sign of the derivative in gamma; xlogy: a deviation of 0 counts 0
+    def rising(gamma: float) -> bool:  # the sign of the derivative in gamma; xlogy: a deviation of 0 counts 0
         return (torch.xlogy(powers(gamma), size).sum() >= 0).item()
 
     if allowed(gamma_max):
@@ -110,14 +121,17 @@ class TrustRegion:
     With a model, raises InputError where its measuring does not fit into memory.
     """
 
-    def __init__(self, run, zeta, model=None, every=10, iterations=15, gamma_max=1.0):
+    def __init__(
+        self, run: "Runtime", zeta: float, model: "Family | None" = None, every: int = 10, iterations: int = 15,
+        gamma_max: float = 1.0,
+    ):  # fmt: skip
         self.run, self.zeta, self.every, self.iterations, self.gamma_max = run, zeta, every, iterations, gamma_max
         self.measured = {}
         if model:
             with sdpa_kernel(SDPBackend.MATH), run.plain_modules():
                 preflight.check_twice_differentiated(run, model)
 
-    def exponent(self, deviation):
+    def exponent(self, deviation: torch.Tensor) -> float:
         """Deviations [P, G], in the scale in which the power is taken -> gamma; 0.0 before the first measurement."""
         now = self.measured
         if not now.keys() >= {"eigenvalue", "step_size"}:
@@ -125,7 +139,10 @@ class TrustRegion:
         now["limit"] = 2 * self.zeta / (now["step_size"] ** 2 * now["eigenvalue"] * now["gradient_max"])
         return largest_exponent(deviation, now["limit"], self.gamma_max)
 
-    def measure(self, step, model, x, cond, at, advantages, grad_norm):
+    def measure(
+        self, step: int, model: "Family", x: torch.Tensor, cond: dict[str, torch.Tensor], at: tuple,
+        advantages: torch.Tensor, grad_norm: float,
+    ) -> None:  # fmt: skip
         """After an update with these advantages [P, G] and this norm of their gradient: latents x [b, ...] with their
         conditioning `at` a transition (sigma, sigma_next, s) that it trained on, this process's share."""
         weights, power = self.run.weights(), advantages.square().mean().item()
@@ -139,7 +156,7 @@ class TrustRegion:
             _, _, mean = sde.TRANSITIONS[self.run.args.sde](model.velocity(x, at[0], cond), x, *at)
             std = sde.transition_std(*at)
 
-            def product(vector):  # averaged over the processes' rows: the same number on all of them
+            def product(vector: Vector) -> Vector:  # averaged over the processes' rows: the same number on all of them
                 local = gaussian_fisher_product(mean, weights, std, vector)
                 return [self.run.accelerator.reduce(part, "mean") for part in local]
 
@@ -147,10 +164,10 @@ class TrustRegion:
             found = largest_eigenvalue(product, weights, self.iterations, generator)
         self.measured |= zip(("eigenvalue", "residual"), map(float, found))
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, float]:
         """What a checkpoint keeps: the numbers measured so far."""
         return self.measured
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: dict[str, float]) -> None:
         """Goes on with them."""
         self.measured.update({name: float(value) for name, value in state.items()})

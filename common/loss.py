@@ -3,23 +3,27 @@
 Shapes: B rows (samples). Everything is per row; the script averages, because methods weigh rows differently.
 """
 
+from collections.abc import Callable
+
 import torch
 
 
-def clipped_surrogate(ratio, advantages, clip_range):
+def clipped_surrogate(ratio: torch.Tensor, advantages: torch.Tensor, clip_range: float) -> torch.Tensor:
     """-min(rho * A, clip(rho, 1 - c, 1 + c) * A): ratio [B], advantages [B] -> [B]. 2511.18919 eq 1."""
     assert ratio.shape == advantages.shape, f"ratio {tuple(ratio.shape)}, advantages {tuple(advantages.shape)}"
     return -torch.minimum(ratio * advantages, ratio.clamp(1 - clip_range, 1 + clip_range) * advantages)
 
 
-def gaussian_kl(mean, reference_mean, std):
+def gaussian_kl(mean: torch.Tensor, reference_mean: torch.Tensor, std: torch.Tensor | float) -> torch.Tensor:
     """KL of two Gaussians of equal standard deviation, |mean - reference_mean|^2 / (2 std^2), averaged over dimensions:
     means [B, ...], std a scalar (not 0) or broadcastable -> [B]. Flow-GRPO 2505.05470."""
     return ((mean - reference_mean) ** 2 / (2 * std**2)).flatten(1).mean(1)
 
 
 @torch.no_grad()
-def diagnostics(ratio, clip_range, share, loss, update):
+def diagnostics(
+    ratio: torch.Tensor, clip_range: float, share: torch.Tensor, loss: torch.Tensor, update: int
+) -> dict[str, torch.Tensor]:
     """Of a micro-batch, over the rows that have a share in the loss (> 0): ratio [B], share [B], loss a scalar, update
     the number of the rollout's update -> {name: scalar}, sums, but for the largest error.
 
@@ -38,7 +42,10 @@ def diagnostics(ratio, clip_range, share, loss, update):
     }
 
 
-def summarise(diagnostics, gather=lambda local: local):
+def summarise(
+    diagnostics: list[list[dict[str, torch.Tensor]]],
+    gather: Callable[[torch.Tensor], torch.Tensor] = lambda local: local,
+) -> dict[str, float]:
     """Lists of `diagnostics`, one for each update, of its micro-batches -> {name: number} over all rows, processes and
     updates; and of each update N after the first, whose ratio has moved, clip_fraction_N and approx_kl_N.
 

@@ -9,7 +9,7 @@ RESAMPLES = 10_000  # of the bootstrap
 TASKS = ("single", "two", "counting", "colours", "position", "attribution")  # GenEval's six, of the shapes world
 
 
-def interval(values, resamples=RESAMPLES):
+def interval(values: torch.Tensor, resamples: int = RESAMPLES) -> tuple[float, float]:
     """values [n] of n prompts -> (low, high): 95% percentile bootstrap of their mean. Its draws are the same every
     time."""
     values, n, generator = values.double(), len(values), torch.Generator().manual_seed(0)
@@ -21,7 +21,7 @@ def interval(values, resamples=RESAMPLES):
     return tuple(torch.cat(means).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist())
 
 
-def win_rate(scores, base):
+def win_rate(scores: torch.Tensor, base: torch.Tensor) -> float | None:
     """Scores [P, S] of samples and of the base's from the same noise -> how often they are higher, ties counted half;
     pairs of which one has no score (NaN) count nowhere, prompts count alike. None if no pair is left."""
     wins = (scores > base) + (scores == base).double() / 2
@@ -29,7 +29,7 @@ def win_rate(scores, base):
     return wins if wins == wins else None
 
 
-def summary(scores, base=None, asked=None):
+def summary(scores: torch.Tensor, base: torch.Tensor | None = None, asked: int | None = None) -> dict:
     """Scores [P, S] of S samples of P prompts, NaN where there is none -> {"mean", "low", "high", "win_rate",
     "prompts", "samples", "missing"}: the mean over prompts of the mean over a prompt's samples, its interval, the win
     rate against the scores of `base`, and how many of the `asked` samples have no score."""
@@ -47,7 +47,7 @@ def summary(scores, base=None, asked=None):
     }
 
 
-def by_task(passed, tasks):
+def by_task(passed: torch.Tensor, tasks: list[str]) -> dict[str, float | None]:
     """passed [P, S], the task of each of P prompts -> {task: share of samples that passed, "overall": their mean}, as
     GenEval has it; a task without a prompt is None and not in the mean."""
     shares = {task: passed[[name == task for name in tasks]].nanmean().item() for task in TASKS}
@@ -59,7 +59,7 @@ def by_task(passed, tasks):
 # --- Tables ---
 
 
-def cell(found):
+def cell(found: dict) -> str:
     """A summary in a few letters."""
     if found["mean"] is None:
         return "no score"
@@ -68,19 +68,19 @@ def cell(found):
     return words + (f" ({found['missing']} missing)" if found["missing"] else "")
 
 
-def aligned(rows):
+def aligned(rows: list[tuple[str, ...]]) -> str:
     """Rows of words -> lines with aligned columns."""
     widths = [max(map(len, column)) for column in zip(*rows)]
     return "\n".join("  ".join(word.ljust(width) for word, width in zip(row, widths)).rstrip() for row in rows)
 
 
-def table(found):
+def table(found: dict[str, dict[str, dict]]) -> str:
     """{model: {reward: summary}} -> text: a model a line."""
     names = list(next(iter(found.values())))
     return aligned([("", *names), *((model, *(cell(row[name]) for name in names)) for model, row in found.items())])
 
 
-def task_table(found):
+def task_table(found: dict[str, dict[str, float | None]]) -> str:
     """{model: by_task} -> text."""
     names = (*TASKS, "overall")
     percent = {None: "-"}
@@ -88,7 +88,7 @@ def task_table(found):
     return aligned([("passed", *names), *rows])
 
 
-def as_csv(found, tasks):
+def as_csv(found: dict[str, dict[str, dict]], tasks: dict[str, dict[str, float | None]]) -> str:
     """Both as CSV: a line for each model and reward, then one for each model and task."""
     file = io.StringIO()
     names = ("mean", "low", "high", "win_rate", "prompts", "samples", "missing")

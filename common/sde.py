@@ -19,13 +19,15 @@ Shapes: B rows, T denoising steps, `...` the latent's own dimensions.
 """
 
 import math
+from collections.abc import Callable, Iterable
 
 import torch
 
 SCHEDULES = ("dance", "flow", "ddim")
+Scalars = float | torch.Tensor  # a scalar, or one for each row [B]
 
 
-def shifted_sigmas(steps, shift):
+def shifted_sigmas(steps: int, shift: float) -> torch.Tensor:
     """sigmas [T+1] float32 from 1 to 0: shift * u / (1 + (shift - 1) * u) of u = linspace(1, 0, T+1).
 
     A larger shift spends more steps at high noise. Never hand these to a scheduler that shifts them a second time.
@@ -34,7 +36,9 @@ def shifted_sigmas(steps, shift):
     return (shift * u / (1 + (shift - 1) * u)).float()
 
 
-def diffusion_coefficients(sigmas, eta, schedule, window=None):
+def diffusion_coefficients(
+    sigmas: torch.Tensor, eta: float, schedule: str, window: tuple[int, int] | None = None
+) -> torch.Tensor:
     """The coefficient s of each step: sigmas [T+1] -> [T].
 
     `dance`: s = eta (2505.07818). `flow`: s = eta * sqrt(sigma / (1 - sigma)) (2505.05470); where sigma is 1 (some
@@ -67,19 +71,22 @@ def diffusion_coefficients(sigmas, eta, schedule, window=None):
     return s
 
 
-def random_window(steps, length, generator):
+def random_window(steps: int, length: int, generator: torch.Generator) -> tuple[int, int]:
     """(start, length) of a random window within the first `steps` steps, all of them for length 0."""
     return (torch.randint(steps - length + 1, (), generator=generator).item(), length) if length else (0, steps)
 
 
-def noisy_steps(s, fraction, generator):
+def noisy_steps(s: torch.Tensor, fraction: float, generator: torch.Generator) -> list[int]:
     """Indices of a random `fraction` of the steps with noise (rounded, at least one), sorted: s [T] -> [int]."""
     noisy = s.nonzero().flatten()
     number = max(1, round(fraction * len(noisy)))
     return sorted(noisy[torch.randperm(len(noisy), generator=generator)[:number]].tolist())
 
 
-def sde_step(velocity, x, sigma, sigma_next, s, *, noise=None, x_next=None):
+def sde_step(
+    velocity: torch.Tensor, x: torch.Tensor, sigma: Scalars, sigma_next: Scalars, s: Scalars, *,
+    noise: torch.Tensor | None = None, x_next: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """One transition, to sample (give `noise`) or to re-score a stored sample (give `x_next`); same arithmetic, so the
     ratio of the two is exactly 1 for the same velocity.
 
@@ -94,7 +101,10 @@ def sde_step(velocity, x, sigma, sigma_next, s, *, noise=None, x_next=None):
     return _draw_or_score(mean, transition_std(sigma, sigma_next, s), noise, x_next)
 
 
-def ddim_step(velocity, x, sigma, sigma_next, s, *, noise=None, x_next=None):
+def ddim_step(
+    velocity: torch.Tensor, x: torch.Tensor, sigma: Scalars, sigma_next: Scalars, s: Scalars, *,
+    noise: torch.Tensor | None = None, x_next: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """The transition of DDIM, used as `sde_step` is. 2010.02502 eq 12."""
     assert noise is None or x_next is None, "give noise to sample or x_next to re-score, not both"
     sigma, sigma_next, s = (_per_row(value, x) for value in (sigma, sigma_next, s))
@@ -108,18 +118,20 @@ def ddim_step(velocity, x, sigma, sigma_next, s, *, noise=None, x_next=None):
 TRANSITIONS = {"dance": sde_step, "flow": sde_step, "ddim": ddim_step}
 
 
-def _draw_or_score(mean, std, noise, x_next):
+def _draw_or_score(
+    mean: torch.Tensor, std: torch.Tensor, noise: torch.Tensor | None, x_next: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     if x_next is None:
         x_next = mean if noise is None else mean + std * noise
     return x_next, gaussian_log_prob(x_next, mean, std), mean
 
 
-def transition_std(sigma, sigma_next, s):
+def transition_std(sigma: Scalars, sigma_next: Scalars, s: Scalars) -> Scalars:
     """Standard deviation of the transition: s * sqrt(-dt)."""
     return s * (sigma - sigma_next) ** 0.5
 
 
-def gaussian_log_prob(x, mean, std):
+def gaussian_log_prob(x: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
     """log N(x; mean, std^2), averaged over the non-batch dimensions: [B, ...] -> [B]; 0 where std is 0.
 
     The average, not the sum, is what makes a clip range of 1e-4 meaningful for latents of any size.
@@ -129,7 +141,7 @@ def gaussian_log_prob(x, mean, std):
     return torch.where(std > 0, log_prob, 0.0).flatten(1).mean(1)
 
 
-def _per_row(value, x):
+def _per_row(value: Scalars, x: torch.Tensor) -> torch.Tensor:
     """A scalar or [B] as a tensor that broadcasts against x [B, ...]."""
     value = torch.as_tensor(value, dtype=x.dtype, device=x.device)
     assert value.ndim == 0 or value.shape == x.shape[:1], f"expected a scalar or [{len(x)}], got {tuple(value.shape)}"
@@ -143,18 +155,21 @@ class RowNoise:
     generator gives the same numbers on every machine.
     """
 
-    def __init__(self, seed, step, rows, device="cpu"):
+    def __init__(self, seed: int, step: int, rows: Iterable[int], device: torch.device | str = "cpu"):
         # CPU generators use the low 32 bits of a seed. Odd multipliers: different rows of a step never share a stream.
         keys = [(seed * 0x9E3779B1 + step * 0x85EBCA77 + int(row) * 0xC2B2AE3D) & 0xFFFFFFFF for row in rows]
         self.generators = [torch.Generator().manual_seed(key) for key in keys]
         self.device = device
 
-    def __call__(self, shape):
+    def __call__(self, shape: Iterable[int]) -> torch.Tensor:
         """The next draw of every row: [B, *shape] float32."""
         return torch.stack([torch.randn(shape, generator=g) for g in self.generators]).to(self.device)
 
 
-def rollout(velocity, x, sigmas, s, noise, transition=sde_step, means=False):
+def rollout(
+    velocity: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], x: torch.Tensor, sigmas: torch.Tensor,
+    s: torch.Tensor, noise: Callable[[torch.Size], torch.Tensor], transition: Callable = sde_step, means: bool = False,
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
     """Samples a batch and keeps what re-scoring needs.
 
     velocity: (x [B, ...], sigma) -> [B, ...]; x: standard normal noise [B, ...]; sigmas [T+1]; s [T]; noise: shape ->

@@ -3,9 +3,11 @@
 import ast
 import dataclasses
 import importlib
+import re
 import subprocess
 import sys
 
+import pytest
 from conftest import ROOT
 
 from common import arguments
@@ -66,6 +68,24 @@ def test_every_public_function_and_class_says_what_it_is():
         if not ast.get_docstring(node)
     ]
     assert not silent
+
+
+@pytest.mark.parametrize("words", [("check",), ("format", "--check")])
+def test_ruff_has_nothing_to_say(words):
+    """pyproject.toml has its rules, and the files whose functions must have type hints."""
+    done = subprocess.run([sys.executable, "-m", "ruff", *words, "."], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    "name, number", [("common/sde.py", 2), ("slas.py", 2), ("common/prompts/own.py", 2), ("lab/x.py", 0)]
+)
+def test_functions_that_are_copied_or_called_need_type_hints(name, number):
+    done = subprocess.run(
+        [sys.executable, "-m", "ruff", "check", "--output-format", "concise", "--stdin-filename", name, "-"],
+        cwd=ROOT, input="def bare(x):\n    return x\n", capture_output=True, text=True,
+    )  # fmt: skip
+    assert len(re.findall("ANN(001|201)", done.stdout)) == number, done.stdout + done.stderr
 
 
 def test_every_flag_of_every_script_is_read_somewhere():

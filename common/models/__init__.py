@@ -17,9 +17,16 @@ A model is one class per diffusers pipeline family (common/models/family.py), wi
 import difflib
 import importlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from common.errors import InputError, text
+
+if TYPE_CHECKING:  # --help need not wait for them
+    import torch
+
+    from common.models.family import Family
 
 ASSETS = Path(__file__).resolve().parents[2] / "assets"
 
@@ -138,17 +145,17 @@ MODELS = {
 }  # fmt: skip
 
 
-def settings(name):
+def settings(name: str) -> dict:
     """The table's settings of a named model; none for a folder or hub id."""
     return MODELS.get(name, {})
 
 
-def take(cond, rows):
+def take(cond: "dict[str, torch.Tensor]", rows: "torch.Tensor") -> "dict[str, torch.Tensor]":
     """The given rows of a conditioning {name: [b, ...]}."""
     return {name: value[rows] for name, value in cond.items()}
 
 
-def source_of(name, source=""):
+def source_of(name: str, source: str = "") -> str:
     """The folder or hub id with the weights of a model: `source`, of a named one alone, its own, or its name."""
     if source and name not in MODELS:
         raise InputError(f"--source {source}: --model {name} is no named model; give --model {source} instead")
@@ -157,7 +164,7 @@ def source_of(name, source=""):
     return source or settings(name).get("source", name)
 
 
-def family_of(name, source=""):
+def family_of(name: str, source: str = "") -> "type[Family]":
     """A named model, a folder or a hub id -> the class of its family, read from the pipeline's model_index.json.
 
     Raises InputError that says what to do; loads no weights.
@@ -179,7 +186,10 @@ def family_of(name, source=""):
     return getattr(importlib.import_module(module), attribute)
 
 
-def load(name, dtype, prompts=(), trust_remote_code=False, source="", **settings):
+def load(
+    name: str, dtype: "torch.dtype", prompts: Sequence[str] = (), trust_remote_code: bool = False, source: str = "",
+    **settings,
+) -> "Family":  # fmt: skip
     """The model on the CPU, weights in `dtype`, having looked at the prompts that it will be given; source: as
     source_of takes it; settings: those of Family, for a named model over the table's. Raises InputError."""
     from common.models import folder  # and with it diffusers: seconds, and who asks for --help need not wait for it
@@ -198,7 +208,9 @@ def load(name, dtype, prompts=(), trust_remote_code=False, source="", **settings
     return model
 
 
-def outline(name, dtype, large, trust_remote_code=False, source="", **settings):
+def outline(
+    name: str, dtype: "torch.dtype", large: int, trust_remote_code: bool = False, source: str = "", **settings
+) -> "Family | None":
     """What `load` would give, with weights that have no contents, to count them. None for a model whose files have
     together less than `large` bytes, and where only `load` can say what is wrong. Raises InputError."""
     source, cls = source_of(name, source), family_of(name, source)
@@ -214,12 +226,12 @@ def outline(name, dtype, large, trust_remote_code=False, source="", **settings):
     return model
 
 
-def _own(name):
+def _own(name: str) -> dict:
     """What a family takes of a named model's settings."""
     return {key: value for key, value in settings(name).items() if key in ("height", "width", "frames", "guidance")}
 
 
-def _whole(source, cls, trusted):
+def _whole(source: str, cls: "type[Family]", trusted: bool) -> Path:
     """The folder of a model, with all its files: it is one, or is in the cache of the hub, or is downloaded into it."""
     from common import hub
     from common.models import folder
@@ -241,7 +253,7 @@ def _whole(source, cls, trusted):
     return path
 
 
-def table(pairs):
+def table(pairs: dict[str, dict]) -> str:
     """The named models and a script's settings for them, {name: settings}, as text for --list-models."""
     columns = ("paper", "height", "width", "frames", "fps", "sampling_steps", "shift", "noise_level", "sde", "guidance")
     columns += ("prompts_per_step", "group_size", "best_of", "minibatches", "lora_rank", "learning_rate")
@@ -261,7 +273,7 @@ def table(pairs):
     return "\n".join(lines)
 
 
-def _index_file(source):
+def _index_file(source: str) -> Path:
     if Path(source).is_dir():
         index = Path(source) / "model_index.json"
         if not index.is_file():

@@ -1,5 +1,9 @@
 """What the families of models have in common: embeddings computed once, decoding in slices, one trained module."""
 
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
 import torch
 
 from common import sde
@@ -31,8 +35,8 @@ class Family(Embeddings):
     negative = False  # guidance is classifier-free, against the empty prompt
 
     def __init__(
-        self, pipe, height=0, width=0, frames=0, guidance=1.0, guidance_2=0.0, batched_guidance=False,
-        decode_batch=0, offload_encoders=False,
+        self, pipe: Any, height: int = 0, width: int = 0, frames: int = 0, guidance: float = 1.0,
+        guidance_2: float = 0.0, batched_guidance: bool = False, decode_batch: int = 0, offload_encoders: bool = False,
     ):  # fmt: skip
         self.pipe, self.guidance, self.guidance_2 = pipe, guidance, guidance_2 or guidance
         self.batched_guidance, self.decode_batch = batched_guidance, decode_batch
@@ -50,18 +54,18 @@ class Family(Embeddings):
             raise InputError(f"--batched-guidance has no meaning: {type(pipe).__name__} takes its guidance as an input")
 
     @classmethod
-    def task(cls):
+    def task(cls) -> str:
         """In the hub's words: text-to-image, and so on."""
         return f"{'image' if cls.images else 'text'}-to-{'video' if cls.video else 'image'}"
 
     @classmethod
-    def check(cls, prompts):
+    def check(cls, prompts: Sequence[str]) -> None:
         """Raises InputError for the first prompt that this family cannot take. The first images are read to their end,
         once; of tens of thousands it would take minutes, so of the others only whether they are there."""
         pictures.check(cls, prompts)
 
     @torch.no_grad()
-    def try_out(self, prompt):
+    def try_out(self, prompt: str) -> torch.Tensor:
         """A sample of noise, decoded, [1, ...], once the model has computed with it at two noise levels, in both
         experts. Raises InputError where its parts do not fit together, or what comes out is no number."""
         try:
@@ -84,29 +88,29 @@ class Family(Embeddings):
         return f" in {self.pipe.dtype}, though all its weights are numbers"
 
     @property
-    def device(self):
+    def device(self) -> torch.device:
         """Where samples and conditioning are."""
         return self.pipe.vae.device
 
     @property
-    def dtype(self):
+    def dtype(self) -> torch.dtype:
         """Of what the text encoders give."""
         return self.pipe.text_encoder.dtype
 
-    def sigmas(self, steps, shift):
+    def sigmas(self, steps: int, shift: float) -> torch.Tensor:
         """The sigmas [T+1] that sampling visits, 1 (noise) first."""
         return sde.shifted_sigmas(steps, shift)
 
-    def trained_at(self, sigma):
+    def trained_at(self, sigma: torch.Tensor) -> str:
         """Name of the trained module that computes the velocity at a sigma."""
         return next(iter(self.trainable))
 
-    def learns(self, name):
+    def learns(self, name: str) -> bool:
         """Whether gradients reach a weight of a trained module: DDP would wait for one that gets none."""
         return True
 
     @torch.no_grad()
-    def decode(self, x0):
+    def decode(self, x0: torch.Tensor) -> torch.Tensor:
         """x0 [b, *noise_shape] -> images [b, 3, H, W] or clips [b, F, 3, H, W], in [0, 1]; in the VAE's own dtype"""
         size = self.decode_batch or len(x0)
         for start in range(0, len(x0), size):
@@ -117,16 +121,15 @@ class Family(Embeddings):
             media[start : start + size] = pixels
         return media
 
-    def guided(self, module, scale, cond, **inputs):
+    def guided(
+        self, module: torch.nn.Module, scale: float, cond: dict[str, torch.Tensor], **inputs: torch.Tensor
+    ) -> torch.Tensor:
         """Classifier-free guidance: module(**inputs, **cond), each {name: [b, ...]}, led away from the empty prompt.
         One forward pass for a scale of 1, else two, or one of twice the rows with --batched-guidance."""
         if scale == 1:
             return module(**inputs, **cond, return_dict=False)[0].float()
         b = len(next(iter(inputs.values())))
-        unwanted = {
-            **cond,
-            **{name: value.expand(b, *value.shape) for name, value in self.unwanted.items()},
-        }
+        unwanted = {**cond, **{name: value.expand(b, *value.shape) for name, value in self.unwanted.items()}}
         if self.batched_guidance:
             twice = {name: torch.cat([value, value]) for name, value in inputs.items()}
             both = {name: torch.cat([value, unwanted[name]]) for name, value in cond.items()}
@@ -136,26 +139,26 @@ class Family(Embeddings):
             away = module(**inputs, **unwanted, return_dict=False)[0].float()
         return self.led(towards, away, scale)
 
-    def led(self, towards, away, scale):
+    def led(self, towards: torch.Tensor, away: torch.Tensor, scale: float) -> torch.Tensor:
         """Two velocities [b, ...] -> the guided one [b, ...]."""
         return away + scale * (towards - away)
 
-    def _size(self, unit, height, width):
+    def _size(self, unit: int, height: int, width: int) -> tuple[int, int]:
         """(height, width) in pixels, once they are known to be multiples of `unit`."""
         if height % unit or width % unit or not height or not width:
             raise InputError(f"--height and --width must be multiples of {unit} for this model, not {height}x{width}")
         return height, width
 
-    def _length(self, factor, frames):
+    def _length(self, factor: int, frames: int) -> int:
         """The number of frames, once it is known to be one more than a multiple of `factor`."""
         if frames % factor != 1:
             raise InputError(f"--frames must be one more than a multiple of {factor} for this model, not {frames}")
         return frames
 
-    def save_lora(self, folder, layers):
+    def save_lora(self, folder: str | Path, layers: dict[str, dict[str, torch.Tensor]]) -> None:
         """layers {trained module: its LoRA's weights} -> files that the pipeline's load_lora_weights reads."""
         self.pipe.save_lora_weights(folder, **{f"{name}_lora_layers": weights for name, weights in layers.items()})
 
-    def load_lora(self, folder):
+    def load_lora(self, folder: str | Path) -> None:
         """The reverse, as a user of the plain pipeline does it."""
         self.pipe.load_lora_weights(folder)

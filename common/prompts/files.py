@@ -19,7 +19,7 @@ class Prompt(str):
     fields = {}
 
 
-def parse(spec):
+def parse(spec: str) -> tuple[str, str]:
     """`FILE[:COLUMN]` -> (path, column); a colon that belongs to the path stays there."""
     head, colon, column = spec.rpartition(":")
     if colon and not Path(spec).exists() and Path(head).suffix.lower() in TABLES:
@@ -27,7 +27,7 @@ def parse(spec):
     return spec, COLUMN
 
 
-def read(path, column=COLUMN, called=None):
+def read(path: str | Path, column: str = COLUMN, called: str | None = None) -> list[str]:
     """A file -> [str], blank ones left out. Raises InputError, in which the file is `called` as the user knows it.
 
     Text, UTF-8 with or without a byte-order mark: a prompt a line; in a line IMAGE <tab> CAPTION the image's path
@@ -53,7 +53,7 @@ def read(path, column=COLUMN, called=None):
     return prompts
 
 
-def text_of(path):
+def text_of(path: Path) -> str:
     """What a text file holds; raises InputError for one without end, as /dev/zero."""
     with open(path, "rb") as file:
         data = file.read(LONGEST + 1)
@@ -62,13 +62,13 @@ def text_of(path):
     return data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
 
 
-def lines(path):
+def lines(path: Path) -> list[str]:
     """The lines of a text file that are not blank: [str]."""
     prompts = [line.strip() for line in text_of(path).split("\n") if line.strip()]
     return [str(path.parent / prompt) if "\t" in prompt else prompt for prompt in prompts]
 
 
-def table(path, column, called):
+def table(path: Path, column: str, called: str | Path) -> list[str]:
     """A column of a table, [str], with the other columns as fields where they are JSON's. Raises InputError."""
     try:
         rows = ROWS[path.suffix.lower()](path, column)
@@ -81,7 +81,7 @@ def table(path, column, called):
     return [with_fields(prompt, row, column) if fields else prompt for prompt, row in prompts if prompt]
 
 
-def with_fields(text, row, column):
+def with_fields(text: str, row: dict | str | None, column: str) -> str:
     """A prompt with the other columns of its row, if it has any."""
     fields = {name: value for name, value in row.items() if name != column} if isinstance(row, dict) else {}
     if not fields:
@@ -91,7 +91,7 @@ def with_fields(text, row, column):
     return prompt
 
 
-def cell(row, column, number, called):
+def cell(row: dict | str | None, column: str, number: int, called: str | Path) -> str:
     """The prompt in a row: one line, as a tab would make an image of what stands before it. "" where there is none."""
     if isinstance(row, dict):
         if column not in row:
@@ -113,12 +113,12 @@ def cell(row, column, number, called):
     return one_line(row or "")
 
 
-def one_line(text):
+def one_line(text: str) -> str:
     """Text without tabs and line breaks."""
     return re.sub(r"[\t\r\n]+", " ", text).strip()
 
 
-def _jsonl(path, column):
+def _jsonl(path: Path, column: str) -> list:
     rows = []
     for number, line in enumerate(text_of(path).split("\n"), 1):
         try:
@@ -128,19 +128,19 @@ def _jsonl(path, column):
     return rows
 
 
-def _json(path, column):
+def _json(path: Path, column: str) -> list:
     rows = json.loads(text_of(path))
     if not isinstance(rows, list):
         raise ValueError("it is no list of rows")
     return rows
 
 
-def _csv(path, column):
+def _csv(path: Path, column: str) -> list[dict]:
     with open(path, encoding="utf-8-sig", newline="") as file:
         return list(csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ","))
 
 
-def _parquet(path, column):
+def _parquet(path: Path, column: str) -> list[dict]:
     import pyarrow.parquet as parquet  # hpsv2 brings it
 
     names = parquet.read_schema(path).names  # the others may hold pictures

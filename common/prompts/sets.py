@@ -42,12 +42,12 @@ class Published(NamedTuple):
     blob: str
     column: str = files.COLUMN
 
-    def url(self):
+    def url(self) -> str:
         """Where it is published, or mirrored."""
         base = os.environ.get("VGRPO_GITHUB", "https://raw.githubusercontent.com").rstrip("/")
         return f"{base}/{self.repository}/{self.commit}/{self.path}"
 
-    def place(self):
+    def place(self) -> Path:
         """Where it is kept."""
         return _cache() / self.blob / Path(self.path).name
 
@@ -76,17 +76,17 @@ FAMILIES = ("hpsv2", "hpdv2", "first-frames", "hub", *{name.partition(":")[0] fo
 BENCHMARKS = ("hpsv2", "geneval", "unigenbench", "vbench")
 
 
-def is_name(spec):
+def is_name(spec: str) -> bool:
     """Whether `spec` names a set rather than a file."""
     return spec.partition(":")[0] in FAMILIES
 
 
-def is_benchmark(spec):
+def is_benchmark(spec: str) -> bool:
     """Whether `spec` names a benchmark's prompts, which nobody should train on."""
     return spec.partition(":")[0] in BENCHMARKS
 
 
-def read(name):
+def read(name: str) -> list[str]:
     """The prompts [str] of a set; raises InputError."""
     family, _, part = name.partition(":")
     if name in PUBLISHED:
@@ -103,7 +103,7 @@ def read(name):
     raise InputError(f"prompts: there is no set {name}; there is {', '.join(parts)}")
 
 
-def path_of(name):
+def path_of(name: str) -> Path:
     """The file of a set of PUBLISHED, as its authors made it; raises InputError."""
     return _fetched(name, PUBLISHED[name])
 
@@ -114,11 +114,11 @@ def _cache():
     return Path(constants.HF_HOME) / "vgrpo"
 
 
-def _said(error):
+def _said(error: Exception) -> str:
     return (str(error) or repr(error)).splitlines()[0]
 
 
-def _published(name):
+def _published(name: str) -> list[str]:
     item = PUBLISHED[name]
     if item.place().suffix in files.TABLES:
         return files.read(_fetched(name, item), item.column, name)
@@ -127,7 +127,7 @@ def _published(name):
     return [prompt for prompt in prompts if prompt]
 
 
-def _fetched(name, item):
+def _fetched(name: str, item: Published) -> Path:
     """The path of a published file, downloaded once; of what is broken or another file by now it keeps nothing."""
     place, url = item.place(), item.url()
     if place.is_file() and blob_id(place.read_bytes()) == item.blob:
@@ -148,12 +148,12 @@ def _fetched(name, item):
     return place
 
 
-def blob_id(data):
+def blob_id(data: bytes) -> str:
     """What git calls a file with these bytes."""
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
-def _keep(place, data):
+def _keep(place: Path, data: bytes) -> None:
     """Other processes, here or elsewhere, may write the same file at the same moment: beside it, then renamed."""
     place.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=place.parent, delete=False) as beside:
@@ -162,7 +162,7 @@ def _keep(place, data):
     os.replace(beside.name, place)
 
 
-def _from_hub(name, repository, file):
+def _from_hub(name: str, repository: str, file: str) -> Path:
     from common import hub  # and with it its client
 
     try:
@@ -175,7 +175,7 @@ def _from_hub(name, repository, file):
         ) from None
 
 
-def _hub(name, part):
+def _hub(name: str, part: str) -> list[str]:
     """OWNER/NAME/FILE[:COLUMN]"""
     path, _, column = part.partition(":")
     owner, repository, file = (*path.split("/", 2), "", "")[:3]
@@ -207,7 +207,7 @@ def _first_frames():
     return files.read(FIRST_FRAMES)
 
 
-def _hpsv2(style):
+def _hpsv2(style: str) -> list[str]:
     """The official prompts of a style, or of all, as the hpsv2 package has them; the first time it downloads them."""
     if style not in (*HPSV2, "all"):
         raise InputError(f"prompts: hpsv2 has no {style!r}; it has {', '.join(HPSV2)} and all")

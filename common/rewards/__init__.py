@@ -18,7 +18,9 @@ What each is good for, and its licence: README.md beside this file.
 
 import difflib
 import importlib
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from common import errors
 from common.errors import InputError
@@ -61,7 +63,7 @@ REWARDS = {
 }
 
 
-def split(spec):
+def split(spec: str) -> tuple[str, str, str | None]:
     """What a flag says -> (what is loaded, what it is called, the weight or None): "clip=0.5" -> ("clip", "clip",
     "0.5"), "my/ocr.py:Ocr" -> ("my/ocr.py:Ocr", "ocr.py:Ocr", None)."""
     file, mark, rest = spec.rpartition(own.MARK)
@@ -70,7 +72,7 @@ def split(spec):
     return source, Path(source).name if mark else source, weight if equals else None
 
 
-def parse(specs):
+def parse(specs: Iterable[str]) -> dict[str, float]:
     """["hpsv2.1=0.7", "clip"] -> {"hpsv2.1": 0.7, "clip": 1.0}; raises InputError."""
     weights = {}
     for spec in specs:
@@ -95,7 +97,7 @@ def parse(specs):
     return weights
 
 
-def parse_paths(specs):
+def parse_paths(specs: Iterable[str]) -> dict[str, str]:
     """["clip=assets/tiny-clip"] -> {"clip": "assets/tiny-clip"}; raises InputError, also for what does not exist."""
     paths = {}
     for spec in specs:
@@ -109,7 +111,10 @@ def parse_paths(specs):
     return paths
 
 
-def load(specs, prompts, reward_path=(), reward_batch=16, reward_frames="all", fps=15.0, judge=None, clips=None):
+def load(
+    specs: Iterable[str], prompts: list[str], reward_path: Iterable[str] = (), reward_batch: int = 16,
+    reward_frames: str | int = "all", fps: float = 15.0, judge: dict | None = None, clips: bool | None = None,
+) -> dict:  # fmt: skip
     """The scorers by name, with their weights, each having looked at the prompts that it will be asked about.
 
     specs: NAME or FILE.py:CLASS, of --reward and --watch; a =WEIGHT is not looked at.
@@ -138,7 +143,7 @@ def load(specs, prompts, reward_path=(), reward_batch=16, reward_frames="all", f
     return scorers
 
 
-def _load(name, scorer, source, batch):
+def _load(name: str, scorer: Any, source: Source, batch: int) -> None:
     try:
         scorer.load(source, batch)
     except Exception as error:  # whatever a broken file of a reward makes its libraries say
@@ -151,13 +156,13 @@ def _load(name, scorer, source, batch):
         ) from None
 
 
-def _of_table(name):
+def _of_table(name: str) -> Any:
     check_name(name)
     module, attribute = REWARDS[name]
     return getattr(importlib.import_module(module), attribute)()
 
 
-def check_name(name):
+def check_name(name: str) -> None:
     """Raises InputError for a reward that is neither in the table, with the nearest that are, nor in a file."""
     if name not in REWARDS and own.MARK not in name:
         near = difflib.get_close_matches(name, REWARDS, n=2, cutoff=0.4) or REWARDS
@@ -167,7 +172,7 @@ def check_name(name):
         )
 
 
-def check_fields(name, scorer, prompts):
+def check_fields(name: str, scorer: Any, prompts: list[str]) -> None:
     """Raises InputError for the first prompt without a field that the scorer asks for."""
     for field in getattr(scorer, "fields", ()):
         for prompt in prompts:

@@ -1,6 +1,8 @@
 """Asking the scorers: every score looked at, and what a scorer raises kept until all processes can hear of it."""
 
 import traceback
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -8,8 +10,11 @@ from common import errors
 from common.errors import InputError, RunError
 from common.prompts import caption_of, fields_of
 
+if TYPE_CHECKING:  # it loads more than torch
+    from common.models.family import Family
 
-def chosen_frames(which, number):
+
+def chosen_frames(which: str | int, number: int) -> list[int]:
     """Indices of the frames of a clip of `number` that an image reward scores: the "first", the "middle" one, "all", or
     n evenly spaced ones, the first and the last among them."""
     if which == "all":
@@ -19,7 +24,7 @@ def chosen_frames(which, number):
     return torch.linspace(0, number - 1, min(which, number)).round().long().tolist()
 
 
-def score(scorers, media, prompts):
+def score(scorers: dict, media: torch.Tensor, prompts: list[str]) -> dict[str, torch.Tensor]:
     """Every scorer on every sample: media [b, ...], b prompts -> {name: [b] float32}, without gradients, on the media's
     device.
 
@@ -49,7 +54,7 @@ def score(scorers, media, prompts):
     return scores
 
 
-def score_one(scorer, media, prompts):
+def score_one(scorer: Any, media: torch.Tensor, prompts: list[str]) -> torch.Tensor:
     """The scores [b] of media [b, ...]; of a clip, by a scorer of images, the mean of the chosen frames' scores."""
     if media.ndim == 4 or scorer.video:
         return ask(scorer, media, prompts)
@@ -58,13 +63,15 @@ def score_one(scorer, media, prompts):
     return ask(scorer, chosen.flatten(0, 1), [prompt for prompt in prompts for _ in range(f)]).view(b, f).mean(1)
 
 
-def ask(scorer, media, prompts):
+def ask(scorer: Any, media: torch.Tensor, prompts: list[str]) -> torch.Tensor:
     """The scorer's own scores of media [b, ...], with the captions of b prompts and the fields that it asks for."""
     fields = {name: [fields_of(prompt)[name] for prompt in prompts] for name in getattr(scorer, "fields", ())}
     return scorer.score(media, [caption_of(prompt) for prompt in prompts], **fields)
 
 
-def of_samples(scorers, model, x0, prompts, score=score):
+def of_samples(
+    scorers: dict, model: "Family", x0: torch.Tensor, prompts: list[str], score: Callable = score
+) -> dict[str, torch.Tensor]:
     """Decodes latents x0 [b, ...] and scores them: {name: [b] float32}. A decoder without memory is like a scorer that
     raises."""
     try:
@@ -78,7 +85,7 @@ def of_samples(scorers, model, x0, prompts, score=score):
     return score(scorers, media, prompts)
 
 
-def try_out(scorers, model, prompt):
+def try_out(scorers: dict, model: "Family", prompt: str) -> None:
     """Lets the model and the rewards work on one sample of nothing: what would fail after the first rollout (weights
     that are no numbers, too few frames, a server that takes no pictures) fails before it. Raises InputError."""
     scores = score(scorers, model.try_out(prompt), [prompt])
@@ -92,13 +99,13 @@ def try_out(scorers, model, prompt):
             )
 
 
-def outside(scorer, scores):
+def outside(scorer: Any, scores: torch.Tensor) -> torch.Tensor:
     """Which scores [...] leave the range that the scorer declares, by more than rounding."""
     low, high = (bound if bound is not None else torch.nan for bound in getattr(scorer, "range", (None, None)))
     return (scores < low - 1e-3 * max(1, abs(low))) | (scores > high + 1e-3 * max(1, abs(high)))
 
 
-def failure(name, scorer):
+def failure(name: str, scorer: Any) -> str:
     """What a scorer raised when it was last asked, as a line; "" if nothing."""
     error = getattr(scorer, "error", None)
     if error is None or isinstance(error, (InputError, RunError)):
@@ -109,7 +116,7 @@ def failure(name, scorer):
     return f"reward {name} raised {said}{f': {cure}' * bool(cure)}"
 
 
-def check_finite(scores, scorers, prompts):
+def check_finite(scores: dict[str, torch.Tensor], scorers: dict, prompts: list[str]) -> None:
     """{name: [P, G]} of P prompts, from all processes; raises RunError on all of them for a scorer that raised, an
     infinite score, a NaN where `masks` does not allow it, and if nothing has a score."""
     for name, values in scores.items():
@@ -128,7 +135,7 @@ def check_finite(scores, scorers, prompts):
             )
 
 
-def blame(scores, advantages, prompts):
+def blame(scores: dict[str, torch.Tensor], advantages: torch.Tensor, prompts: list[str]) -> str:
     """What a step whose gradient is no number can have stumbled over, as a line: the prompts whose scores give no
     advantages, else all, with what each reward gave. {name: [P, G]}, advantages [P, G], P prompts."""
     wrong = (~advantages.isfinite()).any(1).nonzero().flatten().tolist()
