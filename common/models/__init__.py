@@ -133,14 +133,12 @@ MODELS = {
     ),
     "wan2.2-i2v": dict(  # 2511.18919: 8 samples a group, 16 prompts on 16 GPUs
         _VIDEO, pipeline="WanImageToVideoPipeline", source="Wan-AI/Wan2.2-I2V-A14B-Diffusers",
-        height=480, width=832, guidance=3.5, steps=200,
-        prompts_per_step=16, group_size=8, best_of=0, learning_rate=1e-5, prompts="first-frames",
-        reward=("videoclip-xl",),
+        height=480, width=832, guidance=3.5, steps=200, prompts_per_step=16, group_size=8, best_of=0,
+        learning_rate=1e-5, prompts="first-frames", reward=("videoclip-xl",),
     ),
     "hunyuan": dict(
         _VIDEO, pipeline="HunyuanVideoPipeline", source="hunyuanvideo-community/HunyuanVideo",
-        height=480, width=480, guidance=6.0, steps=100,
-        noise_level=0.25, group_size=24, learning_rate=1e-5,
+        height=480, width=480, guidance=6.0, steps=100, noise_level=0.25, group_size=24, learning_rate=1e-5,
     ),
 }  # fmt: skip
 
@@ -165,10 +163,8 @@ def source_of(name: str, source: str = "") -> str:
 
 
 def family_of(name: str, source: str = "") -> "type[Family]":
-    """A named model, a folder or a hub id -> the class of its family, read from the pipeline's model_index.json.
-
-    Raises InputError that says what to do; loads no weights.
-    """
+    """A named model, a folder or a hub id -> the class of its family, read from the pipeline's model_index.json; loads
+    no weights. Raises InputError that says what to do."""
     named, name = name, source_of(name, source)
     index = _index_file(name)
     try:
@@ -186,10 +182,8 @@ def family_of(name: str, source: str = "") -> "type[Family]":
     return getattr(importlib.import_module(module), attribute)
 
 
-def load(
-    name: str, dtype: "torch.dtype", prompts: Sequence[str] = (), trust_remote_code: bool = False, source: str = "",
-    **settings,
-) -> "Family":  # fmt: skip
+def load(name: str, dtype: "torch.dtype", prompts: Sequence[str] = (), trust_remote_code: bool = False,
+         source: str = "", **settings) -> "Family":  # fmt: skip
     """The model on the CPU, weights in `dtype`, having looked at the prompts that it will be given; source: as
     source_of takes it; settings: those of Family, for a named model over the table's. Raises InputError."""
     from common.models import folder  # and with it diffusers: seconds, and who asks for --help need not wait for it
@@ -208,9 +202,8 @@ def load(
     return model
 
 
-def outline(
-    name: str, dtype: "torch.dtype", large: int, trust_remote_code: bool = False, source: str = "", **settings
-) -> "Family | None":
+def outline(name: str, dtype: "torch.dtype", large: int, trust_remote_code: bool = False,
+            source: str = "", **settings) -> "Family | None":  # fmt: skip
     """What `load` would give, with weights that have no contents, to count them. None for a model whose files have
     together less than `large` bytes, and where only `load` can say what is wrong. Raises InputError."""
     source, cls = source_of(name, source), family_of(name, source)
@@ -257,8 +250,7 @@ def table(pairs: dict[str, dict]) -> str:
     """The named models and a script's settings for them, {name: settings}, as text for --list-models."""
     columns = ("paper", "height", "width", "frames", "fps", "sampling_steps", "shift", "noise_level", "sde", "guidance")
     columns += ("prompts_per_step", "group_size", "best_of", "minibatches", "lora_rank", "learning_rate")
-    columns += ("lora_learning_rate", "steps")
-    columns += ("reward", "prompts", "source")
+    columns += ("lora_learning_rate", "steps", "reward", "prompts", "source")
     rows = [("name", *columns)]
     for name, values in pairs.items():
         cells = {column: values.get(column, "-") for column in columns} | {"reward": " ".join(values["reward"])}
