@@ -72,7 +72,7 @@ def test_every_public_function_and_class_says_what_it_is():
 
 @pytest.mark.parametrize("words", [("check",), ("format", "--check")])
 def test_ruff_has_nothing_to_say(words):
-    """Of the repository's own files; pyproject.toml has its rules, and the files whose functions must have type hints."""
+    """Of the repository's own files; pyproject.toml has its rules, and the files that must have type hints."""
     kept = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True).stdout.split()
     command = [sys.executable, "-m", "ruff", *words, *(kept or ["."])]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
