@@ -250,11 +250,10 @@ def hooks(args, phases):
 
 def measured(args, phases, folder):
     """Runs grpo_base.main; returns its settings, and what it logged of the last step."""
-    settings = dict(models.settings(args.model), group_size=args.rows, prompts_per_step=1, steps=args.steps)
+    settings = dict(group_size=args.rows, prompts_per_step=1, steps=args.steps)
     settings |= dict(best_of=0, minibatches=1, sampling_steps=args.sampling_steps, micro_batch=args.micro_batch)
     settings |= dict(reward=("jpeg",), prompts=f"{folder}/prompts.txt", eval_prompts="", save_every=0)
     settings |= dict(lora_rank=args.lora_rank, compile=args.compile, tracker="none", output=f"{folder}/run")
-    del settings["source"], settings["lora_learning_rate"]
     run_args = arguments.defaults(grpo_base.Args, args.model, **settings)
     (folder / "prompts.txt").write_text("\n".join(CAPTIONS))
     clock, runtime = hooks(args, phases)

@@ -181,12 +181,12 @@ class Tokenizer:
 def row(name, lora):
     """The first of the configurations in which a model fits."""
     model = full_size(name, lora)
-    args = arguments.defaults(grpo_base.Args, name, lora_rank=RANK * lora, offload_encoders=True)
+    args = arguments.defaults(grpo_base.Args, name, lora_rank=RANK * lora, offload_encoders=True, micro_batch=1)
     kept = counting.activations(model, torch.bfloat16, args.gradient_checkpointing)
     for gpus in (1, 2, 4, 8, 16, 32):
         for often in (False, True) if gpus > 1 else (False,):
             args.exchange_often = often
-            kinds = counting.memory(model, args, 2, gpus, activations=args.micro_batch * kept)
+            kinds = counting.memory(model, args, 2, gpus, activations=kept)
             size = sum((kinds | counting.samples(model, args, gpus)).values()) / 2**30
             if size <= ROOM:
                 config = "one_process" if gpus == 1 else "fsdp2_two_experts" if name == "wan2.2-i2v" else "fsdp2"

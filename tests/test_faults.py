@@ -20,9 +20,10 @@ import torch
 from conftest import ROOT, metrics, weights
 
 import bpgo
-from common import checkpoints, errors, export, heldout, models, preflight, rewards, saving, sde
+from common import checkpoints, errors, export, heldout, models, preflight, saving, sde
 from common.errors import InputError, RunError
 from common.models.flux import Flux
+from common.rewards import asking
 from common.runtime import Runtime
 from lab import kills
 
@@ -177,7 +178,7 @@ def test_long_steps_whose_checkpoints_fill_the_disk_are_warned_of(train, monkeyp
 
 
 OUT_OF_MEMORY = {
-    "a reward": (rewards, "score_one", "lower --reward-batch"),
+    "a reward": (asking, "score_one", "lower --reward-batch"),
     "the VAE": (Flux, "pixels", "lower --decode-batch"),
     "the rollout": (sde, "rollout", "lower --micro-batch or --prompts-per-step"),
     "the update": (Runtime, "backward", "lower --micro-batch, add --gradient-checkpointing"),

@@ -244,7 +244,7 @@ def assert_most_rows(run, rows):
     assert rows == 1 or now and (not more or 2 * rows > share)
 
 
-@pytest.mark.parametrize("asked, gib, least", [("auto", 80, 8), ("auto", 56, 2), ("auto", 48, 1), (1, 80, 1)])
+@pytest.mark.parametrize("asked, gib, least", [("auto", 80, 8), ("auto", 60, 2), ("auto", 48, 1), (1, 80, 1)])
 def test_on_a_gpu_a_pass_takes_the_rows_that_fit(asked, gib, least, monkeypatch, capsys):
     monkeypatch.setattr(preflight.Plan, "outline", lambda plan, rank: full_size("flux", rank))
     monkeypatch.setattr(counting, "activations", activations)
