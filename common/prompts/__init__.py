@@ -53,8 +53,9 @@ def prompts_of_step(prompts: list[str], step: int, number: int, seed: int) -> li
 
 def prompts_ahead(prompts: list[str], step: int, number: int, seed: int, groups: Iterable[int]) -> list[str]:
     """The prompts of these groups [b] (numbers below `number`, any often) in the next AHEAD - 1 steps, each once."""
+    groups = sorted(set(map(int, groups)))
     later = [prompts_of_step(prompts, step + after, number, seed) for after in range(1, AHEAD)]
-    return list(dict.fromkeys(batch[group] for batch in later for group in sorted(set(map(int, groups)))))
+    return list(dict.fromkeys(batch[group] for batch in later for group in groups))
 
 
 @functools.lru_cache(maxsize=2)  # a step asks once a prompt, and may span two epochs
