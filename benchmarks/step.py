@@ -49,7 +49,7 @@ def floor(run, args):
     x = torch.randn(b, *model.noise_shape, device=run.device)
     unit = 2 * model.pipe.vae_scale_factor
     batches = []
-    for mb in torch.arange(b).split(args.micro_batch):
+    for mb in torch.arange(b).split(run.batch):  # three minibatches make smaller passes than --micro-batch allows
         batches.append(
             dict(
                 hidden_states=x[mb], timestep=torch.full((len(mb),), 0.5, device=run.device),
