@@ -87,6 +87,8 @@ def check(args, run, runs):
     arguments.check_bounds(args)
     if runs and sys.argv[1].startswith("-"):
         raise InputError(f"name runs before flags, which have the first one's settings: evaluate.py {args.runs[0]} ...")
+    if args.averaged and not runs:
+        raise InputError("--averaged belongs to a run, before all flags: evaluate.py RUN --averaged")
     if run.sharding:
         raise InputError("evaluate.py does not shard the model; launch it with configs/ddp.yaml: it reads sharded runs")
     if runs and runs[0].config["model"] != args.model:

@@ -12,6 +12,7 @@ Samples are told by (prompt, which): of P prompts, and of the S samples of a pro
 import hashlib
 import io
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +38,9 @@ class Folder:
         self.parts = {name: self._read(name) for name in whose}  # {model: {part: {reward: [n]}}}
 
     def _check(self):
+        there = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
+        if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+            raise InputError(f"--output {self.path}: cannot write there; choose another folder")
         path = self.path / "evaluation.json"
         if not path.exists():
             return
@@ -57,7 +61,7 @@ class Folder:
         rows = [row for row in map(_json, lines) if isinstance(row, dict)]  # not the half line of a killed process
         if rows and rows[0] != self.whose[name]:
             raise InputError(f"--output {self.path} has scores of other weights called {name}: choose another folder")
-        return {row["part"]: row["scores"] for row in rows[1:]}
+        return {row["part"]: row["scores"] for row in rows[1:] if _is_of_a_part(row)}
 
     def begin(self):
         """Writes the settings, and the scores that were read, without a killed process's half line. Raises OSError."""
@@ -163,7 +167,9 @@ class Evaluator:
         paths = [self.folder.shown(name, p) for p, _ in self.shown(part)]
         if self.layout:
             paths += [self.layout.path(self.folder.path, name, tuple(sample)) for sample in part.tolist()]
-        return number not in self.folder.parts[name] or not all(path.exists() for path in paths)
+        scores = self.folder.parts[name].get(number, {})
+        scored = number in self.folder.parts[name] and all(len(scores.get(r, ())) == len(part) for r in self.scorers)
+        return not (scored and all(path.exists() for path in paths))
 
     def score(self, name, part):
         """Makes a part of a model's samples: ({reward: [n]}, ""), or ({}, why there are no scores)."""
@@ -203,6 +209,13 @@ class Evaluator:
 def digest(*things):
     """What tells lists of JSON's values from others."""
     return hashlib.sha256(json.dumps([list(values) for values in things]).encode()).hexdigest()
+
+
+def _is_of_a_part(row):
+    """Whether a line of scores is as `add` wrote it: what was edited since counts as not there."""
+    lists = row["scores"].values() if isinstance(row.get("scores"), dict) else [None]
+    numbers = (value for values in lists for value in (values if isinstance(values, list) else [""]))
+    return type(row.get("part")) is int and all(value is None or type(value) is float for value in numbers)
 
 
 def _json(line):

@@ -251,6 +251,45 @@ def test_a_killed_evaluation_goes_on_to_the_same_table_bit_for_bit(runs, look, m
     assert made == [5] and answers(cut) == answers(whole)
 
 
+@pytest.mark.parametrize(
+    "edited",
+    [
+        '{"part": 0}',
+        '{"scores": {}}',
+        '{"part": [0], "scores": {"verifier": [0.5]}}',
+        '{"part": 0, "scores": [1]}',
+        '{"part": 0, "scores": {"verifier": 3}}',
+        '{"part": 0, "scores": {"verifier": ["a", 1.0]}}',
+    ],
+)
+def test_scores_that_were_edited_count_as_not_there(tmp_path, edited):
+    def folder():
+        return evaluation.Folder(str(tmp_path), {"seed": 0}, {"base": {"base": "tiny-flux"}})
+
+    folder().begin()
+    file = tmp_path / "scores/base.jsonl"
+    file.write_text(file.read_text() + edited + "\n" + '{"part": 1, "scores": {"verifier": [0.5, null]}}\n')
+    assert folder().parts == {"base": {1: {"verifier": [0.5, None]}}}
+
+
+def test_parts_whose_scores_are_others_are_scored_again(look, tmp_path):
+    two = tmp_path / "prompts.txt"
+    two.write_text("a red circle\na blue square\n")
+    words = ["--model", "tiny-flux", "--prompts", str(two), "--sampling-steps", "2"]
+    before, place = look(*words)
+    file = place / "scores/base.jsonl"
+    for wrong in ('{"verifier": [0.5]}', '{"jpeg": [0.5, 0.5]}'):
+        file.write_text(file.read_text().splitlines()[0] + f'\n{{"part": 0, "scores": {wrong}}}\n')
+        assert look(*words)[0] == before
+
+
+def test_an_output_that_cannot_be_written_is_found_before_the_model_is_loaded(look, tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "load", None)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="file/look: cannot write there"):
+        look("--model", "tiny-flux", "--sampling-steps", "2", output="file/look")
+
+
 @pytest.mark.long
 def test_two_processes_give_the_table_of_one(runs, look, tmp_path):
     words = [str(runs.full), str(runs.lora), "--samples", "2", "--micro-batch", "7", "--reward-batch", "7"]
@@ -396,6 +435,7 @@ WRONG = {
     "{lora} --prompts {wrong}/none.txt": "cannot read",
     "{lora} --sampling-steps 1": "must be from 2",
     "--model tiny-flux --reward red --prompts=": "--prompts is missing",
+    "--model tiny-flux --averaged": "--averaged belongs to a run, before all flags",
 }
 
 
