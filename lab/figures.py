@@ -27,7 +27,7 @@ METHODS = {  # script -> what it is called, its colour
 }
 OTHERS = ("#CC79A7", "#E69F00", "#56B4E9", "#F0E442")  # of a reader's methods, and of settings of one method
 VERDICTS = {
-    verdicts.HOLDS: "#0072B2", verdicts.FAILS: "#D55E00", verdicts.UNDECIDED: "#8C8C8C"
+    verdicts.HOLDS: "#0072B2", verdicts.FAILS: "#D55E00", verdicts.UNDECIDED: "#8C8C8C", verdicts.FEW: "#CCCCCC"
 }  # fmt: skip
 STYLE = {
     "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#E5E5E5",
@@ -232,7 +232,8 @@ def forest(results, plt):
         axis.grid(axis="x", visible=False)
         axis.tick_params(length=0)
     axes[0].set_yticks(list(places.values()), [f"{text}   {paper}" for paper, text in places], fontsize=7.5)
-    handles = [plt.Line2D([], [], color=colour, lw=3, label=verdict) for verdict, colour in VERDICTS.items()]
+    said = {one.verdict for one in found}
+    handles = [plt.Line2D([], [], color=colour, lw=3, label=v) for v, colour in VERDICTS.items() if v in said]
     figure.legend(handles=handles, loc="lower right", bbox_to_anchor=(1, 1), ncols=3, fontsize=8)
     return figure
 

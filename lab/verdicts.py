@@ -20,7 +20,9 @@ from lab.study_results import FOLDER, Results
 
 README = Path(__file__).with_name("README.md")
 DRAWS = 100_000
-HOLDS, FAILS, UNDECIDED, NONE = "holds", "does not hold", "undecided at this scale", "no runs yet"
+HOLDS, FAILS, UNDECIDED = "holds", "does not hold", "undecided at this scale"
+FEW, NONE = "too few seeds", "no runs yet"
+ENOUGH = 5  # no bootstrap reaches beyond its smallest and largest number: of four these hold the mean in 88% of cases
 PICTURES = {  # of lab/figures.py, by the paper under whose table they stand
     "SLAS": {
         "rewards": "held-out rewards over the steps",
@@ -50,8 +52,10 @@ def interval(differences, draws=DRAWS):
     return tuple(np.quantile(values[index].mean(1), [outside, 1 - outside]).tolist())
 
 
-def verdict(low, high, lower=False):
-    """The verdict on a claim that differences are above 0, or below, from their interval alone."""
+def verdict(low, high, seeds, lower=False):
+    """The verdict on a claim that differences are above 0, or below, from their interval, where it can be one."""
+    if seeds < ENOUGH:
+        return FEW if seeds else NONE
     if low > 0 or high < 0:
         return HOLDS if (high < 0) == lower else FAILS
     return UNDECIDED
@@ -87,7 +91,7 @@ def found(claim, runs_of):
     differences = [a - b for a, b in zip(ours, others or [0.0] * len(ours))]
     low, high = interval(differences)
     means = [values and sum(values) / len(values) for values in (ours, others)]
-    return Finding(claim, seeds, *means, differences, low, high, verdict(low, high, claim.lower))
+    return Finding(claim, seeds, *means, differences, low, high, verdict(low, high, len(seeds), claim.lower))
 
 
 def findings(results):

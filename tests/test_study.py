@@ -76,7 +76,9 @@ def test_five_seeds_are_covered_more_often_than_by_plain_percentiles():
      (-math.inf, math.inf, True, "undecided at this scale"), (0.0, 0.0, False, "undecided at this scale")],
 )  # fmt: skip
 def test_the_verdict_comes_from_the_interval_alone(low, high, lower, said):
-    assert verdicts.verdict(low, high, lower) == said
+    assert verdicts.verdict(low, high, 5, lower) == said
+    assert verdicts.verdict(low, high, 4, lower) == "too few seeds"
+    assert verdicts.verdict(low, high, 0, lower) == "no runs yet"
 
 
 def made(truth, reward=None, steps=(0, 5, 10), **training):
@@ -93,10 +95,10 @@ def test_differences_are_paired_by_the_seeds_that_all_have():
     claim = claims.Claim("x", "ours", "", "", claims.end("truth"), ours, (a, b))
     found = verdicts.found(claim, runs.get)
     assert found.seeds == [0, 1, 2] and found.differences == pytest.approx([0.2, 0.4, -0.1])
-    assert (found.ours, found.others) == pytest.approx((0.5, 1 / 3)) and found.verdict == verdicts.UNDECIDED
+    assert (found.ours, found.others) == pytest.approx((0.5, 1 / 3)) and found.verdict == verdicts.FEW
     alone = verdicts.found(dataclasses.replace(claim, others=()), runs.get)
     assert alone.others is None and alone.differences == pytest.approx([0.5, 0.9, 0.1, 7.0])
-    assert alone.verdict == verdicts.HOLDS
+    assert alone.verdict == verdicts.FEW
     other = dataclasses.replace(claim, others=(a,), lower=True, than=claims.change("truth"))
     assert verdicts.found(other, runs.get).differences == pytest.approx([0.3, 0.3, -0.2])
     assert verdicts.found(claim, lambda setting: {}).verdict == verdicts.NONE
@@ -258,7 +260,7 @@ def test_two_runs_from_the_plan_to_the_table(trained, small, tmp_path):
         assert not isinstance(found, str), found
         assert f"{job.name} seed 0: reward 0." in study.keep(results, job, found)
     found = verdicts.found(claim, Results(tmp_path / "results", searched=False, shrink=small).of)
-    assert found.seeds == [0] and found.verdict == verdicts.UNDECIDED and math.isinf(found.low)
+    assert found.seeds == [0] and found.verdict == verdicts.FEW and math.isinf(found.low)
     file = json.loads((tmp_path / "results" / f"{pair[0].name}.json").read_text())
     run = file["runs"]["0"]
     assert file["config"]["gamma"] == 0.5 and str(ROOT) not in json.dumps(file)
