@@ -46,7 +46,7 @@ def main(args):
     for line, (name, source) in enumerate((("before", config["model"]), ("after", f"{args.run}/export"))):
         model = models.load(source, torch.float32, prompts, **settings)
         sigmas = model.sigmas(config["sampling_steps"], config["shift"])
-        media = heldout.sample(model, prompts, torch.arange(len(prompts)), sigmas, 8)
+        media = heldout.sample(model, prompts, torch.arange(len(prompts)), sigmas, len(prompts))
         (scores,) = rewards.score(scorers, media, prompts).values()
         media = media if media.ndim == 4 else torch.cat(media.unbind(1), 2)  # a clip's frames, one under another
         for axis, image, prompt, reward in zip(axes[line], media, map(caption_of, prompts), scores):
