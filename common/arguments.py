@@ -26,8 +26,8 @@ def defaults(cls, model="tiny-flux", **values):
     fields, table = {f.name for f in dataclasses.fields(cls)}, settings(cls, model)
     named = {name: value for name, value in table.items() if name in fields - {"source"}}
     chosen = {"model": model, **named, **values}
-    if chosen.get("lora_rank") and "lora_learning_rate" in table and "learning_rate" not in values:
-        chosen["learning_rate"] = table["lora_learning_rate"]
+    if chosen.get("lora_rank") and "learning_rate" not in values:
+        chosen["learning_rate"] = table.get("lora_learning_rate", models.LORA_LEARNING_RATE)
     return cls(**chosen)
 
 

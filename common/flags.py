@@ -174,7 +174,7 @@ class Update:
     adv_clip_max: Annotated[float, Above(0, 1e6)] = 5.0
     """Advantages are clamped to +- this."""
     learning_rate: Annotated[float, Above(0, 1)] = 1e-5
-    """AdamW's learning rate, constant. With --lora-rank a named model has another default, for a LoRA."""
+    """AdamW's learning rate, constant. With --lora-rank another default, for a LoRA."""
     weight_decay: Annotated[float, From(0, 1)] = 1e-4
     """AdamW's weight decay."""
     max_grad_norm: Annotated[float, Above(0, 1e6)] = 1.0

@@ -257,7 +257,7 @@ def test_the_named_model_sets_the_defaults(monkeypatch, argv):
 def test_a_lora_has_the_models_rate_for_one(script, name):
     cls = SCRIPTS[script].Args
     own = arguments.settings(cls, name)
-    full, lora = own.get("learning_rate", 1e-5), own.get("lora_learning_rate", 1e-5)
+    full, lora = own.get("learning_rate", 1e-5), own.get("lora_learning_rate", 1e-4)
     assert lora >= full and (name == "some/folder" or "lora_learning_rate" in models.settings(name))
     assert defaults(cls, name).learning_rate == (lora if own.get("lora_rank") else full)
     assert defaults(cls, name, lora_rank=0).learning_rate == full
@@ -272,6 +272,7 @@ def test_a_lora_has_the_models_rate_for_one(script, name):
         ("--model flux --lora-rank 8", 3e-4),
         ("--lora_rank=8 --model=wan2.1-1.3b", 1e-4),
         ("--model flux --lora-rank 8 --learning-rate 0.5", 0.5),
+        ("--model some/folder --lora-rank 8", 1e-4),
         ("--model sd3.5-medium", 3e-4),
         ("--model sd3.5-medium --lora-rank 0", 1e-5),
     ],

@@ -70,11 +70,11 @@ _VIDEO = dict(
 
 # lora_learning_rate is what a LoRA takes where no --learning-rate is given. 3e-4: FLUX, Qwen-Image and Stable Diffusion
 # 3.5 in Flow-GRPO's code (ranks 64, 64, 32; alpha is twice the rank), Stable Diffusion 1 in DDPO's (ddpo-pytorch).
-# 1e-4: Wan2.1 in Flow-GRPO's (1.3B; 14B stands beside it); for Wan2.2 and HunyuanVideo we know of none and take Wan's.
-#
+# 1e-4: Wan2.1 in Flow-GRPO's (1.3B; 14B stands beside it); for Wan2.2, HunyuanVideo and folders we take Wan's.
+LORA_LEARNING_RATE = 1e-4
+
 # Settings by name; --model NAME makes them the defaults of the command line. A --source has to be of the same pipeline.
-# Where the papers are silent about a pair (prompts a step on another number of GPUs, guidance), it is the model's own
-# default.
+# Where the papers are silent (prompts a step on other numbers of GPUs, guidance), it is the model's own default.
 MODELS = {
     # three minibatches gain in 30 steps what one gains in 45 to 60: two scripts, one seed each. tiny-sd: 0.577 against
     # 0.523 after 40 steps (one script, one seed); nothing is gained with tiny-wan (three) and tiny-wan-i2v (two)
@@ -186,7 +186,7 @@ def load(name: str, dtype: "torch.dtype", prompts: Sequence[str] = (), trust_rem
          source: str = "", **settings) -> "Family":  # fmt: skip
     """The model on the CPU, weights in `dtype`, having looked at the prompts that it will be given; source: as
     source_of takes it; settings: those of Family, for a named model over the table's. Raises InputError."""
-    from common.models import folder  # and with it diffusers: seconds, and who asks for --help need not wait for it
+    from common.models import folder  # and with it diffusers: seconds, which --help need not wait for
 
     source, cls = source_of(name, source), family_of(name, source)
     cls.check(prompts)
