@@ -103,8 +103,9 @@ def sd(blocks=3):
     )  # fmt: skip
 
 
-def sd3():
-    """32x32 -> latents [4, 8, 8] in 16 tokens; the settings of VAE and scheduler are Stable Diffusion 3.5's."""
+def sd3(t5=True):
+    """32x32 -> latents [4, 8, 8] in 16 tokens; the settings of VAE and scheduler are Stable Diffusion 3.5's. t5:
+    whether it has that encoder, which many leave out."""
     torch.manual_seed(0)
     tokenizers = [clip_tokenizer(CORPUS, 20), clip_tokenizer(CORPUS, 20), t5_tokenizer(CORPUS, 24)]
     with_projection = dict(cls=CLIPTextModelWithProjection, num_hidden_layers=2)
@@ -116,12 +117,12 @@ def sd3():
         ),
         text_encoder=clip_text(tokenizers[0], 8, 20, **with_projection, projection_dim=6), tokenizer=tokenizers[0],
         text_encoder_2=clip_text(tokenizers[1], 12, 20, **with_projection, projection_dim=10),
-        tokenizer_2=tokenizers[1], tokenizer_3=tokenizers[2],
+        tokenizer_2=tokenizers[1], tokenizer_3=tokenizers[2] if t5 else None,
         text_encoder_3=T5EncoderModel(
             T5Config(
                 vocab_size=len(tokenizers[2]), d_model=24, d_kv=8, d_ff=32, num_layers=1, num_heads=2, dropout_rate=0.0
             )
-        ),
+        ) if t5 else None,
         transformer=SD3Transformer2DModel(
             sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=12,
             num_attention_heads=2, joint_attention_dim=24, caption_projection_dim=24, pooled_projection_dim=16,

@@ -31,6 +31,7 @@ class Family(Embeddings):
     blocks = ()  # classes of the blocks, which sharding wraps one by one
     video = False  # makes clips
     vae_dtype = None  # of the VAE, where it is not that of all others
+    left_out = ()  # components that its folder may lack, though the pipeline's signature does not say so
     images = False  # each prompt comes with a conditioning image
     negative = False  # guidance is classifier-free, against the empty prompt
 

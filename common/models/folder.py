@@ -37,7 +37,7 @@ def load(cls, folder, dtype, trusted):
         for name, part in parts.items():
             _check_words(folder, name, part, parts.get(name.replace("tokenizer", "text_encoder")))
         try:
-            return cls.pipeline.from_pretrained(folder, dtype=dtype, trust_remote_code=trusted, **parts)
+            return _pipeline(cls, folder, parts, dtype=dtype, trust_remote_code=trusted)
         except Exception as error:  # anything; the parts are in order
             raise wrong(folder, f"does not load: {text(error):.300}") from None
 
@@ -51,9 +51,13 @@ def outline(cls, folder, dtype, trusted):
     with _silence():
         try:
             parts = {name: _outline(folder, name, of, _dtype(cls, name, dtype)) for name, of in parts.items()}
-            return cls.pipeline.from_pretrained(folder, dtype=dtype, **parts)
+            return _pipeline(cls, folder, parts, dtype=dtype)
         except Exception:  # whatever a wrong setting makes them say
             return None
+
+
+def _pipeline(cls, folder, parts, **settings):
+    return cls.pipeline.from_pretrained(folder, **settings, **{**dict.fromkeys(cls.left_out), **parts})
 
 
 def _dtype(cls, name, dtype):
@@ -80,7 +84,8 @@ def check(cls, folder, trusted=False):
                 raise wrong(folder, f"has a model_index.json whose {name} is {entry!r:.60}, no number")
             continue
         if entry in (None, [None, None]):
-            optional = parameter.default is not inspect.Parameter.empty or name in cls.pipeline._optional_components
+            optional = parameter.default is not inspect.Parameter.empty
+            optional = optional or name in (*cls.pipeline._optional_components, *cls.left_out)
             if not optional or name == cls.trained[0]:
                 raise wrong(folder, f"has a model_index.json without a {name}, which a {cls.pipeline.__name__} needs")
             continue

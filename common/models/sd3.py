@@ -18,6 +18,7 @@ class StableDiffusion3(Family):
         r"|ff(_context)?\.net\.(0\.proj|2))"
     )
     negative = True
+    left_out = ("text_encoder_3", "tokenizer_3")  # T5, 9 GiB: the pipeline puts zeros in the place of its words
 
     def __init__(self, pipe, height=0, width=0, **settings):
         super().__init__(pipe, **settings)
@@ -25,19 +26,18 @@ class StableDiffusion3(Family):
         own = config.sample_size * factor
         self.height, self.width = self._size(factor * config.patch_size, height or own, width or own)
         self.noise_shape = (config.in_channels, self.height // factor, self.width // factor)
+        self.longest = min(256, pipe.tokenizer_3.model_max_length if pipe.tokenizer_3 else 256)  # words for T5
 
     def text(self, caption):
         """{"encoder_hidden_states": [S, D], both CLIPs' words side by side, then T5's, "pooled_projections": [D']}"""
-        longest = min(256, self.pipe.tokenizer_3.model_max_length)
-        text, _, pooled, _ = self.pipe.encode_prompt(
-            caption, None, None, device=self.device, do_classifier_free_guidance=False, max_sequence_length=longest
-        )
+        settings = dict(do_classifier_free_guidance=False, max_sequence_length=self.longest)
+        text, _, pooled, _ = self.pipe.encode_prompt(caption, None, None, device=self.device, **settings)
         return {"encoder_hidden_states": text[0], "pooled_projections": pooled[0]}
 
     def blank(self):
         """Zeros like the conditioning of one prompt, {name: [...]}."""
-        config, longest = self.pipe.transformer.config, min(256, self.pipe.tokenizer_3.model_max_length)
-        shape = self.pipe.tokenizer_max_length + longest, config.joint_attention_dim
+        config = self.pipe.transformer.config
+        shape = self.pipe.tokenizer_max_length + self.longest, config.joint_attention_dim
         return {
             "encoder_hidden_states": torch.zeros(shape, dtype=self.dtype),
             "pooled_projections": torch.zeros(config.pooled_projection_dim, dtype=self.dtype),
