@@ -9,9 +9,14 @@ from common import compiling, sharding
 from common.errors import InputError
 
 
-def adapt(run, module, targets, rank):
-    """Adds a LoRA of this rank with float32 weights to the layers of a module that a regular expression names. Raises
-    InputError for one that names none."""
+def adapt(run, model, targets, rank):
+    """Adds a LoRA of this rank with float32 weights to the layers of the trained modules that a regular expression
+    names; "": the family's. Raises InputError for one that names none, or a layer whose output is not used."""
+    for module in model.trainable.values():
+        _adapt(run, model, module, targets or model.lora_targets, rank)
+
+
+def _adapt(run, model, module, targets, rank):
     from peft import LoraConfig
 
     torch.manual_seed(run.args.seed)  # the same one on every process
@@ -19,6 +24,10 @@ def adapt(run, module, targets, rank):
         module.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets))
     except (ValueError, re.error) as error:  # no layer of that name, or no regular expression
         raise InputError(f"--lora-targets {targets!r}: {error}") from None
+    for name, weight in module.named_parameters():
+        if weight.requires_grad and not model.learns(name):
+            layer = name.partition(".lora_")[0]
+            raise InputError(f"--lora-targets {targets!r}: it names {layer}, whose output is not used; leave it out")
     for weight in trained(module):
         weight.data = weight.data.float()
     for part in module.modules() if run.precision != "no" else ():

@@ -77,9 +77,9 @@ class Plan:
         model = models.outline(args.model, self.run.dtype, SMALL, **arguments.of_model(args))
         for module in model.trainable.values() if model else ():
             module.requires_grad_(not lora_rank)
-            if lora_rank:
-                with torch.device("meta"):
-                    placing.adapt(self.run, module, args.lora_targets or model.lora_targets, lora_rank)
+        if model and lora_rank:
+            with torch.device("meta"):
+                placing.adapt(self.run, model, args.lora_targets, lora_rank)
         return model
 
     def ways(self):

@@ -91,8 +91,8 @@ def load(run, model, trained):
         _, states = checkpoints.read(trained.folder, names)
         if missing := [name for name in names if name not in states]:
             raise ValueError(f"it lacks {', '.join(missing)}")
-        for module in model.trainable.values() if rank else ():
-            placing.adapt(run, module, trained.config.get("lora_targets") or model.lora_targets, rank)
+        if rank:
+            placing.adapt(run, model, trained.config.get("lora_targets"), rank)
         modules = {name: module for name, module in model.trainable.items()}
         if trained.averaged:
             return _copy_average(model, sharding.deal(states["ema"])["shadow_params"], rank)

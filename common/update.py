@@ -50,8 +50,8 @@ class Update(Processes):
                 module.enable_gradient_checkpointing()
             if args.attention != "native":
                 compiling.set_attention(module, args.attention)
-            if args.lora_rank:
-                placing.adapt(self, module, args.lora_targets or model.lora_targets, args.lora_rank)
+        if args.lora_rank:
+            placing.adapt(self, model, args.lora_targets, args.lora_rank)
         preflight.check(self, model)
         self.claim()
         self._place(model)

@@ -41,6 +41,7 @@ CLIP = dict(height=32, width=32, frames=5)
 FAMILIES = {
     "sd": (pipelines.sd, StableDiffusion, dict(height=32, width=32)),
     "sd3": (pipelines.sd3, StableDiffusion3, dict(height=32, width=32)),
+    "sd3 without T5": (partial(pipelines.sd3, t5=False), StableDiffusion3, dict(height=32, width=32)),
     "qwen": (pipelines.qwen, QwenImage, dict(height=32, width=32)),
     "wan": (pipelines.wan, Wan, CLIP),
     "wan, two experts": (partial(pipelines.wan, experts=2), Wan, CLIP),
@@ -73,7 +74,8 @@ def official(model, sigmas, noise, picture, **settings):
         return pipe(prompt=CAPTIONS, eta=0.0, **settings).images
     if isinstance(model, StableDiffusion3):  # its scheduler shifts by 3
         unshifted = torch.linspace(1, 0, steps + 1)[:-1].tolist()
-        return pipe(prompt=CAPTIONS, sigmas=unshifted, max_sequence_length=24, **settings).images
+        settings |= dict(max_sequence_length=24) if pipe.tokenizer_3 else {}
+        return pipe(prompt=CAPTIONS, sigmas=unshifted, **settings).images
     if isinstance(model, QwenImage):
         settings |= dict(true_cfg_scale=settings.pop("guidance_scale"), negative_prompt=[" "] * 3)
         return pipe(prompt=CAPTIONS, sigmas=sigmas[:-1].tolist(), **settings).images
@@ -101,7 +103,7 @@ def test_ode_sampler_gives_the_pipelines_own_samples(family, guidance, picture):
         model.pipe.scheduler.set_timesteps(steps)
         sigmas = model.pipe.scheduler.sigmas
     else:
-        sigmas = model.sigmas(steps, 3.0 if family == "sd3" else 1.0)
+        sigmas = model.sigmas(steps, 3.0 if "sd3" in family else 1.0)
     noise = sde.RowNoise(0, 0, range(3))(model.noise_shape)
     velocity = partial(model.velocity, cond=model.encode(prompts))
     latents, _ = sde.rollout(velocity, noise, sigmas, torch.zeros(steps), None)
@@ -176,7 +178,7 @@ def test_in_bf16_loras_do_not_cast_what_autocast_casts_back(bf16, tmp_path):
     for casting in (True, False):
         model = models.load("tiny-flux", torch.bfloat16)
         module, seen = model.pipe.transformer.requires_grad_(False), []
-        placing.adapt(run, module, model.lora_targets, 4)
+        placing.adapt(run, model, "", 4)
         layers = [part for part in module.modules() if hasattr(part, "cast_input_dtype_enabled")]
         assert layers and not any(layer.cast_input_dtype_enabled for layer in layers)
         for layer in layers:
@@ -485,6 +487,26 @@ def test_lora_targets_that_name_no_layer_leave_no_folder_behind(train, tmp_path,
     with pytest.raises(InputError, match="--lora-targets"):
         train(lora_rank=2, lora_targets=targets)
     assert not (tmp_path / "run/config.json").exists()
+
+
+def test_a_folder_may_lack_sd3s_t5(tmp_path, picture):
+    """Many leave it out, as diffusers' documentation shows; no other part."""
+    folder = Path(folder_of("sd3 without T5", tmp_path, picture)["model"])
+    assert models.load(str(folder), torch.float32).try_out("a red circle").isfinite().all()
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, "text_encoder_2": [None, None]}))
+    with pytest.raises(InputError, match="without a text_encoder_2"):
+        models.load(str(folder), torch.float32)
+
+
+@pytest.mark.parametrize("layer", [r"attn\.to_add_out", r"txt_mlp\.net\.2"])
+def test_lora_targets_whose_output_is_not_used_are_refused(train, tmp_path, picture, layer):
+    """Data parallelism would wait for their gradients for ever."""
+    settings = folder_of("qwen", tmp_path, picture)
+    with pytest.raises(InputError, match="transformer_blocks.1.*, whose output is not used"):
+        train(**settings, lora_rank=2, lora_targets=r"transformer_blocks\.\d+\." + layer)
+    folder, _ = train(**settings, lora_rank=2, lora_targets=r"transformer_blocks\.0\." + layer, steps=1)
+    assert (folder / "export").is_dir()
 
 
 def test_lora_targets_choose_the_layers(train):

@@ -13,6 +13,7 @@ import time
 from datetime import timedelta
 from types import SimpleNamespace
 
+import pipelines
 import pytest
 import smooth
 import torch
@@ -168,6 +169,24 @@ def test_two_processes_train_as_one(runs, tmp_path, monkeypatch):
         kept = weights(tmp_path / "alone/average", 4)
         torch.testing.assert_close(dict(raw), kept, rtol=0, atol=1e-5)
         assert any((raw[name] - mean[name]).abs().max() > 1e-7 for name in raw)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("config", ["ddp", "fsdp2"])
+def test_stable_diffusion_3_and_qwen_image_train_on_two_processes_as_on_one(config, tmp_path, monkeypatch):
+    """Weights that are in no answer get no gradient: a process that waited for one would wait for ever."""
+    for family in ("sd3", "qwen"):
+        getattr(pipelines, family)().save_pretrained(tmp_path / family)
+        folder = dict(model=str(tmp_path / family), prompts=models.settings("tiny-flux")["prompts"], guidance=2.0)
+        folder |= dict(height=32, width=32, sde="flow", shift=1.0, noise_level=0.8, steps=2, learning_rate=1e-3)
+        for rank in (0, 2):
+            monkeypatch.setitem(RUNS, f"{family}-{rank}", (grpo_base, {**SMALL, **folder, "lora_rank": rank}))
+    names = [f"{family}-{rank}" for family in ("sd3", "qwen") for rank in (0, 2)]
+    two(tmp_path, [words(*RUNS[name], tmp_path / config / name) for name in names], config)
+    for name in names:
+        alone = one(monkeypatch, name, tmp_path / "alone" / name)
+        assert_same(alone, tmp_path / config / name, steps=2)
+        assert metrics(alone)[0]["grad_norm"] > 0
 
 
 @pytest.mark.slow
