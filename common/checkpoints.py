@@ -12,7 +12,10 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Collection
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,17 +28,17 @@ class Broken(ValueError):
 class Pieces:
     """A tensor that several processes wrote: theirs in order, cut along the first dimension."""
 
-    tensors: list
+    tensors: list[torch.Tensor]
 
 
-def begin(output, step):
-    """The empty folder beside the checkpoint of a step, into which `put` writes. Raises OSError."""
+def begin(output: Path, step: int) -> None:
+    """Makes the empty folder beside the checkpoint of a step, into which `put` writes. Raises OSError."""
     beside = _beside(output, step)
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
 
 
-def put(output, step, states, part=None):
+def put(output: Path, step: int, states: dict[str, dict], part: int | None = None) -> None:
     """Writes {name: state}, with `part` the number of this process. Raises OSError or RuntimeError (torch's word for a
     full disk)."""
     for name, state in states.items():
@@ -46,9 +49,9 @@ def put(output, step, states, part=None):
             os.fsync(file.fileno())  # a machine that dies must not leave a renamed folder of empty files
 
 
-def publish(output, step, parts, run="", keep=0):
-    """Makes what was put the checkpoint of a step, and removes the oldest ones beyond `keep` that this run wrote, 0:
-    none. parts {name: how many processes wrote it, 0: it is not sharded}; run: what config.json calls this run."""
+def publish(output: Path, step: int, parts: dict[str, int], run: str = "", keep: int = 0) -> None:
+    """Makes what was put the checkpoint of a step, or raises OSError; removes the oldest ones beyond `keep` that this
+    run wrote, 0: none. parts {name: how many processes wrote it, 0: not sharded}; run: its name in config.json."""
     beside, final = _beside(output, step), output / "checkpoints" / name_of(step)
     (beside / "checkpoint.json").write_text(json.dumps({"step": step, "parts": parts, "run": run}))
     if not _wrote(final, run, or_nobody=True):
@@ -60,12 +63,12 @@ def publish(output, step, parts, run="", keep=0):
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def discard(output, step):
+def discard(output: Path, step: int) -> None:
     """Removes what was put: the checkpoints that were there before are all there still."""
     shutil.rmtree(_beside(output, step), ignore_errors=True)
 
 
-def copy(folder, output, step):
+def copy(folder: Path, output: Path, step: int) -> None:
     """Another run's checkpoint as this one's first. Its files are linked where the disk can: no checkpoint is ever
     written to again. Raises OSError."""
     beside, final = _beside(output, step), output / "checkpoints" / name_of(step)
@@ -75,24 +78,24 @@ def copy(folder, output, step):
         os.replace(beside, final)
 
 
-def name_of(step):
+def name_of(step: int) -> str:
     """The folder's name of a step's checkpoint."""
     return f"step_{step:06d}"
 
 
-def number_of(folder):
+def number_of(folder: Path) -> int | None:
     """The step that a checkpoint's name says; None if that is no name of a checkpoint."""
     match = re.fullmatch("step_([0-9]+)", folder.name)
     return match and int(match[1])
 
 
-def newest_first(output):
+def newest_first(output: Path) -> list[Path]:
     """The folders of a run's checkpoints, by their numbers. What lies beside them under other names is somebody's."""
     folders = [folder for folder in output.glob("checkpoints/step_*") if number_of(folder) is not None]
     return sorted(folders, key=number_of, reverse=True)
 
 
-def read(folder, names=None):
+def read(folder: Path, names: Collection[str] | None = None) -> tuple[int, dict[str, dict]]:
     """-> (step, {name: state} on the CPU, sharded tensors as Pieces), of those `names` that it has, or of all; raises
     Broken with the reason."""
     about, states = _about(folder), {}
@@ -110,7 +113,7 @@ def read(folder, names=None):
     return about["step"], states
 
 
-def flaw(states, process=0, processes=1):
+def flaw(states: dict[str, dict], process: int = 0, processes: int = 1) -> str:
     """Why states are none to go on from: a tensor with something in it that is no number; "" if there is none. Each of
     `processes` looks at its share of the tensors."""
     tensors = [(name, tensor) for name, state in states.items() for tensor in _tensors(state)]
@@ -120,7 +123,7 @@ def flaw(states, process=0, processes=1):
     return ""
 
 
-def _about(folder):
+def _about(folder: Path) -> dict:
     """checkpoint.json: {"step", "parts", "run"}; raises Broken."""
     try:
         about = json.loads((folder / "checkpoint.json").read_text())
@@ -132,11 +135,11 @@ def _about(folder):
     return about
 
 
-def _natural(number):
+def _natural(number: Any) -> bool:
     return type(number) is int and number >= 0
 
 
-def _wrote(folder, run, or_nobody=False):
+def _wrote(folder: Path, run: str, or_nobody: bool = False) -> bool:
     """Whether this run wrote a folder, as the checkpoint that its name says."""
     try:
         about = _about(folder)
@@ -145,7 +148,7 @@ def _wrote(folder, run, or_nobody=False):
     return about.get("run") == run and folder.name == name_of(about["step"])
 
 
-def _make_way(folder):
+def _make_way(folder: Path) -> None:
     """Another name for a folder, which is not this run's to remove."""
     number = 1
     while os.path.exists(other := folder.with_name(f"{folder.name}_other_{number}")):
@@ -153,18 +156,18 @@ def _make_way(folder):
     os.replace(folder, other)
 
 
-def _link(source, target):
+def _link(source: str, target: str) -> None:
     try:
         os.link(source, target)
     except OSError:  # another disk, or one that knows no links
         shutil.copy(source, target)
 
 
-def _beside(output, step):
+def _beside(output: Path, step: int) -> Path:
     return output / "checkpoints" / f".{name_of(step)}.tmp"
 
 
-def _load(file, mmap=False):
+def _load(file: Path, mmap: bool = False) -> dict:
     try:
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # whatever a broken file makes torch say
@@ -175,7 +178,7 @@ def _load(file, mmap=False):
     return state
 
 
-def _join(parts):
+def _join(parts: list) -> Any:
     """The states that several processes wrote -> one, with Pieces for the tensors of which each wrote its share."""
     first = parts[0]
     if isinstance(first, dict):
@@ -185,7 +188,7 @@ def _join(parts):
     return [_join(list(values)) for values in zip(*parts)] if isinstance(first, list) else first
 
 
-def _tensors(state):
+def _tensors(state: Any) -> list[torch.Tensor]:
     """The tensors of numbers with a point in a tree of dictionaries, lists and Pieces."""
     if isinstance(state, Pieces):
         state = state.tensors

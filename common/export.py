@@ -2,6 +2,8 @@
 
 import os
 import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate import init_empty_weights
@@ -10,8 +12,11 @@ from safetensors import SafetensorError
 from common import sharding
 from common.errors import RunError
 
+if TYPE_CHECKING:  # which imports this file
+    from common.runtime import Runtime
 
-def write(run, folder):
+
+def write(run: "Runtime", folder: Path) -> str:
     """All processes together: the LoRA, or the whole trained pipeline, into a folder; returns the line that loads it.
     It is written beside and moved, so that who stops it leaves the one before. Raises RunError."""
     pipe, lora = run.model.pipe, run.args.lora_rank
@@ -33,7 +38,9 @@ def write(run, folder):
     return f'pipe.load_lora_weights("{folder}")' if lora else f'{type(pipe).__name__}.from_pretrained("{folder}")'
 
 
-def save(run, folder, modules, weights):
+def save(
+    run: "Runtime", folder: Path, modules: dict[str, torch.nn.Module], weights: dict[str, dict[str, torch.Tensor]]
+) -> None:
     """The weights {name: state} of the pipeline's trained modules {name: module}, as files."""
     pipe = run.model.pipe
     if run.args.lora_rank:
@@ -50,7 +57,7 @@ def save(run, folder, modules, weights):
             setattr(pipe, name, module)
 
 
-def _move(source, target):
+def _move(source: str, target: str) -> None:
     """safetensors makes its files readable by their owner alone; others shall load a model as they may read the run."""
     mask = os.umask(0)
     os.umask(mask)
@@ -58,9 +65,9 @@ def _move(source, target):
     os.replace(source, target)
 
 
-def trained_weights(module, run, lora):
-    """All processes together: for the main one a module's state on the CPU, whole; of a LoRA its weights, else all,
-    with those in float32 in the run's dtype. For the others nothing."""
+def trained_weights(module: torch.nn.Module, run: "Runtime", lora: int) -> dict[str, torch.Tensor]:
+    """All processes together: for the main one a module's state on the CPU, whole; of a LoRA (its rank `lora` is above
+    0) its weights, else all, with those in float32 in the run's dtype. For the others nothing."""
     state = {}
     for name, value in module.state_dict().items():
         if not lora or "lora_" in name:
@@ -71,7 +78,7 @@ def trained_weights(module, run, lora):
     return state
 
 
-def plain_copy(module, state):
+def plain_copy(module: torch.nn.Module, state: dict[str, torch.Tensor]) -> torch.nn.Module:
     """A module of the same class and configuration with these weights, as it was before anything wrapped it."""
     cls = next(cls for cls in type(module).__mro__ if cls.__module__.startswith("diffusers"))
     with init_empty_weights():

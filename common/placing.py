@@ -1,22 +1,28 @@
 """Where the parts of a model stand before anything is computed: encoders and VAE on their device; what is trained or
-sampled with moved, sharded or compiled, with a LoRA or without. run: the Processes; of `put` the Runtime."""
+sampled with moved, sharded or compiled, with a LoRA or without."""
 
 import re
+from typing import TYPE_CHECKING
 
 import torch
 
 from common import compiling, sharding
 from common.errors import InputError
 
+if TYPE_CHECKING:  # they load more than torch
+    from common.models.family import Family
+    from common.processes import Processes
+    from common.runtime import Runtime
 
-def adapt(run, model, targets, rank):
+
+def adapt(run: "Processes", model: "Family", targets: str, rank: int) -> None:
     """Adds a LoRA of this rank with float32 weights to the layers of the trained modules that a regular expression
     names; "": the family's. Raises InputError for one that names none, or a layer whose output is not used."""
     for module in model.trainable.values():
         _adapt(run, model, module, targets or model.lora_targets, rank)
 
 
-def _adapt(run, model, module, targets, rank):
+def _adapt(run: "Processes", model: "Family", module: torch.nn.Module, targets: str, rank: int) -> None:
     from peft import LoraConfig
 
     torch.manual_seed(run.args.seed)  # the same one on every process
@@ -35,7 +41,7 @@ def _adapt(run, model, module, targets, rank):
             part.cast_input_dtype_enabled = False  # to float32, and autocast would cast it back
 
 
-def settle(run, model):
+def settle(run: "Processes", model: "Family") -> None:
     """Moves what is not trained to the device; with --offload-encoders text and image encoders wait on the CPU."""
     for name, module in model.pipe.components.items():
         if isinstance(module, torch.nn.Module) and name not in model.trainable:
@@ -43,7 +49,7 @@ def settle(run, model):
             module.requires_grad_(False).eval().to("cpu" if waits else run.device)
 
 
-def place(run, model):
+def place(run: "Processes", model: "Family") -> None:
     """Moves all of the model to the device, to sample and not to train. model.trainable then holds what to call."""
     from accelerate import Accelerator
 
@@ -54,7 +60,7 @@ def place(run, model):
         model.trainable[name] = accelerator.prepare_model(module, evaluation_mode=True)
 
 
-def put(run, module, model):
+def put(run: "Runtime", module: torch.nn.Module, model: "Family") -> torch.nn.Module:
     """Moves a module to the device, or shards it there; with --compile its blocks are compiled."""
     if run.args.compile:
         compiling.compile_blocks(module, model.blocks, run.batch)
@@ -63,6 +69,6 @@ def put(run, module, model):
     return module.to(run.device)
 
 
-def trained(module):
-    """The weights of a module that are trained, a list of tensors."""
+def trained(module: torch.nn.Module) -> list[torch.Tensor]:
+    """The weights of a module that are trained."""
     return [weight for weight in module.parameters() if weight.requires_grad]

@@ -12,7 +12,9 @@ export                                export.py
 import dataclasses
 import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch.nn.functional import pad
@@ -24,12 +26,15 @@ from common.saving import Saving
 from common.signals import Stopping
 from common.update import Update
 
+if TYPE_CHECKING:  # --help need not wait for it
+    from accelerate import Accelerator
+
 
 class Runtime(Update, Saving, Stopping):
     """One process of a run. The B rows of a step are dealt out in contiguous chunks; a group may span processes. Raises
     InputError for settings that this launch or this machine cannot run."""
 
-    def __init__(self, args, scorers=None):
+    def __init__(self, args: arguments.Args, scorers: dict | None = None) -> None:
         super().__init__(args)
         self.scorers = list((scorers or {}).values())
         self.shards = sharding.on_a_machine(self.world)  # processes that share one copy of sharded weights
@@ -62,8 +67,9 @@ class Runtime(Update, Saving, Stopping):
         self.turn = loading.Turn() if self.turns else None  # until `prepare` has moved the model
 
     @staticmethod
-    def find(args):
-        """The folder of a run, the same on every process, and the settings that it was started with, {} before that."""
+    def find(args: arguments.Args) -> tuple[Path, dict]:
+        """The folder of a run, the same on every process, and the settings that it was started with, {} before that.
+        Raises InputError for one that --output and --resume do not allow."""
         from accelerate.utils import broadcast_object_list
 
         is_main = processes(args).is_main_process
@@ -71,9 +77,9 @@ class Runtime(Update, Saving, Stopping):
         folder = Path(broadcast_object_list([chosen])[0])
         return folder, run_folder.before(folder, args)
 
-    def batches(self, number):
-        """Indices of `number` rows, by `batch`; -1, the last row once more, fills up the last of them. Who samples by
-        them has changed nothing yet: between them a run can be stopped, and after them, without a loss."""
+    def batches(self, number: int) -> Iterator[torch.Tensor]:
+        """Indices of `number` rows, [batch] each time; -1, the last row once more, fills up the last of them. Who
+        samples by them has changed nothing yet: between them a run can be stopped, and after them, without a loss."""
         for rows in pad(torch.arange(number), (0, -number % self.batch), value=-1).split(self.batch):
             self.check_signals()
             self.sampling = True
@@ -81,9 +87,9 @@ class Runtime(Update, Saving, Stopping):
             self.sampling = False
         self.check_signals()
 
-    def micro_batches(self, kept):
-        """kept [P, G] bool, the same on every process -> local indices of this process's kept rows, by `batch`, and -1,
-        the last row, as a filler, whose share in the loss is 0.
+    def micro_batches(self, kept: torch.Tensor) -> list[torch.Tensor]:
+        """kept [P, G] bool, the same on every process -> local indices of this process's kept rows, [batch] each, and
+        -1, the last row, as a filler, whose share in the loss is 0.
 
         All have one shape: of another one the kernels round otherwise than the rollout's did. And every process gets
         equally many (sharded and data-parallel modules hang otherwise).
@@ -94,9 +100,9 @@ class Runtime(Update, Saving, Stopping):
         # each another tensor: the script asks which of them is the last
         return list(pad(mine, (0, number * self.batch - len(mine)), value=-1).split(self.batch)) if number else []
 
-    def export(self):
+    def export(self) -> str:
         """export/: the LoRA, or the whole trained pipeline, for plain diffusers; returns the line that loads it. With
-        --ema the averaged weights go to export_ema/, and stay in the model: a run ends with this."""
+        --ema the averaged weights go to export_ema/, and stay in the model: a run ends with this. Raises RunError."""
         from common import export  # and with it accelerate and safetensors
 
         folder = self.output / "export"
@@ -107,7 +113,7 @@ class Runtime(Update, Saving, Stopping):
         return line
 
 
-def accelerator(run):
+def accelerator(run: Runtime) -> "Accelerator":
     """Accelerate's own, for the run's precision and tracker."""
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs
@@ -121,13 +127,13 @@ def accelerator(run):
     )
 
 
-def batch_size(args, share):
+def batch_size(args: arguments.Args, share: int) -> int:
     """Rows of every forward pass of a process that has a `share` of the samples, at most --micro-batch: by them the
     rollout comes out even, or a minibatch of what is trained on, whichever takes fewer fillers."""
     rows = math.ceil(share / args.group_size * math.ceil((args.best_of or args.group_size) / args.minibatches))
     sizes = [math.ceil(number / math.ceil(number / args.micro_batch)) for number in (share, rows)]
 
-    def cost(size):  # a backward pass takes as long as two forward passes
+    def cost(size: int) -> int:  # a backward pass takes as long as two forward passes
         return math.ceil(share / size) * size + 3 * args.minibatches * math.ceil(rows / size) * size
 
     return min(sizes, key=cost)

@@ -6,6 +6,9 @@ dictionary}. The files: checkpoints.py.
 
 import copy
 import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,14 +29,14 @@ class Saving(Processes):
     checkpoint = None  # (folder, step, states) of --resume, until they are loaded
     changes = ""  # the settings that --resume came with, as a line
 
-    def claim(self):
+    def claim(self) -> None:
         """Writes config.json: from here on the folder is this run's. Raises InputError where nothing can be written."""
         if self.is_main:
             self.name, moved = run_folder.claim(self.output, self.asked, self.checkpoint and self.checkpoint[:2])
             if moved:
                 self.print(moved)
 
-    def due(self, step):
+    def due(self, step: int) -> bool:
         """All processes together: whether a checkpoint of this many steps is due. By --save-every auto, where a step
         takes long, more often: of half an hour no more than that is lost."""
         every = self.args.save_every
@@ -41,7 +44,7 @@ class Saving(Processes):
             return step == self.args.steps or bool(every) and step % every == 0
         return self.any(step % AUTO_STEPS == 0 or time.monotonic() - self.last_saved > AUTO_SECONDS)
 
-    def save(self, step, stateful):
+    def save(self, step: int, stateful: dict[str, Any]) -> None:
         """All processes together: writes checkpoints/step_NNNNNN. Raises RunError where the disk does not take it, and
         Diverged for weights that are no numbers."""
         if self.any(not self.finite()):
@@ -61,7 +64,7 @@ class Saving(Processes):
             preflight.warn_of_disk(self, step, every)
         errors.last_checkpoint = str(self.output / "checkpoints" / checkpoints.name_of(step))
 
-    def _on_disk(self, here, action, output, step, *arguments):
+    def _on_disk(self, here: bool, action: Callable, output: Path, step: int, *arguments) -> None:
         """A part of saving, on the processes that are `here`: where it fails on one, all of them stop."""
         reason = ""
         try:
@@ -76,12 +79,12 @@ class Saving(Processes):
                 "Earlier checkpoints are intact"
             )
 
-    def finish(self, step):
+    def finish(self, step: int) -> None:
         """Counts a step as finished: from now on `rescue` saves it."""
         self.step, self.moved = step, False
         self.kept = {name: copy.deepcopy(state) for name, state in self.stateful.items() if isinstance(state, dict)}
 
-    def resume(self, stateful):
+    def resume(self, stateful: dict[str, Any]) -> int:
         """Loads the checkpoint of --resume into `stateful` and returns its step; 0 without one. Raises InputError where
         it does not fit."""
         if self.average:
@@ -111,7 +114,7 @@ class Saving(Processes):
         errors.last_checkpoint = str(folder)
         return step
 
-    def _state(self, thing):
+    def _state(self, thing: Any) -> dict:
         """What is saved of a thing; of a module the weights that are trained and no others: a LoRA's base stays out,
         and its buffers too, of Stable Diffusion 3.5 most of a GiB."""
         if isinstance(thing, dict):
@@ -122,7 +125,7 @@ class Saving(Processes):
         trained = {name for name, weight in module.named_parameters() if weight.requires_grad}
         return {n: value for n, value in module.state_dict().items() if n in trained or not self.args.lora_rank}
 
-    def _load_state(self, thing, state):
+    def _load_state(self, thing: Any, state: dict) -> None:
         if isinstance(thing, dict):
             if {name: type(value) for name, value in thing.items()} != {n: type(value) for n, value in state.items()}:
                 raise ValueError(f"it is {state}")
@@ -139,6 +142,6 @@ class Saving(Processes):
         self.accelerator.unwrap_model(thing).load_state_dict(sharding.deal(state, self.mesh), strict=False)
 
 
-def _belong(weight, moments):
+def _belong(weight: torch.Tensor, moments: dict) -> bool:
     """Whether AdamW's moments are this weight's: torch asks only when it uses them."""
     return all(getattr(moments.get(name), "shape", None) == weight.shape for name in ("exp_avg", "exp_avg_sq"))

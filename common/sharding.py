@@ -7,19 +7,24 @@ sharded by itself. configs/fsdp2.yaml is such a file.
 
 import os
 import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from common.checkpoints import Pieces
 from common.errors import InputError
 
+if TYPE_CHECKING:  # --help need not wait for it
+    from accelerate.utils import FullyShardedDataParallelPlugin
+
 asked = False  # whether the launcher did, for another run of this program (--calibrate)
 
 
-def take_plugin():
+def take_plugin() -> "FullyShardedDataParallelPlugin | None":
     """Accelerate's FSDP plugin if the launcher asked for it, else None. It is taken out of the environment: otherwise
-    the Accelerator would shard too."""
+    the Accelerator would shard too. Raises InputError for DeepSpeed, and for FSDP1."""
     global asked
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         raise InputError(
@@ -36,7 +41,7 @@ def take_plugin():
     return FullyShardedDataParallelPlugin()
 
 
-def own_plugin():
+def own_plugin() -> "FullyShardedDataParallelPlugin":
     """What configs/fsdp2.yaml asks for, where no config file asks for anything and weights fit only so."""
     from accelerate.utils import FullyShardedDataParallelPlugin
 
@@ -45,9 +50,9 @@ def own_plugin():
     )
 
 
-def on_a_machine(processes):
-    """How many of the processes each machine has, as the launcher says; all of them where it has one, or another one
-    has more."""
+def on_a_machine(processes: int) -> int:
+    """All processes together: how many of them each machine has, as the launcher says; all of them where it has one,
+    or another one has more."""
     from accelerate.utils import gather_object
 
     own = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
@@ -55,24 +60,32 @@ def on_a_machine(processes):
     return own if own > 1 and alike and processes % own == 0 else processes
 
 
-def mesh_of(device, processes, shards):
+def mesh_of(device: torch.device, processes: int, shards: int) -> DeviceMesh:
     """The processes in rows of `shards`, each row with all weights among its processes: where these are the processes
-    of a machine, no weights cross the network, only their gradients do, once an update."""
+    of a machine, no weights cross the network, only their gradients do, once an update. Dimensions ("replicas",
+    "shards"); of a single row ("shards",)."""
     rows, names = (processes // shards, shards), ("replicas", "shards")
     kept = slice(rows[0] == 1, None)
     return init_device_mesh(device.type, rows[kept], mesh_dim_names=names[kept])
 
 
-def offloads(plugin, device_type):
+def offloads(plugin: "FullyShardedDataParallelPlugin", device_type: str) -> bool:
     """Whether the shards wait on the CPU between passes. The plugin holds a policy, which is true in any case."""
     from torch.distributed.fsdp import CPUOffloadPolicy
 
     return isinstance(plugin.cpu_offload, CPUOffloadPolicy) and device_type != "cpu"
 
 
-def shard(module, blocks, plugin, mesh, dtype):
+def shard(
+    module: torch.nn.Module,
+    blocks: Sequence[str],
+    plugin: "FullyShardedDataParallelPlugin",
+    mesh: DeviceMesh,
+    dtype: torch.dtype,
+) -> torch.nn.Module:
     """Shards a module's weights in place, block by block: those of the classes that the config file names, or else of
-    the names in `blocks`. The forward and backward passes see them in `dtype`; gradients are averaged in float32."""
+    the names in `blocks`. The forward and backward passes see them in `dtype`; gradients are averaged in float32.
+    Returns the module."""
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
     policy = MixedPrecisionPolicy(
@@ -91,21 +104,21 @@ def shard(module, blocks, plugin, mesh, dtype):
     return fully_shard(module, **settings)
 
 
-def writes(mesh):
+def writes(mesh: DeviceMesh) -> tuple[bool, int]:
     """Whether this process writes its shards into a checkpoint, as one of the first row does; and the number of it."""
     return mesh.ndim == 1 or mesh.get_local_rank("replicas") == 0, mesh.get_local_rank("shards")
 
 
-def has_shards(state):
+def has_shards(state: Any) -> bool:
     """Whether a state (dictionaries, lists, tensors) holds a sharded tensor."""
     if isinstance(state, (dict, list)):
         return any(map(has_shards, state.values() if isinstance(state, dict) else state))
     return is_sharded(state)
 
 
-def local(state):
-    """A state with this process's share, {"shard": tensor}, in place of each sharded
-    tensor: what it writes into a checkpoint."""
+def local(state: Any) -> Any:
+    """A state with this process's share, {"shard": tensor}, in place of each sharded tensor: what it writes into a
+    checkpoint."""
     if isinstance(state, dict):
         return {name: local(value) for name, value in state.items()}
     if isinstance(state, list):
@@ -113,7 +126,7 @@ def local(state):
     return {"shard": mine(state)} if is_sharded(state) else state
 
 
-def deal(state, mesh=None):
+def deal(state: Any, mesh: DeviceMesh | None = None) -> Any:
     """The reverse, from a checkpoint that any number of processes wrote: tensors as they are sharded over the mesh, or
     whole ones without a mesh."""
     if isinstance(state, dict):
@@ -129,16 +142,16 @@ def deal(state, mesh=None):
     return distribute_tensor(state, mesh, [Replicate()] * (mesh.ndim - 1) + [Shard(0)], src_data_rank=None)
 
 
-def mine(tensor):
+def mine(tensor: torch.Tensor) -> torch.Tensor:
     """This process's share of a sharded tensor; any other as it is."""
     return tensor.to_local() if is_sharded(tensor) else tensor
 
 
-def whole(tensor):
+def whole(tensor: torch.Tensor) -> torch.Tensor:
     """All processes together: a sharded tensor put together on the CPU; any other as it is."""
     return tensor.full_tensor().cpu() if is_sharded(tensor) else tensor
 
 
-def is_sharded(thing):
+def is_sharded(thing: Any) -> bool:
     """Whether it is torch's DTensor, told by what it can do: importing the class takes half a second."""
     return hasattr(thing, "full_tensor")

@@ -4,12 +4,18 @@ saved, by all processes where they can be told."""
 import contextlib
 import shlex
 import signal
+from collections.abc import Iterator
+from types import FrameType
+from typing import TYPE_CHECKING
 
 import torch
 
 from common import errors, run_folder
 from common.errors import RunError
 from common.processes import Processes
+
+if TYPE_CHECKING:  # which has this file's class
+    from common.runtime import Runtime
 
 LOST = 255  # in the place of a signal's number: a process cannot go on
 
@@ -20,12 +26,13 @@ class Stopping(Processes):
     signal = 0  # the number of the one that asked this process to stop
     sampling = False  # whether all processes are between two questions for signals
 
-    def watch(self):
+    def watch(self) -> None:
         """From now on an error that ends the program saves the finished steps first, and tells the other processes."""
         errors.rescues[:], errors.alarms[:] = [self.rescue], [self.alarm]
 
-    def check_signals(self):
-        """Between steps, and between samples: if a process got a signal, saves on all of them and raises Stopped."""
+    def check_signals(self) -> None:
+        """Between steps, and between samples: if a process got a signal, saves on all of them and raises Stopped; if
+        one cannot go on, raises RunError on the others."""
         caught = torch.tensor([self.signal], device=self.device)
         number = int(self.gather(caught).max()) if self.world > 1 else self.signal
         if number == LOST:
@@ -36,7 +43,7 @@ class Stopping(Processes):
             self.rescue()
             raise errors.Stopped(number, f"{signal.Signals(number).name}: stopped after {self.step} steps")
 
-    def alarm(self):
+    def alarm(self) -> bool:
         """Tells the other processes that this one cannot go on, where they will ask: while all are sampling, unless
         they wait for its share of the weights first. Returns whether they heard it: then all of them rescue. Else says
         what is lost."""
@@ -51,7 +58,7 @@ class Stopping(Processes):
             self.gather(torch.tensor([LOST], device=self.device))
         return heard
 
-    def rescue(self, error=None):
+    def rescue(self, error: Exception | None = None) -> None:
         """Saves the finished steps, also in the middle of another that has not changed the weights yet, unless a
         checkpoint holds them or they are no good; and says how to go on after this error."""
         errors.rescues.clear()  # once: a disk that is full stays full
@@ -68,14 +75,14 @@ class Stopping(Processes):
 
 
 @contextlib.contextmanager
-def end_the_step(run):
+def end_the_step(run: "Runtime") -> Iterator[None]:
     """Inside, SIGINT, SIGTERM and SIGHUP (a closed terminal; not under nohup) let the update finish: run.signal is the
     first one's number, and `check_signals` saves and ends the run. The same one again ends it at once."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     if before[signal.SIGHUP] == signal.SIG_IGN:
         del before[signal.SIGHUP]
 
-    def note(number, frame):
+    def note(number: int, frame: FrameType | None) -> None:
         run.signal = run.signal or number
         signal.signal(number, before[number])
         with contextlib.suppress(RuntimeError):  # it may have come in the middle of another line

@@ -9,12 +9,19 @@ check_ratio                        whether rollout and update saw the same weigh
 
 import contextlib
 import copy
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 
 from common import compiling, placing, preflight, sharding
 from common.errors import InputError, RunError
 from common.processes import Processes
+
+if TYPE_CHECKING:  # they load more than torch
+    from diffusers.training_utils import EMAModel
+
+    from common.models.family import Family
 
 # Largest |rho - 1| before the first update that can be rounding: float32, and bf16 autocast.
 RATIO_LIMIT = {"no": 1e-4, "bf16": 0.05}
@@ -29,20 +36,18 @@ class Update(Processes):
     cure = None  # (flag, value): the setting of a new run that may get past what ended this one
 
     @staticmethod
-    def blame():
+    def blame() -> str:
         """What to say of a gradient that is no number; the scripts put something better in its place."""
         return "lower --learning-rate"
 
-    def keep_initial(self, model):
+    def keep_initial(self, model: "Family") -> None:
         """Before `prepare`: makes `initial_weights` work. Full weights get a frozen copy then; a LoRA needs none."""
         if not self.args.lora_rank:
             self.frozen = dict.fromkeys(model.trainable)
 
-    def prepare(self, model):
-        """Moves the model to the device, makes its weights or a LoRA trainable in float32, returns the optimizer.
-
-        model.trainable then holds the prepared modules. Raises InputError for what does not fit, before it moves.
-        """
+    def prepare(self, model: "Family") -> torch.optim.Optimizer:
+        """Moves the model to the device, makes its weights or a LoRA trainable in float32, returns the optimizer;
+        model.trainable then holds the prepared modules. Raises InputError for what does not fit, before it moves."""
         args = self.args
         for module in model.trainable.values():
             module.requires_grad_(False).eval()
@@ -70,7 +75,7 @@ class Update(Processes):
         )
         return self.optimizer
 
-    def _place(self, model):
+    def _place(self, model: "Family") -> None:
         """Moves the model, where memory is scarce in turn with a machine's other processes, and prepares it."""
         placing.settle(self, model)
         for name, module in model.trainable.items():
@@ -88,17 +93,18 @@ class Update(Processes):
         for name, module in model.trainable.items():
             model.trainable[name] = self.accelerator.prepare_model(module, evaluation_mode=bool(self.sharding))
 
-    def weights(self):
-        """The trained weights, a list of tensors."""
+    def weights(self) -> list[torch.Tensor]:
+        """The trained weights; sharded ones as they are sharded."""
         return self.trained
 
-    def finite(self):
+    def finite(self) -> bool:
         """Whether all of this process's share of the weights are numbers."""
         return all(weight.isfinite().all() for weight in map(sharding.mine, self.trained))
 
     @contextlib.contextmanager
-    def plain_modules(self):
-        """Inside, model.velocity can be differentiated otherwise than by `backward`: processes exchange nothing."""
+    def plain_modules(self) -> Iterator[None]:
+        """Inside, model.velocity can be differentiated otherwise than by `backward`: processes exchange nothing. Raises
+        InputError for sharded weights, and for --attention."""
         if self.sharding:
             raise InputError("sharded weights can be differentiated by the update only; take configs/ddp.yaml")
         if self.args.attention != "native":
@@ -112,7 +118,7 @@ class Update(Processes):
             self.model.trainable = trained
 
     @contextlib.contextmanager
-    def initial_weights(self):
+    def initial_weights(self) -> Iterator[None]:
         """Inside, model.velocity is that before training: the LoRA is off, or the frozen copy stands in."""
         trained = self.model.trainable
         with torch.no_grad(), self.accelerator.autocast():
@@ -127,7 +133,7 @@ class Update(Processes):
                 for module in modules:
                     module.enable_adapters()
 
-    def exchange_gradients(self, now):
+    def exchange_gradients(self, now: bool) -> None:
         """Whether processes exchange gradients in the next forward and backward pass; until then each adds up its own.
 
         Data parallelism decides in the forward pass, so `no_sync` around a backward pass alone does nothing. Sharded
@@ -140,12 +146,13 @@ class Update(Processes):
             elif isinstance(module, torch.nn.parallel.DistributedDataParallel):
                 module.require_backward_grad_sync = now
 
-    def backward(self, loss):
-        """Adds the gradients of this process's share of the loss."""
+    def backward(self, loss: torch.Tensor) -> None:
+        """Adds the gradients of this process's share of the loss, a scalar."""
         self.accelerator.backward(loss * self.world)  # data parallelism averages, the loss is a sum
 
-    def update(self):
-        """Clips the gradients, steps the optimizer, and returns the norm before clipping."""
+    def update(self) -> torch.Tensor:
+        """Clips the gradients, steps the optimizer, and returns the norm before clipping, a scalar. Raises RunError for
+        one that is no number."""
         weights = self.weights()
         norm = sharding.whole(self.accelerator.clip_grad_norm_(weights, self.args.max_grad_norm))
         if not torch.isfinite(norm):
@@ -160,9 +167,9 @@ class Update(Processes):
             self.average.step(weights)
         return norm
 
-    def check_ratio(self, error):
-        """Stops a run whose first ratio is not 1: its policy gradient would be that of another policy, and what is
-        beyond the clip range would be clipped on one side: an error of the ratio that the sign of A chooses."""
+    def check_ratio(self, error: float) -> None:
+        """Raises RunError for a first ratio that is not 1 (error: max |rho - 1|): its policy gradient would be that of
+        another policy, and what is beyond the clip range clipped on one side: an error that the sign of A chooses."""
         limit = min(RATIO_LIMIT[self.precision], self.args.clip_range)
         if not error <= limit:
             raise RunError(
@@ -172,7 +179,7 @@ class Update(Processes):
             )
 
 
-def _average(weights, decay):
+def _average(weights: list[torch.Tensor], decay: float) -> "EMAModel":
     from diffusers.training_utils import EMAModel
 
     return EMAModel(weights, decay=decay)
