@@ -10,6 +10,7 @@ Batches of another shape than the run's (an evaluation's last) are not compiled 
 
 import contextlib
 import inspect
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -19,7 +20,7 @@ STATES = ("hidden_states", "encoder_hidden_states", "temb")  # a block's inputs 
 _off = False
 
 
-def check(device):
+def check(device: torch.device) -> None:
     """Compiles a line. Raises InputError where this machine cannot: torch wants a C++ compiler, on GPUs Triton and
     Python's headers."""
     try:
@@ -31,7 +32,7 @@ def check(device):
         ) from None
 
 
-def compile_blocks(module, classes, rows):
+def compile_blocks(module: torch.nn.Module, classes: Sequence[str], rows: int) -> None:
     """In place, the blocks of a module, of these classes: those that take hidden_states (of a U-Net the transformers,
     not its convolutions), in passes of `rows` rows, or twice as many. Names and weights stay as they are."""
     torch._dynamo.config.optimize_ddp = False  # blocks are small: nothing is gained by splitting them into buckets
@@ -40,8 +41,9 @@ def compile_blocks(module, classes, rows):
             block.forward = _compiled(block.forward, (rows, 2 * rows))
 
 
-def set_attention(module, backend):
-    """Has a module's attention computed by these kernels, by diffusers' name for them. Raises InputError."""
+def set_attention(module: torch.nn.Module, backend: str) -> None:
+    """Has a module's attention computed by these kernels, by diffusers' name for them. Raises InputError where they are
+    missing, and for a module that leaves no choice."""
     if not any(hasattr(getattr(part, "processor", None), "_attention_backend") for part in module.modules()):
         raise InputError(f"--attention {backend}: of a {type(module).__name__} it cannot be chosen; leave it out")
     try:
@@ -51,7 +53,7 @@ def set_attention(module, backend):
 
 
 @contextlib.contextmanager
-def off():
+def off() -> Iterator[None]:
     """Inside, blocks are as they were: a compiled one cannot be differentiated twice."""
     global _off
     before, _off = _off, True
@@ -61,10 +63,10 @@ def off():
         _off = before
 
 
-def _compiled(forward, sizes):
+def _compiled(forward: Callable, sizes: tuple[int, int]) -> Callable:
     compiled, parameters = torch.compile(forward, dynamic=False), inspect.signature(forward)
 
-    def call(*args, **kwargs):
+    def call(*args, **kwargs) -> torch.Tensor | tuple[torch.Tensor, ...]:
         bound = parameters.bind(*args, **kwargs)
         inputs = bound.arguments
         if _off or len(inputs["hidden_states"]) not in sizes:

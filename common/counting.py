@@ -2,18 +2,33 @@
 
 import contextlib
 import math
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
 
 import torch
 
 from common import sharding
+from common.flags import Args
+
+if TYPE_CHECKING:  # they load more than torch
+    from common.models.family import Family
+    from common.runtime import Runtime
 
 ON_THE_HOST = ("trained weights", "frozen weights", "gradients", "optimizer")  # of shards between passes, offloaded
 
 
-def memory(model, args, precision, shards=1, initial=False, activations=0, scorers=()):
-    """Bytes that one of `shards` processes holds, by kind: weights from start to end, activations of one row for a
+def memory(
+    model: "Family",
+    args: Args,
+    precision: int,
+    shards: int = 1,
+    initial: bool = False,
+    activations: int = 0,
+    scorers: Iterable = (),
+) -> dict[str, float]:
+    """Bytes that one of `shards` processes holds, by kind: weights from start to end, activations of a pass for a
     moment. precision: bytes of a weight in the forward pass; initial: whether a copy of the initial weights is kept;
-    activations: bytes of one row; scorers: the rewards. The model's modules are as the Runtime makes them before it
+    activations: bytes of a pass; scorers: the rewards. The model's modules are as the Runtime makes them before it
     moves them: a LoRA is there already."""
     weights = {name: number(module) for name, module in modules(model)}
     trained = trained_number(model, args)
@@ -36,7 +51,7 @@ def memory(model, args, precision, shards=1, initial=False, activations=0, score
     }
 
 
-def _whole_weights(model, args, precision, shards):
+def _whole_weights(model: "Family", args: Args, precision: int, shards: int) -> int:
     """Of shards two blocks are whole for a moment, the one that computes and the next, and the gradients of one. Else
     autocast holds a copy of all trained weights, where they have another precision."""
     if shards > 1:
@@ -46,7 +61,7 @@ def _whole_weights(model, args, precision, shards):
     return precision * trained_number(model, args) if precision < 4 else 0
 
 
-def reward_modules(scorers):
+def reward_modules(scorers: Iterable) -> list[torch.nn.Module]:
     """The modules of rewards, each once, a judge in this process among them."""
     found = {}
     for scorer in scorers:
@@ -58,7 +73,7 @@ def reward_modules(scorers):
     return [module for key, module in found.items() if key not in inner]
 
 
-def samples(model, args, world=1):
+def samples(model: "Family", args: Args, world: int = 1) -> dict[str, float]:
     """Bytes that one of `world` processes holds of its samples, by kind: the latents of a rollout with all steps, what
     they are conditioned on, and the pixels of a micro-batch."""
     rows = args.prompts_per_step * args.group_size / world
@@ -70,7 +85,9 @@ def samples(model, args, world=1):
     }
 
 
-def held(run, model, args, shards, initial, activations, scorers):
+def held(
+    run: "Runtime", model: "Family", args: Args, shards: int, initial: bool, activations: int, scorers: Iterable
+) -> dict[str, float]:
     """`memory` and `samples` of one process of a run, on its accelerator."""
     kinds = memory(model, args, run.dtype.itemsize, shards, initial, activations, scorers)
     if run.world > 1 and shards == 1:
@@ -86,11 +103,11 @@ def held(run, model, args, shards, initial, activations, scorers):
 class Kept:
     """Inside, counts the bytes that autograd keeps for the backward pass, weights left out, each storage once."""
 
-    def __init__(self, modules):
+    def __init__(self, modules: Iterable[torch.nn.Module]) -> None:
         self.weights = {weight.untyped_storage()._cdata for module in modules for weight in module.parameters()}
         self.seen, self.tensors = {}, []
 
-    def pack(self, tensor):
+    def pack(self, tensor: torch.Tensor) -> torch.Tensor:
         """Counts a tensor that autograd keeps, once for each storage."""
         storage = tensor.untyped_storage()
         if storage._cdata not in self.weights:
@@ -99,20 +116,20 @@ class Kept:
         return tensor
 
     @property
-    def bytes(self):
+    def bytes(self) -> int:
         """Of all that was kept so far."""
         return sum(self.seen.values())
 
-    def __enter__(self):
+    def __enter__(self) -> "Kept":
         self.hooks = torch.autograd.graph.saved_tensors_hooks(self.pack, lambda tensor: tensor)
         self.hooks.__enter__()
         return self
 
-    def __exit__(self, *error):
+    def __exit__(self, *error) -> None:
         self.hooks.__exit__(*error)
 
 
-def activations(model, dtype, checkpointing):
+def activations(model: "Family", dtype: torch.dtype, checkpointing: bool) -> int:
     """Bytes that autograd keeps of one row's velocity, of a model whose weights need not be there. With gradient
     checkpointing: the blocks' inputs, and all of the largest block, which is computed again. Guidance against the
     empty prompt is a second pass."""
@@ -124,18 +141,18 @@ def activations(model, dtype, checkpointing):
         return count(model, dtype, checkpointing)
 
 
-def count(model, dtype, checkpointing):
+def count(model: "Family", dtype: torch.dtype, checkpointing: bool) -> int:
     """The same on tensors that are there."""
     module, largest, at = model.trainable[model.trained_at(1.0)], 0, {}  # at: bytes kept when a block began
 
-    def entered(block, *_):
+    def entered(block: torch.nn.Module, *_) -> None:
         at[block] = kept.bytes
 
-    def left(block, *_):
+    def left(block: torch.nn.Module, *_) -> None:
         nonlocal largest
         largest = max(largest, kept.bytes - at[block])
 
-    def velocity():
+    def velocity() -> None:
         cond = {name: value[None] for name, value in blank.items()}
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             model.velocity(torch.zeros(1, *model.noise_shape), 1.0, cond)
@@ -160,7 +177,7 @@ def count(model, dtype, checkpointing):
 
 
 @contextlib.contextmanager
-def _on_fake_cpu(module):
+def _on_fake_cpu(module: torch.nn.Module) -> Iterator[None]:
     """Inside FakeTensorMode: the module's weights stand on a CPU that holds nothing; attention is counted as GPUs do
     it."""
     before = [(part, dict(part._parameters), dict(part._buffers)) for part in module.modules()]
@@ -182,9 +199,9 @@ def _on_fake_cpu(module):
 # --- On the disk ---
 
 
-def disk(model, args, precision, start=0, auto=20):
-    """(bytes of one checkpoint, how many are there at once, bytes of the export); auto: steps between those of
-    --save-every auto."""
+def disk(model: "Family", args: Args, precision: int, start: int = 0, auto: int = 20) -> tuple[int, int, int]:
+    """(bytes of one checkpoint, how many are there at once, bytes of the export); precision: bytes of an exported
+    weight; start: finished steps; auto: steps between the checkpoints of --save-every auto."""
     trained = trained_number(model, args)
     checkpoint = 4 * trained * (3 + bool(args.ema))
     every = auto if args.save_every == "auto" else args.save_every
@@ -197,18 +214,18 @@ def disk(model, args, precision, start=0, auto=20):
 # --- Weights ---
 
 
-def trained_number(model, args):
+def trained_number(model: "Family", args: Args) -> int:
     """How many weights are trained."""
     if args.lora_rank:
         return sum(w.numel() for module in model.trainable.values() for w in module.parameters() if w.requires_grad)
     return sum(map(number, model.trainable.values()))
 
 
-def modules(model):
+def modules(model: "Family") -> list[tuple[str, torch.nn.Module]]:
     """[(name, module)] of the parts of a model's pipeline that have weights."""
     return [(name, part) for name, part in model.pipe.components.items() if isinstance(part, torch.nn.Module)]
 
 
-def number(module):
+def number(module: torch.nn.Module) -> int:
     """How many weights a module has."""
     return sum(weight.numel() for weight in module.parameters())

@@ -9,16 +9,20 @@ import json
 import os
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from common.errors import InputError
 
+if TYPE_CHECKING:  # it loads more than torch
+    from common.models.family import Family
+
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # safetensors' names
 LOCK = Path(tempfile.gettempdir()) / f"vgrpo-loading-{os.getuid()}.lock"
 
 
-def copied(model):
+def copied(model: "Family") -> dict[str, int]:
     """Bytes that a process copies of each part of a model, {name: bytes}: of an outline, whose files are all there."""
     found = {}
     for name, part in model.pipe.components.items():
@@ -31,12 +35,12 @@ def copied(model):
     return found
 
 
-def _weights(folder):
+def _weights(folder: Path) -> list[Path]:
     """The files of a part's weights; no variants (NAME.fp16.safetensors)."""
     return [file for file in folder.glob("*.safetensors") if file.name.count(".") == 1]
 
 
-def _elements(file):
+def _elements(file: Path) -> list[tuple[str, int]]:
     """[(safetensors' name of a dtype, number of elements)] of the tensors in a file, by its head."""
     with open(file, "rb") as opened:
         head = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
@@ -45,7 +49,7 @@ def _elements(file):
     ]
 
 
-def by_turns(name, each, stays):
+def by_turns(name: str, each: int, stays: float) -> bool:
     """Whether the processes of this machine have to load one after another: each copies `each` bytes, of which it keeps
     `stays`. Raises InputError where that does not fit either."""
     import psutil
@@ -64,10 +68,10 @@ class Turn:
     """This process's turn, from its beginning to `end`: while one has it, other processes of this user wait here. It
     ends with the process, however that ends. Between, processes must not wait for one another."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.file = open(LOCK, "w")
         fcntl.flock(self.file, fcntl.LOCK_EX)
 
-    def end(self):
+    def end(self) -> None:
         """Lets the next process load."""
         self.file.close()

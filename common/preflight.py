@@ -9,11 +9,17 @@ import os
 import shlex
 import shutil
 import sys
+from typing import TYPE_CHECKING
 
 import torch
 
 from common import arguments, checkpoints, counting, loading, models, placing, sharding
 from common.errors import InputError
+
+if TYPE_CHECKING:  # they load more than torch, or import this file
+    from common.models.family import Family
+    from common.processes import Processes
+    from common.runtime import Runtime
 
 SMALL = 2**30  # bytes of a model's files below which nothing has to be chosen, and no activations are counted
 ROOM = 0.9  # of the free memory: what a kernel needs while it runs, and the allocator's gaps, are not counted
@@ -25,7 +31,7 @@ LORA = 64  # the rank of a LoRA that is proposed
 # --- Choosing ---
 
 
-def settle(run, scorers):
+def settle(run: "Runtime", scorers: list) -> None:
     """Before anything is loaded: chooses --offload-encoders, --gradient-checkpointing, --exchange-often and sharding,
     inside each machine or over all, where they decide whether the run fits, and on GPUs --micro-batch auto, and leaves
     `run.activations`, the bytes of a pass. Raises InputError with a command that fits. Small models are left as they
@@ -66,12 +72,12 @@ def settle(run, scorers):
 class Plan:
     """What a run would take, in several ways of running it. `have`: bytes that each process may take."""
 
-    def __init__(self, run, scorers):
+    def __init__(self, run: "Runtime", scorers: list) -> None:
         self.run, self.scorers, self.counted = run, scorers, {}
         self.model = self.outline(run.args.lora_rank)
         self.have = ROOM * min(run.together(free(run)))
 
-    def outline(self, lora_rank):
+    def outline(self, lora_rank: int) -> "Family | None":
         """The model without contents, with the LoRA that would be trained; None if it is small."""
         args = self.run.args
         model = models.outline(args.model, self.run.dtype, SMALL, **arguments.of_model(args))
@@ -82,7 +88,7 @@ class Plan:
                 placing.adapt(self.run, model, args.lora_targets, lora_rank)
         return model
 
-    def ways(self):
+    def ways(self) -> list[tuple[str, ...]]:
         """Names of what is chosen besides what is asked for, what costs least first."""
         args, run = self.run.args, self.run
         chosen = [()]
@@ -97,13 +103,15 @@ class Plan:
             chosen.append((*chosen[-1], SHARDED[1]))
         return chosen
 
-    def shards(self, changes):
+    def shards(self, changes: tuple[str, ...]) -> int:
         """Processes that one copy of the weights is sharded over: of a machine, of all, or 1."""
         run = self.run
         return run.world if SHARDED[1] in changes else run.shards if run.sharding or "sharded" in changes else 1
 
-    def kinds(self, args, shards, model=None, batch=None):
-        """Bytes that each process would hold, by kind."""
+    def kinds(
+        self, args: arguments.Args, shards: int, model: "Family | None" = None, batch: int | None = None
+    ) -> dict[str, float]:
+        """Bytes that each process would hold, by kind, with passes of `batch` rows, None: the run's."""
         model, run = model or self.model, self.run
         sharded = run.sharding.activation_checkpointing if run.sharding else shards > 1
         key = bool(args.lora_rank), bool(args.gradient_checkpointing or sharded)
@@ -112,7 +120,7 @@ class Plan:
         row = self.counted[key] * (batch or run.batch)
         return counting.held(run, model, args, shards, arguments.keeps_initial(args), row, self.scorers)
 
-    def most_rows(self, args, shards):
+    def most_rows(self, args: arguments.Args, shards: int) -> int:
         """Rows of the largest pass that fits, of so many a power of two, and leaves room for what is not counted."""
         share, rows = args.prompts_per_step * args.group_size // self.run.world, 1
         while 2 * rows <= share:
@@ -122,7 +130,7 @@ class Plan:
             rows *= 2
         return rows
 
-    def by_turns(self, args):
+    def by_turns(self, args: arguments.Args) -> bool:
         """Whether the processes of this machine load the model one after another, with what they copy of it while they
         do. Raises InputError where its memory cannot hold even that."""
         run, model = self.run, self.model
@@ -139,7 +147,7 @@ class Plan:
             of_start = run.dtype.itemsize * max(map(counting.number, model.trainable.values()))
         return loading.by_turns(args.model, sum(parts.values()) + of_start, stays)
 
-    def refusal(self, kinds):
+    def refusal(self, kinds: dict[str, float]) -> str:
         """Why the run does not fit, with commands that do. kinds: bytes by kind of the last way tried."""
         fits = "; ".join(f"{words} ({size / 2**30:.0f} GiB)" for words, size in self.others())
         return (
@@ -148,7 +156,7 @@ class Plan:
             + (fits or "smaller samples (--height, --width, --frames), fewer of them, or more GPUs")
         )
 
-    def others(self):
+    def others(self) -> list[tuple[str, float]]:
         """Command lines that would fit, with their bytes: a smaller --micro-batch, a LoRA, more GPUs."""
         run, script = self.run, shlex.join(sys.argv)
         asked = dataclasses.replace(run.args, offload_encoders=True, gradient_checkpointing=True, exchange_often=True)
@@ -169,7 +177,7 @@ class Plan:
         return [(words, size) for words, size in found if size <= self.have]
 
 
-def free(run):
+def free(run: "Processes") -> float:
     """Bytes of memory that this process may take as yet."""
     if run.device.type == "cuda":
         return torch.cuda.mem_get_info(run.device)[0]
@@ -178,18 +186,18 @@ def free(run):
     return psutil.virtual_memory().available / run.world
 
 
-def _listed(kinds):
+def _listed(kinds: dict[str, float]) -> str:
     return ", ".join(f"{name} {size / 2**30:.1f}" for name, size in kinds.items() if size)
 
 
-def _flag(name):
+def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
 # --- Checking ---
 
 
-def check(run, model):
+def check(run: "Runtime", model: "Family") -> None:
     """Raises InputError if the memory or the disk cannot be enough."""
     args, precision = run.args, run.dtype.itemsize
     shards = run.shards if run.sharding else 1
@@ -207,7 +215,7 @@ def check(run, model):
         _check_disk(run, *counting.disk(model, args, precision, run.checkpoint[1] if run.checkpoint else 0))
 
 
-def check_twice_differentiated(run, model):
+def check_twice_differentiated(run: "Runtime", model: "Family") -> None:
     """Under a kernel of attention that can be differentiated twice, which keeps the scores of every block: raises
     InputError where a pass of `run.batch` rows and its derivative do not fit. Of small models it has nothing to say."""
     if 4 * sum(map(counting.number, model.trainable.values())) < SMALL:
@@ -221,7 +229,7 @@ def check_twice_differentiated(run, model):
         )
 
 
-def _check_disk(run, checkpoint, number, export):
+def _check_disk(run: "Runtime", checkpoint: int, number: int, export: int) -> None:
     there = next(folder for folder in (run.output, *run.output.absolute().parents) if os.path.exists(folder))
     need, have = checkpoint * number + export, shutil.disk_usage(there).free
     if need > have:
@@ -232,7 +240,7 @@ def _check_disk(run, checkpoint, number, export):
         )
 
 
-def warn_of_disk(run, step, every):
+def warn_of_disk(run: "Runtime", step: int, every: int) -> None:
     """After a checkpoint of a run whose steps take long, so that --save-every auto saves more often than every 20 of
     them: says where the disk has no room for all that are to come."""
     checkpoint, number, export = counting.disk(run.model, run.args, run.dtype.itemsize, step, every)
