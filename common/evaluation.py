@@ -13,8 +13,10 @@ import hashlib
 import io
 import json
 import os
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -28,16 +30,17 @@ from common.rewards import asking
 
 class Folder:
     """output: --output, "" for runs/evaluation-XXXXXXXX, by the settings and the models. settings: what makes this
-    evaluation no other; whose {model: what tells its weights from others}. Raises InputError for a folder that holds
-    another evaluation, or scores of other weights. Every process reads; the main one writes, and may raise OSError."""
+    evaluation no other; whose {model: what tells its weights from others}. Raises InputError for a folder that
+    cannot be written to, or holds another evaluation, or scores of other weights. Every process reads; the main one
+    writes, and may raise OSError."""
 
-    def __init__(self, output, settings, whose):
+    def __init__(self, output: str, settings: dict, whose: dict[str, dict]) -> None:
         self.settings, self.whose = json.loads(json.dumps([settings, whose], sort_keys=True))
         self.path = Path(output or f"runs/evaluation-{digest([self.settings, self.whose])[:8]}")
         self._check()
         self.parts = {name: self._read(name) for name in whose}  # {model: {part: {reward: [n]}}}
 
-    def _check(self):
+    def _check(self) -> None:
         there = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
         if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
             raise InputError(f"--output {self.path}: cannot write there; choose another folder")
@@ -55,7 +58,7 @@ class Folder:
                 f"{self.settings.get(wrong[0])!r:.200}: choose another folder"
             )
 
-    def _read(self, name):
+    def _read(self, name: str) -> dict[int, dict[str, list]]:
         path = self._scores(name)
         lines = path.read_text(errors="replace").splitlines() if path.exists() else []
         rows = [row for row in map(_json, lines) if isinstance(row, dict)]  # not the half line of a killed process
@@ -63,7 +66,7 @@ class Folder:
             raise InputError(f"--output {self.path} has scores of other weights called {name}: choose another folder")
         return {row["part"]: row["scores"] for row in rows[1:] if _is_of_a_part(row)}
 
-    def begin(self):
+    def begin(self) -> None:
         """Writes the settings, and the scores that were read, without a killed process's half line. Raises OSError."""
         (self.path / "scores").mkdir(parents=True, exist_ok=True)
         run_folder.write_text(self.path / "evaluation.json", json.dumps(self.settings, indent=2) + "\n")
@@ -72,23 +75,24 @@ class Folder:
             lines = [json.dumps(row) + "\n" for row in (self.whose[name], *rows)]
             run_folder.write_text(self._scores(name), "".join(lines))
 
-    def add(self, name, parts):
-        """Appends scores {part: {reward: [n] float32}}; NaN, of a sample without one, is null in the file."""
+    def add(self, name: str, parts: dict[int, dict[str, torch.Tensor]]) -> None:
+        """Appends a model's scores {part: {reward: [n] float32}}; NaN, of a sample without one, is null in the file.
+        Raises OSError."""
         for number, scores in parts.items():
             scores = {reward: [v if v == v else None for v in values.tolist()] for reward, values in scores.items()}
             self.parts[name][number] = scores
             with self._scores(name).open("a") as file:
                 file.write(json.dumps({"part": number, "scores": scores}) + "\n")
 
-    def scores(self, name, reward, parts, shape):
-        """Of one reward [P, S], NaN where there is none; parts: all of them, in order."""
+    def scores(self, name: str, reward: str, parts: Sequence[torch.Tensor], shape: tuple[int, int]) -> torch.Tensor:
+        """Of a model and a reward, `shape` [P, S], NaN where there is none; parts: all of them, in order."""
         found = torch.full(shape, torch.nan)
         for number, part in enumerate(parts):
             values = self.parts[name][number][reward]
             found[part[:, 0], part[:, 1]] = torch.tensor([torch.nan if value is None else value for value in values])
         return found
 
-    def together(self, run, action, *words):
+    def together(self, run: Processes, action: Callable, *words) -> None:
         """All processes together: what the main one writes; where it fails, all of them stop. Raises RunError, and the
         action's InputError."""
         error = ""
@@ -102,25 +106,25 @@ class Folder:
         if error := run.first(error):
             raise error
 
-    def cannot_write(self, error):
+    def cannot_write(self, error: OSError) -> str:
         """The line for an OSError."""
         return f"cannot write into {self.path} ({errors.text(error)}); is the disk full? The same command goes on"
 
     # --- The picture ---
 
-    def shown(self, name, prompt):
+    def shown(self, name: str, prompt: int) -> Path:
         """The file of a model's sample of a prompt."""
         return self.path / "shown" / name / f"{prompt:05d}.pt"
 
-    def show(self, name, prompt, sample):
-        """Keeps a sample in [0, 1] for the picture; raises OSError."""
+    def show(self, name: str, prompt: int, sample: torch.Tensor) -> None:
+        """Keeps a sample [C, H, W], or a clip [F, C, H, W], in [0, 1] for the picture; raises OSError."""
         path = self.shown(name, prompt)
         path.parent.mkdir(parents=True, exist_ok=True)
         written = io.BytesIO()  # of a full disk torch says something else than OSError
         torch.save(sample.clamp(0, 1).mul(255).round().to("cpu", torch.uint8), written)
         run_folder.write_beside(path, lambda beside: beside.write_bytes(written.getvalue()))
 
-    def picture(self, prompts, rewards, fps):
+    def picture(self, prompts: list[str], rewards: dict[str, torch.Tensor], fps: float) -> Path:
         """side_by_side.png, a line for each of n prompts with a sample of each model (rewards {model: [n]}); of clips
         some of their frames, and all of them in side_by_side.mp4. Returns the path."""
         path, columns = self.path / "side_by_side.png", len(rewards)
@@ -135,7 +139,7 @@ class Folder:
         report.save_clips(path.with_suffix(".mp4"), media, fps, columns)
         return path.with_suffix(".mp4")
 
-    def _scores(self, name):
+    def _scores(self, name: str) -> Path:
         return self.path / "scores" / f"{name}.jsonl"
 
 
@@ -152,17 +156,17 @@ class Evaluator:
     layout: layouts.Layout | None
     pictured: int  # prompts
 
-    def begin(self):
+    def begin(self) -> None:
         """On the main process, before any samples; raises OSError or InputError."""
         self.folder.begin()
         for name in self.folder.parts if self.layout else ():
             self.layout.begin(self.folder.path, name)
 
-    def shown(self, part):
+    def shown(self, part: torch.Tensor) -> list[tuple[int, int]]:
         """Those in the picture."""
         return [(p, which) for p, which in part.tolist() if self.scorers and which == 0 and p < self.pictured]
 
-    def lacks(self, name, number, part):
+    def lacks(self, name: str, number: int, part: torch.Tensor) -> bool:
         """Whether some of a part's scores or files are not there yet."""
         paths = [self.folder.shown(name, p) for p, _ in self.shown(part)]
         if self.layout:
@@ -171,7 +175,7 @@ class Evaluator:
         scored = number in self.folder.parts[name] and all(len(scores.get(r, ())) == len(part) for r in self.scorers)
         return not (scored and all(path.exists() for path in paths))
 
-    def score(self, name, part):
+    def score(self, name: str, part: torch.Tensor) -> tuple[dict[str, torch.Tensor], str]:
         """Makes a part of a model's samples: ({reward: [n]}, ""), or ({}, why there are no scores)."""
         run, args, shown = self.run, self.run.args, self.shown(part)
         captions, streams = [self.prompts[p] for p in part[:, 0]], part[:, 1] * len(self.prompts) + part[:, 0]
@@ -195,8 +199,9 @@ class Evaluator:
                 raise
             return {}, reason
 
-    def check(self, scored, part):
-        """All processes together: raises RunError where these parts have no scores, or none that can be counted."""
+    def check(self, scored: list[tuple[dict[str, torch.Tensor], str]], part: torch.Tensor) -> None:
+        """All processes together: raises RunError where these parts, all in `part`, have no scores, or none that can be
+        counted. scored: what `score` gave of each."""
         if reason := next(filter(None, (reason for _, reason in scored)), ""):
             raise RunError(reason)
         for name, scorer in self.scorers.items():
@@ -206,19 +211,19 @@ class Evaluator:
             asking.check_finite({name: values}, self.scorers, [self.prompts[p] for p in part[:, 0]])
 
 
-def digest(*things):
-    """What tells lists of JSON's values from others."""
+def digest(*things: Iterable) -> str:
+    """What tells lists of JSON's values from others: SHA-256, in hexadecimal."""
     return hashlib.sha256(json.dumps([list(values) for values in things]).encode()).hexdigest()
 
 
-def _is_of_a_part(row):
+def _is_of_a_part(row: dict) -> bool:
     """Whether a line of scores is as `add` wrote it: what was edited since counts as not there."""
     lists = row["scores"].values() if isinstance(row.get("scores"), dict) else [None]
     numbers = (value for values in lists for value in (values if isinstance(values, list) else [""]))
     return type(row.get("part")) is int and all(value is None or type(value) is float for value in numbers)
 
 
-def _json(line):
+def _json(line: str) -> Any:
     try:
         return json.loads(line)
     except ValueError:

@@ -1,8 +1,10 @@
 """Evaluation, a run's own and evaluate.py's: noise-free samples of held-out prompts, from the same initial noise every
 time."""
 
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -11,12 +13,26 @@ from common.errors import RunError
 from common.rewards.asking import check_finite, score
 from common.rewards.mixing import weighted_sum
 
+if TYPE_CHECKING:  # they load more than torch
+    from common.models.family import Family
+    from common.report import Report
+    from common.runtime import Runtime
+
 NOISE = 2**31 - 1  # the "step" whose noise the evaluation starts from; no training step has it
 
 
 @torch.no_grad()
-def sample(model, prompts, streams, sigmas, micro_batch, device="cpu", seed=0):
-    """Noise-free samples [b, C, H, W] in [0, 1] of b prompts, each from the fixed noise of its stream [b] (int)."""
+def sample(
+    model: "Family",
+    prompts: list[str],
+    streams: torch.Tensor,
+    sigmas: torch.Tensor,
+    micro_batch: int,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+) -> torch.Tensor:
+    """Noise-free samples [b, C, H, W] (clips [b, F, C, H, W]) in [0, 1] of b prompts, each from the fixed noise of its
+    stream [b] (int); sigmas [T+1]; micro_batch: rows of a pass."""
     cond = model.encode(prompts)
     images = []
     for mb in torch.arange(len(prompts)).split(micro_batch):
@@ -27,7 +43,17 @@ def sample(model, prompts, streams, sigmas, micro_batch, device="cpu", seed=0):
     return torch.cat(images)
 
 
-def sample_and_score(model, scorers, prompts, streams, sigmas, micro_batch, device="cpu", seed=0, policy=nullcontext):
+def sample_and_score(
+    model: "Family",
+    scorers: dict,
+    prompts: list[str],
+    streams: torch.Tensor,
+    sigmas: torch.Tensor,
+    micro_batch: int,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+    policy: Callable[[], AbstractContextManager] = nullcontext,
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """`sample`, in the context of `policy`, and every scorer on it: ({name: [b]}, samples). What a scorer raised waits
     for `check_finite`."""
     with policy():
@@ -35,10 +61,18 @@ def sample_and_score(model, scorers, prompts, streams, sigmas, micro_batch, devi
     return score(scorers, media, prompts), media
 
 
-def scores_of(run, model, scorers, prompts, shown=0, policy=nullcontext):
+def scores_of(
+    run: "Runtime",
+    model: "Family",
+    scorers: dict,
+    prompts: list[str],
+    shown: int = 0,
+    policy: Callable[[], AbstractContextManager] = nullcontext,
+) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
     """Every scorer on one noise-free sample of each of n prompts: {name: [n]}, the same on every process, and up to
-    `shown` of this process's images [b, C, H, W], on the main process those of the first prompts. policy: a context
-    to sample in, as Runtime.initial_weights. Between batches it hears signals."""
+    `shown` of this process's samples as `sample` gives them, None for 0, on the main process those of the first
+    prompts. policy: a context to sample in, as Runtime.initial_weights. Between batches it hears signals. Raises what
+    `check_finite` does, and Stopped."""
     # equal shares for all processes: the first prompts fill up the last share, and are dropped again below
     numbers = run.rows(-(-len(prompts) // run.world) * run.world) % len(prompts)
     mine = [prompts[i] for i in numbers]
@@ -56,16 +90,21 @@ def scores_of(run, model, scorers, prompts, shown=0, policy=nullcontext):
     return scores, torch.stack(images) if images else None
 
 
-def initial_reward(run, model, scorers, reward_weights, prompts):
-    """Mean reward of --group-size noise-free samples of each of n prompts by the weights before training: [n]"""
+def initial_reward(
+    run: "Runtime", model: "Family", scorers: dict, reward_weights: dict[str, float], prompts: list[str]
+) -> torch.Tensor:
+    """Mean reward of --group-size noise-free samples of each of n prompts by the weights before training: [n]. Raises
+    RunError if one has none."""
     samples = [prompt for prompt in prompts for _ in range(run.args.group_size)]
     scorers = {name: scorers[name] for name in reward_weights}  # not those that are only watched
     scores, _ = scores_of(run, model, scorers, samples, policy=run.initial_weights)
     return expected(weighted_sum(scores, reward_weights).view(len(prompts), -1).nanmean(1), prompts)
 
 
-def still_reward(run, model, scorers, reward_weights, prompts):
-    """Reward of each of n prompts' conditioning images, shown as a still video: [n]"""
+def still_reward(
+    run: "Runtime", model: "Family", scorers: dict, reward_weights: dict[str, float], prompts: list[str]
+) -> torch.Tensor:
+    """Reward of each of n prompts' conditioning images as a still video: [n]. Raises RunError if one has none."""
     scorers = {name: scorers[name] for name in reward_weights}
     parts = [prompts[i : i + run.score_batch] for i in range(0, len(prompts), run.score_batch)]
     found = [score(scorers, model.still(part), part) for part in parts]
@@ -75,7 +114,7 @@ def still_reward(run, model, scorers, reward_weights, prompts):
     return expected(weighted_sum(scores, reward_weights)[:, 0], prompts)  # a judge may answer each process otherwise
 
 
-def expected(rewards, prompts):
+def expected(rewards: torch.Tensor, prompts: list[str]) -> torch.Tensor:
     """Rewards [n] of n prompts, as they are; raises RunError if one has none (NaN): a prior cannot do without."""
     for reward, prompt in zip(rewards.tolist(), prompts):
         if reward != reward:
@@ -83,9 +122,18 @@ def expected(rewards, prompts):
     return rewards
 
 
-def evaluate(run, report, model, scorers, reward_weights, prompts, step, last=False):
-    """The evaluation on the steps that --eval-every and --sample-every name: {"eval_reward", "eval_<scorer>"}, else
-    {}."""
+def evaluate(
+    run: "Runtime",
+    report: "Report",
+    model: "Family",
+    scorers: dict,
+    reward_weights: dict[str, float],
+    prompts: list[str],
+    step: int,
+    last: bool = False,
+) -> dict[str, torch.Tensor]:
+    """The evaluation before the steps that --eval-every and --sample-every name, and after the `last`: {"eval_reward",
+    "eval_<scorer>"}, scalars, means over the prompts; else {}. Raises RunError, Stopped."""
     args = run.args
     due = args.eval_every and (last or step % args.eval_every == 0)
     grid = args.sample_every and (last or step % args.sample_every == 0)

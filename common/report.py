@@ -3,6 +3,10 @@
 import html
 import math
 import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -12,6 +16,12 @@ from common import card, errors, page, signals
 from common.prompts import caption_of
 from common.run_folder import line_of, rows_before, write_rows
 
+if TYPE_CHECKING:  # a picture can do without
+    import wandb
+    from torch.utils.tensorboard import SummaryWriter
+
+    from common.runtime import Runtime
+
 
 class Report:
     """Writes on the main process only. A resumed run writes metrics.jsonl again from row `start` on.
@@ -19,7 +29,7 @@ class Report:
     Besides reward.png there is a NAME.png of the metrics NAME and NAME_..., for each name in CURVES of a script's Args.
     """
 
-    def __init__(self, run, start):
+    def __init__(self, run: "Runtime", start: int) -> None:
         self.run, self.path = run, run.output / "metrics.jsonl"
         self.curves = ("share", *getattr(run.args, "CURVES", ()))
         self.rows = rows_before(self.path, start)  # on every process: `ends` is asked on all
@@ -27,8 +37,9 @@ class Report:
             write_rows(self.path, self.rows)
         start_tracker(run)
 
-    def steps(self, start, stop):
-        """The step numbers, behind a progress bar with reward, ratio error and the time left."""
+    def steps(self, start: int, stop: int) -> Iterator[int]:
+        """The step numbers, behind a progress bar with reward, ratio error and the time left. Between them, once one is
+        finished, raises what `check_signals` does."""
         from tqdm import tqdm
 
         self.bar = tqdm(
@@ -40,8 +51,8 @@ class Report:
                 self.run.finish(step + 1)
                 self.run.check_signals()
 
-    def log(self, step, metrics):
-        """Appends a row to metrics.jsonl and sends it to the tracker: {name: number or tensor of one element}."""
+    def log(self, step: int, metrics: dict[str, float | torch.Tensor]) -> None:
+        """Appends a row to metrics.jsonl and sends it to the tracker; tensors of one element."""
         row = {"step": step, **{name: float(value) for name, value in metrics.items()}}
         self.rows.append(row)
         self.run.accelerator.log({name: value for name, value in row.items() if name != "step"}, step=step)
@@ -51,7 +62,7 @@ class Report:
             if "reward_mean" in row:
                 self.bar.set_postfix(reward=f"{row['reward_mean']:.3f}", ratio_error=f"{row['ratio_error']:.0e}")
 
-    def samples(self, step, media, prompts, rewards):
+    def samples(self, step: int, media: torch.Tensor, prompts: list[str], rewards: torch.Tensor) -> None:
         """samples/step_NNNNNN.png: up to 16 images [n, 3, H, W] in [0, 1] with their prompts and rewards [n]; of clips
         [n, F, 3, H, W] up to 8 frames each, and all of them side by side in step_NNNNNN.mp4."""
         if self.run.is_main:
@@ -67,7 +78,7 @@ class Report:
                 SHOW[tracker.name](tracker.tracker, step, path, *shown)
             self.plot()
 
-    def plot(self):
+    def plot(self) -> None:
         """reward.png: the training reward of each step, and the held-out one; the other curves; and report.html."""
         if not self.run.is_main:
             return
@@ -80,8 +91,9 @@ class Report:
                 save_curves(self.run.output / f"{curve}.png", self.rows, labels, curve)
         page.write(self.run.output)
 
-    def finish(self, step, metrics, export):
-        """Logs the last evaluation, closes everything, says what came out and where to look, and returns the report."""
+    def finish(self, step: int, metrics: dict[str, float | torch.Tensor], export: str) -> "Report":
+        """Logs the last evaluation, closes everything, says what came out and where to look (`export` is the line that
+        loads the model), and returns the report. Raises RunError where the export's card cannot be written or sent."""
         if metrics:
             self.log(step, metrics)
         self.plot()
@@ -101,7 +113,7 @@ class Report:
         card.leave(self.run)
         return self
 
-    def ends(self, name, number):
+    def ends(self, name: str, number: int) -> tuple[float, float]:
         """Mean of a metric in the first `number` training steps that have it, and in the last."""
         values = [row[name] for row in self.rows if math.isfinite(row.get(name, math.nan))]
         return sum(values[:number]) / number, sum(values[-number:]) / number
@@ -110,10 +122,10 @@ class Report:
 class Clock:
     """Seconds between laps, of finished work: waits for the accelerator."""
 
-    def __init__(self, device):
+    def __init__(self, device: torch.device) -> None:
         self.device, self.last = device, time.perf_counter()
 
-    def lap(self):
+    def lap(self) -> float:
         """Seconds since the last lap, or since the clock was made."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
@@ -121,7 +133,7 @@ class Clock:
         return self.last - before
 
 
-def start_tracker(run):
+def start_tracker(run: "Runtime") -> None:
     """Under the run's name, by which TensorBoard calls its folder; in W&B a run that goes on is the same one. Raises
     InputError for a tracker that does not start."""
     name, settings = run.output.name, {name: str(value) for name, value in vars(run.args).items()}
@@ -137,7 +149,9 @@ def start_tracker(run):
         ) from None
 
 
-def show_in_tensorboard(writer, step, path, media, prompts, rewards):
+def show_in_tensorboard(
+    writer: "SummaryWriter", step: int, path: Path, media: torch.Tensor, prompts: list[str], rewards: torch.Tensor
+) -> None:
     """The picture of the samples (prompts and rewards are in it), and a table of both, which can be searched."""
     from PIL import Image
 
@@ -148,7 +162,9 @@ def show_in_tensorboard(writer, step, path, media, prompts, rewards):
     writer.add_text("samples", "\n".join(["| prompt | reward |", "| --- | --- |", *lines]), step)
 
 
-def show_in_wandb(run, step, path, media, prompts, rewards):
+def show_in_wandb(
+    run: "wandb.Run", step: int, path: Path, media: torch.Tensor, prompts: list[str], rewards: torch.Tensor
+) -> None:
     """Each image with its prompt and reward under it; clips side by side, under them what they are, in their order."""
     import wandb
 
@@ -165,8 +181,10 @@ def show_in_wandb(run, step, path, media, prompts, rewards):
 SHOW = {"tensorboard": show_in_tensorboard, "wandb": show_in_wandb}
 
 
-def save_grid(path, images, prompts, rewards, columns=4):
-    """A PNG of images [n, 3, H, W] in [0, 1], each with its prompt and reward under it."""
+def save_grid(
+    path: Path, images: torch.Tensor, prompts: list[str], rewards: Iterable[float | torch.Tensor], columns: int = 4
+) -> None:
+    """A PNG of images [n, 3, H, W] in [0, 1], each with its prompt and reward, of n, under it."""
     from common import captions
 
     plt, lines = pyplot(), -(-len(images) // columns)
@@ -182,7 +200,9 @@ def save_grid(path, images, prompts, rewards, columns=4):
     plt.close(figure)
 
 
-def save_strips(path, clips, prompts, rewards, frames=8):
+def save_strips(
+    path: Path, clips: torch.Tensor, prompts: list[str], rewards: Iterable[float | torch.Tensor], frames: int = 8
+) -> None:
     """A PNG with a line for each of n clips [n, F, 3, H, W] in [0, 1]: some of its frames, its prompt and reward."""
     from torchvision.utils import make_grid
 
@@ -199,7 +219,7 @@ def save_strips(path, clips, prompts, rewards, frames=8):
     plt.close(figure)
 
 
-def save_clips(path, clips, fps, columns=4):
+def save_clips(path: Path, clips: torch.Tensor, fps: float, columns: int = 4) -> None:
     """An MP4 of clips [n, F, 3, H, W] in [0, 1] side by side; small ones are enlarged."""
     from diffusers.utils import export_to_video
     from torchvision.utils import make_grid
@@ -212,8 +232,9 @@ def save_clips(path, clips, fps, columns=4):
     export_to_video([frame.movedim(0, -1).numpy() for frame in frames], str(path), fps=fps)
 
 
-def save_curves(path, rows, labels, quantity):
-    """A PNG of metrics over the steps: labels {metric: what the legend calls it}; those of a few steps get points."""
+def save_curves(path: Path, rows: list[dict[str, float]], labels: dict[str, str], quantity: str) -> None:
+    """A PNG of metrics over the steps: rows of metrics.jsonl, labels {metric: what the legend calls it}; those of a few
+    steps get points."""
     plt = pyplot()
     figure, axis = plt.subplots(figsize=(6, 3.6))
     for name, label in labels.items():
@@ -229,7 +250,7 @@ def save_curves(path, rows, labels, quantity):
     plt.close(figure)
 
 
-def pyplot():
+def pyplot() -> ModuleType:
     """matplotlib without a screen. It takes seconds to import, as do torchvision and diffusers: only when drawing."""
     import matplotlib
 
