@@ -1,6 +1,7 @@
 """The conditioning of a model's prompts: embedded once, kept on the CPU, at hand where it is asked for."""
 
 import contextlib
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -13,7 +14,7 @@ class Embeddings:
     """The part of a Family that encodes prompts, in `embedded`; `unwanted` is what guidance leads away from."""
 
     @torch.no_grad()
-    def encode(self, prompts, ahead=()):
+    def encode(self, prompts: Sequence[str], ahead: Sequence[str] = ()) -> dict[str, torch.Tensor]:
         """b prompts -> {name: [b, ...]}; a prompt that was embedded before is looked up, while there is room: what was
         used last stays. ahead: prompts that will be asked for soon; encoders that had to come from the CPU embed them,
         too, as far as there is room."""
@@ -34,23 +35,23 @@ class Embeddings:
         rows = {prompt: self._at_hand(self.embedded[prompt]) for prompt in asked}
         return {name: torch.stack([rows[prompt][name] for prompt in prompts]) for name in rows[asked[0]]}
 
-    def embed(self, prompt):
+    def embed(self, prompt: str) -> dict[str, torch.Tensor]:
         """What the velocity is conditioned on: {name: [...]} without the batch dimension."""
         return self.text(caption_of(prompt))
 
-    def _kept(self, embedding):
+    def _kept(self, embedding: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Where it waits: on the CPU, as 50,000 prompts would fill any GPU, and pinned, for the GPU to fetch it."""
         pinned = self.device.type == "cuda"
         return {name: value.cpu().pin_memory() if pinned else value.cpu() for name, value in embedding.items()}
 
-    def _at_hand(self, embedding):
+    def _at_hand(self, embedding: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {name: value.to(self.device, non_blocking=True) for name, value in embedding.items()}
 
-    def _no_autocast(self):
+    def _no_autocast(self) -> torch.autocast:
         return torch.autocast("cuda" if self.device.type == "cuda" else "cpu", enabled=False)
 
     @contextlib.contextmanager
-    def _encoders_at_hand(self):
+    def _encoders_at_hand(self) -> Iterator[None]:
         modules = [getattr(self.pipe, name) for name in self.encoders if self.offload_encoders]
         modules = [module for module in modules if module is not None]
         for module in modules:

@@ -1,6 +1,6 @@
 """What the families of models have in common: embeddings computed once, decoding in slices, one trained module."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ class Family(Embeddings):
     def __init__(
         self, pipe: Any, height: int = 0, width: int = 0, frames: int = 0, guidance: float = 1.0,
         guidance_2: float = 0.0, batched_guidance: bool = False, decode_batch: int = 0, offload_encoders: bool = False,
-    ):  # fmt: skip
+    ) -> None:  # fmt: skip
         self.pipe, self.guidance, self.guidance_2 = pipe, guidance, guidance_2 or guidance
         self.batched_guidance, self.decode_batch = batched_guidance, decode_batch
         self.offload_encoders = offload_encoders
@@ -81,7 +81,7 @@ class Family(Embeddings):
             raise InputError(f"model: {self.source} computes no numbers{self._not_finite()}; {CURE}")
         return found[-1]
 
-    def _not_finite(self):
+    def _not_finite(self) -> str:
         for name, part in self.pipe.components.items():
             for key, weight in part.named_parameters() if isinstance(part, torch.nn.Module) else ():
                 if not weight.isfinite().all():
@@ -102,7 +102,7 @@ class Family(Embeddings):
         """The sigmas [T+1] that sampling visits, 1 (noise) first."""
         return sde.shifted_sigmas(steps, shift)
 
-    def trained_at(self, sigma: torch.Tensor) -> str:
+    def trained_at(self, sigma: float | torch.Tensor) -> str:
         """Name of the trained module that computes the velocity at a sigma."""
         return next(iter(self.trainable))
 
@@ -123,7 +123,7 @@ class Family(Embeddings):
         return media
 
     def guided(
-        self, module: torch.nn.Module, scale: float, cond: dict[str, torch.Tensor], **inputs: torch.Tensor
+        self, module: Callable, scale: float, cond: dict[str, torch.Tensor], **inputs: torch.Tensor
     ) -> torch.Tensor:
         """Classifier-free guidance: module(**inputs, **cond), each {name: [b, ...]}, led away from the empty prompt.
         One forward pass for a scale of 1, else two, or one of twice the rows with --batched-guidance."""

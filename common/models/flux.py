@@ -19,20 +19,20 @@ class Flux(Family):
         r"|ff(_context)?\.net\.(0\.proj|2)|proj_mlp|proj_out)"
     )
 
-    def __init__(self, pipe, height=0, width=0, **settings):
+    def __init__(self, pipe: FluxPipeline, height: int = 0, width: int = 0, **settings) -> None:
         super().__init__(pipe, **settings)
         own = pipe.vae.config.sample_size
         self.unit = 2 * pipe.vae_scale_factor  # pixels of a token
         self.height, self.width = self._size(self.unit, height or own, width or own)
         self.noise_shape = (self.height // self.unit * (self.width // self.unit), pipe.transformer.config.in_channels)
 
-    def text(self, caption):
+    def text(self, caption: str) -> dict[str, torch.Tensor]:
         """{"encoder_hidden_states": [S, D], "pooled_projections": [D']}"""
         longest = min(512, self.pipe.tokenizer_2.model_max_length)
         text, pooled, _ = self.pipe.encode_prompt(caption, None, device=self.device, max_sequence_length=longest)
         return {"encoder_hidden_states": text[0], "pooled_projections": pooled[0]}
 
-    def blank(self):
+    def blank(self) -> dict[str, torch.Tensor]:
         """Zeros like the conditioning of one prompt, {name: [...]}."""
         config, longest = self.pipe.transformer.config, min(512, self.pipe.tokenizer_2.model_max_length)
         return {
@@ -40,7 +40,7 @@ class Flux(Family):
             "pooled_projections": torch.zeros(config.pooled_projection_dim, dtype=self.dtype),
         }
 
-    def velocity(self, x, sigma, cond):
+    def velocity(self, x: torch.Tensor, sigma: float | torch.Tensor, cond: dict[str, torch.Tensor]) -> torch.Tensor:
         """x [b, L, C], sigma a scalar or [b] -> velocity [b, L, C] float32"""
         b, device = len(x), x.device
         return self.trainable["transformer"](
@@ -56,7 +56,7 @@ class Flux(Family):
             **cond,
         )[0].float()
 
-    def pixels(self, x0):
+    def pixels(self, x0: torch.Tensor) -> torch.Tensor:
         """Latents [b, *noise_shape] -> images [b, 3, H, W] in [0, 1], in the VAE's dtype."""
         vae = self.pipe.vae
         # a token is 2x2 latent pixels, channel by channel
@@ -65,6 +65,6 @@ class Flux(Family):
         return self.pipe.image_processor.postprocess(vae.decode(z.to(vae.dtype)).sample.float(), output_type="pt")
 
 
-def image_ids(height, width):
+def image_ids(height: int, width: int) -> torch.Tensor:
     """Where each of height * width image tokens stands: [L, 3] float32, (0, row, column)"""
     return torch.cartesian_prod(torch.zeros(1), torch.arange(float(height)), torch.arange(float(width)))

@@ -12,7 +12,10 @@ import json
 import math
 import pickle
 import re
-import typing
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, get_args
 
 import diffusers
 import torch
@@ -20,13 +23,16 @@ import transformers
 
 from common.errors import InputError, text
 
+if TYPE_CHECKING:
+    from common.models.family import Family
+
 LIBRARIES = ("diffusers", "transformers")  # and the modules of diffusers.pipelines; any other is code in the folder
 VOCABULARIES = ("tokenizer.json", "merges.txt", "spiece.model", "tokenizer.model", "vocab.txt")  # of a tokenizer
 POINTER = int.from_bytes(b"version ", "little")  # how a file begins that git-lfs has not fetched
 LARGEST = 10**6  # steps of a schedule
 
 
-def load(cls, folder, dtype, trusted):
+def load(cls: "type[Family]", folder: Path, dtype: torch.dtype, trusted: bool) -> diffusers.DiffusionPipeline:
     """The pipeline of a family's class on the CPU, weights in `dtype`, every weight from the folder; InputError."""
     with _silence():
         parts = {
@@ -42,7 +48,7 @@ def load(cls, folder, dtype, trusted):
             raise wrong(folder, f"does not load: {text(error):.300}") from None
 
 
-def outline(cls, folder, dtype, trusted):
+def outline(cls: "type[Family]", folder: Path, dtype: torch.dtype, trusted: bool) -> diffusers.DiffusionPipeline | None:
     """The pipeline that `load` would give, its weights without contents (on the meta device). None where the folder
     brings code of its own, and where something is wrong that `load` has the words for."""
     parts = check(cls, folder, trusted)
@@ -56,15 +62,15 @@ def outline(cls, folder, dtype, trusted):
             return None
 
 
-def _pipeline(cls, folder, parts, **settings):
+def _pipeline(cls: "type[Family]", folder: Path, parts: dict, **settings) -> diffusers.DiffusionPipeline:
     return cls.pipeline.from_pretrained(folder, **settings, **{**dict.fromkeys(cls.left_out), **parts})
 
 
-def _dtype(cls, name, dtype):
+def _dtype(cls: "type[Family]", name: str, dtype: torch.dtype) -> torch.dtype:
     return cls.vae_dtype or dtype if name == "vae" else dtype
 
 
-def _outline(folder, name, of, dtype):
+def _outline(folder: Path, name: str, of: type, dtype: torch.dtype) -> Any:
     if not _is_module(of):
         return of.from_pretrained(folder / name)
     with torch.device("meta"):
@@ -73,12 +79,12 @@ def _outline(folder, name, of, dtype):
         return of.from_config(read_json(folder, f"{name}/config.json")).to(dtype)
 
 
-def check(cls, folder, trusted=False):
+def check(cls: "type[Family]", folder: Path, trusted: bool = False) -> dict[str, type | None]:
     """Looks whether a folder has all that a family's pipeline needs, without loading it: {part: its class; None for
     code that the folder brings}. Raises InputError."""
     index, parts = read_json(folder, "model_index.json"), {}
     for name, parameter in list(inspect.signature(cls.pipeline.__init__).parameters.items())[1:]:
-        entry, kinds = index.get(name), typing.get_args(parameter.annotation) or (parameter.annotation,)
+        entry, kinds = index.get(name), get_args(parameter.annotation) or (parameter.annotation,)
         if bool in kinds or float in kinds:  # a setting
             if entry is not None and not isinstance(entry, (bool, int, float)):
                 raise wrong(folder, f"has a model_index.json whose {name} is {entry!r:.60}, no number")
@@ -102,7 +108,7 @@ def check(cls, folder, trusted=False):
     return parts
 
 
-def wrong(folder, what):
+def wrong(folder: Path, what: str) -> InputError:
     """The InputError of a folder, for what is wrong with it."""
     return InputError(
         f"model: {folder} {what}; download the whole model again (hf download OWNER/NAME --local-dir {folder}), or "
@@ -110,8 +116,8 @@ def wrong(folder, what):
     )
 
 
-def read_json(folder, file):
-    """The dictionary in a JSON file of a folder."""
+def read_json(folder: Path, file: str) -> dict:
+    """The dictionary in a JSON file of a folder. Raises InputError."""
     try:
         content = json.loads((folder / file).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -123,14 +129,14 @@ def read_json(folder, file):
     return content
 
 
-def _library(name):
+def _library(name: str) -> ModuleType | None:
     """The module that the index names for a part; None where it is the folder's own."""
     if name in LIBRARIES:
         return importlib.import_module(name)
     return getattr(diffusers.pipelines, name, None) if name.isidentifier() else None  # SD's safety checker is there
 
 
-def _class_of(folder, name, library, class_name, kinds):
+def _class_of(folder: Path, name: str, library: ModuleType, class_name: str, kinds: tuple) -> type:
     """The class that the index names for a part, once it is one that the pipeline takes; kinds: what it declares."""
     try:
         of = getattr(library, class_name)
@@ -150,14 +156,14 @@ def _class_of(folder, name, library, class_name, kinds):
     return of
 
 
-def _is_module(kind):
+def _is_module(kind: Any) -> bool:
     return isinstance(kind, type) and issubclass(kind, torch.nn.Module)
 
 
 # --- Files ---
 
 
-def _check_files(folder, name, of):
+def _check_files(folder: Path, name: str, of: type) -> None:
     """Whether a part has its configuration and, of a module, its whole weights."""
     if not (folder / name).is_dir():
         raise wrong(folder, f"has no {name}")
@@ -184,7 +190,7 @@ def _check_files(folder, name, of):
             read_json(folder, f"{name}/{file.name}")
 
 
-def _check_weights(folder, name, of):
+def _check_weights(folder: Path, name: str, of: type) -> float:
     """The number of tensors in a module's weights, by the heads of its files; without .safetensors: infinite."""
     stem = "model" if issubclass(of, transformers.PreTrainedModel) else "diffusion_pytorch_model"
     file, table = f"{name}/{stem}.safetensors", f"{name}/{stem}.safetensors.index.json"
@@ -200,7 +206,7 @@ def _check_weights(folder, name, of):
     return math.inf
 
 
-def _check_safetensors(folder, file):
+def _check_safetensors(folder: Path, file: str) -> int:
     """The number of tensors in a file, once it is as long as its head says."""
     try:
         with open(folder / file, "rb") as opened:
@@ -226,7 +232,7 @@ def _check_safetensors(folder, file):
 # --- Loading ---
 
 
-def _load(part, of, dtype):
+def _load(part: Path, of: type, dtype: torch.dtype) -> Any:
     """A part of the pipeline; of a module every weight is in its file, and no layer of the file is left over."""
     try:
         if not _is_module(of):
@@ -247,7 +253,7 @@ def _load(part, of, dtype):
     return module
 
 
-def _check_words(folder, name, tokenizer, encoder):
+def _check_words(folder: Path, name: str, tokenizer: Any, encoder: Any) -> None:
     """Whether a tokenizer knows the words that its text encoder does, or about as many: without one of its files it may
     load, and know none."""
     if name.startswith("tokenizer") and _is_module(type(encoder)):
@@ -257,7 +263,7 @@ def _check_words(folder, name, tokenizer, encoder):
 
 
 @contextlib.contextmanager
-def _silence():
+def _silence() -> Iterator[None]:
     """Inside, the libraries report nothing: what is wrong with the weights is said in one line."""
     logs = [library.utils.logging for library in (diffusers, transformers)]
     before = [log.get_verbosity() for log in logs]

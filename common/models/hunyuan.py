@@ -18,7 +18,9 @@ class HunyuanVideo(Family):
     )
     video = True
 
-    def __init__(self, pipe, height=0, width=0, frames=0, **settings):
+    def __init__(
+        self, pipe: HunyuanVideoPipeline, height: int = 0, width: int = 0, frames: int = 0, **settings
+    ) -> None:
         super().__init__(pipe, **settings)
         space, time = pipe.vae_scale_factor_spatial, pipe.vae_scale_factor_temporal
         unit = space * pipe.transformer.config.patch_size
@@ -27,7 +29,7 @@ class HunyuanVideo(Family):
         z = pipe.transformer.config.in_channels
         self.noise_shape = (z, (self.frames - 1) // time + 1, self.height // space, self.width // space)
 
-    def text(self, caption):
+    def text(self, caption: str) -> dict[str, torch.Tensor]:
         """{"encoder_hidden_states": [S, D], "encoder_attention_mask": [S], "pooled_projections": [D']}"""
         text, pooled, mask = self.pipe.encode_prompt(caption, device=self.device)
         return {
@@ -36,7 +38,7 @@ class HunyuanVideo(Family):
             "pooled_projections": pooled[0],
         }
 
-    def blank(self):
+    def blank(self) -> dict[str, torch.Tensor]:
         """Zeros like the conditioning of one prompt, {name: [...]}."""
         config = self.pipe.transformer.config
         return {
@@ -45,7 +47,7 @@ class HunyuanVideo(Family):
             "pooled_projections": torch.zeros(config.pooled_projection_dim, dtype=self.dtype),
         }
 
-    def velocity(self, x, sigma, cond):
+    def velocity(self, x: torch.Tensor, sigma: float | torch.Tensor, cond: dict[str, torch.Tensor]) -> torch.Tensor:
         """x [b, C, F', h, w], sigma a scalar or [b] -> velocity [b, C, F', h, w] float32"""
         b, device = len(x), x.device
         return self.trainable["transformer"](
@@ -59,7 +61,7 @@ class HunyuanVideo(Family):
             **cond,
         )[0].float()
 
-    def pixels(self, x0):
+    def pixels(self, x0: torch.Tensor) -> torch.Tensor:
         """Latents [b, *noise_shape] -> clips [b, F, 3, H, W] in [0, 1], in the VAE's dtype."""
         vae = self.pipe.vae
         clips = vae.decode((x0 / vae.config.scaling_factor).to(vae.dtype)).sample.float()

@@ -1,16 +1,21 @@
 """Conditioning images of image-to-video models: whether all prompts have one, and reading them."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from PIL import Image
 
 from common.errors import InputError, text
 from common.prompts import image_of
 
+if TYPE_CHECKING:  # which imports this file
+    from common.models.family import Family
+
 READ = 500  # images that are read to their end before a run
 
 
-def check(family, prompts):
+def check(family: "type[Family]", prompts: Sequence[str]) -> None:
     """Raises InputError for the first prompt that lacks the image which a class of models wants, or has one that it
     does not take, and for an image that cannot be read."""
     for prompt in prompts:
@@ -27,7 +32,7 @@ def check(family, prompts):
             read_image(image, small=True)
 
 
-def read_image(path, small=False):
+def read_image(path: str, small: bool = False) -> Image.Image:
     """The image as PIL's, in RGB; small: a JPEG is read whole but decoded small. Raises InputError."""
     try:
         with Image.open(path) as picture:

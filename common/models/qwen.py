@@ -24,7 +24,7 @@ class QwenImage(Family):
     )
     negative = True
 
-    def __init__(self, pipe, height=0, width=0, **settings):
+    def __init__(self, pipe: QwenImagePipeline, height: int = 0, width: int = 0, **settings) -> None:
         super().__init__(pipe, **settings)
         self.unit, own = 2 * pipe.vae_scale_factor, pipe.default_sample_size * pipe.vae_scale_factor
         self.height, self.width = self._size(self.unit, height or own, width or own)
@@ -34,11 +34,11 @@ class QwenImage(Family):
         self.unread = tuple(f"transformer_blocks.{last}.{part}." for part in UNREAD)
         self.lora_targets = rf"(?!transformer_blocks\.{last}\.({'|'.join(UNREAD)}))" + self.lora_targets
 
-    def learns(self, name):
+    def learns(self, name: str) -> bool:
         """Whether a weight of this name is in what is computed, and so has a gradient."""
         return not name.startswith(self.unread)
 
-    def text(self, caption):
+    def text(self, caption: str) -> dict[str, torch.Tensor]:
         """{"encoder_hidden_states": [S, D], zeros after the caption's own, "encoder_hidden_states_mask": [S] bool}"""
         # without a prompt it is led away from a space, as its authors do
         text, _ = self.pipe.encode_prompt(caption or " ", self.device, max_sequence_length=LONGEST)
@@ -48,7 +48,7 @@ class QwenImage(Family):
             "encoder_hidden_states_mask": torch.arange(LONGEST, device=text.device) < own,
         }
 
-    def blank(self):
+    def blank(self) -> dict[str, torch.Tensor]:
         """Zeros like the conditioning of one prompt, {name: [...]}."""
         return {
             "encoder_hidden_states": torch.zeros(
@@ -57,19 +57,19 @@ class QwenImage(Family):
             "encoder_hidden_states_mask": torch.ones(LONGEST, dtype=torch.bool),
         }
 
-    def velocity(self, x, sigma, cond):
+    def velocity(self, x: torch.Tensor, sigma: float | torch.Tensor, cond: dict[str, torch.Tensor]) -> torch.Tensor:
         """x [b, L, C], sigma a scalar or [b] -> velocity [b, L, C] float32"""
         # the transformer multiplies by 1000 itself
         timestep = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).expand(len(x))
         module = partial(self.trainable["transformer"], img_shapes=[[(1, *self.grid)]])
         return self.guided(module, self.guidance, cond, hidden_states=x, timestep=timestep)
 
-    def led(self, towards, away, scale):
+    def led(self, towards: torch.Tensor, away: torch.Tensor, scale: float) -> torch.Tensor:
         """As long in every token as the velocity towards the prompt is."""
         led = super().led(towards, away, scale)
         return led * (towards.norm(dim=-1, keepdim=True) / led.norm(dim=-1, keepdim=True))
 
-    def pixels(self, x0):
+    def pixels(self, x0: torch.Tensor) -> torch.Tensor:
         """Latents [b, *noise_shape] -> images [b, 3, H, W] in [0, 1], in the VAE's dtype."""
         vae = self.pipe.vae
         mean, std = (torch.tensor(s).to(x0)[:, None, None] for s in (vae.config.latents_mean, vae.config.latents_std))

@@ -27,7 +27,7 @@ class StableDiffusion(Family):
     lora_targets = r".*attn[12]\.(to_[qkv]|to_out\.0)"
     negative = True
 
-    def __init__(self, pipe, height=0, width=0, **settings):
+    def __init__(self, pipe: StableDiffusionPipeline, height: int = 0, width: int = 0, **settings) -> None:
         super().__init__(pipe, **settings)
         own = pipe.unet.config.sample_size * pipe.vae_scale_factor
         self.height, self.width = self._size(8, height or own, width or own)
@@ -40,24 +40,24 @@ class StableDiffusion(Family):
         self.table = _sigma(noise)  # of every training timestep
         self.last = _sigma(self.ddim.final_alpha_cumprod.double())  # where sampling ends
 
-    def sigmas(self, steps, shift):
-        """Those of DDIM's timesteps, and the last."""
+    def sigmas(self, steps: int, shift: float) -> torch.Tensor:
+        """Those of DDIM's timesteps, and the last: [T+1]. Raises InputError for a shift other than 1."""
         if shift != 1:
             raise InputError(f"--shift {shift:g}: this model has a schedule of its own; leave the shift at 1")
         self.ddim.set_timesteps(steps)
         return torch.cat([self.table[self.ddim.timesteps], self.last[None]]).float()
 
-    def text(self, caption):
+    def text(self, caption: str) -> dict[str, torch.Tensor]:
         """{"encoder_hidden_states": [S, D]}"""
         text, _ = self.pipe.encode_prompt(caption, self.device, 1, False)
         return {"encoder_hidden_states": text[0]}
 
-    def blank(self):
+    def blank(self) -> dict[str, torch.Tensor]:
         """Zeros like the conditioning of one prompt, {name: [...]}."""
         shape = self.pipe.tokenizer.model_max_length, self.pipe.unet.config.cross_attention_dim
         return {"encoder_hidden_states": torch.zeros(shape, dtype=self.dtype)}
 
-    def velocity(self, x, sigma, cond):
+    def velocity(self, x: torch.Tensor, sigma: float | torch.Tensor, cond: dict[str, torch.Tensor]) -> torch.Tensor:
         """x [b, C, h, w], sigma a scalar or [b] -> velocity [b, C, h, w] float32"""
         sigma = torch.as_tensor(sigma, dtype=torch.float64).cpu().expand(len(x))
         timestep = (self.table - sigma[:, None]).abs().argmin(1).to(x.device)  # one of the schedule, exactly
@@ -67,13 +67,13 @@ class StableDiffusion(Family):
         noise = self.guided(self.trainable["unet"], self.guidance, cond, **inputs)
         return (noise - x) / (1 - sigma)  # eps - x0, with x0 = (x - sigma eps) / (1 - sigma)
 
-    def pixels(self, x0):
+    def pixels(self, x0: torch.Tensor) -> torch.Tensor:
         """Latents [b, *noise_shape] -> images [b, 3, H, W] in [0, 1], in the VAE's dtype."""
         vae = self.pipe.vae
         z = x0 / torch.hypot(1 - self.last, self.last).to(x0) / vae.config.scaling_factor
         return self.pipe.image_processor.postprocess(vae.decode(z.to(vae.dtype)).sample.float(), output_type="pt")
 
-    def save_lora(self, folder, layers):
+    def save_lora(self, folder: str | Path, layers: dict[str, dict[str, torch.Tensor]]) -> None:
         """And once more as kohya's trainers, ComfyUI and the older web interfaces call its weights, in folder/kohya."""
         from diffusers.utils import convert_state_dict_to_kohya
         from safetensors.torch import load_file, save_file
@@ -84,6 +84,6 @@ class StableDiffusion(Family):
         save_file(weights, Path(folder) / "kohya/lora.safetensors")
 
 
-def _sigma(signal):
+def _sigma(signal: torch.Tensor) -> torch.Tensor:
     """a^2 -> sigma = b / (a + b)"""
     return (1 - signal).sqrt() / (signal.sqrt() + (1 - signal).sqrt())
