@@ -2,6 +2,7 @@
 `sac+logos+ava1-l14-linearMSE`: what people would rate an image from 1 to 10, whatever the prompt."""
 
 from collections import OrderedDict
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +11,7 @@ from common.rewards import weights
 from common.rewards.clip import Clip
 
 
-def linear_head(width):
+def linear_head(width: int) -> torch.nn.Sequential:
     """The head of this predictor and of ImageReward: [b, width] -> [b, 1], five linear layers and nothing between them.
 
     The layers are numbered as in the checkpoints, `layers.0` to `layers.7`, where dropout stood between some.
@@ -20,7 +21,7 @@ def linear_head(width):
     return torch.nn.Sequential(OrderedDict(zip("02467", layers)))
 
 
-def head_weights(state, prefix=""):
+def head_weights(state: dict[str, torch.Tensor], prefix: str = "") -> dict[str, torch.Tensor]:
     """Of a checkpoint the weights of the head, under the names of `linear_head`."""
     prefix += "layers."
     return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
@@ -39,7 +40,7 @@ class Aesthetic:
     scale = 0.25
     range = (None, None)
 
-    def load(self, source, batch=16):
+    def load(self, source: weights.Source, batch: int = 16) -> None:
         """Fetches the weights; raises InputError if they are missing or do not fit."""
         self.clip = Clip()
         self.clip.load(source.of("clip"), batch)
@@ -48,7 +49,7 @@ class Aesthetic:
         self.head = weights.fill(source.name, head, head_weights(weights.read(source.name, path)), path)
 
     @torch.no_grad()
-    def score(self, media, prompts):
+    def score(self, media: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
         """media [b, 3, H, W] in [0, 1], prompts b strings (not read) -> [b] float32."""
         assert len(media) == len(prompts), f"{len(media)} samples, {len(prompts)} prompts"
         self.clip.module = weights.placed(self.clip.module, media.device)

@@ -12,6 +12,7 @@ import json
 from functools import partial
 
 import open_clip
+import torch
 
 from common.errors import InputError
 from common.rewards import pixels, weights
@@ -26,7 +27,7 @@ class OpenClip(Cosine):
 
     resize = "shortest"
 
-    def build(self, source):
+    def build(self, source: weights.Source) -> torch.nn.Module:
         """Fetches the weights and returns the module with them. Raises InputError."""
         config, tokens, file = open_clip.get_model_config(self.architecture), self.architecture, self.file
         about = dict(mean=pixels.OPENAI[0], std=pixels.OPENAI[1], resize_mode=self.resize, interpolation="bicubic")
@@ -46,12 +47,12 @@ class OpenClip(Cosine):
             raise InputError(f"reward {source.name}: {local} describes no plain open_clip CLIP ({error!r})") from None
         return weights.fill(source.name, module, weights.read(source.name, path), path)
 
-    def media(self, images):
+    def media(self, images: torch.Tensor) -> torch.Tensor:
         """Images [b, 3, H, W] in [0, 1] -> embeddings [b, D]."""
         images = self.resized(pixels.levels(images))
         return self.module.encode_image(pixels.normalised(images, self.mean_std))
 
-    def texts(self, prompts, device):
+    def texts(self, prompts: list[str], device: torch.device) -> torch.Tensor:
         """n prompts -> embeddings [n, D]."""
         return self.module.encode_text(self.tokens(prompts).to(device))
 

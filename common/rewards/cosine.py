@@ -1,5 +1,7 @@
 """What the rewards share that compare an embedding of the media with one of the prompt."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 
@@ -22,13 +24,13 @@ class Cosine:
     range = (-1.0, 1.0)
     factor = 1.0
 
-    def load(self, source, batch=16):
+    def load(self, source: weights.Source, batch: int = 16) -> None:
         """Fetches the weights; raises InputError if they are missing or do not fit."""
         self.batch, self.known = batch, {}
         self.module = self.build(source)
 
     @torch.no_grad()
-    def score(self, media, prompts):
+    def score(self, media: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
         """media [b, 3, H, W] (video [b, F, 3, H, W]) in [0, 1], prompts b strings -> [b] float32."""
         assert len(media) == len(prompts), f"{len(media)} samples, {len(prompts)} prompts"
         self.module = weights.placed(self.module, media.device)
@@ -37,7 +39,7 @@ class Cosine:
             wanted = self.remembered(prompts, media.device)
         return self.factor * (F.normalize(embedded, dim=-1) * wanted).sum(-1)
 
-    def remembered(self, prompts, device):
+    def remembered(self, prompts: Sequence[str], device: torch.device) -> torch.Tensor:
         """b prompts -> their normalised embeddings [b, D] float32; those seen before are looked up."""
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.known]
         if len(self.known) + len(new) > REMEMBERED:

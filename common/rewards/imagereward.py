@@ -1,6 +1,7 @@
 """ImageReward (arXiv 2304.05977): BLIP, whose text encoder looks at the image, tuned on ranked pictures of prompts."""
 
 import re
+from collections.abc import Sequence
 
 import torch
 from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
@@ -33,19 +34,19 @@ RENAMED = [
 class Blip(torch.nn.Module):
     """Image encoder, and text encoder that looks at the image; settings over those of ImageReward."""
 
-    def __init__(self, vision=None, text=None):
+    def __init__(self, vision: dict | None = None, text: dict | None = None) -> None:
         super().__init__()
         self.vision = BlipVisionModel(BlipVisionConfig(**{**VISION, **(vision or {})}))
-        text = BlipTextConfig(is_decoder=True, **{**TEXT, **(text or {})})  # a decoder has the layers that look across
-        self.text = BlipTextModel(text, add_pooling_layer=False)
+        told = BlipTextConfig(is_decoder=True, **{**TEXT, **(text or {})})  # a decoder has the layers that look across
+        self.text = BlipTextModel(told, add_pooling_layer=False)
 
-    def forward(self, images, ids, mask):
+    def forward(self, images: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Images [b, 3, H, W] and their own prompts' tokens and which of them count [b, S] -> [b, D]"""
         seen = self.vision(images).last_hidden_state
         return self.text(ids, attention_mask=mask, encoder_hidden_states=seen).last_hidden_state[:, 0]
 
 
-def renamed(state):
+def renamed(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """ImageReward.pt's weights under the names of Blip; its two projections for retrieval are left out."""
     named = {}
     for key, value in state.items():
@@ -73,7 +74,7 @@ class ImageReward:
     scale = 0.5
     range = (None, None)
 
-    def load(self, source, batch=16):
+    def load(self, source: weights.Source, batch: int = 16) -> None:
         """Fetches the weights; raises InputError if they are missing or do not fit."""
         path = source.find(self.repo, self.file)
         vocabulary = source.find("google-bert/bert-base-uncased", "vocab.txt", beside=True)
@@ -84,7 +85,7 @@ class ImageReward:
         self.head = weights.fill(source.name, head, head_weights(state, "mlp."), path)
 
     @torch.no_grad()
-    def score(self, media, prompts):
+    def score(self, media: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
         """media [b, 3, H, W] in [0, 1], prompts b strings -> [b] float32."""
         assert len(media) == len(prompts), f"{len(media)} samples, {len(prompts)} prompts"
         self.module = weights.placed(self.module, media.device)
@@ -97,6 +98,6 @@ class ImageReward:
         self.head = self.head.to(media.device)  # stays in float32, as that of `aesthetic`
         return (self.head(read)[:, 0] - MEAN) / STD
 
-    def pixels(self, images):
+    def pixels(self, images: torch.Tensor) -> torch.Tensor:
         """Images [b, 3, H, W] in [0, 1] -> what the model sees, [b, 3, size, size], normalised."""
         return pixels.normalised(pixels.shortest_side(pixels.levels(images), self.size))

@@ -1,6 +1,7 @@
 """Compressibility (DDPO, arXiv 2305.13301, section 4.1): a reward that needs no weights and fits any image model."""
 
 import io
+from collections.abc import Sequence
 
 import torch
 from torchvision.transforms.functional import to_pil_image
@@ -17,14 +18,14 @@ class JpegSize:
     scale = 0.05
     range = (None, 0.0)
 
-    def score(self, media, prompts):
+    def score(self, media: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
         """media [b, C, H, W] in [0, 1] -> [b] float32"""
         assert len(media) == len(prompts)
         pixels = media.shape[-1] * media.shape[-2]
         sizes = [self._bytes(image) for image in media.float().clamp(0, 1).cpu()]
         return -torch.tensor(sizes, dtype=torch.float32).to(media.device) / pixels
 
-    def _bytes(self, frame):
+    def _bytes(self, frame: torch.Tensor) -> int:
         file = io.BytesIO()
         to_pil_image(frame).save(file, format="JPEG", quality=95)
         return file.tell()

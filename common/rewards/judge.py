@@ -7,11 +7,13 @@ to judge by are the paper's sub-dimensions in words of our own. The model is Qwe
 
 import math
 import re
+from collections.abc import Iterable, Sequence
 
 import torch
 from PIL import Image
 
 from common.rewards.asking import chosen_frames
+from common.rewards.weights import Source
 
 QUALITY = """Visual quality:
 - possible: bodies, objects and places are built as they should be
@@ -48,6 +50,9 @@ AGAIN = "That is not what was asked for. "
 ASKED = 3  # times in all, before a sample counts as not judged
 TOKENS = 16  # of an answer
 
+Talk = list[dict]  # messages {"role", "content"}, the content a list of words and PIL images
+Answer = str | dict[int, float]  # words, or with `expected` {digit: probability}
+
 
 class Judge:
     """Reward: 1 to 10, of a clip or an image; NaN for a sample about which the judge gave no number.
@@ -61,7 +66,7 @@ class Judge:
     scale = 1.0
     range = (0.0, 10.0)
 
-    def load(self, source, batch=16):
+    def load(self, source: Source, batch: int = 16) -> None:
         """Finds the server or loads the model; raises InputError."""
         self.elsewhere = bool(self.judge["url"])
         if self.elsewhere:
@@ -74,7 +79,7 @@ class Judge:
 
             self.backend = judge_local.local(*(self.judge[name] for name in ("model", "expected", "trusted")), batch)
 
-    def score(self, media, prompts):
+    def score(self, media: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
         """media [b, F, 3, H, W] (images [b, 3, H, W]) in [0, 1], prompts b strings -> [b] float32, NaN: no score."""
         assert len(media) == len(prompts), f"{len(media)} samples, {len(prompts)} prompts"
         expected = self.judge["expected"]
@@ -93,7 +98,7 @@ class Judge:
                 break
         return scores.to(media.device)
 
-    def question(self, sample, prompt):
+    def question(self, sample: torch.Tensor, prompt: str) -> Talk:
         """[F, 3, H, W] or [3, H, W], and its prompt -> what the model is told: one message with frames and words."""
         frames = sample[None] if sample.ndim == 3 else sample[frames_at(self.judge["fps"], self.fps, len(sample))]
         points = [part for part in self.points if sample.ndim == 4 or part is not SMOOTHNESS]
@@ -125,26 +130,26 @@ class JudgeAlignment(Judge):
     points = (ALIGNMENT, SMOOTHNESS, QUALITY)
 
 
-def frames_at(rate, fps, number):
+def frames_at(rate: float, fps: float, number: int) -> list[int]:
     """Indices of a clip's frames, `rate` a second, evenly spaced, at least two of a clip of `number` frames."""
     return chosen_frames(max(2, round(number / fps * rate)), number)
 
 
-def as_picture(frame):
+def as_picture(frame: torch.Tensor) -> Image.Image:
     """[3, H, W] in [0, 1] -> PIL image"""
     levels = (frame.detach().float().clamp(0, 1) * 255).round().byte()
     return Image.fromarray(levels.movedim(0, -1).cpu().numpy())
 
 
-def score_of(answer, expected):
-    """What a model said -> 1 to 10, or NaN. expected: probabilities {digit: p} instead of words, None of no digit."""
+def score_of(answer: Answer | None, expected: bool) -> float:
+    """What a model said -> 1 to 10, or NaN where that is no number. expected: it said probabilities, not words."""
     if expected:
         return 1 + sum(digit * p for digit, p in answer.items()) / sum(answer.values()) if answer else math.nan
     found = re.fullmatch(r"[\s\"'*]*([0-9]+(\.[0-9]+)?)[\s\"'*.]*", answer or "")
     return float(found[1]) if found and 1 <= float(found[1]) <= 10 else math.nan
 
 
-def digits(likely):
+def digits(likely: Iterable[tuple[str, float]]) -> dict[int, float]:
     """Pairs of a token and its probability -> {digit: p}; {} where anything but a digit is the likelier answer."""
     found = {}
     for token, p in likely:

@@ -6,15 +6,15 @@ from pathlib import Path
 import torch
 import transformers
 from packaging.version import Version
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, BatchFeature
 
 from common import hub
 from common.errors import InputError, text
-from common.rewards.judge import TOKENS, digits
+from common.rewards.judge import TOKENS, Answer, Talk, digits
 
 
 @functools.lru_cache(maxsize=1)  # three questions, one model
-def local(model, expected, trusted, batch):
+def local(model: str, expected: bool, trusted: bool, batch: int) -> "Local":
     """The model, loaded once."""
     return Local(model, expected, trusted, batch)
 
@@ -22,7 +22,7 @@ def local(model, expected, trusted, batch):
 class Local:
     """model: a hub id or a folder. Raises InputError where it does not load."""
 
-    def __init__(self, model, expected, trusted, batch):
+    def __init__(self, model: str, expected: bool, trusted: bool, batch: int) -> None:
         self.expected, self.batch = expected, batch
         if not Path(model).exists():
             hub.settle()
@@ -47,8 +47,8 @@ class Local:
         self.processor.tokenizer.padding_side = "left"
 
     @torch.no_grad()
-    def answers(self, talks):
-        """Conversations -> what the model says next: words, or with `expected` {digit: probability}."""
+    def answers(self, talks: list[Talk]) -> list[Answer]:
+        """Conversations -> what the model says next."""
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model.to(device, torch.float32 if device == "cpu" else torch.bfloat16)
         said = []
@@ -60,13 +60,13 @@ class Local:
             said += self.chances(inputs) if self.expected else self.words(inputs)
         return said
 
-    def words(self, inputs):
+    def words(self, inputs: BatchFeature) -> list[str]:
         """Inputs of b conversations -> b answers."""
         settings = dict(max_new_tokens=TOKENS, do_sample=False, temperature=None, top_p=None, top_k=None)
         new = self.model.generate(**inputs, **settings)[:, inputs["input_ids"].shape[1] :]
         return self.processor.batch_decode(new, skip_special_tokens=True)
 
-    def chances(self, inputs):
+    def chances(self, inputs: BatchFeature) -> list[dict[int, float]]:
         """Inputs of b conversations -> b times {digit: probability}, of the next token alone."""
         chance = self.model(**inputs, logits_to_keep=1).logits[:, -1].float().softmax(-1)
         tokens = self.processor.tokenizer.convert_tokens_to_ids(list("0123456789"))

@@ -21,6 +21,7 @@ so a clip of any number of frames will do. The file needs torch and the image ve
 
 import functools
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -60,7 +61,7 @@ _GRAMMAR = re.compile(
 
 
 @functools.lru_cache(maxsize=100_000)
-def parse(caption):
+def parse(caption: str) -> Wanted:
     """Caption -> Wanted; raises ValueError with the grammar for a caption that is not of this world."""
     match = _GRAMMAR.fullmatch(" ".join(caption.lower().split()).removesuffix(".").strip())
     if match is None:
@@ -100,14 +101,14 @@ class Track:
     path: torch.Tensor  # [B, 2] from the first frame to the last, along the fitted line
 
 
-def follow(clips):
+def follow(clips: torch.Tensor) -> Track:
     """clips [B, F, 3, H, W] in [0, 1], H = W, F >= 3 -> Track"""
     assert clips.dim() == 5 and clips.shape[1] >= 3, (
         f"expected clips [B, F, 3, H, W] of F >= 3 frames, got {tuple(clips.shape)}"
     )
     reading, side = read(clips.flatten(0, 1)), clips.shape[-1]
 
-    def frames(field):
+    def frames(field: torch.Tensor) -> torch.Tensor:
         return field.unflatten(0, clips.shape[:2])
 
     present, shape, colour, radius = (
@@ -119,7 +120,7 @@ def follow(clips):
     return Track(present, shape, colour, place, radius / side, frames(reading.count), frames(reading.quality), path)
 
 
-def fit_line(place, weight):
+def fit_line(place: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Least squares at constant speed: place [B, F, 2], weight of each frame [B, F] -> the fitted places [B, F, 2] and
     the way from the first to the last [B, 2]."""
     total = weight.sum(1, keepdim=True).clamp(min=1e-6)
@@ -132,7 +133,7 @@ def fit_line(place, weight):
     return middle + speed[:, None] * time[..., None], speed * (place.shape[1] - 1)
 
 
-def smoothness(track):
+def smoothness(track: Track) -> torch.Tensor:
     """How constantly the object is there, stays itself and moves, whatever it is: [B] in [0, 1]"""
     bend = track.place.diff(n=2, dim=1).norm(dim=-1).mean(1)
     both = torch.minimum(track.present[:, 1:], track.present[:, :-1])  # a missing object is not another one
@@ -148,7 +149,7 @@ def smoothness(track):
 # --- Comparing with captions ---
 
 
-def compare(track, captions):
+def compare(track: Track, captions: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
     """-> (alignment [B], passed [B], the latter without a look at quality or smoothness)"""
     device = track.path.device
     wanted = [parse(caption) for caption in captions]
@@ -177,7 +178,7 @@ def compare(track, captions):
     return alignment, ((every > 0.5) | ~named).all(1) & one
 
 
-def judge(track, captions):
+def judge(track: Track, captions: Sequence[str]) -> dict[str, torch.Tensor]:
     """Track of B clips and their captions -> the parts, each [B]; see `verify`."""
     quality, constancy = track.quality.mean(1), smoothness(track)
     alignment, passed = compare(track, captions)
@@ -190,7 +191,7 @@ def judge(track, captions):
     }
 
 
-def verify(clips, captions):
+def verify(clips: torch.Tensor, captions: Sequence[str]) -> dict[str, torch.Tensor]:
     """clips [B, F, 3, H, W] in [0, 1] and their B captions -> {"quality", "smooth", "alignment", "score": [B] float32
     in [0, 1], "passed": [B] bool}. A caption that is not of this world raises ValueError."""
     assert len(captions) == len(clips), f"{len(clips)} clips, {len(captions)} captions"
@@ -200,7 +201,7 @@ def verify(clips, captions):
 
 
 @functools.lru_cache(maxsize=1)  # the parts of one batch are asked for one after another
-def _verify_once(clips, captions):
+def _verify_once(clips: torch.Tensor, captions: tuple[str, ...]) -> dict[str, torch.Tensor]:
     return verify(clips, captions)
 
 
@@ -212,14 +213,14 @@ class Motion:
     scale = 0.25  # standard deviation within groups of clean renders with 30% of the attributes wrong: 0.26
     range = (0.0, 1.0)
 
-    def check(self, prompts):
+    def check(self, prompts: Iterable[str]) -> None:
         """Raises ValueError for the first prompt that the verifier cannot read."""
         for prompt in prompts:
             parse(prompt)
 
     @torch.no_grad()
-    def score(self, media, prompts):
-        """media [b, F, 3, H, W] in [0, 1], prompts b strings -> [b] float32."""
+    def score(self, media: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+        """media [b, F, 3, H, W] in [0, 1] of F >= 3 frames, prompts b strings -> [b] float32. Raises ValueError."""
         if media.dim() != 5:
             raise ValueError(f"the motion reward scores clips [b, F, C, H, W], not media of shape {list(media.shape)}")
         return _verify_once(media, tuple(prompts))[self.part]

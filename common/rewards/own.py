@@ -8,7 +8,10 @@ import importlib.util
 import math
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 from common import errors
 from common.errors import InputError
@@ -16,7 +19,7 @@ from common.errors import InputError
 MARK = ".py:"  # where the file ends and the class begins
 
 
-def load(source):
+def load(source: str) -> Any:
     """An object of the class that `path/to/file.py:Class` names; raises InputError, whatever the file does."""
     path, _, name = source.rpartition(":")
     if not Path(path).is_file():
@@ -33,7 +36,7 @@ def load(source):
     return scorer
 
 
-def flaw(scorer):
+def flaw(scorer: Any) -> str:
     """What a scorer lacks to be a reward, "" if nothing. What `score` returns, asking.try_out looks at."""
     if not callable(getattr(scorer, "score", None)):
         return "it has no score(media, prompts)"
@@ -52,11 +55,11 @@ def flaw(scorer):
     return ""
 
 
-def _is_number(value):
+def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _module(path):
+def _module(path: Path) -> ModuleType:
     """The file as a module of its own name, so that two files called alike are two."""
     name = re.sub(r"\W", "_", str(path))
     spec = importlib.util.spec_from_file_location(name, path)
@@ -67,7 +70,7 @@ def _module(path):
     return module
 
 
-def _guarded(source, what, action):
+def _guarded(source: str, what: str, action: Callable[[], Any]) -> Any:
     try:
         return action()
     except BaseException as error:  # anybody's code: it may end the program

@@ -3,6 +3,7 @@
 import json
 
 import open_clip
+import torch
 from transformers import CLIPConfig, CLIPModel
 
 from common.errors import InputError
@@ -22,7 +23,7 @@ class PickScore(Cosine):
     scale = 0.6
     range = (-100.0, 100.0)
 
-    def build(self, source):
+    def build(self, source: weights.Source) -> torch.nn.Module:
         """Fetches the weights and returns the module with them. Raises InputError."""
         path = source.find(self.repo, self.file)
         about = source.find(self.repo, "config.json", beside=True)
@@ -36,12 +37,12 @@ class PickScore(Cosine):
         self.size = config.vision_config.image_size
         return module
 
-    def media(self, images):
+    def media(self, images: torch.Tensor) -> torch.Tensor:
         """Images [b, 3, H, W] in [0, 1] -> embeddings [b, D]."""
         # the processor's crop rounds down
         images = pixels.shortest_side(pixels.levels(images), self.size, crop=int)
         return self.module.get_image_features(pixel_values=pixels.normalised(images)).pooler_output
 
-    def texts(self, prompts, device):
+    def texts(self, prompts: list[str], device: torch.device) -> torch.Tensor:
         """n prompts -> embeddings [n, D]."""
         return self.module.get_text_features(input_ids=self.tokens(prompts).to(device)).pooler_output

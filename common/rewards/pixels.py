@@ -9,6 +9,7 @@ same (tests/test_rewards_clip.py). torchvision's own resize of a tensor rounds o
 """
 
 import functools
+from collections.abc import Callable, Sequence
 
 import PIL
 import torch
@@ -20,20 +21,20 @@ HEIGHT_MAY_BE_FIRST = int(PIL.__version__.partition(".")[0]) >= 13  # Python 3.1
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
-def levels(images):
+def levels(images: torch.Tensor) -> torch.Tensor:
     """[..., H, W] in [0, 1] -> whole numbers 0 to 255, float32."""
     return (images.float().clamp(0, 1) * 255).round()
 
 
-def normalised(images, mean_std=OPENAI):
+def normalised(images: torch.Tensor, mean_std: tuple[Sequence[float], Sequence[float]] = OPENAI) -> torch.Tensor:
     """Levels [..., 3, H, W] -> (images / 255 - mean) / std"""
     mean, std = (images.new_tensor(value)[:, None, None] for value in mean_std)
     return (images / 255 - mean) / std
 
 
-def resize_as_pil(images, height, width, mode="bicubic"):
+def resize_as_pil(images: torch.Tensor, height: int, width: int, mode: str = "bicubic") -> torch.Tensor:
     """Levels [b, 3, H, W] -> levels [b, 3, height, width]: the width first, then the height; where the height shrinks
-    and the width grows, as the Pillow that is installed does."""
+    and the width grows, as the Pillow that is installed does. mode: "bicubic" or "bilinear"."""
     before = images.shape[-2:]
     for side in (0, 1) if HEIGHT_MAY_BE_FIRST and height < before[0] and width > before[1] else (1, 0):
         if before[side] != (height, width)[side]:
@@ -44,7 +45,7 @@ def resize_as_pil(images, height, width, mode="bicubic"):
 
 
 @functools.lru_cache(maxsize=16)
-def pil_weights(before, after, mode):
+def pil_weights(before: int, after: int, mode: str) -> torch.Tensor:
     """PIL's weights of `before` pixels in each of `after`: [after, before] float64, whole numbers of 1 / ONE.
 
     The filter grows with the factor when an image gets smaller (antialiasing). Pillow, src/libImaging/Resample.c.
@@ -61,17 +62,19 @@ def pil_weights(before, after, mode):
     return (weights + 0.5 * weights.sign()).trunc()
 
 
-def _cubic(x, a=-0.5):
+def _cubic(x: torch.Tensor, a: float = -0.5) -> torch.Tensor:
     """Keys' cubic convolution at distances x >= 0."""
     near, far = ((a + 2) * x - (a + 3)) * x * x + 1, (((x - 5) * x + 8) * x - 4) * a
     return torch.where(x < 1, near, torch.where(x < 2, far, 0.0))
 
 
-def _triangle(x):
+def _triangle(x: torch.Tensor) -> torch.Tensor:
     return (1 - x).clamp(min=0)
 
 
-def shortest_side(images, size, mode="bicubic", crop=round):
+def shortest_side(
+    images: torch.Tensor, size: int, mode: str = "bicubic", crop: Callable[[float], int] = round
+) -> torch.Tensor:
     """Levels [b, 3, H, W] -> [b, 3, size, size]: the shortest side becomes `size`, the middle is cut out.
 
     Where the crop lies between two pixels torchvision rounds half to even (crop=round), transformers down (crop=int).
@@ -84,12 +87,12 @@ def shortest_side(images, size, mode="bicubic", crop=round):
     return images[..., top : top + size, left : left + size]
 
 
-def squashed(images, size, mode="bicubic"):
+def squashed(images: torch.Tensor, size: int, mode: str = "bicubic") -> torch.Tensor:
     """Levels [b, 3, H, W] -> [b, 3, size, size], whatever that does to the proportions."""
     return resize_as_pil(images, size, size, mode)
 
 
-def longest_side(images, size):
+def longest_side(images: torch.Tensor, size: int) -> torch.Tensor:
     """Levels [b, 3, H, W] -> [b, 3, size, size]: the longest side becomes `size`, black fills the rest evenly.
 
     HPSv2's transform: it resizes the tensor in one pass and does not round, so values leave [0, 255] a little.

@@ -27,7 +27,7 @@ ANY = -1  # a shape or colour that is left open
 # --- Drawing ---
 
 
-def coverage(dx, dy, radius):
+def coverage(dx: torch.Tensor, dy: torch.Tensor, radius: torch.Tensor) -> torch.Tensor:
     """Share of each pixel that a shape covers, antialiased over one pixel.
 
     dx, dy: pixel position minus the shape's centroid, [...]; radius in pixels, broadcastable. A shape of radius r has
@@ -45,13 +45,15 @@ def coverage(dx, dy, radius):
     return (0.5 - signed_distance).clamp(0, 1)
 
 
-def pixel_grid(size, device=None):
+def pixel_grid(size: int, device: torch.device | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Centres of the pixels of a square image: x and y, each [H, W]."""
     axis = torch.arange(size, dtype=torch.float32, device=device) + 0.5
     return axis[None, :].expand(size, size), axis[:, None].expand(size, size)
 
 
-def draw(shape, colour, x, y, radius, size):
+def draw(
+    shape: torch.Tensor, colour: torch.Tensor, x: torch.Tensor, y: torch.Tensor, radius: torch.Tensor, size: int
+) -> torch.Tensor:
     """Scenes -> images [B, 3, H, W] in [0, 1]: shape and colour (indices; shape ANY = no object), x, y and radius
     (pixels), each [B, N]."""
     px, py = pixel_grid(size, x.device)
@@ -59,7 +61,7 @@ def draw(shape, colour, x, y, radius, size):
     return paint(covers, shape, colour)
 
 
-def paint(covers, shape, colour):
+def paint(covers: torch.Tensor, shape: torch.Tensor, colour: torch.Tensor) -> torch.Tensor:
     """Lays each object's colour over its pixels: covers [S, B, N, H, W], shape and colour [B, N] -> [B, 3, H, W]."""
     index = shape.clamp(min=0)[None, :, :, None, None].expand(1, *covers.shape[1:])
     cover = covers.gather(0, index)[0] * (shape >= 0)[..., None, None]  # [B, N, H, W]
@@ -67,12 +69,12 @@ def paint(covers, shape, colour):
     return (background(cover.device)[:, None, None] + torch.einsum("bnhw,bnc->bchw", cover, ink)).clamp(0, 1)
 
 
-def palette(device=None):
+def palette(device: torch.device | None = None) -> torch.Tensor:
     """The colours, in the order of COLOURS: [K, 3] in [0, 1]."""
     return torch.tensor(list(COLOURS.values()), device=device)
 
 
-def background(device=None):
+def background(device: torch.device | None = None) -> torch.Tensor:
     """The paper's colour: [3] in [0, 1]."""
     return torch.tensor(BACKGROUND, device=device)
 
@@ -102,7 +104,7 @@ _GRAMMAR = [
 
 
 @functools.lru_cache(maxsize=100_000)
-def parse(caption):
+def parse(caption: str) -> Wanted:
     """Caption -> Wanted; raises ValueError with the grammar for a caption that is not of this world."""
     text = " ".join(caption.lower().split()).removesuffix(".").strip()
     for pattern, kind in _GRAMMAR:
@@ -116,8 +118,8 @@ def parse(caption):
     )
 
 
-def _wanted(kind, groups):
-    def thing(colour, shape):
+def _wanted(kind: str, groups: tuple[str | None, ...]) -> Wanted:
+    def thing(colour: str | None, shape: str | None) -> tuple[int, int]:
         return (
             ANY if shape in (None, "shape") else SHAPES.index(shape),
             ANY if colour is None else list(COLOURS).index(colour),

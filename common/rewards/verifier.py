@@ -21,12 +21,13 @@ This file and scene.py, which draws and reads captions, need torch alone and can
 
 import functools
 import itertools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
-from common.rewards.scene import ANY, MAX_WANTED, background, coverage, paint, palette, parse, pixel_grid
+from common.rewards.scene import ANY, MAX_WANTED, Wanted, background, coverage, paint, palette, parse, pixel_grid
 
 MAX_READ = 6  # objects that are looked at closely; more are only counted
 MIN_AREA, MAX_RADIUS = 8.0, 8.0  # pixels; a smaller speck or a larger field is no object, it only lowers the score
@@ -49,7 +50,7 @@ class Reading:
     quality: torch.Tensor  # [B] in [0, 1]
 
 
-def segment(images):
+def segment(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """images [B, 3, H, W] -> the share of each pixel that the nearest palette colour covers, [B, H, W] float, and
     the label of its component, [B, H, W] int (0: background)."""
     ink = palette(images.device) - background(images.device)  # [K, 3]
@@ -72,7 +73,7 @@ def segment(images):
         labels = spread
 
 
-def read(images):
+def read(images: torch.Tensor) -> Reading:
     """Reads the objects back from images [B, 3, H, W] in [0, 1], H = W. See the head of the file for the steps."""
     b, c, h, w = images.shape
     assert c == 3 and h == w, f"expected square RGB images [B, 3, H, W], got {tuple(images.shape)}"
@@ -116,7 +117,7 @@ def read(images):
     return Reading(present, shape, colour, x, y, radius, count, quality)
 
 
-def _large_enough(area):
+def _large_enough(area: torch.Tensor) -> torch.Tensor:
     """Pixels -> 0 to 1: rises from half of MIN_AREA to MIN_AREA."""
     return (area / (MIN_AREA / 2) - 1).clamp(0, 1)
 
@@ -125,12 +126,12 @@ def _large_enough(area):
 
 
 @functools.lru_cache(maxsize=1)
-def _assignments():
+def _assignments() -> torch.Tensor:
     """All ordered choices of MAX_WANTED of MAX_READ objects: [A, MAX_WANTED]."""
     return torch.tensor(list(itertools.permutations(range(MAX_READ), MAX_WANTED)))
 
 
-def _choose(reading, wanted, identity):
+def _choose(reading: Reading, wanted: list[Wanted], identity: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Best assignment of objects to wishes -> (score [B], pass [B]); without `identity` any object fits any wish."""
     b, device = len(wanted), reading.x.device
     want = torch.full((b, MAX_WANTED, 2), ANY)
@@ -170,7 +171,7 @@ def _choose(reading, wanted, identity):
     return total.amax(1) * right_number, passed.any(1)
 
 
-def verify(images, captions):
+def verify(images: torch.Tensor, captions: Sequence[str]) -> dict[str, torch.Tensor]:
     """images [B, 3, H, W] in [0, 1] and their B captions -> {"quality", "layout", "alignment", "score": [B] float32 in
     [0, 1], "passed": [B] bool}. A caption that is not of this world raises ValueError."""
     assert len(captions) == len(images), f"{len(images)} images, {len(captions)} captions"
@@ -188,7 +189,7 @@ def verify(images, captions):
 
 
 @functools.lru_cache(maxsize=1)  # the parts of one batch are asked for one after another
-def _verify_once(images, captions):
+def _verify_once(images: torch.Tensor, captions: tuple[str, ...]) -> dict[str, torch.Tensor]:
     return verify(images, captions)
 
 
@@ -200,13 +201,13 @@ class Verifier:
     scale = 0.25  # typical standard deviation within a group of tiny-flux samples
     range = (0.0, 1.0)
 
-    def check(self, prompts):
+    def check(self, prompts: Iterable[str]) -> None:
         """Raises ValueError for the first prompt that the verifier cannot read."""
         for prompt in prompts:
             parse(prompt)
 
     @torch.no_grad()
-    def score(self, media, prompts):
+    def score(self, media: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
         """media [b, 3, H, W] in [0, 1], prompts b strings -> [b] float32."""
         return _verify_once(media, tuple(prompts))[self.part]
 
@@ -230,6 +231,6 @@ class Passed(Verifier):
     part = "passed"
     scale = 0.4
 
-    def score(self, media, prompts):
+    def score(self, media: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
         """media [b, 3, H, W] in [0, 1], prompts b strings -> 1 or 0 each, [b] float32."""
         return super().score(media, prompts).float()

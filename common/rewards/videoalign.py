@@ -9,6 +9,7 @@ import functools
 import json
 import re
 import weakref
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -43,12 +44,12 @@ CHAT = (
 class Rated(torch.nn.Module):
     """Qwen2-VL with a rating instead of a next token."""
 
-    def __init__(self, config, ratings):
+    def __init__(self, config: Qwen2VLConfig, ratings: int) -> None:
         super().__init__()
         self.model = Qwen2VLModel(config)
         self.rm_head = torch.nn.Linear(config.text_config.hidden_size, ratings, bias=False)
 
-    def forward(self, inputs, tokens):
+    def forward(self, inputs: Mapping[str, torch.Tensor], tokens: list[int]) -> torch.Tensor:
         """A batch of the processor's, and the numbers of the three tokens -> [b, 3]"""
         ids = inputs["input_ids"]
         words = self.model.get_input_embeddings()(ids)
@@ -64,7 +65,7 @@ class Rated(torch.nn.Module):
         return ratings[..., 0] if ratings.shape[-1] == 1 else ratings.diagonal(dim1=1, dim2=2)
 
 
-def renamed(state):
+def renamed(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """model.pth's weights under the names of Rated, with the adapters added to the layers that they adapt."""
     named = {}
     for key, value in state.items():
@@ -82,7 +83,7 @@ def renamed(state):
 
 
 @functools.lru_cache(maxsize=1)  # four rewards, one model
-def shared(given, batch):
+def shared(given: Path | None, batch: int) -> "Ratings":
     """The model, loaded once for all of its ratings."""
     return Ratings(weights.Source("videoalign", {"videoalign": given} if given else None), batch)
 
@@ -90,7 +91,7 @@ def shared(given, batch):
 class Ratings:
     """The model with its processor: clips and prompts -> standardised ratings [b, 3]."""
 
-    def __init__(self, source, batch):
+    def __init__(self, source: weights.Source, batch: int) -> None:
         path = source.find(REPO, FILE)
         about, vocabulary = (source.find(BASE, file, beside=True) for file in ("config.json", "tokenizer.json"))
         try:
@@ -110,7 +111,7 @@ class Ratings:
         self.last = (lambda: None), None, None
 
     @torch.no_grad()
-    def rate(self, media, prompts, fps):
+    def rate(self, media: torch.Tensor, prompts: list[str], fps: float) -> torch.Tensor:
         """Clips [b, F, 3, H, W] in [0, 1] of b prompts -> ratings VQ, MQ, TA [b, 3]; the last ones are remembered."""
         if self.last[0]() is media and self.last[1] == prompts:
             return self.last[2]
@@ -131,8 +132,9 @@ class Ratings:
         return ratings
 
 
-def seen(clip, fps):
-    """[F, 3, H, W] in [0, 1] -> the frames that the model sees, levels [f, 3, h, w]: two a second, an even number."""
+def seen(clip: torch.Tensor, fps: float) -> torch.Tensor:
+    """[F, 3, H, W] in [0, 1] -> the frames that the model sees, levels [f, 3, h, w]: two a second, an even number.
+    Raises InputError for a single frame."""
     length = len(clip)
     if length < 2:
         raise InputError("reward videoalign: takes clips of two frames or more; give --frames")
@@ -143,7 +145,7 @@ def seen(clip, fps):
     return resize(levels, list(size), InterpolationMode.BICUBIC, antialias=True).float()
 
 
-def resized(height, width):
+def resized(height: int, width: int) -> tuple[int, int]:
     """Sides of a frame as the model sees it: multiples of 28, of about the same shape, of 100,352 to 200,704 pixels."""
     h, w = (max(SIDE, round(side / SIDE) * SIDE) for side in (height, width))
     factor = (height * width / LARGEST) ** 0.5
@@ -169,11 +171,11 @@ class VideoAlign:
     range = (None, None)
     parts = (0, 1, 2)
 
-    def load(self, source, batch=16):
+    def load(self, source: weights.Source, batch: int = 16) -> None:
         """Fetches the weights; raises InputError if they are missing or do not fit."""
         self.ratings = shared(source.given or source.of("videoalign").given, batch)
 
-    def score(self, media, prompts):
+    def score(self, media: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
         """media [b, F, 3, H, W] in [0, 1], prompts b strings -> [b] float32."""
         assert len(media) == len(prompts), f"{len(media)} samples, {len(prompts)} prompts"
         return self.ratings.rate(media, list(prompts), self.fps)[:, self.parts].sum(1)

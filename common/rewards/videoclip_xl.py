@@ -24,7 +24,7 @@ KEPT = 20  # positions whose embedding is CLIP's own
 class ClipOfFrames(torch.nn.Module):
     """ViCLIP's image encoder: [b, F, 3, H, W] -> [b, D], patches of all frames in one sequence."""
 
-    def __init__(self, size, patch, width, layers, heads, output):
+    def __init__(self, size: int, patch: int, width: int, layers: int, heads: int, output: int) -> None:
         super().__init__()
         self.conv1 = torch.nn.Conv3d(3, width, (1, patch, patch), (1, patch, patch), bias=False)
         self.class_embedding = torch.nn.Parameter(torch.zeros(width))
@@ -34,7 +34,7 @@ class ClipOfFrames(torch.nn.Module):
         self.transformer = Transformer(width, layers, heads, act_layer=QuickGELU)
         self.proj = torch.nn.Parameter(torch.zeros(width, output))
 
-    def forward(self, clips):
+    def forward(self, clips: torch.Tensor) -> torch.Tensor:
         """Frames [b, F, 3, H, W], normalised -> embeddings [b, D]."""
         x = self.conv1(clips.transpose(1, 2)).flatten(3)  # [b, W, F, N]
         x = x.permute(0, 2, 3, 1) + self.positional_embedding[1:] + self.temporal_positional_embedding[:, :, None]
@@ -46,7 +46,15 @@ class ClipOfFrames(torch.nn.Module):
 class TwoEncoders(torch.nn.Module):
     """Both encoders: `text` and `video`."""
 
-    def __init__(self, size=224, patch=14, video=(1024, 24, 16), text=(768, 12, 12), output=768, vocabulary=49408):
+    def __init__(
+        self,
+        size: int = 224,
+        patch: int = 14,
+        video: tuple[int, int, int] = (1024, 24, 16),
+        text: tuple[int, int, int] = (768, 12, 12),
+        output: int = 768,
+        vocabulary: int = 49408,
+    ) -> None:
         """video, text: width, layers, heads."""
         super().__init__()
         self.size = size
@@ -54,7 +62,7 @@ class TwoEncoders(torch.nn.Module):
         self.text = TextTransformer(CONTEXT, vocabulary, width, heads, layers, output_dim=output, act_layer=QuickGELU)
 
 
-def renamed(state):
+def renamed(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """VideoCLIP-XL.bin's weights under the names of TwoEncoders. The two tables of positions become one: CLIP's own
     for the first 20, the new ones after them. Its temperatures belong to the training."""
     named = {}
@@ -69,7 +77,7 @@ def renamed(state):
     return named
 
 
-def sizes(state):
+def sizes(state: dict[str, torch.Tensor]) -> dict[str, int | tuple[int, int, int]]:
     """The weights under TwoEncoders' names -> its sizes, which they tell; a head has 64 numbers, as in every CLIP. Of
     weights that lack some, none: then its own sizes stand."""
     try:
@@ -79,7 +87,7 @@ def sizes(state):
     except (KeyError, ValueError):
         return {}
 
-    def part(name, width):
+    def part(name: str, width: int) -> tuple[int, int, int]:
         blocks = {key.split(".")[3] for key in state if key.startswith(f"{name}.transformer.resblocks.")}
         return width, len(blocks), max(1, width // 64)
 
@@ -101,7 +109,7 @@ class VideoClipXL(Cosine):
     video, image = True, False
     scale = 0.02
 
-    def build(self, source):
+    def build(self, source: weights.Source) -> torch.nn.Module:
         """Fetches the weights and returns the module with them. Raises InputError."""
         path = source.find(self.repo, self.file)
         self.tokens = open_clip.SimpleTokenizer(context_length=CONTEXT)
@@ -110,8 +118,8 @@ class VideoClipXL(Cosine):
         self.size = module.size
         return weights.fill(source.name, module, state, path)
 
-    def media(self, clips):
-        """Clips [b, F, 3, H, W] in [0, 1] -> embeddings [b, D]."""
+    def media(self, clips: torch.Tensor) -> torch.Tensor:
+        """Clips [b, F, 3, H, W] in [0, 1] -> embeddings [b, D]. Raises InputError below 8 frames."""
         if clips.shape[1] < FRAMES:
             raise InputError(
                 f"reward videoclip-xl looks at {FRAMES} frames of a clip, these have {clips.shape[1]}; give --frames"
@@ -120,6 +128,6 @@ class VideoClipXL(Cosine):
         frames = F.interpolate(clips.flatten(0, 1), (self.size, self.size), mode="bilinear").round()
         return self.module.video(pixels.normalised(frames.unflatten(0, clips.shape[:2]), pixels.IMAGENET))
 
-    def texts(self, prompts, device):
+    def texts(self, prompts: list[str], device: torch.device) -> torch.Tensor:
         """n prompts -> embeddings [n, D]."""
         return self.module.text(self.tokens(prompts).to(device))

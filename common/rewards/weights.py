@@ -10,15 +10,15 @@ from common.errors import InputError
 class Source:
     """Where the weights of one reward come from: what --reward-path says {name: path}, or else the hub."""
 
-    def __init__(self, name, paths=None):
+    def __init__(self, name: str, paths: dict[str, str | Path] | None = None) -> None:
         self.name, self.paths = name, paths or {}
         self.given = Path(self.paths[name]) if name in self.paths else None  # a file, or a folder
 
-    def of(self, name):
+    def of(self, name: str) -> "Source":
         """That of another reward."""
         return Source(name, self.paths)
 
-    def find(self, repo, file, beside=False):
+    def find(self, repo: str, file: str, beside: bool = False) -> Path:
         """The path of a file; beside: of one that belongs to the weights and is looked for next to them first.
 
         Raises InputError with the file, the hub id and the flag.
@@ -34,7 +34,7 @@ class Source:
                 )
         return self._from_hub(repo, file)
 
-    def _from_hub(self, repo, file):
+    def _from_hub(self, repo: str, file: str) -> Path:
         from common import hub  # and with it its client
 
         try:
@@ -46,7 +46,7 @@ class Source:
             ) from None
 
 
-def read(name, path):
+def read(name: str, path: Path) -> dict[str, torch.Tensor]:
     """A checkpoint's weights {name: tensor} on the CPU; raises InputError for a file that holds none."""
     from safetensors.torch import load_file
 
@@ -62,7 +62,7 @@ def read(name, path):
         ) from None
 
 
-def fill(name, module, state, path):
+def fill(name: str, module: torch.nn.Module, state: dict[str, torch.Tensor], path: Path) -> torch.nn.Module:
     """Puts `state` {name: tensor} into the module, every weight of it, ready to score; raises InputError for a
     checkpoint of another shape. Weights on top of those are an error too: they are another model's."""
     expected = {key: value.shape for key, value in module.state_dict().items()}
@@ -81,18 +81,18 @@ def fill(name, module, state, path):
     return module.eval().requires_grad_(False)
 
 
-def placed(module, device):
+def placed(module: torch.nn.Module, device: torch.device) -> torch.nn.Module:
     """The module on the device of the media, at the first call: in half precision on a GPU, in float32 elsewhere."""
     weight, dtype = next(module.parameters()), precision(device)
     return module if (weight.device, weight.dtype) == (device, dtype) else module.to(device, dtype)
 
 
-def precision(device):
+def precision(device: torch.device) -> torch.dtype:
     """The dtype of a reward model's weights on a device."""
     return torch.float32 if device.type == "cpu" else torch.float16
 
 
-def autocast(device):
+def autocast(device: torch.device) -> torch.autocast:
     """Half precision on GPUs with float32 where it matters (norms, softmax); on a CPU float32 whatever is around."""
     dtype = precision(device)
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
