@@ -20,9 +20,10 @@ nothing.
 import csv
 import json
 import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import imageio.v3 as imageio
 import numpy as np
@@ -33,6 +34,9 @@ from common import arguments, errors, heldout, models, rewards
 from common.errors import InputError
 from common.prompts import caption_of, files, image_of, prompts_of_step, read_prompts
 from common.report import pyplot
+
+if TYPE_CHECKING:
+    from common.models.family import Family
 
 DEALT = 1000  # times that the captions are dealt out anew
 MOVING = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".gif")
@@ -69,13 +73,13 @@ class Args:
 # --- The numbers ---
 
 
-def kappa(scores, labels, number):
+def kappa(scores: np.ndarray, labels: np.ndarray, number: int) -> float:
     """Scores [n] and the cluster of each [n] -> per cent: the spread of the clusters' means over their mean."""
     means = cluster_means(scores, labels, number)
     return 100 * np.nanstd(means) / abs(np.nanmean(means))
 
 
-def cluster_means(scores, labels, number):
+def cluster_means(scores: np.ndarray, labels: np.ndarray, number: int) -> np.ndarray:
     """[k], of the scores that are there: what a judge could not score is NaN, as is a cluster without any."""
     known = np.isfinite(scores)
     with np.errstate(invalid="ignore"):
@@ -83,13 +87,15 @@ def cluster_means(scores, labels, number):
         return sums / np.bincount(labels[known], minlength=number)
 
 
-def within(scores, labels, number):
+def within(scores: np.ndarray, labels: np.ndarray, number: int) -> np.ndarray:
     """Eq 3 as printed: per cent [k], the spread of the scores in each cluster over their mean."""
     means = cluster_means(scores, labels, number)
     return 100 * np.sqrt(cluster_means((scores - means[labels]) ** 2, labels, number)) / abs(means)
 
 
-def against_chance(scores, labels, number, seed=0, dealt=DEALT):
+def against_chance(
+    scores: np.ndarray, labels: np.ndarray, number: int, seed: int = 0, dealt: int = DEALT
+) -> dict[str, float]:
     """{kappa, chance: what 95% of the deals stay below, beyond_chance, p}"""
     scores, labels = scores[np.isfinite(scores)], labels[np.isfinite(scores)]
     random, found = np.random.default_rng(seed), kappa(scores, labels, number)
@@ -102,7 +108,7 @@ def against_chance(scores, labels, number, seed=0, dealt=DEALT):
     }
 
 
-def clustered(vectors, number, seed):
+def clustered(vectors: np.ndarray, number: int, seed: int) -> np.ndarray:
     """Vectors [n, D] -> the cluster of each [n]; raises InputError where there is no k-means, or too few of them."""
     try:
         from sklearn.cluster import KMeans
@@ -116,13 +122,13 @@ def clustered(vectors, number, seed):
 # --- What they are of ---
 
 
-def run_of(model):
+def run_of(model: str) -> dict:
     """config.json of a run's folder, {} for any other model."""
     config = Path(model) / "config.json"
     return json.loads(config.read_text()) if config.is_file() and (Path(model) / "export").is_dir() else {}
 
 
-def load(args, prompts):
+def load(args: Args, prompts: list[str]) -> "tuple[Family, arguments.Args]":
     """The model, on a GPU if there is one, and the settings that it samples with: a run's own, or its defaults."""
     folder, run = Path(args.model), run_of(args.model)
     lora = run and not (folder / "export/model_index.json").is_file()
@@ -143,7 +149,7 @@ def load(args, prompts):
 
 
 @torch.no_grad()
-def vectors_of(model, captions):
+def vectors_of(model: "Family", captions: Iterable[str]) -> np.ndarray:
     """b captions -> [b, D] of unit length: the text encoder's states, mean over the tokens. Padding that is zero, or
     that the model masks, does not count."""
     vectors = []
@@ -155,7 +161,9 @@ def vectors_of(model, captions):
     return np.stack(vectors)
 
 
-def scores_of_samples(args, model, settings, scorers, prompts):
+def scores_of_samples(
+    args: Args, model: "Family", settings: arguments.Args, scorers: dict, prompts: list[str]
+) -> dict[str, np.ndarray]:
     """{reward: [n * samples]} of noise-free samples, from the fixed noise that the evaluations of runs start from."""
     sigmas, rows = model.sigmas(settings.sampling_steps, settings.shift), []
     every = [prompt for prompt in prompts for _ in range(args.samples)]
@@ -168,19 +176,20 @@ def scores_of_samples(args, model, settings, scorers, prompts):
     return {name: np.concatenate([row[name] for row in rows]) for name in scorers}
 
 
-def scores_of_files(scorers, prompts, device):
+def scores_of_files(scorers: dict, prompts: list[str], device: torch.device) -> dict[str, np.ndarray]:
     """{reward: [n]} of the pictures and clips of lines FILE <tab> CAPTION."""
     rows = [checked(scorers, medium(image_of(prompt)).to(device), [caption_of(prompt)]) for prompt in prompts]
     return {name: np.concatenate([row[name] for row in rows]) for name in scorers}
 
 
-def checked(scorers, media, prompts):
+def checked(scorers: dict, media: torch.Tensor, prompts: list[str]) -> dict[str, np.ndarray]:
+    """{reward: [b]} of media [b, ...]; raises RunError where rewards.check_finite does."""
     scores = rewards.score(scorers, media, prompts)
     rewards.check_finite({name: value[:, None] for name, value in scores.items()}, scorers, prompts)
     return {name: value.cpu().numpy().astype(float) for name, value in scores.items()}
 
 
-def medium(path):
+def medium(path: str) -> torch.Tensor:
     """A picture [1, 3, H, W] or a clip [1, F, 3, H, W] in [0, 1]; raises InputError."""
     try:
         if Path(path).suffix.lower() in MOVING:
@@ -192,7 +201,8 @@ def medium(path):
     return torch.from_numpy(pixels.copy()).movedim(-1, -3)[None].float() / 255
 
 
-def main(args):
+def main(args: Args) -> list[dict]:
+    """Chooses, embeds, clusters, scores and writes; returns what `write` does. Raises InputError."""
     arguments.check_bounds(args)
     if not args.clusters:
         raise InputError("--clusters: name at least one number of clusters")
@@ -224,14 +234,21 @@ def main(args):
     return write(Path(args.output), distinct, vectors, labels, scores, args.seed)
 
 
-def _missing(name):
+def _missing(name: str) -> NoReturn:
     raise InputError(f"--{name} is missing: this model has no default for it")
 
 
 # --- What comes out ---
 
 
-def write(folder, captions, vectors, labels, scores, seed):
+def write(
+    folder: Path,
+    captions: np.ndarray,
+    vectors: np.ndarray,
+    labels: dict[int, np.ndarray],
+    scores: dict[str, np.ndarray],
+    seed: int,
+) -> list[dict]:
     """bias.json, bias.csv, bias.png and the tables on the screen; returns the rows of the first."""
     rows = [
         {"reward": name, "clusters": number, **against_chance(value, found, number, seed)}
@@ -251,7 +268,9 @@ def write(folder, captions, vectors, labels, scores, seed):
     return rows
 
 
-def kinds_of(captions, vectors, labels, scores):
+def kinds_of(
+    captions: np.ndarray, vectors: np.ndarray, labels: dict[int, np.ndarray], scores: dict[str, np.ndarray]
+) -> Iterator[dict]:
     """Of each of the last number of clusters: how many captions, one of them, and by each reward mu_c and kappa_c."""
     number, found = list(labels.items())[-1]
     of_rewards = {name: cluster_means(value, found, number) for name, value in scores.items()}
@@ -262,21 +281,23 @@ def kinds_of(captions, vectors, labels, scores):
         yield about | {name: float(value) if np.isfinite(value) else None for name, value in values.items()}
 
 
-def typical(captions, vectors, members):
-    """The caption that is nearest to the middle of its cluster."""
+def typical(captions: np.ndarray, vectors: np.ndarray, members: np.ndarray) -> str:
+    """The caption that is nearest to the middle of its cluster: captions [n], vectors [n, D], members [n] bool."""
     own = vectors[members]
     return str(captions[members][np.square(own - own.mean(0)).sum(1).argmin()])
 
 
-def markdown(rows):
-    def cell(value):
+def markdown(rows: list[dict]) -> str:
+    """The rows as a table, with a column for each key of the first."""
+
+    def cell(value: str | float | None) -> str:
         return f"{value:.3g}" if isinstance(value, float) else str(value).replace("|", "\\|")
 
     lines = ["| " + " | ".join(rows[0]) + " |", "| " + " | ".join("---" for _ in rows[0]) + " |"]
     return "\n".join(lines + ["| " + " | ".join(map(cell, row.values())) + " |" for row in rows])
 
 
-def draw(path, rows, kinds, names):
+def draw(path: Path, rows: list[dict], kinds: list[dict], names: list[str]) -> None:
     """kappa over the number of clusters, with what chance reaches; and the clusters' means, in parts of their mean."""
     plt = pyplot()
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4), gridspec_kw={"width_ratios": (1, 2)})

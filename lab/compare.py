@@ -13,8 +13,10 @@ import csv
 import json
 import math
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import tyro
 
@@ -25,6 +27,7 @@ from common.run_folder import NEUTRAL, rows_before
 
 LAST = 5  # steps that the first and the last training reward are the mean of
 WIDEST = 60  # letters of a setting's name that lists what differs; above that it is its first run's
+Summary = tuple[float, float, float]  # mean over the runs, lowest, highest
 
 
 @dataclass
@@ -43,7 +46,7 @@ class Run:
     config: dict
     rows: list
 
-    def series(self, metric):
+    def series(self, metric: str) -> dict[int, float]:
         """{step: value} of a metric, where it is a number."""
         return {row["step"]: row[metric] for row in self.rows if math.isfinite(row.get(metric, math.nan))}
 
@@ -55,18 +58,18 @@ class Setting:
     name: str
     runs: list
 
-    def series(self, metric):
+    def series(self, metric: str) -> dict[int, Summary]:
         """{step: (mean, lowest, highest)} of a metric, at the steps where all runs that know it have it."""
         found = self.known(metric)
         steps = sorted(set(found[0]).intersection(*found[1:])) if found else ()
         values = {step: [one[step] for one in found] for step in steps}
         return {step: (sum(value) / len(value), min(value), max(value)) for step, value in values.items()}
 
-    def known(self, metric):
+    def known(self, metric: str) -> list[dict[int, float]]:
         """[{step: value}] of the runs that know a metric: one that is watched, some may not."""
         return [series for run in self.runs if (series := run.series(metric))]
 
-    def ends(self, name):
+    def ends(self, name: str) -> tuple[Summary | None, Summary | None, str | None]:
         """The held-out reward NAME of the first and the last evaluation, or else the training reward's, each as (mean
         over runs, lowest, highest); None where there is neither. And which of the two it is."""
         held_out = list(self.series(f"eval_{name}").values())
@@ -80,12 +83,12 @@ class Setting:
         return *(_summary([sum(map(one.get, part)) / len(part) for one in training]) for part in parts), "training"
 
 
-def _summary(values):
+def _summary(values: list[float]) -> Summary:
     return sum(values) / len(values), min(values), max(values)
 
 
-def read(folder):
-    """Raises InputError for a folder that is no run's, or whose run has not finished a step."""
+def read(folder: str | Path) -> Run:
+    """A run's folder, read; raises InputError for one that is none, or whose run has not finished a step."""
     folder = Path(folder)
     try:
         config = json.loads((folder / "config.json").read_text())
@@ -97,7 +100,7 @@ def read(folder):
     return Run(folder.resolve(), config, [{n: v for n, v in row.items() if isinstance(v, int | float)} for row in rows])
 
 
-def settings(runs):
+def settings(runs: Iterable[Run]) -> list[Setting]:
     """Runs -> [Setting], in the order of their first runs, called by what differs between them."""
     groups = {}
     for run in runs:
@@ -113,12 +116,12 @@ def settings(runs):
     return [Setting(name, members) for name, (_, members) in zip(names, groups.values())]
 
 
-def _said(name, value):
+def _said(name: str, value: Any) -> str:
     shown = "+".join(map(str, value)) if isinstance(value, list) else str(value)
     return shown if name in ("script", "model", "reward") else f"{name}={shown}"
 
 
-def measured(groups):
+def measured(groups: list[Setting]) -> list[tuple[str, str]]:
     """[(reward, "the sum", "trained" or "watched")] of all runs: the sum of several first, then each by its name."""
     kinds = {}
     for kind, flag in (("trained", "reward"), ("watched", "watch")):
@@ -128,7 +131,7 @@ def measured(groups):
     return [("reward", "the sum")] * (len(trained) != 1) + trained + watched
 
 
-def draw(path, groups, shown):
+def draw(path: Path, groups: list[Setting], shown: list[tuple[str, str]]) -> None:
     """The picture: a panel for each of `shown`, a colour for each setting."""
     plt, columns = pyplot(), min(3, len(shown))
     lines = -(-len(shown) // columns)
@@ -157,7 +160,7 @@ def draw(path, groups, shown):
     plt.close(figure)
 
 
-def table(groups, shown):
+def table(groups: list[Setting], shown: list[tuple[str, str]]) -> list[dict]:
     """A row for each setting and reward: {setting, runs, steps, reward, kind, samples, start, end, lowest, highest}."""
     rows = []
     for group in groups:
@@ -170,7 +173,7 @@ def table(groups, shown):
     return rows
 
 
-def markdown(rows):
+def markdown(rows: list[dict]) -> str:
     """The rows as a table with a line for each setting and a column for each reward."""
     names = list(dict.fromkeys((row["reward"], row["kind"]) for row in rows))
     head = ["setting", "runs", "steps", *(f"{name} ({kind})" for name, kind in names)]
@@ -182,14 +185,16 @@ def markdown(rows):
     return "\n".join(lines)
 
 
-def cell(row):
+def cell(row: dict) -> str:
+    """Start and end of a row of `table`, as "0.500 -> 0.600 (0.550 to 0.650)"; "-" where it has none."""
     if row["end"] is None:
         return "-"
     between = f" ({row['lowest']:.3f} to {row['highest']:.3f})" if row["runs"] > 1 else ""
     return f"{row['start']:.3f} -> {row['end']:.3f}{between}{', training' * (row['samples'] == 'training')}"
 
 
-def main(args):
+def main(args: Args) -> None:
+    """Reads, draws and writes. Raises InputError."""
     if not args.runs:
         raise InputError("name at least one run: python -m lab.compare RUN [RUN ...]")
     groups = settings([read(folder) for folder in dict.fromkeys(Path(run).resolve() for run in args.runs)])
