@@ -18,14 +18,9 @@ ON_THE_HOST = ("trained weights", "frozen weights", "gradients", "optimizer")  #
 
 
 def memory(
-    model: "Family",
-    args: Args,
-    precision: int,
-    shards: int = 1,
-    initial: bool = False,
-    activations: int = 0,
+    model: "Family", args: Args, precision: int, shards: int = 1, initial: bool = False, activations: int = 0,
     scorers: Iterable = (),
-) -> dict[str, float]:
+) -> dict[str, float]:  # fmt: skip
     """Bytes that one of `shards` processes holds, by kind: weights from start to end, activations of a pass for a
     moment. precision: bytes of a weight in the forward pass; initial: whether a copy of the initial weights is kept;
     activations: bytes of a pass; scorers: the rewards. The model's modules are as the Runtime makes them before it

@@ -23,14 +23,9 @@ NOISE = 2**31 - 1  # the "step" whose noise the evaluation starts from; no train
 
 @torch.no_grad()
 def sample(
-    model: "Family",
-    prompts: list[str],
-    streams: torch.Tensor,
-    sigmas: torch.Tensor,
-    micro_batch: int,
-    device: torch.device | str = "cpu",
-    seed: int = 0,
-) -> torch.Tensor:
+    model: "Family", prompts: list[str], streams: torch.Tensor, sigmas: torch.Tensor, micro_batch: int,
+    device: torch.device | str = "cpu", seed: int = 0,
+) -> torch.Tensor:  # fmt: skip
     """Noise-free samples [b, C, H, W] (clips [b, F, C, H, W]) in [0, 1] of b prompts, each from the fixed noise of its
     stream [b] (int); sigmas [T+1]; micro_batch: rows of a pass."""
     cond = model.encode(prompts)
@@ -44,16 +39,9 @@ def sample(
 
 
 def sample_and_score(
-    model: "Family",
-    scorers: dict,
-    prompts: list[str],
-    streams: torch.Tensor,
-    sigmas: torch.Tensor,
-    micro_batch: int,
-    device: torch.device | str = "cpu",
-    seed: int = 0,
-    policy: Callable[[], AbstractContextManager] = nullcontext,
-) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    model: "Family", scorers: dict, prompts: list[str], streams: torch.Tensor, sigmas: torch.Tensor, micro_batch: int,
+    device: torch.device | str = "cpu", seed: int = 0, policy: Callable[[], AbstractContextManager] = nullcontext,
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:  # fmt: skip
     """`sample`, in the context of `policy`, and every scorer on it: ({name: [b]}, samples). What a scorer raised waits
     for `check_finite`."""
     with policy():
@@ -62,13 +50,9 @@ def sample_and_score(
 
 
 def scores_of(
-    run: "Runtime",
-    model: "Family",
-    scorers: dict,
-    prompts: list[str],
-    shown: int = 0,
+    run: "Runtime", model: "Family", scorers: dict, prompts: list[str], shown: int = 0,
     policy: Callable[[], AbstractContextManager] = nullcontext,
-) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
+) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:  # fmt: skip
     """Every scorer on one noise-free sample of each of n prompts: {name: [n]}, the same on every process, and up to
     `shown` of this process's samples as `sample` gives them, None for 0, on the main process those of the first
     prompts. policy: a context to sample in, as Runtime.initial_weights. Between batches it hears signals. Raises what
@@ -123,15 +107,9 @@ def expected(rewards: torch.Tensor, prompts: list[str]) -> torch.Tensor:
 
 
 def evaluate(
-    run: "Runtime",
-    report: "Report",
-    model: "Family",
-    scorers: dict,
-    reward_weights: dict[str, float],
-    prompts: list[str],
-    step: int,
-    last: bool = False,
-) -> dict[str, torch.Tensor]:
+    run: "Runtime", report: "Report", model: "Family", scorers: dict, reward_weights: dict[str, float],
+    prompts: list[str], step: int, last: bool = False,
+) -> dict[str, torch.Tensor]:  # fmt: skip
     """The evaluation before the steps that --eval-every and --sample-every name, and after the `last`: {"eval_reward",
     "eval_<scorer>"}, scalars, means over the prompts; else {}. Raises RunError, Stopped."""
     args = run.args

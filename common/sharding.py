@@ -77,12 +77,9 @@ def offloads(plugin: "FullyShardedDataParallelPlugin", device_type: str) -> bool
 
 
 def shard(
-    module: torch.nn.Module,
-    blocks: Sequence[str],
-    plugin: "FullyShardedDataParallelPlugin",
-    mesh: DeviceMesh,
+    module: torch.nn.Module, blocks: Sequence[str], plugin: "FullyShardedDataParallelPlugin", mesh: DeviceMesh,
     dtype: torch.dtype,
-) -> torch.nn.Module:
+) -> torch.nn.Module:  # fmt: skip
     """Shards a module's weights in place, block by block: those of the classes that the config file names, or else of
     the names in `blocks`. The forward and backward passes see them in `dtype`; gradients are averaged in float32.
     Returns the module."""

@@ -242,13 +242,9 @@ def _missing(name: str) -> NoReturn:
 
 
 def write(
-    folder: Path,
-    captions: np.ndarray,
-    vectors: np.ndarray,
-    labels: dict[int, np.ndarray],
-    scores: dict[str, np.ndarray],
-    seed: int,
-) -> list[dict]:
+    folder: Path, captions: np.ndarray, vectors: np.ndarray, labels: dict[int, np.ndarray],
+    scores: dict[str, np.ndarray], seed: int,
+) -> list[dict]:  # fmt: skip
     """bias.json, bias.csv, bias.png and the tables on the screen; returns the rows of the first."""
     rows = [
         {"reward": name, "clusters": number, **against_chance(value, found, number, seed)}

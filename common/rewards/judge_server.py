@@ -27,16 +27,9 @@ class Server:
     are read, and no longer than all attempts together may take: a time-out is the client's for each read alone."""
 
     def __init__(
-        self,
-        name: str,
-        url: str,
-        model: str,
-        expected: bool,
-        timeout: float,
-        retries: int,
-        concurrency: int,
+        self, name: str, url: str, model: str, expected: bool, timeout: float, retries: int, concurrency: int,
         fps: float,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.name, self.url, self.model, self.expected, self.concurrency = name, url, model, expected, concurrency
         self.timeout, self.retries = timeout, retries
         settings = dict(base_url=url, timeout=timeout, max_retries=retries, **key())

@@ -47,14 +47,9 @@ class TwoEncoders(torch.nn.Module):
     """Both encoders: `text` and `video`."""
 
     def __init__(
-        self,
-        size: int = 224,
-        patch: int = 14,
-        video: tuple[int, int, int] = (1024, 24, 16),
-        text: tuple[int, int, int] = (768, 12, 12),
-        output: int = 768,
-        vocabulary: int = 49408,
-    ) -> None:
+        self, size: int = 224, patch: int = 14, video: tuple[int, int, int] = (1024, 24, 16),
+        text: tuple[int, int, int] = (768, 12, 12), output: int = 768, vocabulary: int = 49408,
+    ) -> None:  # fmt: skip
         """video, text: width, layers, heads."""
         super().__init__()
         self.size = size
