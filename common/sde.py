@@ -168,14 +168,15 @@ class RowNoise:
 
 def rollout(
     velocity: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], x: torch.Tensor, sigmas: torch.Tensor,
-    s: torch.Tensor, noise: Callable[[torch.Size], torch.Tensor], transition: Callable = sde_step, means: bool = False,
+    s: torch.Tensor, noise: Callable[[torch.Size], torch.Tensor] | None, transition: Callable = sde_step,
+    means: bool = False,
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
     """Samples a batch and keeps what re-scoring needs.
 
     velocity: (x [B, ...], sigma) -> [B, ...]; x: standard normal noise [B, ...]; sigmas [T+1]; s [T]; noise: shape ->
-    [B, *shape]; transition: the function of the schedule (TRANSITIONS). Returns latents [B, T+1, ...] float32 (the
-    last is x0, ready to decode) and log_probs [B, T]; with `means` also those of the transitions [B, T, ...] float32,
-    for a method that compares them with an update's.
+    [B, *shape], None where no step has any; transition: the function of the schedule (TRANSITIONS). Returns latents
+    [B, T+1, ...] float32 (the last is x0, ready to decode) and log_probs [B, T]; with `means` also those of the
+    transitions [B, T, ...] float32, for a method that compares them with an update's.
     Latents stay float32: rounding them to bf16 moves the log-probability by more than the clip range.
     """
     # where a schedule starts below 1 (Stable Diffusion), the noise stands in for latents of unit variance at that sigma

@@ -71,9 +71,9 @@ def ask(scorer: Any, media: torch.Tensor, prompts: list[str]) -> torch.Tensor:
 
 def of_samples(
     scorers: dict, model: "Family", x0: torch.Tensor, prompts: list[str], score: Callable = score
-) -> dict[str, torch.Tensor]:
-    """Decodes latents x0 [b, ...] and scores them: {name: [b] float32}. A decoder without memory is like a scorer that
-    raises."""
+) -> dict[str, torch.Tensor | Callable]:
+    """Decodes latents x0 [b, ...] and scores them: {name: [b] float32}, or what `score` gives. A decoder without memory
+    is like a scorer that raises."""
     try:
         media = model.decode(x0)
     except Exception as error:
