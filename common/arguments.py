@@ -6,22 +6,24 @@ import importlib.util
 import inspect
 import sys
 import textwrap
-from typing import Annotated, get_type_hints
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 from common import errors, models, rewards, run_folder
 from common.errors import InputError
-from common.flags import Above, Args, From, Scored, Start
+from common.flags import Above, Args, From, Model, Scored, Start
 from common.prompts import sets
 
 __all__ = ["Above", "Args", "From", "Scored", "Start", "check", "defaults", "of_model", "of_rewards", "parse"]
+AnyArgs = TypeVar("AnyArgs", bound=Args | Scored)  # a script's own class of them
 
 
-def settings(cls, model):
+def settings(cls: type[AnyArgs], model: str) -> dict[str, Any]:
     """A script's settings for a named model: the model's own, and over them those of cls.SETTINGS {model: settings}."""
     return {**models.settings(model), **cls.SETTINGS.get(model, {})}
 
 
-def defaults(cls, model="tiny-flux", **values):
+def defaults(cls: type[AnyArgs], model: str = "tiny-flux", **values) -> AnyArgs:
     """cls with its settings for a named model, `values` on top. A LoRA has a learning rate of its own."""
     fields, table = {f.name for f in dataclasses.fields(cls)}, settings(cls, model)
     named = {name: value for name, value in table.items() if name in fields - {"source"}}
@@ -31,7 +33,7 @@ def defaults(cls, model="tiny-flux", **values):
     return cls(**chosen)
 
 
-def keeps_initial(args):
+def keeps_initial(args: Args) -> bool:
     """Whether a run keeps the weights of its start beside those that it trains, which a LoRA does without a copy."""
     marks = [
         (name, mark)
@@ -42,20 +44,20 @@ def keeps_initial(args):
     return bool(args.kl_coef) or any(getattr(args, name) == mark.value for name, mark in marks)
 
 
-def of_model(args):
+def of_model(args: Model) -> dict[str, Any]:
     """What models.load takes besides name, dtype and prompts."""
     names = ("source", "height", "width", "frames", "guidance", "guidance_2", "batched_guidance")
     settings = {name: getattr(args, name) for name in (*names, "offload_encoders", "trust_remote_code")}
     return settings | {"decode_batch": args.decode_batch or rows_of(args.micro_batch)}
 
 
-def rows_of(micro_batch):
+def rows_of(micro_batch: int | Literal["auto"]) -> int:
     """Rows of a pass where nothing has been counted: --micro-batch auto is 1 then."""
     return 1 if micro_batch == "auto" else micro_batch
 
 
-def of_rewards(args):
-    """What rewards.load takes besides names and prompts."""
+def of_rewards(args: Args | Scored) -> dict[str, Any]:
+    """What rewards.load takes besides names and prompts. Raises InputError, as models.family_of does."""
     names = ("reward_path", "reward_batch", "reward_frames", "fps")
     judge = {name[len("judge_") :]: value for name, value in vars(args).items() if name.startswith("judge_")}
     return {
@@ -65,10 +67,10 @@ def of_rewards(args):
     }
 
 
-def parse(cls, description, default=None):
+def parse(cls: type[AnyArgs], description: str, default: Callable[[list[str]], AnyArgs] | None = None) -> AnyArgs:
     """The command line -> cls. The defaults are those of its --model, with --resume the settings of that run, or what
     `default` makes of the words; a lone `--resume` means `--resume latest`. `--list-models` prints the table and ends
-    the program."""
+    the program; wrong words end it with exit code 2."""
     import tyro
 
     argv = sys.argv[1:]
@@ -94,7 +96,7 @@ class Group:
     """Flags that --help prints under one title."""
 
 
-def _grouped(cls, default):
+def _grouped(cls: type[AnyArgs], default: AnyArgs) -> type:
     """cls as tyro shall print it, with the values of `default`: the script's own flags, then a Group of them for each
     class of common/flags.py that it derives from."""
     from typing_extensions import Doc
@@ -102,7 +104,7 @@ def _grouped(cls, default):
 
     hints, groups = get_type_hints(cls, include_extras=True), [c for c in reversed(cls.__mro__[1:]) if _own(c)]
 
-    def fields(part):
+    def fields(part: type) -> list[tuple[str, Any, Any]]:
         said = _said(part)
         return [(name, Annotated[hints[name], Doc(said[name])], getattr(default, name)) for name in _own(part)]
 
@@ -113,24 +115,24 @@ def _grouped(cls, default):
     return dataclasses.make_dataclass("Args", fields(cls) + nested)
 
 
-def _own(cls):
+def _own(cls: type) -> dict[str, Any]:
     return inspect.get_annotations(cls)
 
 
-def _said(cls):
+def _said(cls: type) -> dict[str, str]:
     """{field: what the string under it says} of a class."""
     (node,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
     pairs = [pair for pair in zip(node.body, node.body[1:]) if isinstance(pair[0], ast.AnnAssign)]
     return {field.target.id: " ".join(string.value.value.split()) for field, string in pairs}
 
 
-def given(argv, flag):
+def given(argv: list[str], flag: str) -> list[str]:
     """[what a flag was last given], [] if it was not."""
     pairs = [word.split("=", 1) if "=" in word else (word, next_one) for word, next_one in zip(argv, [*argv[1:], None])]
     return [value for word, value in pairs if word.replace("_", "-") == flag and value is not None][-1:]
 
 
-def _check_words(cls, argv):
+def _check_words(cls: type[AnyArgs], argv: list[str]) -> None:
     """Raises InputError for --lr and the like, which look like no flag to tyro: it suggests by the letters; and for
     words longer than any path, which it would repeat."""
     names = [f.name for f in dataclasses.fields(cls)]
@@ -143,11 +145,11 @@ def _check_words(cls, argv):
             raise InputError(f"there is no --{short}; did you mean {' or '.join(map(_flag, meant))}?")
 
 
-def _flag(name):
+def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _check_value(flag, values, bounds):
+def _check_value(flag: str, values: float | str | tuple, bounds: list[From]) -> None:
     """Raises InputError for a setting, or one of several, that is out of its bounds, or that no file could hold."""
     for value in values if isinstance(values, tuple) else (values,):
         try:
@@ -159,15 +161,16 @@ def _check_value(flag, values, bounds):
                 raise InputError(f"{flag} {str(value):.40}: must be {bound}")
 
 
-def check_bounds(args):
-    """Raises InputError for the first setting that is out of its bounds."""
+def check_bounds(args: Any) -> None:
+    """Raises InputError for the first setting, of any dataclass of them, that is out of its bounds."""
     for name, hint in get_type_hints(type(args), include_extras=True).items():
         bounds = [bound for bound in getattr(hint, "__metadata__", ()) if isinstance(bound, From)]
         _check_value(_flag(name), getattr(args, name), bounds)
 
 
-def check(args):
-    """Raises InputError for the first setting that makes no sense; only a hub id as --model asks the network."""
+def check(args: Args) -> None:
+    """Raises InputError for the first setting that makes no sense; only a hub id as --model or --source, and
+    --push-to-hub, ask the network."""
     check_bounds(args)
     if args.best_of % 2 or args.best_of > args.group_size:
         raise InputError(f"--best-of {args.best_of}: must be even and at most --group-size {args.group_size}")

@@ -5,6 +5,9 @@ import os
 import signal
 import sys
 import traceback
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any, NoReturn, TextIO
 
 
 class InputError(ValueError):
@@ -23,7 +26,7 @@ class Diverged(RunError):
 class Stopped(Exception):
     """A signal asked the run to stop, and its work is saved: one line, exit code 128 + the signal's number."""
 
-    def __init__(self, number, line):
+    def __init__(self, number: int, line: str) -> None:
         super().__init__(line)
         self.number = number
 
@@ -54,7 +57,7 @@ alarms = []  # what tells the other processes that this one cannot go on, true i
 last_checkpoint = ""  # the folder of the last one
 
 
-def run(main, args):
+def run(main: Callable[[Any], Any], args: Any) -> None:
     """main(args); an InputError or RunError ends it with one line on stderr, and of the latter the finished steps are
     saved. Tracebacks are for our own bugs."""
     with one_line():
@@ -65,8 +68,9 @@ def run(main, args):
 
 
 @contextlib.contextmanager
-def one_line():
-    """Inside, what a person, a machine or a signal can cause ends the program with one line on stderr."""
+def one_line() -> Iterator[None]:
+    """Inside, what a person, a machine or a signal can cause ends the program with one line on stderr: SystemExit with
+    the code of its class, 1 for the machine's. All but an InputError and a signal call the `rescues` before that."""
     with _lasting_streams(), _own_interrupt():
         try:
             yield
@@ -96,13 +100,13 @@ def one_line():
             sys.exit(1)
 
 
-def from_a_signal(error):
+def from_a_signal(error: BaseException) -> bool:
     """Whether an exception is Ctrl-C's, and not one of the same class that somebody's code raised."""
     plain = isinstance(error, KeyboardInterrupt) and signal.getsignal(signal.SIGINT) is signal.default_int_handler
     return plain or isinstance(error, Interrupted)
 
 
-def text(error):
+def text(error: BaseException) -> str:
     """What an exception says, or its class where it says nothing or cannot be asked, of no more than 500 letters."""
     try:
         words = str(error)
@@ -112,7 +116,7 @@ def text(error):
     return words if len(words) <= 500 else f"{words[:500]}..."
 
 
-def of_the_machine(error):
+def of_the_machine(error: Exception) -> str:
     """The line for what a machine without memory, a disk without room or a lost process makes Python or torch raise;
     "" for all else."""
     if _lost_a_process(error):
@@ -128,9 +132,9 @@ def of_the_machine(error):
     return ""
 
 
-def out_of_memory(error):
-    """Where the memory ran out, by the functions under way, and the flags that help there, with the last checkpoint;
-    None for any other error."""
+def out_of_memory(error: BaseException) -> tuple[str, str] | None:
+    """(where the memory ran out, " in ..." by the functions under way or "", the flags that help there, with the last
+    checkpoint); None for any other error."""
     name, said = type(error).__name__, text(error)
     if not isinstance(error, MemoryError) and "OutOfMemory" not in name and "allocate memory" not in said:
         return None
@@ -140,14 +144,14 @@ def out_of_memory(error):
     return f" in {where}" if where else "", cure + last
 
 
-def _alarmed():
+def _alarmed() -> bool:
     try:
         return any([alarm() for alarm in alarms])
     except Exception:  # they are gone
         return False
 
 
-def _rescue(error):
+def _rescue(error: Exception) -> None:
     for rescue in list(rescues):
         try:
             rescue(error)
@@ -155,12 +159,12 @@ def _rescue(error):
             _say("error", f"the finished steps could not be saved: {text(worse)}")
 
 
-def _lost_a_process(error):
+def _lost_a_process(error: Exception) -> bool:
     """Whether the processes' exchange failed: torch's own errors of NCCL and the store, and gloo's, which has none."""
     return isinstance(error, RuntimeError) and (type(error).__name__.startswith("Dist") or "gloo" in str(error))
 
 
-def _say(what, line):
+def _say(what: str, line: str | Exception) -> None:
     line = " ".join(str(line).split())
     line = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line)  # a server's, a file's
     line = line if len(line) <= 1000 else f"{line[:700]} ... {line[-300:]}"
@@ -171,10 +175,10 @@ def _say(what, line):
 
 
 @contextlib.contextmanager
-def _own_interrupt():
+def _own_interrupt() -> Iterator[None]:
     """Inside, Ctrl-C raises Interrupted, where it would have raised KeyboardInterrupt."""
 
-    def interrupt(number, frame):
+    def interrupt(number: int, frame: FrameType | None) -> NoReturn:
         raise Interrupted
 
     if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
@@ -188,7 +192,7 @@ def _own_interrupt():
 
 
 @contextlib.contextmanager
-def _lasting_streams():
+def _lasting_streams() -> Iterator[None]:
     """Inside, a closed pipe or a full device under stdout or stderr ends nothing but the output, and letters that its
     encoding lacks are written as numbers."""
     before = sys.stdout, sys.stderr
@@ -209,20 +213,20 @@ def _lasting_streams():
 class _Lasting:
     """A text stream; once it cannot be written to, what is written goes nowhere."""
 
-    def __init__(self, stream):
+    def __init__(self, stream: TextIO) -> None:
         self.stream, self.lost = stream, None
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
 
-    def write(self, words):
+    def write(self, words: str) -> int:
         self._try(self.stream.write, words)
         return len(words)
 
-    def flush(self):
+    def flush(self) -> None:
         self._try(self.stream.flush)
 
-    def _try(self, action, *words):
+    def _try(self, action: Callable[..., Any], *words) -> None:
         try:
             action(*words)
         except OSError as error:

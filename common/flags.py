@@ -11,17 +11,17 @@ class From:
     low: float
     high: float
 
-    def __contains__(self, value):
+    def __contains__(self, value: float) -> bool:
         return self.low <= value <= self.high  # false for NaN, too
 
-    def __str__(self):
+    def __str__(self) -> str:
         return f"{type(self).__name__.lower()} {self.low:g} and at most {self.high:g}"
 
 
 class Above(From):
     """The same without the lower end."""
 
-    def __contains__(self, value):
+    def __contains__(self, value: float) -> bool:
         return self.low < value <= self.high
 
 
@@ -31,7 +31,7 @@ class Start:
 
     value: str
 
-    def __contains__(self, value):
+    def __contains__(self, value: str) -> bool:
         return True
 
 
