@@ -2,6 +2,7 @@
 
 import functools
 from pathlib import Path
+from typing import Literal
 
 from huggingface_hub import constants, get_session, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -12,9 +13,9 @@ ERRORS = (HfHubHTTPError, OSError)  # what `find` raises; the first line says wh
 PATIENCE = 5.0  # seconds in which the hub has to answer at all
 
 
-def find(repository, file, kind="model"):
-    """The path of a file of a "model" or "dataset": in the cache, where what is there is not looked up again, or else
-    downloaded into it."""
+def find(repository: str, file: str, kind: Literal["model", "dataset"] = "model") -> Path:
+    """The path of a file of OWNER/NAME: in the cache, where what is there is not looked up again, or else downloaded
+    into it. Raises ERRORS, and ValueError for an id that is none."""
     try:
         return Path(hf_hub_download(repository, file, repo_type=kind, local_files_only=True))
     except LocalEntryNotFoundError:
@@ -23,7 +24,7 @@ def find(repository, file, kind="model"):
 
 
 @functools.cache
-def settle():
+def settle() -> None:
     """Asks once whether there is a hub. Where there is none the hub's own client, and with it transformers and
     diffusers, is told that it is offline: it would try five times, for half a minute, for every file."""
     if constants.HF_HUB_OFFLINE:
@@ -34,8 +35,8 @@ def settle():
         constants.HF_HUB_OFFLINE = True
 
 
-def check_push(repository):
-    """Before any work: raises InputError where `push` cannot work."""
+def check_push(repository: str) -> None:
+    """Before any work: raises InputError where `push` cannot work, by the name OWNER/NAME or the token."""
     from huggingface_hub import HfApi
     from huggingface_hub.utils import validate_repo_id
 
@@ -54,7 +55,7 @@ def check_push(repository):
         ) from None
 
 
-def push(repository, folder):
+def push(repository: str, folder: str | Path) -> str:
     """A folder into a repository of the hub, which is private where it is new; returns its address. Raises what the
     hub's client does."""
     from huggingface_hub import HfApi

@@ -11,22 +11,25 @@ import secrets
 import shlex
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import UnionType
-from typing import Literal, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from common import checkpoints
 from common.errors import InputError
+from common.flags import Args
 from common.rewards import own
 
+if TYPE_CHECKING:
+    from common.runtime import Runtime
 # Settings that change none of a run's numbers, or round them otherwise
 NEUTRAL = (
     "output", "resume", "steps", "save_every", "keep_checkpoints", "sample_every", "eval_every", "tracker", "watch",
     "process_timeout", "judge_url", "judge_timeout", "judge_retries", "judge_concurrency", "trust_remote_code",
     "offload_encoders", "gradient_checkpointing", "push_to_hub",
     # these round (what measures on a micro-batch, as --gamma auto does, sees other rows)
-    "micro_batch", "decode_batch", "reward_batch", "batched_guidance", "exchange_often", "compile",
-    "attention",
+    "micro_batch", "decode_batch", "reward_batch", "batched_guidance", "exchange_often", "compile", "attention",
 )  # fmt: skip
 # Settings that may change when a run goes on, how far an update goes besides; any other makes it another run.
 FREE = (*NEUTRAL, "learning_rate", "weight_decay", "max_grad_norm")
@@ -36,7 +39,7 @@ FREE_IN_A_NEW_FOLDER = ("seed", "prompts", "eval_prompts", "kl_coef", "clip_rang
 NOT_INHERITED = ("output", "resume", "trust_remote_code")  # nor rewards in files of code
 
 
-def choose(args):
+def choose(args: Args) -> str:
     """--output; or the run whose checkpoint --resume names; or runs/SCRIPT-MODEL-N: the next free N, and with `latest`
     the newest that exists. Raises InputError if that is none."""
     if args.output or of_checkpoint(args.resume):
@@ -51,7 +54,7 @@ def choose(args):
     return f"runs/{name}-{max(taken, default=0) + (not args.resume)}"
 
 
-def of_checkpoint(resume):
+def of_checkpoint(resume: str) -> Path | None:
     """RUN of a --resume RUN/checkpoints/step_NNNNNN; None for `latest`, and for what is in no run's folder."""
     folder = Path(resume)
     if folder.parent.name != "checkpoints":
@@ -61,15 +64,15 @@ def of_checkpoint(resume):
     return run if known and os.path.exists(run / "config.json") else None
 
 
-def goes_on(folder, resume):
+def goes_on(folder: Path, resume: str) -> bool:
     """Whether --resume means the newest checkpoint of a folder: by `latest`, or by the checkpoint that the run in it
-    began with, in the same command line once more."""
+    began with, in the same command line once more. Raises InputError for a config.json that cannot be read."""
     return resume == "latest" or (_config(folder) or {}).get("from") == os.path.abspath(resume)
 
 
-def inherit(default, resume, output):
+def inherit(default: Args, resume: str, output: str) -> Args:
     """What the flags of a command line with this --resume and --output change: the settings of the run that it goes on
-    with, where there is one by this script, else `default`, an Args. What is wrong with it, `check` says."""
+    with, where there is one by this script, else `default`. What is wrong with it, `check` says."""
     try:
         output = choose(dataclasses.replace(default, resume=resume, output=output))
         config = _config(of_checkpoint(resume) or Path(output)) or {}
@@ -79,8 +82,8 @@ def inherit(default, resume, output):
     return taken_over(default, config) if config.get("script") == script() else default
 
 
-def taken_over(default, config):
-    """An Args with the settings that a config.json has, where they are of the right kind."""
+def taken_over(default: Args, config: dict[str, Any]) -> Args:
+    """`default` with the settings of a config.json that are of the right kind and make no code run (NOT_INHERITED)."""
     values, hints = {}, get_type_hints(type(default))
     names = {field.name for field in dataclasses.fields(default)} - set(NOT_INHERITED)
     for name in names & config.keys():
@@ -91,7 +94,7 @@ def taken_over(default, config):
     return dataclasses.replace(default, **values)
 
 
-def before(folder, args):
+def before(folder: Path, args: Args) -> dict[str, Any]:
     """config.json of the run in a folder, or else of the run whose checkpoint --resume names, {} if there is neither;
     raises InputError, also if the folder holds a run and there is no --resume."""
     if os.path.exists(folder / "config.json") and not args.resume:
@@ -100,7 +103,7 @@ def before(folder, args):
     return _config(folder) or (source and _config(source)) or {}
 
 
-def check(folder, args):
+def check(folder: Path, args: Args) -> str:
     """A folder that holds a run needs --resume, and of that run, with the same settings but for the FREE ones; raises
     InputError. Returns the changes, as a line."""
     config, now, source = before(folder, args), settings(args), of_checkpoint(args.resume)
@@ -122,14 +125,11 @@ def check(folder, args):
             )
         code = "; give it again: a run's folder alone makes no code run" * (own.MARK in str(then[name]))
         raise InputError(f"--resume: {named} was started with {name} {then[name]!r}, now it is {now[name]!r}{code}")
-    return ", ".join(
-        f"{name} {now[name]!r} instead of {then[name]!r}"
-        for name in changed
-        if name not in ("output", "resume", "steps")
-    )
+    told = [name for name in changed if name not in ("output", "resume", "steps")]
+    return ", ".join(f"{name} {now[name]!r} instead of {then[name]!r}" for name in told)
 
 
-def find_checkpoint(run):
+def find_checkpoint(run: "Runtime") -> tuple[Path, int, dict[str, Any]] | None:
     """All processes together: (folder, step, states) of --resume, None before the first save. Of the newest ones those
     that are broken (a machine that died while it wrote) are passed over, with a line. Raises InputError."""
     args, newest = run.args, goes_on(run.output, run.args.resume)
@@ -163,7 +163,7 @@ def find_checkpoint(run):
     return None
 
 
-def claim(folder, args, checkpoint=None):
+def claim(folder: Path, args: Args, checkpoint: tuple[Path, int] | None = None) -> tuple[str, str]:
     """Writes config.json: from here on the folder is this run's. Raises InputError where nothing can be written.
 
     checkpoint: (folder, step) of --resume. A new run begins with a copy of it and of the metrics before it; what an
@@ -184,7 +184,7 @@ def claim(folder, args, checkpoint=None):
     return own["run"], said
 
 
-def new_run(folder, step, flag, value):
+def new_run(folder: Path, step: int, flag: str, value: float) -> str:
     """The command line of a run in a new folder that begins with a checkpoint of this one, with one other setting."""
     new, number = f"{folder}_from_{step}", 1
     while os.path.exists(new):
@@ -193,47 +193,47 @@ def new_run(folder, step, flag, value):
     return shlex.join([sys.argv[0], *words])
 
 
-def rows_before(path, step):
-    """The rows of a metrics.jsonl of the steps before this one."""
+def rows_before(path: Path, step: float) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl of the steps before this one, NaN where it has null; none where there is no file."""
     rows = map(_json, path.read_text(errors="replace").splitlines() if path.exists() else ())
     rows = [row for row in rows if isinstance(row, dict) and type(row.get("step")) is int and row["step"] < step]
     return [{name: math.nan if value is None else value for name, value in row.items()} for row in rows]
 
 
-def write_rows(path, rows):
-    """Writes metrics.jsonl anew."""
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Writes metrics.jsonl anew. Raises OSError."""
     write_text(path, "".join(map(line_of, rows)))
 
 
-def line_of(row):
+def line_of(row: dict[str, Any]) -> str:
     """A row as a line of metrics.jsonl: JSON has no number that is none (NaN, infinity), so it says null."""
     no_number = {name for name, value in row.items() if isinstance(value, float) and not math.isfinite(value)}
     return json.dumps({**row, **dict.fromkeys(no_number)}) + "\n"
 
 
-def settings(args):
+def settings(args: Args) -> dict[str, Any]:
     """What config.json has of an Args, with the script's name."""
     return {"script": script(), **json.loads(json.dumps(dataclasses.asdict(args)))}
 
 
-def script():
+def script() -> str:
     """The name of the script that was started, without its ending."""
     return Path(sys.argv[0]).stem
 
 
-def write_text(path, text):
-    """Writes beside and renames: a killed process leaves the old file or the new one, never half of one."""
+def write_text(path: Path, text: str) -> None:
+    """Writes beside and renames: a killed process leaves the old file or the new one, never half. Raises OSError."""
     write_beside(path, lambda beside: beside.write_text(text))
 
 
-def write_beside(path, write):
+def write_beside(path: Path, write: Callable[[Path], Any]) -> None:
     """The same of what `write` writes to a path, whose name has the same ending."""
     beside = path.with_name(f".tmp-{path.name}")
     write(beside)
     os.replace(beside, path)
 
 
-def _begin(folder, checkpoint, step):
+def _begin(folder: Path, checkpoint: Path, step: int) -> str:
     """Makes a checkpoint the first of the run in a new folder."""
     checkpoints.copy(checkpoint, folder, step)
     source = of_checkpoint(checkpoint)
@@ -242,7 +242,7 @@ def _begin(folder, checkpoint, step):
     return f"{folder} begins with {checkpoint}"
 
 
-def _set_aside(folder, step):
+def _set_aside(folder: Path, step: int) -> str:
     """Moves the checkpoints after a step into a folder with the metrics and the settings that belong to them, which is
     a run's like any other."""
     later = [path for path in checkpoints.newest_first(folder) if checkpoints.number_of(path) > step]
@@ -260,7 +260,7 @@ def _set_aside(folder, step):
     return f"what {folder} has after step {step} is set aside: --output {aside} --resume latest goes on with that"
 
 
-def _config(folder):
+def _config(folder: Path) -> dict[str, Any] | None:
     """config.json as it is; None where there is none. Raises InputError."""
     if not os.path.exists(folder / "config.json"):
         return None
@@ -273,11 +273,11 @@ def _config(folder):
     return config
 
 
-def _same(folder, other):
+def _same(folder: Path, other: Path | None) -> bool:
     return other is not None and os.path.realpath(folder) == os.path.realpath(other)
 
 
-def _as(value, hint):
+def _as(value: Any, hint: Any) -> Any:
     """A value of JSON as a setting of this type; raises ValueError."""
     kinds, origin = get_args(hint), get_origin(hint)
     if origin is tuple and isinstance(value, list):
@@ -293,7 +293,7 @@ def _as(value, hint):
     raise ValueError
 
 
-def _json(line):
+def _json(line: str) -> Any:
     try:
         return json.loads(line)
     except ValueError:  # the last line of a killed process

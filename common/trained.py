@@ -2,12 +2,19 @@
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from common import arguments, checkpoints, placing, run_folder, sharding
 from common.errors import InputError, text
 
+if TYPE_CHECKING:
+    import torch
+
+    from common.models.family import Family
+    from common.processes import Processes
 EXPORTS = ("export", "export_ema")
 
 
@@ -17,24 +24,24 @@ class Trained:
 
     name: str  # what tables and files call them
     folder: Path
-    config: dict  # of the run
+    config: dict[str, Any]  # of the run
     averaged: bool = False
 
-    def settings(self):
+    def settings(self) -> arguments.Args:
         """The run's settings, as those that all scripts share."""
         model = self.config.get("model")
         return run_folder.taken_over(arguments.defaults(arguments.Args, *[model] * isinstance(model, str)), self.config)
 
-    def identity(self):
+    def identity(self) -> dict[str, str | int]:
         """What tells them from others that may come to lie in the same place."""
         written = max((path.stat().st_mtime_ns for path in self.folder.rglob("*") if path.is_file()), default=0)
         about = {"folder": os.path.abspath(self.folder), "run": self.config.get("run", ""), "written": written}
         return {**about, "averaged": self.averaged}
 
 
-def find(spec, averaged=False):
+def find(spec: str | Path, averaged: bool = False) -> Trained:
     """RUN, RUN/checkpoints/step_NNNNNN, RUN/export or RUN/export_ema -> Trained; of a RUN it is the newest checkpoint,
-    or else the export. Raises InputError."""
+    or else the export; `averaged`: of a checkpoint the moving average. Raises InputError."""
     path = Path(os.path.abspath(spec))
     if path.parent.name == "checkpoints" and not (path / "config.json").exists():  # a run may lie in such a folder
         run, folder = path.parent.parent, path
@@ -58,7 +65,7 @@ def find(spec, averaged=False):
     return Trained(f"{run.name}{named}{'-averaged' * averaged}", folder, config, averaged)
 
 
-def find_all(specs, averaged=False):
+def find_all(specs: Sequence[str], averaged: bool = False) -> list[Trained]:
     """Those of several runs of one base model, under names of their own. Raises InputError."""
     found = [find(spec, averaged) for spec in specs]
     for spec, other in zip(specs[1:], found[1:]):
@@ -77,9 +84,9 @@ def find_all(specs, averaged=False):
     return found
 
 
-def load(run, model, trained):
-    """Puts them into the model's trainable modules, in the dtype that those have; a LoRA that was there goes. run: the
-    Processes. Raises InputError."""
+def load(run: "Processes | None", model: "Family", trained: Trained) -> None:
+    """Puts them into the model's trainable modules, in the dtype that those have; a LoRA that was there goes. run: only
+    a LoRA's checkpoint needs it. Raises InputError where they do not fit."""
     for module in model.trainable.values():
         if getattr(module, "peft_config", None):
             module.unload_lora()
@@ -107,7 +114,7 @@ def load(run, model, trained):
             module.requires_grad_(False).eval()
 
 
-def _load_state(module, state, rank):
+def _load_state(module: "torch.nn.Module", state: "dict[str, torch.Tensor]", rank: int) -> None:
     expected = {name for name in module.state_dict() if not rank or "lora_" in name}
     if expected != state.keys():
         raise ValueError(f"it has {len(state)} weights, the model has {len(expected)}")
@@ -116,7 +123,7 @@ def _load_state(module, state, rank):
     module.load_state_dict(state, strict=False)
 
 
-def _copy_average(model, average, rank):
+def _copy_average(model: "Family", average: "list[torch.Tensor]", rank: int) -> None:
     """What diffusers' EMAModel keeps: the trained weights of all modules, in their order."""
     named = [pair for module in model.trainable.values() for pair in module.named_parameters()]
     weights = [weight for name, weight in named if ("lora_" in name if rank else model.learns(name))]
@@ -124,7 +131,7 @@ def _copy_average(model, average, rank):
         weight.data.copy_(value)
 
 
-def _load_export(model, folder, rank):
+def _load_export(model: "Family", folder: Path, rank: int) -> None:
     if rank:
         return model.load_lora(folder)
     for name, module in model.trainable.items():
@@ -132,7 +139,7 @@ def _load_export(model, folder, rank):
         module.load_state_dict(exported.state_dict())
 
 
-def _config(spec, run):
+def _config(spec: str | Path, run: Path) -> dict[str, Any]:
     try:
         config = json.loads((run / "config.json").read_text())
     except (OSError, ValueError, RecursionError):
@@ -145,7 +152,7 @@ def _config(spec, run):
     return config
 
 
-def _newest(spec, run, averaged):
+def _newest(spec: str | Path, run: Path, averaged: bool) -> Path:
     """The newest checkpoint that is one; else the export."""
     whole = [folder for folder in checkpoints.newest_first(run) if not _flaw(folder)]
     if whole:
@@ -156,7 +163,7 @@ def _newest(spec, run, averaged):
     return export
 
 
-def _flaw(folder):
+def _flaw(folder: Path) -> str:
     try:
         checkpoints.read(folder, ())
     except checkpoints.Broken as error:
@@ -164,5 +171,5 @@ def _flaw(folder):
     return ""
 
 
-def _source(model):
+def _source(model: str) -> str:
     return os.path.realpath(model) if os.path.isdir(model) else model
