@@ -2,28 +2,33 @@
 
 import functools
 from bisect import bisect
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import matplotlib
 from matplotlib.font_manager import FontProperties, fontManager, get_font
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 MISSING = "\\u{:04x}"  # a letter that no font has, as Python writes it
 
 
-def put(axis, prompt, end, lines, size, **place):
-    """A title of an axis: the prompt in so many lines as wide as the axis, what is too long cut, and `end` after it."""
+def put(axis: "Axes", prompt: str, end: str, lines: int, size: float, **place) -> None:
+    """A title of an axis: the prompt in so many lines as wide as the axis, what is too long cut, and `end` after it.
+    size: of the letters in points; place: what Axes.set_title takes besides."""
     words, families = drawable(" ".join(prompt.split())[:300])
     font = FontProperties(family=families, size=size)
     renderer = axis.figure.canvas.get_renderer()
     room = axis.get_window_extent(renderer).width
 
-    def fits(line):
+    def fits(line: str) -> bool:
         return renderer.get_text_width_height_descent(line, font, ismath=False)[0] <= room
 
     text = "\n".join(wrapped(words, lines, fits)) + end
     axis.set_title(text, fontproperties=font, parse_math=False, **place)
 
 
-def wrapped(words, lines, fits):
+def wrapped(words: str, lines: int, fits: Callable[[str], bool]) -> list[str]:
     """Words -> at most so many lines, each of which `fits`; "..." ends the last one if there is more."""
     done = []
     while words and len(done) < lines:
@@ -37,7 +42,7 @@ def wrapped(words, lines, fits):
     return [*done[:-1], f"{done[-1]}..."] if words else done
 
 
-def drawable(words):
+def drawable(words: str) -> tuple[str, list[str]]:
     """-> (words, families): those of the machine's fonts that have its letters, the default one first; letters that
     none of them has, or that cannot be seen, are written as numbers."""
     default = matplotlib.rcParams["font.family"]
@@ -50,7 +55,7 @@ def drawable(words):
 
 
 @functools.cache
-def family_of(letter):
+def family_of(letter: str) -> str | None:
     """The font that has a letter: "" for the default one, None if there is none."""
     if not letter.isprintable():
         return None
@@ -63,8 +68,8 @@ def family_of(letter):
 
 
 @functools.cache
-def letters_of(path):
-    """The code points that a font file has."""
+def letters_of(path: str) -> frozenset[int]:
+    """The code points that a font file has; none of one that cannot be read."""
     try:
         return frozenset(get_font(path).get_charmap())
     except (OSError, RuntimeError, ValueError):  # a font that cannot be read: of pictures, for instance

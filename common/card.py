@@ -7,17 +7,24 @@ import re
 import shlex
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from common import arguments, errors, models
 from common.errors import RunError
+from common.flags import Args
 from common.run_folder import rows_before, write_text
 
+if TYPE_CHECKING:
+    from huggingface_hub import ModelCardData
+
+    from common.models.family import Family
+    from common.runtime import Runtime
 ROOT = Path(__file__).resolve().parents[1]
 OWN = ("model", "output", "resume", "push_to_hub", "tracker", "judge_url")  # told elsewhere, or of this machine
 WEB = "https://arxiv.org/abs/"
 
 
-def leave(run):
+def leave(run: "Runtime") -> None:
     """All processes together, at the end of a run: writes the cards of its exports; --push-to-hub sends export/ there.
     Raises RunError."""
     repository, reason = run.args.push_to_hub, ""
@@ -35,7 +42,7 @@ def leave(run):
         raise RunError(reason)
 
 
-def write(run, args):
+def write(run: Path, args: Args) -> None:
     """README.md and its pictures into the exports of a run's folder, from what is in the folder. Raises OSError."""
     config = json.loads((run / "config.json").read_text())
     rows, family = rows_before(run / "metrics.jsonl", 10**12), models.family_of(args.model, args.source)
@@ -47,8 +54,12 @@ def write(run, args):
             )
 
 
-def card(config, args, family, rows, shown, averaged=False):
-    """The text: front matter, method and paper, how to load it, held-out reward, settings, pictures (their names)."""
+def card(
+    config: dict[str, Any], args: Args, family: "type[Family]", rows: list[dict[str, Any]], shown: list[str],
+    averaged: bool = False,
+) -> str:  # fmt: skip
+    """The text, from a run's config.json and the rows of its metrics.jsonl: front matter, method and paper, how to load
+    it, held-out reward, settings, and the pictures of the names `shown`; `averaged`: of the moving average's export."""
     script = config["script"]
     method, papers = _method(script)
     what = f"A LoRA (rank {args.lora_rank}) for" if args.lora_rank else "All weights of"
@@ -67,8 +78,9 @@ def card(config, args, family, rows, shown, averaged=False):
     return "\n\n".join(parts) + "\n"
 
 
-def front_matter(args, task, papers):
-    """What the hub reads. Of a base model that is no hub id it says nothing, nor of a licence, which it cannot know."""
+def front_matter(args: Args, task: str, papers: list[str]) -> "ModelCardData":
+    """What the hub reads, of a task in its words and papers by their arXiv ids. Of a base model that is no hub id it
+    says nothing, nor of a licence, which it cannot know."""
     from huggingface_hub import ModelCardData
 
     known = {"base_model": _hub_id(args)} if _hub_id(args) else {}
@@ -78,7 +90,7 @@ def front_matter(args, task, papers):
     return ModelCardData(**known, **relation, library_name="diffusers", pipeline_tag=task, tags=tags)
 
 
-def loading(args, family):
+def loading(args: Args, family: "type[Family]") -> str:
     """Python that loads the export in plain diffusers."""
     name, base = family.pipeline.__name__, _hub_id(args) or _called(args.source or args.model)
     lines = [f"from diffusers import {name}", ""]
@@ -93,8 +105,8 @@ def loading(args, family):
     return "\n".join(lines)
 
 
-def reward_words(args, rows):
-    """What the training did to the held-out reward."""
+def reward_words(args: Args, rows: list[dict[str, Any]]) -> str:
+    """What the training did to the held-out reward, by the rows of metrics.jsonl."""
     evaluations = [row["eval_reward"] for row in rows if isinstance(row.get("eval_reward"), float)]
     said = f"Rewards: {', '.join(f'`{name}`' for name in args.reward)}."
     if len(evaluations) > 1:
@@ -103,9 +115,9 @@ def reward_words(args, rows):
     return said
 
 
-def command(script, args):
-    """The command line that says in what the settings differ from the script's defaults for the model; of paths only
-    the last name."""
+def command(script: str, args: Args) -> list[str]:
+    """The words of the command line that says in what the settings differ from the script's defaults for the model; of
+    paths only the last name."""
     default, words = arguments.defaults(type(args), args.model), [f"{script}.py", "--model", _called(args.model)]
     default.learning_rate = arguments.defaults(type(args), args.model, lora_rank=args.lora_rank).learning_rate
     for field in dataclasses.fields(args):
@@ -120,19 +132,19 @@ def command(script, args):
     return words
 
 
-def _called(value):
+def _called(value: float | str) -> str:
     """A setting as others may know it: of a path of this machine its last name."""
     name, equals, path = str(value).rpartition("=")
     return f"{name}{equals}{Path(path).name}" if Path(path).is_absolute() else str(value)
 
 
-def _hub_id(args):
+def _hub_id(args: Args) -> str:
     """Of a model that comes from the hub, else ""."""
     source = models.source_of(args.model, args.source)
     return source if source.count("/") == 1 and not Path(source).exists() else ""
 
 
-def _method(script):
+def _method(script: str) -> tuple[str, list[str]]:
     """(what a script's first words call its method, the arXiv ids in its first paragraph)"""
     path = ROOT / f"{script}.py"
     about = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) if path.exists() else None
@@ -142,7 +154,7 @@ def _method(script):
     return re.sub(r" ?\(arXiv [0-9.]+\)|, arXiv [0-9.]+", "", name), list(dict.fromkeys(papers))
 
 
-def _pictures(run, folder):
+def _pictures(run: Path, folder: Path) -> list[str]:
     """Copies the reward's curve and the last samples; their names."""
     last = max(run.glob("samples/step_*.png"), default=None)
     sources = {"reward.png": run / "reward.png", "samples.png": last}

@@ -12,11 +12,15 @@ import json
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from common.errors import InputError, text
 from common.prompts import files, sets
 from common.run_folder import write_beside, write_text
 
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
 NAMES = ("geneval", "vbench", "unigenbench", "hpsv2")
 SAMPLES, FLICKERING = {"geneval": 4, "vbench": 5, "unigenbench": 4, "hpsv2": 1}, 25
 DIMENSIONS = (
@@ -31,29 +35,29 @@ class Layout:
     """A benchmark's prompts, [P]; the samples of each, [(prompt, which)] -> file; and its other files -> text."""
 
     name: str
-    prompts: list = field(default_factory=list)
-    files: dict = field(default_factory=dict)
-    texts: dict = field(default_factory=dict)
+    prompts: list[str] = field(default_factory=list)
+    files: dict[tuple[int, int], str] = field(default_factory=dict)
+    texts: dict[str, str] = field(default_factory=dict)
     place: str = ""  # between the layout's folder and the model's
 
-    def add(self, prompt, paths):
+    def add(self, prompt: str, paths: list[str]) -> None:
         """A prompt and the files of its samples."""
         self.files |= {(len(self.prompts), which): path for which, path in enumerate(paths)}
         self.prompts.append(prompt)
 
-    def samples(self):
+    def samples(self) -> list[tuple[int, int]]:
         """[(prompt, which)]: every prompt's first, then every prompt's second, ..."""
         return sorted(self.files, key=lambda sample: sample[::-1])
 
-    def root(self, folder, model):
-        """The folder of a model that the tool is pointed at."""
+    def root(self, folder: Path, model: str) -> Path:
+        """The folder of a model, in an evaluation's, that the tool is pointed at."""
         return Path(folder) / self.name / self.place / model
 
-    def path(self, folder, model, sample):
+    def path(self, folder: Path, model: str, sample: tuple[int, int]) -> Path:
         """The file of a sample (prompt, which)."""
         return self.root(folder, model) / self.files[sample]
 
-    def begin(self, folder, model):
+    def begin(self, folder: Path, model: str) -> None:
         """Writes what is no sample, and clears what a killed process left half written. Raises OSError, and InputError
         for a file that does not belong there."""
         root = self.root(folder, model)
@@ -65,7 +69,7 @@ class Layout:
             (root / name).parent.mkdir(parents=True, exist_ok=True)
             write_text(root / name, words)
 
-    def check(self, folder, model, whole=True):
+    def check(self, folder: Path, model: str, whole: bool = True) -> None:
         """Raises InputError for a file too much; with `whole`, for one that is missing, too."""
         root = self.root(folder, model)
         there = {str(path.relative_to(root)) for path in root.rglob("*") if not path.is_dir()}
@@ -78,8 +82,8 @@ class Layout:
         if surplus := there - wanted:
             raise InputError(f"{said} {len(surplus)} others are there, {min(surplus)!r} among them; move them away")
 
-    def commands(self, folder, model):
-        """What its authors' tool wants to be told, [str]."""
+    def commands(self, folder: Path, model: str) -> list[str]:
+        """What its authors' tool wants to be told."""
         there = shlex.quote(str(self.root(folder, model).absolute()))
         return COMMANDS[self.name](there, self.place.rpartition("/")[2])
 
@@ -105,13 +109,13 @@ COMMANDS = {
 }
 
 
-def plan(name, spec=""):
+def plan(name: str, spec: str = "") -> Layout:
     """The layout of a benchmark for its own prompts, or for those of `spec`: a set's name, or a file that is made as
     the benchmark's own is. Raises InputError."""
     return PLANS[name](spec or {"hpsv2": "hpsv2:all"}.get(name, name))
 
 
-def _geneval(spec):
+def _geneval(spec: str) -> Layout:
     layout = Layout("geneval")
     for number, row in enumerate(_rows(spec, prompt=_words, tag=_words)):
         paths = [f"{number:05d}/samples/{which:05d}.png" for which in range(SAMPLES["geneval"])]
@@ -120,7 +124,7 @@ def _geneval(spec):
     return layout
 
 
-def _vbench(spec):
+def _vbench(spec: str) -> Layout:
     """Prompts that are there twice, of several dimensions, have one set of files."""
     layout, dimensions = Layout("vbench"), {}
     for row in _rows(spec, prompt_en=_words, dimension=_list_of_words):
@@ -133,7 +137,7 @@ def _vbench(spec):
     return layout
 
 
-def _unigenbench(spec):
+def _unigenbench(spec: str) -> Layout:
     rows = _rows(spec, index=_number)
     column = next((name for name in ("prompt_en", "prompt_zh") if name in rows[0]), None)
     if column is None:
@@ -149,7 +153,7 @@ def _unigenbench(spec):
     return layout
 
 
-def _hpsv2(spec):
+def _hpsv2(spec: str) -> Layout:
     family, _, style = spec.partition(":")
     if family != "hpsv2":
         raise InputError(f"--layout hpsv2 takes its own prompts, --prompts hpsv2:STYLE, not {spec}")
@@ -163,7 +167,7 @@ def _hpsv2(spec):
 PLANS = {"geneval": _geneval, "vbench": _vbench, "unigenbench": _unigenbench, "hpsv2": _hpsv2}
 
 
-def _rows(spec, **columns):
+def _rows(spec: str, **columns) -> list[dict[str, Any]]:
     """The rows [{column: value}] of a published set, or of a file; columns: those that are needed, with a function that
     says whether a value will do. Raises InputError."""
     path = sets.path_of(spec) if spec in sets.PUBLISHED else Path(spec)
@@ -184,33 +188,33 @@ def _rows(spec, **columns):
     return rows
 
 
-def _words(value):
+def _words(value: Any) -> bool:
     return isinstance(value, str) and bool(value.strip())
 
 
-def _list_of_words(value):
+def _list_of_words(value: Any) -> bool:
     return isinstance(value, list) and all(map(_words, value))
 
 
-def _number(value):
+def _number(value: Any) -> bool:
     return str(value).isdecimal()
 
 
-def write(path, sample, fps):
-    """A sample in [0, 1], [3, H, W], or [F, 3, H, W] for .mp4, as the file that the path's name says; whole or not at
-    all. Raises OSError."""
+def write(path: Path, sample: "torch.Tensor", fps: float) -> None:
+    """A sample in [0, 1], [3, H, W], or [F, 3, H, W] for .mp4, fps frames a second, as the file that the path's name
+    says; whole or not at all. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = sample.float().clamp(0, 1).mul(255).round().byte().movedim(-3, -1).cpu().numpy()
     write_beside(path, lambda beside: WRITERS[path.suffix](beside, pixels, fps))
 
 
-def _image(path, pixels, fps):
+def _image(path: Path, pixels: "np.ndarray", fps: float) -> None:
     from PIL import Image
 
     Image.fromarray(pixels).save(path, **({"quality": 95, "subsampling": 0} if path.suffix == ".jpg" else {}))
 
 
-def _clip(path, pixels, fps):
+def _clip(path: Path, pixels: "np.ndarray", fps: float) -> None:
     import imageio
 
     with imageio.get_writer(path, fps=fps, quality=9, macro_block_size=1) as writer:  # of no other size

@@ -9,8 +9,10 @@ import base64
 import json
 import math
 import sys
+from collections.abc import Iterator
 from html import escape
 from pathlib import Path
+from typing import Any
 
 from common import errors
 from common.errors import InputError
@@ -34,8 +36,9 @@ svg { width: 180px; height: 26px; } polyline { fill: none; stroke: var(--ink); s
 POLICY = "default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'"
 
 
-def write(folder):
-    """RUN/report.html from what is in the folder, half a run too; returns its path. Raises InputError for no run."""
+def write(folder: str | Path) -> Path:
+    """RUN/report.html from what is in the folder, half a run too; returns its path. Raises InputError for no run, and
+    OSError."""
     folder = Path(folder)
     try:
         config = json.loads((folder / "config.json").read_text())
@@ -48,8 +51,8 @@ def write(folder):
     return path
 
 
-def page(name, config, rows, folder):
-    """The page as text; rows: those of metrics.jsonl."""
+def page(name: str, config: dict[str, Any], rows: list[dict[str, Any]], folder: Path) -> str:
+    """The page as text; config, rows: of config.json and metrics.jsonl; folder: with the pictures."""
     rewards = " + ".join(map(str, config.get("reward") or ()))
     about = f"{config.get('script')}.py · {config.get('model')} · {rewards}"
     curves = [folder / "reward.png", *sorted(set(folder.glob("*.png")) - {folder / "reward.png"})]
@@ -66,7 +69,7 @@ def page(name, config, rows, folder):
     return f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(parts)}</body></html>\n'
 
 
-def tiles(config, rows):
+def tiles(config: dict[str, Any], rows: list[dict[str, Any]]) -> Iterator[str]:
     """The few numbers that one looks at first."""
     steps = [row for row in rows if "reward_mean" in row]
     yield tile("steps", f"{len(steps)} of {config.get('steps')}")
@@ -80,12 +83,12 @@ def tiles(config, rows):
         yield tile("samples a second", f"{sorted(speed)[len(speed) // 2]:.3g}")
 
 
-def tile(label, value):
+def tile(label: str, value: str) -> str:
     """A number with its label."""
     return f'<div class="tile"><small>{escape(label)}</small><b>{escape(value)}</b></div>'
 
 
-def samples(folder):
+def samples(folder: Path) -> Iterator[str]:
     """The first samples and the last, as pictures, and of clips also as they move."""
     pictures = sorted((folder / "samples").glob("step_*.png"))
     for picture in dict.fromkeys(pictures[:1] + pictures[-1:]):
@@ -93,8 +96,8 @@ def samples(folder):
         yield f"<div>{figure(picture, label)}{figure(picture.with_suffix('.mp4'), '')}</div>"
 
 
-def figure(path, label):
-    """A picture or clip inside the page; "" for one that is not there, or too large."""
+def figure(path: Path, label: str) -> str:
+    """A picture (.png) or clip (.mp4) inside the page; "" for one that is not there, or has more than LARGEST bytes."""
     try:
         data = path.read_bytes() if path.stat().st_size <= LARGEST else b""
     except OSError:
@@ -107,7 +110,7 @@ def figure(path, label):
     return f"<figure>{shown}<figcaption>{escape(label)}</figcaption></figure>"
 
 
-def metrics(rows):
+def metrics(rows: list[dict[str, Any]]) -> Iterator[str]:
     """A line of the table for each metric: first, last, lowest, highest, and its course."""
     yield "<tr><th>metric<th>first<th>last<th>lowest<th>highest<th></tr>"
     for name in dict.fromkeys(name for row in rows for name in row if name != "step"):
@@ -117,28 +120,28 @@ def metrics(rows):
             yield f"<tr><td>{escape(name)}{cells}<td>{line(values)}</tr>"
 
 
-def line(values, width=180, height=26):
-    """The values as an SVG line, evenly spaced."""
+def line(values: list[float], width: int = 180, height: int = 26) -> str:
+    """The values, one or more, as an SVG line, evenly spaced; width, height: in pixels."""
     low, span, step = min(values), (max(values) - min(values)) or 1.0, width / max(1, len(values) - 1)
     heights = (height - 2 - (value - low) / span * (height - 4) for value in values)
     points = " ".join(f"{i * step:.1f},{y:.1f}" for i, y in enumerate(heights))
     return f'<svg viewBox="0 0 {width} {height}"><polyline points="{points}"/></svg>'
 
 
-def settings(config):
+def settings(config: dict[str, Any]) -> Iterator[str]:
     """A line of the table for each setting."""
     for name, value in config.items():
         shown = value if isinstance(value, str) else json.dumps(value)
         yield f"<tr><th>{escape(name)}<td>{escape(shown)}</tr>"
 
 
-def finite(rows, name):
+def finite(rows: list[dict[str, Any]], name: str) -> list[float]:
     """The values of a metric that are numbers, in the order of the steps."""
     values = [row.get(name) for row in rows]
     return [value for value in values if isinstance(value, int | float) and math.isfinite(value)]
 
 
-def main(folders):
+def main(folders: list[str]) -> None:
     """Writes the page of each run's folder. Raises InputError."""
     if not folders or folders[0].startswith("-"):
         raise InputError("python -m common.page RUN [RUN ...] writes RUN/report.html")
