@@ -18,6 +18,7 @@ import dataclasses
 import json
 import signal
 import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -67,8 +68,9 @@ FREE += ("judge_timeout", "judge_retries", "judge_concurrency")
 PASSED = "verifier:passed"  # the reward that makes a table of GenEval's tasks
 
 
-def defaults(words):
-    """What a flag is that the command line does not have: the first run's setting, or that of --model."""
+def defaults(words: list[str]) -> Args:
+    """What a flag is that the command line does not have: the first run's setting, or that of --model. Raises
+    InputError for what is no run."""
     if words and not words[0].startswith("-"):
         run = trained.find(words[0])
         own = run.settings()
@@ -82,7 +84,7 @@ def defaults(words):
     return Args(**{**values, "prompts": own.eval_prompts, **of_layout})
 
 
-def check(args, run, runs):
+def check(args: Args, run: Processes, runs: list[trained.Trained]) -> None:
     """Raises InputError for what flags, runs and launch cannot mean together."""
     arguments.check_bounds(args)
     if runs and sys.argv[1].startswith("-"):
@@ -105,7 +107,7 @@ def check(args, run, runs):
         raise InputError(f"--layout {args.layout}: it takes {'clips' if args.layout == 'vbench' else 'images'}")
 
 
-def evaluate(args):
+def evaluate(args: Args) -> None:
     """Scores base and runs, and writes tables and pictures. Raises InputError, RunError."""
     # --- Setup ---
     run, runs = Processes(args), trained.find_all(args.runs, args.averaged)
@@ -158,20 +160,26 @@ def evaluate(args):
         folder.together(run, tell, args, folder, prompts, reward_weights, found, parts)
 
 
-def trains_all(weights):
-    """Whether they are all weights of the model and no LoRA: these come last, as nothing brings the base's back."""
+def trains_all(weights: trained.Trained | None) -> bool:
+    """Whether they are all weights of the model and no LoRA: these come last, as nothing brings the base's back. None:
+    the base's."""
     return bool(weights) and not weights.config.get("lora_rank")
 
 
-def tell_layout(layout, folder, names):
-    """Checks the samples of each model in the folder and prints what the benchmark's own tool is started with."""
+def tell_layout(layout: layouts.Layout, folder: evaluation.Folder, names: Iterable[str]) -> None:
+    """Checks the samples of each model in the folder and prints what the benchmark's own tool is started with. Raises
+    InputError."""
     for name in names:
         layout.check(folder.path, name)
         print(*layout.commands(folder.path, name), sep="\n")
 
 
-def tell(args, folder, prompts, reward_weights, names, parts):
-    """The tables on the screen and as files, and the picture."""
+def tell(
+    args: Args, folder: evaluation.Folder, prompts: list[str], reward_weights: dict[str, float], names: Iterable[str],
+    parts: Sequence[torch.Tensor],
+) -> None:  # fmt: skip
+    """The tables on the screen and as files, and the picture, of the models `names`, the base first; parts: all of
+    them, each [n, 2]. Raises OSError."""
     shape, asked = (len(prompts), int(max(part[:, 1].max() for part in parts)) + 1), sum(map(len, parts))
     table, tasks, marks, base = {}, {}, {}, {}
     for name in names:  # the base first
@@ -191,8 +199,8 @@ def tell(args, folder, prompts, reward_weights, names, parts):
     print(f"look at {folder.path}/results.csv{shown}")
 
 
-def main(args):
-    """`evaluate`; Ctrl-C ends it with a line that says how to go on."""
+def main(args: Args) -> None:
+    """`evaluate`; Ctrl-C ends it with a line that says how to go on: raises Stopped."""
     try:
         evaluate(args)
     except KeyboardInterrupt:

@@ -10,7 +10,7 @@ TASKS = ("single", "two", "counting", "colours", "position", "attribution")  # G
 
 
 def interval(values: torch.Tensor, resamples: int = RESAMPLES) -> tuple[float, float]:
-    """values [n] of n prompts -> (low, high): 95% percentile bootstrap of their mean. Its draws are the same every
+    """values [n] of n > 0 prompts -> (low, high): 95% percentile bootstrap of their mean. Its draws are the same every
     time."""
     values, n, generator = values.double(), len(values), torch.Generator().manual_seed(0)
     size = max(1, 2_000_000 // n)

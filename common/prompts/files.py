@@ -54,7 +54,8 @@ def read(path: str | Path, column: str = COLUMN, called: str | None = None) -> l
 
 
 def text_of(path: Path) -> str:
-    """What a text file holds; raises InputError for one without end, as /dev/zero."""
+    """What a text file holds, its line ends as Unix has them; raises InputError for one without end, as /dev/zero,
+    OSError, and UnicodeDecodeError."""
     with open(path, "rb") as file:
         data = file.read(LONGEST + 1)
     if len(data) > LONGEST:
@@ -63,13 +64,14 @@ def text_of(path: Path) -> str:
 
 
 def lines(path: Path) -> list[str]:
-    """The lines of a text file that are not blank: [str]."""
+    """The lines of a text file that are not blank, images' paths from its folder. Raises what `text_of` does."""
     prompts = [line.strip() for line in text_of(path).split("\n") if line.strip()]
     return [str(path.parent / prompt) if "\t" in prompt else prompt for prompt in prompts]
 
 
 def table(path: Path, column: str, called: str | Path) -> list[str]:
-    """A column of a table, [str], with the other columns as fields where they are JSON's. Raises InputError."""
+    """A column of a table, with the other columns as fields where it is .jsonl. Raises InputError, OSError, and
+    UnicodeDecodeError."""
     try:
         rows = ROWS[path.suffix.lower()](path, column)
     except (ValueError, csv.Error, ImportError, RecursionError) as error:
@@ -92,7 +94,8 @@ def with_fields(text: str, row: dict | str | None, column: str) -> str:
 
 
 def cell(row: dict | str | None, column: str, number: int, called: str | Path) -> str:
-    """The prompt in a row: one line, as a tab would make an image of what stands before it. "" where there is none."""
+    """The prompt in a row: one line, as a tab would make an image of what stands before it. "" where there is none.
+    Raises InputError for a row without the column, and for what is no text."""
     if isinstance(row, dict):
         if column not in row:
             has = ", ".join(map(repr, row)) or "none"

@@ -108,7 +108,7 @@ def path_of(name: str) -> Path:
     return _fetched(name, PUBLISHED[name])
 
 
-def _cache():
+def _cache() -> Path:
     from huggingface_hub import constants
 
     return Path(constants.HF_HOME) / "vgrpo"
@@ -184,7 +184,7 @@ def _hub(name: str, part: str) -> list[str]:
     return files.read(_from_hub(name, f"{owner}/{repository}", file), column or files.COLUMN, name)
 
 
-def _hpdv2():
+def _hpdv2() -> list[str]:
     """Of its 645,090 rows each prompt once, in their order; kept as text, which is read a hundred times faster."""
     path = _from_hub("hpdv2", "ymhao/HPDv2", "train.json")
     place = _cache() / path.parent.name / "hpdv2.txt"  # of this commit
@@ -198,7 +198,7 @@ def _hpdv2():
     return prompts
 
 
-def _first_frames():
+def _first_frames() -> list[str]:
     if not FIRST_FRAMES.is_file():
         raise InputError(
             f"prompts: there are no first frames in {FIRST_FRAMES.parent} yet; `python -m lab.first_frames` makes some "
