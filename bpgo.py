@@ -110,9 +110,9 @@ def contrastive_rewards(rewards: torch.Tensor, prior: torch.Tensor | float, lam:
 
 
 class Prior:
-    """The reward that each prompt's samples are expected to get (section 4.1); `state` is part of every checkpoint."""
+    """The reward expected of each prompt's samples (section 4.1); checkpoints hold `state`. Raises InputError."""
 
-    def __init__(self, run: Runtime, model: object, scorers: dict, reward_weights: dict[str, float]):
+    def __init__(self, run: Runtime, model: "models.Family", scorers: dict, reward_weights: dict[str, float]) -> None:
         self.run, self.about = run, (run, model, scorers, reward_weights)
         self.ask = {"sft": heldout.initial_reward, "first-frame": heldout.still_reward}.get(run.args.prior)
         self.state = {"mean": run.args.prior_value, "steps": 0, "known": {}}
@@ -136,7 +136,7 @@ class Prior:
 
 
 def main(args: Args) -> Report:
-    """Trains, and returns the Report. args: Args. Raises InputError, RunError, Stopped (common/errors.py)."""
+    """Trains, and returns the Report. Raises InputError, RunError, Stopped (common/errors.py)."""
     # --- Setup ---
     arguments.check(args)
     prompts, reward_weights = read_prompts(args.prompts), rewards.parse(args.reward)

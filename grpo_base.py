@@ -77,7 +77,7 @@ def split_rows(kept: torch.Tensor, number: int) -> list[torch.Tensor]:
 
 
 def main(args: Args) -> Report:
-    """Trains, and returns the Report. args: Args. Raises InputError, RunError, Stopped (common/errors.py)."""
+    """Trains, and returns the Report. Raises InputError, RunError, Stopped (common/errors.py)."""
     # --- Setup ---
     arguments.check(args)
     prompts, reward_weights = read_prompts(args.prompts), rewards.parse(args.reward)

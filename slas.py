@@ -89,7 +89,7 @@ def split_rows(kept: torch.Tensor, number: int) -> list[torch.Tensor]:
 
 
 def main(args: Args) -> Report:
-    """Trains, and returns the Report. args: Args. Raises InputError, RunError, Stopped (common/errors.py)."""
+    """Trains, and returns the Report. Raises InputError, RunError, Stopped (common/errors.py)."""
     # --- Setup ---
     if args.gamma == "auto" and args.normalize in ("after", "shaped"):
         raise errors.InputError(f"--gamma auto --normalize {args.normalize}: it bounds the powers of before or none")
