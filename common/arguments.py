@@ -84,10 +84,10 @@ def parse(cls: type[AnyArgs], description: str, default: Callable[[list[str]], A
         _check_words(cls, argv)
         model, resume, output, rank = (given(argv, f) for f in ("--model", "--resume", "--output", "--lora-rank"))
         lora = {"lora_rank": int(rank[0])} if rank and rank[0].isdecimal() else {}  # what else, the parser refuses
-        default = default(argv) if default else defaults(cls, *model, **lora)
+        preset = default(argv) if default else defaults(cls, *model, **lora)
         if resume:
-            default = run_folder.inherit(default, *resume, *output or [""])
-        found = tyro.cli(_grouped(cls, default), args=argv, description=description)
+            preset = run_folder.inherit(preset, *resume, *output or [""])
+        found = tyro.cli(_grouped(cls, preset), args=argv, description=description)
         values = [vars(value) if isinstance(value, Group) else {name: value} for name, value in vars(found).items()]
         return cls(**{name: value for part in values for name, value in part.items()})
 

@@ -19,7 +19,7 @@ def put(axis: "Axes", prompt: str, end: str, lines: int, size: float, **place) -
     words, families = drawable(" ".join(prompt.split())[:300])
     font = FontProperties(family=families, size=size)
     renderer = axis.figure.canvas.get_renderer()
-    room = axis.get_window_extent(renderer).width
+    room = float(axis.get_window_extent(renderer).width)
 
     def fits(line: str) -> bool:
         return renderer.get_text_width_height_descent(line, font, ismath=False)[0] <= room

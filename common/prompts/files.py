@@ -4,6 +4,7 @@ import csv
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 from common.errors import InputError
 
@@ -27,7 +28,7 @@ def parse(spec: str) -> tuple[str, str]:
     return spec, COLUMN
 
 
-def read(path: str | Path, column: str = COLUMN, called: str | None = None) -> list[str]:
+def read(path: str | Path, column: str = COLUMN, called: str | Path | None = None) -> list[str]:
     """A file -> [str], blank ones left out. Raises InputError, in which the file is `called` as the user knows it.
 
     Text, UTF-8 with or without a byte-order mark: a prompt a line; in a line IMAGE <tab> CAPTION the image's path
@@ -93,7 +94,7 @@ def with_fields(text: str, row: dict | str | None, column: str) -> str:
     return prompt
 
 
-def cell(row: dict | str | None, column: str, number: int, called: str | Path) -> str:
+def cell(row: Any, column: str, number: int, called: str | Path) -> str:
     """The prompt in a row: one line, as a tab would make an image of what stands before it. "" where there is none.
     Raises InputError for a row without the column, and for what is no text."""
     if isinstance(row, dict):
