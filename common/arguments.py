@@ -85,7 +85,7 @@ def parse(cls: type[AnyArgs], description: str, default: Callable[[list[str]], A
         model, resume, output, rank = (given(argv, f) for f in ("--model", "--resume", "--output", "--lora-rank"))
         lora = {"lora_rank": int(rank[0])} if rank and rank[0].isdecimal() else {}  # what else, the parser refuses
         preset = default(argv) if default else defaults(cls, *model, **lora)
-        if resume:
+        if resume and hasattr(preset, "resume"):  # evaluate.py's has none, as the parser says
             preset = run_folder.inherit(preset, *resume, *output or [""])
         found = tyro.cli(_grouped(cls, preset), args=argv, description=description)
         values = [vars(value) if isinstance(value, Group) else {name: value} for name, value in vars(found).items()]

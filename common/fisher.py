@@ -124,7 +124,7 @@ class TrustRegion:
     def __init__(
         self, run: "Runtime", zeta: float, model: "Family | None" = None, every: int = 10, iterations: int = 15,
         gamma_max: float = 1.0,
-    ):  # fmt: skip
+    ) -> None:  # fmt: skip
         self.run, self.zeta, self.every, self.iterations, self.gamma_max = run, zeta, every, iterations, gamma_max
         self.measured = {}
         if model:

@@ -31,9 +31,6 @@ class Start:
 
     value: str
 
-    def __contains__(self, value: str) -> bool:
-        return True
-
 
 @dataclass
 class Model:

@@ -155,7 +155,7 @@ class RowNoise:
     generator gives the same numbers on every machine.
     """
 
-    def __init__(self, seed: int, step: int, rows: Iterable[int], device: torch.device | str = "cpu"):
+    def __init__(self, seed: int, step: int, rows: Iterable[int], device: torch.device | str = "cpu") -> None:
         # CPU generators use the low 32 bits of a seed. Odd multipliers: different rows of a step never share a stream.
         keys = [(seed * 0x9E3779B1 + step * 0x85EBCA77 + int(row) * 0xC2B2AE3D) & 0xFFFFFFFF for row in rows]
         self.generators = [torch.Generator().manual_seed(key) for key in keys]

@@ -447,6 +447,12 @@ def test_what_cannot_be_evaluated_is_one_line_that_says_what_to_do(words, runs, 
     assert re.search(WRONG[words], said) and len(said.splitlines()) == 1, said
 
 
+def test_a_trainings_flag_is_the_parsers_to_refuse(runs, look, capsys):
+    with pytest.raises(SystemExit):
+        look(runs.lora, "--resume", "latest")
+    assert "--resume" in capsys.readouterr().err
+
+
 def test_a_folder_of_another_evaluation_is_left_alone(runs, look, tmp_path):
     _, place = look(runs.lora)
     before = {path: path.read_bytes() for path in place.rglob("*.json*")}

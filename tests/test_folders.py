@@ -120,6 +120,8 @@ WRONG = {
     "an index whose class is a dictionary": (setting(INDEX, _class_name={}), "names no class of a pipeline"),
     "an index nested deep": (write(INDEX, '{"a":' * 100_000), "names no class of a pipeline"),
     "an index with a part of no library": (setting(INDEX, vae="AutoencoderKL"), "whose vae is 'AutoencoderKL', no lib"),
+    "an index with a part of no module": (setting(INDEX, vae=["_import_structure", "x"]), "its vae brings Python code"),
+    "an index with a part of nothing": (setting(INDEX, vae=["_objects", "x"]), "its vae brings Python code"),
     "an index with an unknown part": (setting(INDEX, vae=["diffusers", "Nope"]), "diffusers.Nope, which does not"),
     "an index with a wrong part": (
         setting(INDEX, vae=["diffusers", "UNet2DConditionModel"]), "is UNet2DConditionModel, not AutoencoderKL",

@@ -133,7 +133,8 @@ def _library(name: str) -> ModuleType | None:
     """The module that the index names for a part; None where it is the folder's own."""
     if name in LIBRARIES:
         return importlib.import_module(name)
-    return getattr(diffusers.pipelines, name, None) if name.isidentifier() else None  # SD's safety checker is there
+    found = getattr(diffusers.pipelines, name, None) if name.isidentifier() else None  # SD's safety checker is there
+    return found if isinstance(found, ModuleType) else None
 
 
 def _class_of(folder: Path, name: str, library: ModuleType, class_name: str, kinds: tuple) -> type:
