@@ -26,9 +26,14 @@ METHODS = {  # script -> what it is called, its colour
     "self_paced": ("Self-Paced", "#009E73"),
 }
 OTHERS = ("#CC79A7", "#E69F00", "#56B4E9", "#F0E442")  # of a reader's methods, and of settings of one method
+ALONE = [  # of Self-Paced's stages
+    ({"only_stage": 1}, "the first alone", "#CC79A7"), ({"only_stage": 2}, "the second alone", "#E69F00"),
+    ({"alpha": 0.0}, "all at once", "#56B4E9"),
+]  # fmt: skip
 VERDICTS = {
     verdicts.HOLDS: "#0072B2", verdicts.FAILS: "#D55E00", verdicts.UNDECIDED: "#8C8C8C", verdicts.FEW: "#CCCCCC"
 }  # fmt: skip
+FURTHEST = 4.0  # half intervals from 0 that a claim is drawn at
 STYLE = {
     "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#E5E5E5",
     "grid.linewidth": 0.7, "axes.axisbelow": True, "axes.titlesize": 10, "axes.titleweight": "bold",
@@ -45,6 +50,12 @@ def band(curves):
     mean, n = values.mean(0), len(values)
     half = verdicts.T[min(n - 2, len(verdicts.T) - 1)] * values.std(0, ddof=1) / math.sqrt(n) if n > 1 else 0 * mean
     return mean, mean - half, mean + half
+
+
+def in_common(settings):
+    """[{seed: run}] of several settings, with the seeds that all of those have that have any."""
+    seeds = set.intersection(*(set(runs) for runs in settings if runs)) if any(settings) else set()
+    return [{seed: run for seed, run in runs.items() if seed in seeds} for runs in settings]
 
 
 def draw_curve(axis, runs, name, label, colour, part="evaluations", style="-"):
@@ -83,6 +94,9 @@ def rewards(results, plt):
             label, colour = look(own, script)
             own += script not in METHODS
             draw_curve(axis, runs, name, label, colour)
+        for flags, label, colour in ALONE if task == "stages" else ():
+            runs = results.of(claims.setting("self_paced", model, task, **flags))
+            draw_curve(axis, runs, name, label, colour, style="--")
         axis.set_title(title)
         if axis.lines:
             axis.legend(loc="upper left", fontsize=8)
@@ -115,8 +129,9 @@ def ablation(results, plt):
     for axis, model in zip(axes, ("tiny-flux", "tiny-wan", "tiny-wan-i2v")):
         lines = [("grpo_base", {}, "GRPO", GREY), ("bpgo", {"beta": 0.0}, "RAS alone", "#56B4E9"),
                  ("bpgo", {"alpha": 0.0}, "CRT alone", "#CC79A7"), ("bpgo", {}, "both", "#D55E00")]  # fmt: skip
-        for script, flags, label, colour in lines:
-            draw_curve(axis, results.of(claims.setting(script, model, "doubtful", **flags)), "truth", label, colour)
+        every = [results.of(claims.setting(script, model, "doubtful", **flags)) for script, flags, _, _ in lines]
+        for (_, _, label, colour), runs in zip(lines, in_common(every)):
+            draw_curve(axis, runs, "truth", label, colour)
         axis.set(title=model, xlabel="training step")
         if axis.lines:
             axis.legend(fontsize=8)
@@ -138,11 +153,13 @@ def dots(axis, place, values, colour, horizontal=False):
 
 
 def sweep(axis, results, places, title, xlabel):
-    """places [(x, Setting)]: the verifier at the end, over a flag."""
-    known = [(x, [run["evaluations"]["truth"][-1] for run in results.of(setting).values()]) for x, setting in places]
+    """places [(x, Setting)]: the verifier at the end, over a flag; a line through those whose x is a number of it."""
+    every = in_common([results.of(setting) for _, setting in places])
+    known = [(x, [run["evaluations"]["truth"][-1] for run in runs.values()]) for (x, _), runs in zip(places, every)]
     known = [(x, values) for x, values in known if values]
     means = [dots(axis, x, values, "#D55E00" if "alpha" in xlabel else "#0072B2") for x, values in known]
-    axis.plot([x for x, _ in known], means, color="#AAAAAA", lw=1, zorder=0)
+    line = [(x, mean) for (x, _), mean in zip(known, means) if x <= 1]
+    axis.plot(*zip(*line), color="#AAAAAA", lw=1, zorder=0) if line else None
     axis.set(title=title, xlabel=xlabel)
 
 
@@ -150,9 +167,9 @@ def alphas(results, plt):
     """The alpha curve (BPGO's table 3, of RAS alone) and SLAS's gamma."""
     figure, axes = plt.subplots(1, 3, figsize=(10, 3.3))
     for axis, model in zip(axes, ("tiny-flux", "tiny-wan")):
-        places = [
-            (a, claims.setting("bpgo", model, "doubtful", beta=0.0, **claims.alpha(a))) for a in (0.1, 0.5, 0.7, 0.9)
-        ]
+        half = (0.5, claims.setting("bpgo", model, "doubtful", beta=0.0))
+        others = [(a, claims.setting("bpgo", model, "doubtful", beta=0.0, alpha=a)) for a in (0.1, 0.7, 0.9)]
+        places = sorted([half, *others], key=lambda place: place[0])
         sweep(axis, results, places, f"{model}: RAS alone", "alpha")
     gammas = [(0.0, 0.0), (0.25, 0.25), (0.5, None), (1.0, 1.0), (1.35, "auto")]
     places = [
@@ -198,37 +215,40 @@ def kinds(results, plt):
     for offset, (name, label, colour) in zip((-0.4, 0, 0.4), shown if runs else ()):
         counts = (10, 15, 20)
         means = [
-            dots(axis, k + offset, [run["numbers"][f"{name}_{k}_kappa"] for run in runs.values()], colour)
-            for k in counts
+            dots(axis, k + offset, [run["numbers"][f"{name}_{k}"] for run in runs.values()], colour) for k in counts
         ]
         axis.plot([k + offset for k in counts], means, color=colour, label=label)
-    axis.set(xlabel="clusters of captions", ylabel="coefficient of variation, %", xticks=(10, 15, 20), ylim=0)
+    axis.set(
+        xlabel="clusters of captions", ylabel="coefficient of variation beyond chance, %", xticks=(10, 15, 20), ylim=0
+    )
     if axis.lines:
         axis.legend(fontsize=8)
     return figure
 
 
 def forest(results, plt):
-    """A line for each claim, a column for each model: the difference with its interval, each in a unit of its own, and
-    the verdict's colour."""
+    """A line for each claim, a column for each model: the difference in units of half its interval, so that lengths do
+    not compare but distances from 0 do, the number itself beside it, and the verdict's colour."""
     found = [one for one in verdicts.findings(results) if one.seeds and math.isfinite(one.low)]
     places = {text: -place for place, text in enumerate(dict.fromkeys((o.claim.paper, o.claim.text) for o in found))}
     figure, axes = plt.subplots(1, 4, figsize=(10.5, 0.2 * max(4, len(places)) + 0.9), sharex=True, sharey=True)
     columns = dict(zip(claims.SIZE, axes))
     for one in found:
-        unit, sign = 1.1 * max(abs(one.low), abs(one.high)) or 1.0, -1 if one.claim.lower else 1
+        unit, sign = (one.high - one.low) / 2 or 1.0, -1 if one.claim.lower else 1
         axis, place, colour = (
             columns[one.claim.ours.model],
             places[one.claim.paper, one.claim.text],
             VERDICTS[one.verdict],
         )
-        ends = [sign * one.low / unit, sign * one.high / unit]
-        axis.plot(ends, [place, place], color=colour, lw=3, solid_capstyle="round")
-        axis.plot([sign * one.difference / unit], [place], "o", color="white", mec=colour, ms=4.5)
+        low, middle, high = (sign * value / unit for value in (one.low, one.difference, one.high))
+        inwards = max(-FURTHEST, min(FURTHEST, middle)) - middle
+        axis.plot([low + inwards, high + inwards], [place, place], color=colour, lw=3, solid_capstyle="round")
+        axis.plot([middle + inwards], [place], "o", color="white", mec=colour, ms=4.5)
+        axis.text(FURTHEST + 1.4, place, f"{one.difference:+.3f}", fontsize=6.5, va="center", color=colour)
     for model, axis in columns.items():
         axis.axvline(0, color="#333333", lw=0.9)
-        axis.set(title=model, xlim=(-1.1, 1.1), ylim=(-max(len(places), 1) + 0.3, 0.7))
-        axis.set_xticks((-0.6, 0.6), ["against", "for it"], fontsize=8)
+        axis.set(title=model, xlim=(-FURTHEST - 1.4, FURTHEST + 3.6), ylim=(-max(len(places), 1) + 0.3, 0.7))
+        axis.set_xticks((-2.5, 2.5), ["against", "for it"], fontsize=8)
         axis.grid(axis="x", visible=False)
         axis.tick_params(length=0)
     axes[0].set_yticks(list(places.values()), [f"{text}   {paper}" for paper, text in places], fontsize=7.5)

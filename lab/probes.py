@@ -46,7 +46,8 @@ def loudness(name, seed):
 
 def loud(proxy, truth):
     """Scores [P, G] of both -> {"grpo", "slas": mean |A| of the tightest quarter of groups over that of the widest;
-    "true_low", "true_high": mean correlation of proxy and truth within a group, of these two quarters}."""
+    "true_low", "true_high": mean correlation of proxy and truth within a group, of these two quarters, of the groups
+    in which neither is constant; "constant": their share of the tightest quarter}."""
     order, quarter = proxy.std(1, unbiased=False).argsort(), len(proxy) // 4
     low, high = order[:quarter], order[-quarter:]
     found = {}
@@ -57,8 +58,10 @@ def loud(proxy, truth):
         found[method] = (advantages[low].abs().mean() / advantages[high].abs().mean()).item()
     centred = [scores - scores.mean(1, keepdim=True) for scores in (proxy, truth)]
     norms = [scores.norm(dim=1) for scores in centred]
-    correlation = (centred[0] * centred[1]).sum(1) / (norms[0] * norms[1]).clamp(min=1e-12)  # 0 where one is constant
-    return {**found, "true_low": correlation[low].mean().item(), "true_high": correlation[high].mean().item()}
+    correlation = (centred[0] * centred[1]).sum(1) / (norms[0] * norms[1])
+    correlation[(norms[0] == 0) | (norms[1] == 0)] = torch.nan  # one is constant
+    found |= {"true_low": correlation[low].nanmean().item(), "true_high": correlation[high].nanmean().item()}
+    return {**found, "constant": correlation[low].isnan().double().mean().item()}
 
 
 # --- Kinds of content (2511.19356, eq 3) ---

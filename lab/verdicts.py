@@ -82,7 +82,7 @@ class Finding:
 def found(claim, runs_of):
     """claim, and a function Setting -> {seed: run} -> Finding"""
     runs = [runs_of(setting) for setting in claim.settings]
-    seeds = sorted(set(runs[0]).intersection(*runs[1:]))
+    seeds = sorted(set(runs[0]).intersection(*runs[1:]))[: claim.seeds]  # nobody stops where it looks well
     if not seeds:
         return Finding(claim, [], None, None, [], -math.inf, math.inf, NONE)
     ours = [claim.measure.of(runs[0][seed]) for seed in seeds]
@@ -104,7 +104,7 @@ def findings(results):
 def table(results):
     """Results -> Markdown: a table for each paper, remarks under it, and the methods side by side."""
     every = findings(results)
-    parts = [pictures({"claims": "every claim with its interval"}), spread(every)]
+    parts = [pictures({"claims": "every claim with its interval"}), decided(every), spread(every)]
     for paper in dict.fromkeys(claim.paper for claim in claims.CLAIMS):
         own = [finding for finding in every if finding.claim.paper == paper]
         head = ("claim", "source", "model", "measure", "seeds", "it", "against", "difference, 95%", "verdict")
@@ -120,10 +120,25 @@ def spread(every):
     if not stds:
         return ""
     middle = float(np.median(stds))
-    tell = [f"{n} seeds tell {T[n - 2] * middle / math.sqrt(n):.3f} apart" for n in (claims.SEEDS, claims.MAIN_SEEDS)]
+    needed = {n: T[n - 2] * middle / math.sqrt(n) for n in (claims.SEEDS, claims.MAIN_SEEDS)}
+    found = [f"a difference of {difference:.3f} by {n} seeds" for n, difference in needed.items()]
     return (
         f"Paired by seed, differences of the verifier's last evaluation have a standard deviation of {middle:.3f} (the "
-        f"median of {len(stds)} comparisons; {stds[0]:.3f} to {stds[-1]:.3f}): {', '.join(tell)}."
+        f"median of {len(stds)} comparisons; {stds[0]:.3f} to {stds[-1]:.3f}): half of the time {' and '.join(found)} "
+        "is found."
+    )
+
+
+def decided(every):
+    """How many verdicts there are, and how many chance alone would give, as a sentence."""
+    told = [one.verdict for one in every if len(one.seeds) >= ENOUGH]
+    if not told:
+        return ""
+    counts = ", ".join(f"{told.count(word)} *{word}*" for word in (HOLDS, FAILS, UNDECIDED))
+    return (
+        f"{len(told)} of {len(every)} comparisons have enough seeds: {counts}. Of as many without any difference "
+        f"chance alone would decide about {len(told) / 15:.0f}; nothing is corrected for that. Those of one pair of "
+        "settings are one experiment seen from several sides."
     )
 
 
@@ -173,8 +188,11 @@ def searches(results):
     for searched in claims.SEARCHED:
         tried = results.tried(*searched)
         ends = [f"{point['learning_rate']:g}, {point['clip_range']:g}: {end:.3f}" for point, end in tried]
-        tuned = results.tuned(*searched)
+        tuned, rates = results.tuned(*searched), [point["learning_rate"] for point in claims.points(searched[1])]
         chosen = f"**{tuned['learning_rate']:g}, {tuned['clip_range']:g}**" if tuned else NONE
+        chosen += (
+            " (at the end of what was tried)" if tuned and tuned["learning_rate"] in (min(rates), max(rates)) else ""
+        )
         lines.append((*searched, "; ".join(ends), chosen))
     return markdown(
         ("method", "model", "reward", "learning rate, clip range: reward of the last two evaluations", "taken"), lines

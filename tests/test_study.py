@@ -111,9 +111,17 @@ def test_measures_by_hand():
     assert claims.end("truth").of(run) == 0.45 and claims.change("truth").of(run) == pytest.approx(0.05)
     assert claims.area("truth").of(run) == pytest.approx((10 * 0.45 + 5 * 0.475) / 15)
     assert claims.area("truth", 0.5).of(run) == pytest.approx(0.45)
-    assert claims.falls("truth").of(run) == pytest.approx(0.05)
+    assert claims.unsteadiness("truth").of(run) == pytest.approx(0, abs=1e-12)  # a parabola through three points
+    wave = made([0.4, 0.6, 0.4, 0.6], steps=(0, 1, 2, 3))
+    smooth = np.polyval(np.polyfit(range(4), wave["evaluations"]["truth"], 2), range(4))
+    assert claims.unsteadiness("truth").of(wave) == pytest.approx(
+        np.sqrt(np.mean((smooth - wave["evaluations"]["truth"]) ** 2))
+    )
+    assert claims.unsteadiness("truth").of(made([0.4, 0.5, 0.55, 0.55], steps=(0, 5, 10, 15))) == pytest.approx(
+        0, abs=1e-9
+    )
     assert claims.shift("weight_a", "").of(run) == pytest.approx(-0.3)
-    assert claims.late_over_early("reward_std", "").of(run) == pytest.approx(0.25)
+    assert claims.late_over_early("reward_std", "").of(run) == pytest.approx(math.log(0.25))
     assert claims.number("grpo", "").of(run) == 3.0
 
 
@@ -215,7 +223,27 @@ def test_the_spread_of_seeds_says_what_they_can_tell():
         found.append(verdicts.Finding(claim, [0, 1, 2], 0.5, 0.4, differences, 0, 0, verdicts.HOLDS))
     said = verdicts.spread(found)
     assert "standard deviation of 0.100 (the median of 3 comparisons; 0.058 to 0.200)" in said
-    assert "5 seeds tell 0.124 apart, 8 seeds tell 0.084 apart" in said and verdicts.spread([]) == ""
+    assert "half of the time a difference of 0.124 by 5 seeds and a difference of 0.084 by 8 seeds is found" in said
+    assert verdicts.spread([]) == ""
+
+
+def test_verdicts_are_counted_beside_what_chance_alone_decides():
+    claim, told = claims.CLAIMS[0], [verdicts.HOLDS] * 18 + [verdicts.FAILS] * 2 + [verdicts.UNDECIDED] * 25
+    every = [verdicts.Finding(claim, [*range(5)], 0.5, 0.4, [0.1] * 5, 0, 0, word) for word in told]
+    every.append(verdicts.Finding(claim, [0, 1], 0.5, 0.4, [0.1] * 2, 0, 0, verdicts.FEW))
+    said = verdicts.decided(every)
+    assert said.startswith(
+        "45 of 46 comparisons have enough seeds: 18 *holds*, 2 *does not hold*, 25 *undecided at this "
+    )
+    assert "chance alone would decide about 3;" in said and verdicts.decided([]) == ""
+
+
+def test_no_more_seeds_are_looked_at_than_a_claim_names():
+    claim = claims.Claim("x", "ours", "", "", claims.end("truth"), claims.Setting("grpo_base", "tiny-flux", "truth"))
+    found = verdicts.found(claim, lambda setting: {seed: made([0, seed]) for seed in range(9)})
+    assert found.seeds == [0, 1, 2, 3, 4] and found.ours == 2
+    few = figures.in_common([{0: "a", 1: "b"}, {}, {1: "c", 2: "d"}])
+    assert few == [{1: "b"}, {}, {1: "c"}]
 
 
 def test_what_is_there_is_not_run_again(tmp_path):
