@@ -312,7 +312,7 @@ DRAWN = {
 
 
 def draw(results, folder):
-    """All figures into a folder, each a PNG of at most 256 colours."""
+    """All figures that have runs into a folder, each a PNG of at most 256 colours."""
     from PIL import Image
 
     plt, folder = pyplot(), Path(folder)
@@ -320,6 +320,12 @@ def draw(results, folder):
     for name, drawn in DRAWN.items():
         with plt.rc_context(STYLE):
             figure = drawn(results, plt)
+            if not any(axis.has_data() for axis in figure.axes):
+                (folder / f"{name}.png").unlink(missing_ok=True)
+                plt.close(figure)
+                continue
+            for axis in (axis for axis in figure.axes if not axis.has_data()):
+                axis.text(0.5, 0.5, verdicts.NONE, transform=axis.transAxes, ha="center", color="#888888")
             if not name.startswith("samples"):
                 figure.tight_layout()
             file = io.BytesIO()
