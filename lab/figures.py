@@ -230,6 +230,8 @@ def forest(results, plt):
     """A line for each claim, a column for each model: the difference in units of half its interval, so that lengths do
     not compare but distances from 0 do, the number itself beside it, and the verdict's colour."""
     found = [one for one in verdicts.findings(results) if one.seeds and math.isfinite(one.low)]
+    if not found:
+        return plt.figure()
     places = {text: -place for place, text in enumerate(dict.fromkeys((o.claim.paper, o.claim.text) for o in found))}
     figure, axes = plt.subplots(1, 4, figsize=(10.5, 0.2 * max(4, len(places)) + 0.9), sharex=True, sharey=True)
     columns = dict(zip(claims.SIZE, axes))
