@@ -18,7 +18,10 @@ from common import arguments
 
 PAGES = sorted(
     [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
-    + [ROOT / name for name in ("assets/README.md", "common/rewards/README.md", "benchmarks/RESULTS.md")]
+    + [
+        ROOT / name
+        for name in ("assets/README.md", "common/rewards/README.md", "benchmarks/RESULTS.md", "lab/README.md")
+    ]
 )
 SCRIPTS = {"grpo_base": grpo_base, "bpgo": bpgo, "slas": slas, "self_paced": self_paced}
 STARTS = ("python ", "python3 ", "accelerate launch ", "bash ", "sbatch ", "pip ", *(f"{name}.py " for name in SCRIPTS))
