@@ -413,9 +413,9 @@ REMARKS = {
     "the verifier there, .70 in wide ones), so that what SLAS makes quieter is mostly signal. It would take a reward "
     "whose small differences are noise, as between samples of a large model that hardly differ.",
     "gamma-0.0:tiny-flux": "the same reason; the interval ends at 0, and five seeds are few for it.",
-    "gamma-auto:tiny-flux": "auto was 0 in every step of every seed, so this is the comparison with 0 once more: theorem "
-    "4 bounds the KL in the worst direction, which is 3.3 here where a step really had 6e-6, and --kl-limit is 1e-4. A "
-    "limit above 3.3 would let it choose.",
+    "gamma-auto:tiny-flux": "auto was 0 in every step of every seed, so this is the comparison with 0 once more: "
+    "theorem 4 bounds the KL in the worst direction, which is 3.3 here where a step really had 6e-6, and --kl-limit is "
+    "1e-4. A limit above 3.3 would let it choose.",
     "grpo-hacks:tiny-sd": "the search sees the proxy alone and gave GRPO a LoRA rate of .006, at which the proxy is "
     "hacked; its points are not monotone (.003 was the worst of the first three): two seeds may have misled it.",
     "slas-higher:tiny-sd": "each method at the rate that its search took: SLAS .003, GRPO .006. Of the difference it "
