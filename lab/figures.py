@@ -256,7 +256,7 @@ def forest(results, plt):
     axes[0].set_yticks(list(places.values()), [f"{text}   {paper}" for paper, text in places], fontsize=7.5)
     said = {one.verdict for one in found}
     handles = [plt.Line2D([], [], color=colour, lw=3, label=v) for v, colour in VERDICTS.items() if v in said]
-    figure.legend(handles=handles, loc="lower right", bbox_to_anchor=(1, 1), ncols=3, fontsize=8)
+    figure.legend(handles=handles, loc="lower right", bbox_to_anchor=(1, 1), ncols=4, fontsize=8)
     return figure
 
 
