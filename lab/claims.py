@@ -107,7 +107,7 @@ STARTS = {
     model: {name: getattr(arguments.defaults(arguments.Args, model), name) for name in ("learning_rate", "clip_range")}
     for model in IMAGES + CLIPS
 }
-RATES = dict.fromkeys(STARTS, (1, 2, 4)) | {"tiny-sd": (0.5, 1, 2, 4)}
+RATES = (0.5, 1, 2, 4)
 CLIPPED = {"tiny-flux": (5,)}
 SEARCHED = [
     *((script, "tiny-flux", "proxy") for script in ("grpo_base", "slas")),
@@ -125,7 +125,7 @@ SEARCHED = [
 def points(model):
     """The settings that a search tries: [{name: value}], the model's own among them."""
     start = STARTS[model]
-    rates = [{**start, "learning_rate": start["learning_rate"] * factor} for factor in RATES[model]]
+    rates = [{**start, "learning_rate": start["learning_rate"] * factor} for factor in RATES]
     return rates + [{**start, "clip_range": start["clip_range"] * factor} for factor in CLIPPED.get(model, ())]
 
 

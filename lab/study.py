@@ -44,10 +44,10 @@ QUICK_SEEDS = 2
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "numpy")
 SHOWN_SEED = 0  # of whose models the pictures show samples
 KEPT = ("reward_mean", "reward_std", "advantage_abs_mean", "grad_norm", "clip_fraction", "batch_std")
-# Seconds of one core, measured on a busy machine of two: starting and ending a run; an evaluation; a sample's rollout
+# Seconds of one core, measured beside another run: starting and ending a run; an evaluation; a sample's rollout
 # and reward; a sample's share of an update at one denoising step.
 SECONDS = {
-    "tiny-flux": (3.0, 2.5, 0.020, 0.0050),
+    "tiny-flux": (3.0, 2.2, 0.018, 0.0045),
     "tiny-sd": (3.0, 2.5, 0.021, 0.0055),
     "tiny-wan": (3.0, 4.4, 0.034, 0.0070),
     "tiny-wan-i2v": (3.0, 5.0, 0.030, 0.0070),
