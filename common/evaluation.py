@@ -171,9 +171,10 @@ class Evaluator:
         paths = [self.folder.shown(name, p) for p, _ in self.shown(part)]
         if self.layout:
             paths += [self.layout.path(self.folder.path, name, tuple(sample)) for sample in part.tolist()]
-        scores = self.folder.parts[name].get(number, {})
-        scored = number in self.folder.parts[name] and all(len(scores.get(r, ())) == len(part) for r in self.scorers)
-        return not (scored and all(path.exists() for path in paths))
+        scores = self.folder.parts[name].get(number)
+        if scores is None or any(len(scores.get(reward, ())) != len(part) for reward in self.scorers):
+            return True
+        return not all(path.exists() for path in paths)
 
     def score(self, name: str, part: torch.Tensor) -> tuple[dict[str, torch.Tensor], str]:
         """Makes a part of a model's samples: ({reward: [n]}, ""), or ({}, why there are no scores)."""

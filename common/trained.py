@@ -99,7 +99,7 @@ def load(run: "Processes | None", model: "Family", trained: Trained) -> None:
         if missing := [name for name in names if name not in states]:
             raise ValueError(f"it lacks {', '.join(missing)}")
         if rank:
-            placing.adapt(run, model, trained.config.get("lora_targets"), rank)
+            placing.adapt(run, model, trained.config.get("lora_targets", ""), rank)
         modules = {name: module for name, module in model.trainable.items()}
         if trained.averaged:
             return _copy_average(model, sharding.deal(states["ema"])["shadow_params"], rank)

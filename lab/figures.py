@@ -159,7 +159,8 @@ def sweep(axis, results, places, title, xlabel):
     known = [(x, values) for x, values in known if values]
     means = [dots(axis, x, values, "#D55E00" if "alpha" in xlabel else "#0072B2") for x, values in known]
     line = [(x, mean) for (x, _), mean in zip(known, means) if x <= 1]
-    axis.plot(*zip(*line), color="#AAAAAA", lw=1, zorder=0) if line else None
+    if line:
+        axis.plot(*zip(*line), color="#AAAAAA", lw=1, zorder=0)
     axis.set(title=title, xlabel=xlabel)
 
 

@@ -44,7 +44,8 @@ QUICK_SEEDS = 2
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "numpy")
 SHOWN_SEED = 0  # of whose models the pictures show samples
 KEPT = ("reward_mean", "reward_std", "advantage_abs_mean", "grad_norm", "clip_fraction", "batch_std")
-# Seconds of one core, measured beside another run: starting and ending a run; an evaluation; a sample's rollout
+# Seconds of one core, tiny-flux's measured beside another run, the others' on a busier machine: starting and ending a
+# run; an evaluation; a sample's rollout
 # and reward; a sample's share of an update at one denoising step.
 SECONDS = {
     "tiny-flux": (3.0, 2.2, 0.018, 0.0045),

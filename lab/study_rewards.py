@@ -5,7 +5,7 @@
     noise       every sample gets an error from N(0, noise^2), made from its own pixels and caption: asked again, the
                 judge says the same, and a run that goes on, or has other processes, sees the same errors
     ambiguity   what a caption leaves open (a shape, a colour, a speed) draws the score towards UNSURE, so that the
-                samples of a vague caption get scores that are low and lie close together, whatever they show
+                samples of a vague caption get scores that lie closer together: 55% of the spread at half open
     liking      captions of one kind, those that count, get that much more
 
 `Vague` and `MotionVague` are for --watch: the truth of the captions that leave half or more open, and 0 for the others;
