@@ -426,4 +426,10 @@ REMARKS = {
     "hacked; its points are not monotone (.003 was the worst of the first three): two seeds may have misled it.",
     "slas-higher:tiny-sd": "each method at the rate that its search took: SLAS .003, GRPO .006. Of the difference it "
     "is not known what is the rate's and what the method's.",
+    "bpgo-smoother:tiny-flux": "likely the rate: the search took .0004 for BPGO and .0002 for GRPO, and with the rate "
+    "both get less smooth (by the search's two seeds GRPO .007 and .009, BPGO .007 and .010). Trust lies between .86 "
+    "and 1.19 in a step, so that BPGO is nearly GRPO here. It would take prompts whose rewards differ more in what "
+    "they are worth, and both methods at one rate.",
+    "crt-unsteady:tiny-flux": "RAS alone is GRPO with weights between .86 and 1.19, at twice the rate that GRPO's own "
+    "search took, and as unsteady as GRPO was there. The interval ends at 0, and the paper shows one curve of each.",
 }
