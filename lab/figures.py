@@ -99,7 +99,7 @@ def rewards(results, plt):
             draw_curve(axis, runs, name, label, colour, style="--")
         axis.set_title(title)
         if axis.lines:
-            axis.legend(loc="upper left", fontsize=8)
+            axis.legend(fontsize=8)  # where no line is
     for axis in axes[-1]:
         axis.set_xlabel("training step")
     return figure
