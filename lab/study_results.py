@@ -75,15 +75,10 @@ class Results:
         return found
 
     def tuned(self, script, model, task):
-        """{"learning_rate", "clip_range"}: the best of each, beside the model's own of the other; None till then."""
-        tried, start = self.tried(script, model, task), claims.STARTS[model]
-        if len(tried) < len(claims.points(model)):
-            return None
-        best = {}
-        for name in start:
-            alone = [(end, point) for point, end in tried if all(point[n] == start[n] for n in start if n != name)]
-            best[name] = max(alone, key=lambda pair: pair[0])[1][name]
-        return best
+        """{"learning_rate", "clip_range"}: the best point of the search; None till it is done. No mix of the best of
+        each: two changes that help alone may unlearn everything together."""
+        tried = self.tried(script, model, task)
+        return max(tried, key=lambda pair: pair[1])[0] if len(tried) == len(claims.points(model)) else None
 
     def methods(self, model, task):
         """{script: {seed: run}} of all that a task was given to without flags of its own, a reader's methods last."""
