@@ -436,4 +436,12 @@ REMARKS = {
     "quality-one:tiny-wan": "the first stage alone is trained on this quality and on nothing else, and 30 steps do not "
     "exhaust it: its groups' spread falls by a fifth. It would take a run so long that the first stage has no more to "
     "teach.",
+    "quality-one:tiny-flux": "the same; the first stage alone pays for it with the truth, which falls from .454 to "
+    ".348.",
+    "paced-grpo:tiny-flux": "the last stage is not too hard here: its verifier gives .454 to the base model and tells "
+    "its samples apart from the first step (spread .2 within a group), so that every step on an easier stage is one "
+    "less on the truth. It would take a last reward that is flat for a beginner.",
+    "dance:tiny-flux": "both at a noise level of .7, Flow-GRPO's; DanceGRPO's own is .3. Likely because equal noise "
+    "has less of it in the early steps, which decide what is where, and more in the late ones. A level for each would "
+    "tell.",
 }

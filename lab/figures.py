@@ -223,7 +223,7 @@ def kinds(results, plt):
         xlabel="clusters of captions", ylabel="coefficient of variation beyond chance, %", xticks=(10, 15, 20), ylim=0
     )
     if axis.lines:
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=8, loc=(0.02, 0.45))
     return figure
 
 
