@@ -107,8 +107,8 @@ STARTS = {
     model: {name: getattr(arguments.defaults(arguments.Args, model), name) for name in ("learning_rate", "clip_range")}
     for model in IMAGES + CLIPS
 }
-RATES = dict.fromkeys(IMAGES + CLIPS, (0.5, 1, 2, 4))
-RATES["tiny-wan"] = (0.25, 0.5, 1, 2)  # at four times its rate it unlearned everything, and half was the best of four
+RATES, LOWER = (0.5, 1, 2, 4), (0.25, 0.5, 1, 2)
+LOW = [("tiny-sd", "doubtful"), ("tiny-wan", "doubtful"), ("tiny-wan", "stages")]  # four times unlearns everything
 CLIPPED = {"tiny-flux": (5,)}
 SEARCHED = [
     *((script, "tiny-flux", "proxy") for script in ("grpo_base", "slas")),
@@ -123,10 +123,10 @@ SEARCHED = [
 ]
 
 
-def points(model):
+def points(model, task):
     """The settings that a search tries: [{name: value}], the model's own among them."""
-    start = STARTS[model]
-    rates = [{**start, "learning_rate": start["learning_rate"] * factor} for factor in RATES[model]]
+    start, factors = STARTS[model], LOWER if (model, task) in LOW else RATES
+    rates = [{**start, "learning_rate": start["learning_rate"] * factor} for factor in factors]
     return rates + [{**start, "clip_range": start["clip_range"] * factor} for factor in CLIPPED.get(model, ())]
 
 

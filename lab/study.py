@@ -128,7 +128,7 @@ def searches(args, results):
     named |= {("grpo_base", *pair) for pair in claims.SIDE_BY_SIDE if args.methods}
     for searched in claims.SEARCHED if results.searched else ():
         if searched in named:
-            tried = [claims.setting(*searched).settings(point) for point in claims.points(searched[1])]
+            tried = [claims.setting(*searched).settings(point) for point in claims.points(*searched[1:])]
             yield f"search {' '.join(searched)}", [job(one, seed) for seed in claims.SEARCH_SEEDS for one in tried]
 
 

@@ -67,7 +67,7 @@ class Results:
     def tried(self, script, model, task):
         """[(point, mean reward of the last two evaluations)] of the search's points whose runs are all there."""
         found = []
-        for point in claims.points(model):
+        for point in claims.points(model, task):
             runs = self.runs(claims.setting(script, model, task).settings(point))
             if all(seed in runs for seed in claims.SEARCH_SEEDS):
                 ends = [value for seed in claims.SEARCH_SEEDS for value in runs[seed]["evaluations"]["reward"][-2:]]
@@ -78,7 +78,7 @@ class Results:
         """{"learning_rate", "clip_range"}: the best point of the search; None till it is done. No mix of the best of
         each: two changes that help alone may unlearn everything together."""
         tried = self.tried(script, model, task)
-        return max(tried, key=lambda pair: pair[1])[0] if len(tried) == len(claims.points(model)) else None
+        return max(tried, key=lambda pair: pair[1])[0] if len(tried) == len(claims.points(model, task)) else None
 
     def methods(self, model, task):
         """{script: {seed: run}} of all that a task was given to without flags of its own, a reader's methods last."""

@@ -188,7 +188,7 @@ def searches(results):
     for searched in claims.SEARCHED:
         tried = results.tried(*searched)
         ends = [f"{point['learning_rate']:g}, {point['clip_range']:g}: {end:.3f}" for point, end in tried]
-        tuned, rates = results.tuned(*searched), [point["learning_rate"] for point in claims.points(searched[1])]
+        tuned, rates = results.tuned(*searched), [point["learning_rate"] for point in claims.points(*searched[1:])]
         chosen = f"**{tuned['learning_rate']:g}, {tuned['clip_range']:g}**" if tuned else NONE
         chosen += (
             " (at the end of what was tried)" if tuned and tuned["learning_rate"] in (min(rates), max(rates)) else ""

@@ -189,7 +189,7 @@ def add(results, settings, seeds, end):
 
 def test_the_search_takes_the_best_point_and_its_runs_are_no_evidence(tmp_path):
     results, searched = Results(tmp_path), ("slas", "tiny-flux", "proxy")
-    setting, points = claims.setting(*searched), claims.points("tiny-flux")
+    setting, points = claims.setting(*searched), claims.points("tiny-flux", "proxy")
     assert results.tuned(*searched) is None and results.settings(setting) is None and results.of(setting) == {}
     for point, end in zip(points, (0.45, 0.5, 0.7, 0.6, 0.4), strict=True):
         assert results.tuned(*searched) is None
