@@ -108,7 +108,7 @@ STARTS = {
     for model in IMAGES + CLIPS
 }
 RATES, LOWER = (0.5, 1, 2, 4), (0.25, 0.5, 1, 2)
-LOW = [("tiny-sd", "doubtful"), ("tiny-wan", "doubtful"), ("tiny-wan", "stages")]  # four times unlearns everything
+LOW = [("tiny-sd", "doubtful"), ("tiny-wan", "doubtful"), ("tiny-wan", "stages")]  # four times the rate unlearns
 CLIPPED = {"tiny-flux": (5,)}
 SEARCHED = [
     *((script, "tiny-flux", "proxy") for script in ("grpo_base", "slas")),
@@ -419,7 +419,8 @@ REMARKS = {
     "slas-faster:tiny-flux": "likely because this proxy tells samples of tight groups apart, too (correlation .55 with "
     "the verifier there, .70 in wide ones), so that what SLAS makes quieter is mostly signal. It would take a reward "
     "whose small differences are noise, as between samples of a large model that hardly differ.",
-    "gamma-0.0:tiny-flux": "the same reason; the interval ends at 0, and five seeds are few for it.",
+    "gamma-0.0:tiny-flux": "likely as for the rise on the proxy; the interval ends at 0, and five seeds are "
+    "few for it.",
     "gamma-auto:tiny-flux": "auto was 0 in every step of every seed, so this is the comparison with 0 once more: "
     "theorem 4 bounds the KL in the worst direction, which is 3.3 here where a step really had 6e-6, and --kl-limit is "
     "1e-4. A limit above 3.3 would let it choose.",
@@ -428,18 +429,18 @@ REMARKS = {
     "slas-higher:tiny-sd": "each method at the rate that its search took: SLAS .003, GRPO .006. Of the difference it "
     "is not known what is the rate's and what the method's.",
     "bpgo-smoother:tiny-flux": "likely the rate: the search took .0004 for BPGO and .0002 for GRPO, and with the rate "
-    "both get less smooth (by the search's two seeds GRPO .007 and .009, BPGO .007 and .010). Trust lies between .86 "
-    "and 1.19 in a step, so that BPGO is nearly GRPO here. It would take prompts whose rewards differ more in what "
-    "they are worth, and both methods at one rate.",
-    "crt-unsteady:tiny-flux": "RAS alone is GRPO with weights between .86 and 1.19, at twice the rate that GRPO's own "
+    "both get less smooth (by the search's two seeds GRPO .007 and .009, BPGO .007 and .010). A step's trust lies "
+    "between .87 and 1.18 in the mean, so that BPGO is nearly GRPO here. It would take prompts whose rewards "
+    "differ more in what they are worth, and both methods at one rate.",
+    "crt-unsteady:tiny-flux": "RAS alone is GRPO with weights between .87 and 1.16, at twice the rate that GRPO's own "
     "search took, and as unsteady as GRPO was there. The interval ends at 0, and the paper shows one curve of each.",
     "quality-one:tiny-wan": "the first stage alone is trained on this quality and on nothing else, and 30 steps do not "
-    "exhaust it: its groups' spread falls by a fifth. It would take a run so long that the first stage has no more to "
+    "exhaust it: its groups' spread falls by 21%. It would take a run so long that the first stage has no more to "
     "teach.",
-    "quality-one:tiny-flux": "the same; the first stage alone pays for it with the truth, which falls from .454 to "
-    ".348.",
+    "quality-one:tiny-flux": "trained on this quality alone, as on tiny-wan; it pays with the truth, which "
+    "falls from .454 to .348.",
     "paced-grpo:tiny-flux": "the last stage is not too hard here: its verifier gives .454 to the base model and tells "
-    "its samples apart from the first step (spread .2 within a group), so that every step on an easier stage is one "
+    "its samples apart from the first step (spread .21 within a group), so that every step on an easier stage is one "
     "less on the truth. It would take a last reward that is flat for a beginner.",
     "dance:tiny-flux": "both at a noise level of .7, Flow-GRPO's; DanceGRPO's own is .3. Likely because equal noise "
     "has less of it in the early steps, which decide what is where, and more in the late ones. A level for each would "

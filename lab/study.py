@@ -45,8 +45,7 @@ PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "numpy")
 SHOWN_SEED = 0  # of whose models the pictures show samples
 KEPT = ("reward_mean", "reward_std", "advantage_abs_mean", "grad_norm", "clip_fraction", "batch_std")
 # Seconds of one core, tiny-flux's measured beside another run, the others' on a busier machine: starting and ending a
-# run; an evaluation; a sample's rollout
-# and reward; a sample's share of an update at one denoising step.
+# run; an evaluation; a sample's rollout and reward; a sample's share of an update at one denoising step.
 SECONDS = {
     "tiny-flux": (3.0, 2.2, 0.018, 0.0045),
     "tiny-sd": (3.0, 2.5, 0.021, 0.0055),

@@ -461,6 +461,40 @@ def test_each_verdict_against_a_claim_has_a_remark_and_no_remark_stands_at_what_
     assert against <= set(claims.REMARKS) <= against | {n for n, v in told.items() if v == verdicts.HOLDS}
 
 
+def test_the_numbers_in_remarks_are_those_of_the_results():
+    results, un = Results(FOLDER), claims.unsteadiness("truth").of
+
+    def mean(values, digits=2):
+        return f"{np.mean(list(values)):.{digits}f}".removeprefix("0")
+
+    def runs(script, task, **flags):
+        return results.of(claims.setting(script, "tiny-flux", task, **flags)).values()
+
+    probes = results.of(claims.Setting("probe:loudness", "tiny-flux")).values()
+    numbers = {
+        "slas-faster:tiny-flux": [mean(run["numbers"][f"true_{end}"] for run in probes) for end in ("low", "high")]
+    }
+    numbers["bpgo-smoother:tiny-flux"] = [
+        mean((un(run) for seed, run in results.runs(settings).items() if seed in claims.SEARCH_SEEDS), 3)
+        for script in ("grpo_base", "bpgo")
+        for point in claims.points("tiny-flux", "doubtful")[1:3]
+        for settings in [claims.setting(script, "tiny-flux", "doubtful").settings(point)]
+    ]
+    for name, flags in (("bpgo-smoother", {}), ("crt-unsteady", {"beta": 0.0})):
+        numbers.setdefault(f"{name}:tiny-flux", []).extend(
+            mean(np.mean(run["training"][f"trust_{end}"]) for run in runs("bpgo", "doubtful", **flags))
+            for end in ("min", "max")
+        )
+    alone = results.of(claims.setting("self_paced", "tiny-wan", "stages", only_stage=1)).values()
+    fallen = 1 - np.exp(np.mean([claims.late_over_early("reward_std", "").of(run) for run in alone]))
+    numbers["quality-one:tiny-wan"] = [f"{fallen:.0%}"]
+    ends = [run["evaluations"]["truth"] for run in runs("self_paced", "stages", only_stage=1)]
+    numbers["quality-one:tiny-flux"] = [mean((end[i] for end in ends), 3) for i in (0, -1)]
+    numbers["paced-grpo:tiny-flux"] = [mean(run["training"]["reward_std"][0] for run in runs("grpo_base", "truth"))]
+    for name, values in numbers.items():
+        assert all(value in claims.REMARKS[name] for value in values), (name, values)
+
+
 def test_the_committed_results_are_small_and_whole():
     files = list(FOLDER.glob("*.json"))
     assert sum(path.stat().st_size for path in files) < 2e6
