@@ -434,6 +434,17 @@ REMARKS = {
     "differ more in what they are worth, and both methods at one rate.",
     "crt-unsteady:tiny-flux": "RAS alone is GRPO with weights between .87 and 1.16, at twice the rate that GRPO's own "
     "search took, and as unsteady as GRPO was there. The interval ends at 0, and the paper shows one curve of each.",
+    "bpgo-smoother:tiny-sd": "the search took .003 for BPGO and .00075 for GRPO, because two means of two seeds lay "
+    ".003 apart, and a curve is the less smooth the larger the rate (by the search's seeds, over its four rates, GRPO "
+    ".002, .005, .007, .015, BPGO .002, .006, .012, .008). It would take both methods at one rate.",
+    "bpgo-smoother:tiny-wan": "the search took .0001 for BPGO and .00005 for GRPO, which hardly moves there (.287 to "
+    ".292) and is smooth for that reason. The reward's error is too much for 30 steps of 48 clips: it would take a "
+    "longer run of larger groups, in which both rise.",
+    "ras-grpo:tiny-wan-i2v": "both at one rate. The prior is one still of each prompt and has the judge's error like "
+    "any sample: .2, twice that of the mean of a group of 4. So of what sets the trust, between .65 and 1.27, about "
+    "half is chance in samples of the base model, and weights by chance only lose signal. It would take a judge that "
+    "errs less.",
+    "crt-grpo:tiny-wan-i2v": "as for RAS: the second term, too, is measured from that prior; the interval ends at 0.",
     "quality-one:tiny-wan": "the first stage alone is trained on this quality and on nothing else, and 30 steps do not "
     "exhaust it: its groups' spread falls by 21%. It would take a run so long that the first stage has no more to "
     "teach.",

@@ -455,6 +455,14 @@ def test_the_readme_has_the_table_of_the_committed_results():
     assert verdicts.with_table(text, Results(FOLDER)) == text, "python -m lab.verdicts"
 
 
+def test_the_front_page_counts_the_verdicts():
+    told = [finding.verdict for finding in verdicts.findings(Results(FOLDER))]
+    held, failed, open_ = map(told.count, (verdicts.HOLDS, verdicts.FAILS, verdicts.UNDECIDED))
+    front = " ".join((verdicts.README.parents[1] / "README.md").read_text().split())
+    words = f"Of {len(told)} comparisons with a 95% interval {held} hold, {failed} do not and {open_} are undecided"
+    assert words in front and held + failed + open_ == len(told)
+
+
 def test_each_verdict_against_a_claim_has_a_remark_and_no_remark_stands_at_what_is_undecided():
     told = {finding.claim.name: finding.verdict for finding in verdicts.findings(Results(FOLDER))}
     against = {name for name, verdict in told.items() if verdict == verdicts.FAILS}
@@ -467,24 +475,38 @@ def test_the_numbers_in_remarks_are_those_of_the_results():
     def mean(values, digits=2):
         return f"{np.mean(list(values)):.{digits}f}".removeprefix("0")
 
-    def runs(script, task, **flags):
-        return results.of(claims.setting(script, "tiny-flux", task, **flags)).values()
+    def runs(script, task, model="tiny-flux", **flags):
+        return results.of(claims.setting(script, model, task, **flags)).values()
+
+    def searched(script, model, points):
+        settings = [claims.setting(script, model, "doubtful").settings(point) for point in points]
+        runs = [[run for seed, run in results.runs(one).items() if seed in claims.SEARCH_SEEDS] for one in settings]
+        return [mean(map(un, some), 3) for some in runs]
 
     probes = results.of(claims.Setting("probe:loudness", "tiny-flux")).values()
     numbers = {
         "slas-faster:tiny-flux": [mean(run["numbers"][f"true_{end}"] for run in probes) for end in ("low", "high")]
     }
-    numbers["bpgo-smoother:tiny-flux"] = [
-        mean((un(run) for seed, run in results.runs(settings).items() if seed in claims.SEARCH_SEEDS), 3)
-        for script in ("grpo_base", "bpgo")
-        for point in claims.points("tiny-flux", "doubtful")[1:3]
-        for settings in [claims.setting(script, "tiny-flux", "doubtful").settings(point)]
-    ]
-    for name, flags in (("bpgo-smoother", {}), ("crt-unsteady", {"beta": 0.0})):
-        numbers.setdefault(f"{name}:tiny-flux", []).extend(
-            mean(np.mean(run["training"][f"trust_{end}"]) for run in runs("bpgo", "doubtful", **flags))
+    for model, points in (
+        ("tiny-flux", claims.points("tiny-flux", "doubtful")[1:3]), ("tiny-sd", claims.points("tiny-sd", "doubtful"))
+    ):  # fmt: skip
+        numbers[f"bpgo-smoother:{model}"] = [
+            found for script in ("grpo_base", "bpgo") for found in searched(script, model, points)
+        ]
+    ras = {"beta": 0.0}
+    for key, model, flags in (
+        ("bpgo-smoother", "tiny-flux", {}), ("crt-unsteady", "tiny-flux", ras), ("ras-grpo", "tiny-wan-i2v", ras)
+    ):  # fmt: skip
+        numbers.setdefault(f"{key}:{model}", []).extend(
+            mean(np.mean(run["training"][f"trust_{end}"]) for run in runs("bpgo", "doubtful", model, **flags))
             for end in ("min", "max")
         )
+    ends = [run["evaluations"]["truth"] for run in runs("grpo_base", "doubtful", "tiny-wan")]
+    numbers["bpgo-smoother:tiny-wan"] = [mean((end[i] for end in ends), 3) for i in (0, -1)]
+    numbers["bpgo-smoother:tiny-wan"] += [
+        f"{results.tuned(script, 'tiny-wan', 'doubtful')['learning_rate']:.5f}".strip("0")
+        for script in ("grpo_base", "bpgo")
+    ]
     alone = results.of(claims.setting("self_paced", "tiny-wan", "stages", only_stage=1)).values()
     fallen = 1 - np.exp(np.mean([claims.late_over_early("reward_std", "").of(run) for run in alone]))
     numbers["quality-one:tiny-wan"] = [f"{fallen:.0%}"]
