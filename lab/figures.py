@@ -48,7 +48,7 @@ def band(curves):
     """Curves [n, k] of n seeds -> mean, low, high, each [k]; of one seed there is no band."""
     values = np.asarray(curves, dtype=float)
     mean, n = values.mean(0), len(values)
-    half = verdicts.T[min(n - 2, len(verdicts.T) - 1)] * values.std(0, ddof=1) / math.sqrt(n) if n > 1 else 0 * mean
+    half = np.array([verdicts.half_of_t(column) for column in values.T]) if n > 1 else 0 * mean
     return mean, mean - half, mean + half
 
 
@@ -77,15 +77,15 @@ def look(number, script):
 def rewards(results, plt):
     """Held-out rewards over the steps: what was trained on, and the verifier (the papers' reward curves)."""
     wanted = [
-        ("tiny-flux", "proxy", "reward", "tiny-flux: the proxy, trained on"),
-        ("tiny-flux", "proxy", "truth", "tiny-flux: the verifier, watched"),
-        ("tiny-flux", "doubtful", "truth", "tiny-flux: the verifier\nunder a noisy, ambiguous reward"),
-        ("tiny-sd", "proxy", "reward", "tiny-sd: the proxy, trained on"),
-        ("tiny-sd", "proxy", "truth", "tiny-sd: the verifier, watched"),
-        ("tiny-sd", "doubtful", "truth", "tiny-sd: the verifier\nunder a noisy, ambiguous reward"),
-        ("tiny-wan", "doubtful", "truth", "tiny-wan: the verifier\nunder a noisy, ambiguous reward"),
-        ("tiny-wan-i2v", "doubtful", "truth", "tiny-wan-i2v: the verifier\nunder a noisy, ambiguous reward"),
-        ("tiny-wan", "stages", "truth", "tiny-wan: the verifier\nat the end of three stages"),
+        ("tiny-flux", "proxy", "reward", "tiny-flux: the proxy,\ntrained on it"),
+        ("tiny-flux", "proxy", "truth", "tiny-flux: the verifier,\ntrained on the proxy"),
+        ("tiny-flux", "doubtful", "truth", "tiny-flux: the verifier,\ntrained on a doubtful reward"),
+        ("tiny-sd", "proxy", "reward", "tiny-sd: the proxy,\ntrained on it"),
+        ("tiny-sd", "proxy", "truth", "tiny-sd: the verifier,\ntrained on the proxy"),
+        ("tiny-sd", "doubtful", "truth", "tiny-sd: the verifier,\ntrained on a doubtful reward"),
+        ("tiny-wan", "doubtful", "truth", "tiny-wan: the verifier,\ntrained on a doubtful reward"),
+        ("tiny-wan-i2v", "doubtful", "truth", "tiny-wan-i2v: the verifier,\ntrained on a doubtful reward"),
+        ("tiny-wan", "stages", "truth", "tiny-wan: the verifier,\ntrained on three stages"),
     ]
     figure, axes = plt.subplots(3, 3, figsize=(10, 8.4), sharex=True)
     for axis, (model, task, name, title) in zip(axes.flat, wanted):
@@ -229,7 +229,8 @@ def kinds(results, plt):
 
 def forest(results, plt):
     """A line for each claim, a column for each model: the difference in units of half its interval, so that lengths do
-    not compare but distances from 0 do, the number itself beside it, and the verdict's colour."""
+    not compare but distances from 0 do, the difference beside it, above 0 in the claim's favour, and the verdict's
+    colour."""
     found = [one for one in verdicts.findings(results) if one.seeds and math.isfinite(one.low)]
     if not found:
         return plt.figure()
@@ -247,7 +248,7 @@ def forest(results, plt):
         inwards = max(-FURTHEST, min(FURTHEST, middle)) - middle
         axis.plot([low + inwards, high + inwards], [place, place], color=colour, lw=3, solid_capstyle="round")
         axis.plot([middle + inwards], [place], "o", color="white", mec=colour, ms=4.5)
-        axis.text(FURTHEST + 1.4, place, f"{one.difference:+.3f}", fontsize=6.5, va="center", color=colour)
+        axis.text(FURTHEST + 1.4, place, f"{sign * one.difference:+.3f}", fontsize=6.5, va="center", color=colour)
     for model, axis in columns.items():
         axis.axvline(0, color="#333333", lw=0.9)
         axis.set(title=model, xlim=(-FURTHEST - 1.4, FURTHEST + 3.6), ylim=(-max(len(places), 1) + 0.3, 0.7))
@@ -258,6 +259,8 @@ def forest(results, plt):
     said = {one.verdict for one in found}
     handles = [plt.Line2D([], [], color=colour, lw=3, label=v) for v, colour in VERDICTS.items() if v in said]
     figure.legend(handles=handles, loc="lower right", bbox_to_anchor=(1, 1), ncols=4, fontsize=8)
+    units = "bars: 95% intervals, each in units of its own half; numbers: differences in the claim's favour"
+    figure.text(0.01, 1.008, units, fontsize=8, color="#555555")
     return figure
 
 

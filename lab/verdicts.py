@@ -52,6 +52,11 @@ def interval(differences, draws=DRAWS):
     return tuple(np.quantile(values[index].mean(1), [outside, 1 - outside]).tolist())
 
 
+def half_of_t(values):
+    """Half of the 95% interval of the mean of n >= 2 numbers by Student's t."""
+    return T[min(len(values) - 2, len(T) - 1)] * float(np.std(values, ddof=1)) / math.sqrt(len(values))
+
+
 def verdict(low, high, seeds, lower=False):
     """The verdict on a claim that differences are above 0, or below, from their interval, where it can be one."""
     if seeds < ENOUGH:
@@ -134,11 +139,14 @@ def decided(every):
     told = [one.verdict for one in every if len(one.seeds) >= ENOUGH]
     if not told:
         return ""
+    clear = [one for one in every if one.verdict in (HOLDS, FAILS)]
+    close = sum(abs(one.difference) < half_of_t(one.differences) for one in clear)
     counts = ", ".join(f"{told.count(word)} *{word}*" for word in (HOLDS, FAILS, UNDECIDED))
     return (
         f"{len(told)} of {len(every)} comparisons have enough seeds: {counts}. Of as many without any difference "
-        f"chance alone would decide about {len(told) / 15:.0f}; nothing is corrected for that. Those of one pair of "
-        "settings are one experiment seen from several sides."
+        f"chance alone would decide about {len(told) / 15:.0f}; nothing is corrected for that. Student's t, wider for "
+        f"so few seeds, would leave {close} of the {len(clear)} decided open. Those of one pair of settings are one "
+        "experiment seen from several sides."
     )
 
 
