@@ -29,33 +29,34 @@ import torch
 from torch.nn.functional import pad
 
 import papers
-from common import arguments, errors, heldout, loss, models, rewards, sde
+from common import cli, errors, loss, models, rewards, sde
 from common.prompts import prompts_ahead, prompts_of_step, read_prompts
-from common.report import Clock, Report
-from common.runtime import Runtime
-from common.scoring import Scoring
+from common.reporting.report import Clock, Report
+from common.rewards.scoring import Scoring
+from common.trainer import heldout
+from common.trainer.runtime import Runtime
 
 EPS = 1e-8  # in every division by a standard deviation
 MEMORY = 50  # steps that the running mean goes back: the mean of all while there are fewer, then exponential
 
 
 @dataclass
-class Args(arguments.Args):
-    alpha: Annotated[float, arguments.From(0, 1)] = 0.5
+class Args(cli.Args):
+    alpha: Annotated[float, cli.From(0, 1)] = 0.5
     """RAS: how far trust goes from 1 (table 3: best of 0.1, 0.5, 0.7, 0.9); 0: a plain first term."""
-    k: Annotated[float, arguments.From(0, 1000)] = 1.0
+    k: Annotated[float, cli.From(0, 1000)] = 1.0
     """RAS: how steeply trust rises with (mean reward - prior) / scale."""
-    beta: Annotated[float, arguments.From(0, 1000)] = 0.5
+    beta: Annotated[float, cli.From(0, 1000)] = 0.5
     """CRT: weight of the second term; 0: RAS alone."""
     crt_alone: bool = False
     """The second term by itself, without a weight: eq 5."""
-    lam: Annotated[float, arguments.From(0, 1000)] = 1.0
+    lam: Annotated[float, cli.From(0, 1000)] = 1.0
     """CRT: weight of (reward - prior) / scale beside the step at the prior."""
-    prior: Annotated[Literal["running-mean", "sft", "first-frame", "constant"], arguments.Start("sft")] = "running-mean"
+    prior: Annotated[Literal["running-mean", "sft", "first-frame", "constant"], cli.Start("sft")] = "running-mean"
     """Mean of the rewards so far; of the initial weights' own samples; of the conditioning image; --prior-value."""
-    prior_value: Annotated[float, arguments.From(-1e6, 1e6)] = 0.0
+    prior_value: Annotated[float, cli.From(-1e6, 1e6)] = 0.0
     """The reward that --prior constant expects."""
-    reward_scale: Annotated[float, arguments.From(0, 1e6)] = 0.0
+    reward_scale: Annotated[float, cli.From(0, 1e6)] = 0.0
     """Unit of reward - prior in --k and --lam; 0: the spread that the rewards declare; 1: the equations as printed."""
     SETTINGS, CURVES = papers.BPGO, ("prior", "trust")
 
@@ -138,13 +139,13 @@ class Prior:
 def main(args: Args) -> Report:
     """Trains, and returns the Report. Raises InputError, RunError, Stopped (common/errors.py)."""
     # --- Setup ---
-    arguments.check(args)
+    cli.check(args)
     prompts, reward_weights = read_prompts(args.prompts), rewards.parse(args.reward)
     eval_prompts = read_prompts(args.eval_prompts) if args.eval_prompts else []
-    scorers = rewards.load([*args.reward, *args.watch], prompts + eval_prompts, **arguments.of_rewards(args))
+    scorers = rewards.load([*args.reward, *args.watch], prompts + eval_prompts, **cli.of_rewards(args))
     reward_weights = rewards.in_units(args.reward_units, reward_weights, scorers)
     run = Runtime(args, scorers)
-    model = models.load(args.model, run.dtype, prompts + eval_prompts, **arguments.of_model(args))
+    model = models.load(args.model, run.dtype, prompts + eval_prompts, **cli.of_model(args))
     sigmas = model.sigmas(args.sampling_steps, args.shift)  # [T+1]
     if args.kl_coef:
         run.keep_initial(model)
@@ -260,4 +261,4 @@ def main(args: Args) -> Report:
 
 
 if __name__ == "__main__":
-    errors.run(main, arguments.parse(Args, __doc__))
+    errors.run(main, cli.parse(Args, __doc__))

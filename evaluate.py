@@ -26,16 +26,19 @@ import torch
 from tqdm import tqdm
 from tyro.conf import Positional, arg
 
-from common import arguments, errors, evaluation, layouts, models, placing, rewards, run_folder, scores, trained
-from common.arguments import From
+from common import cli, errors, models, rewards
+from common.cli import From
 from common.errors import InputError
-from common.processes import Processes
 from common.prompts import fields_of, read_prompts
-from common.rewards.scene import parse
+from common.trainer import placing, run_folder
+from common.trainer.processes import Processes
+from evaluation import layouts, tables, trained
+from evaluation.folder import Evaluator, Folder, digest
+from worlds.scene import parse
 
 
 @dataclass
-class Args(arguments.Scored):
+class Args(cli.Scored):
     SETTINGS = {}
 
     runs: Annotated[Positional[tuple[str, ...]], arg(metavar="[RUN ...]")] = ()
@@ -77,16 +80,16 @@ def defaults(words: list[str]) -> Args:
         if [*own.reward] != run.config.get("reward"):  # code in a file, which a run's folder alone does not make run
             own.reward = ()
     else:
-        own = arguments.defaults(arguments.Args, *arguments.given(words, "--model"))
+        own = cli.defaults(cli.Args, *cli.given(words, "--model"))
     names = {field.name for field in dataclasses.fields(Args)} & {field.name for field in dataclasses.fields(own)}
     values = {name: getattr(own, name) for name in names if name not in ("seed", "output", "trust_remote_code")}
-    of_layout = dict(prompts="", reward=()) if any(arguments.given(words, "--layout")) else {}
+    of_layout = dict(prompts="", reward=()) if any(cli.given(words, "--layout")) else {}
     return Args(**{**values, "prompts": own.eval_prompts, **of_layout})
 
 
 def check(args: Args, run: Processes, runs: list[trained.Trained]) -> None:
     """Raises InputError for what flags, runs and launch cannot mean together."""
-    arguments.check_bounds(args)
+    cli.check_bounds(args)
     if runs and sys.argv[1].startswith("-"):
         raise InputError(f"name runs before flags, which have the first one's settings: evaluate.py {args.runs[0]} ...")
     if args.averaged and not runs:
@@ -111,26 +114,24 @@ def evaluate(args: Args) -> None:
     """Scores base and runs, and writes tables and pictures. Raises InputError, RunError."""
     # --- Setup ---
     run, runs = Processes(args), trained.find_all(args.runs, args.averaged)
-    args.micro_batch = arguments.rows_of(args.micro_batch)
+    args.micro_batch = cli.rows_of(args.micro_batch)
     check(args, run, runs)
     layout = layouts.plan(args.layout, args.prompts) if args.layout else None
     prompts = layout.prompts if layout else read_prompts(args.prompts)
     reward_weights = rewards.parse(args.reward) if args.reward or not layout else {}
-    scorers = rewards.load(args.reward, prompts, **arguments.of_rewards(args))
+    scorers = rewards.load(args.reward, prompts, **cli.of_rewards(args))
     reward_weights = rewards.in_units(args.reward_units, reward_weights, scorers)
     found = {"base": None, **{weights.name: weights for weights in runs}}
     whose = {
         name: weights.identity() if weights else {"base": args.source or args.model} for name, weights in found.items()
     }
     settings = {name: value for name, value in dataclasses.asdict(args).items() if name not in FREE}
-    folder = evaluation.Folder(
-        args.output, {**settings, "prompts_sha256": evaluation.digest(prompts, map(fields_of, prompts))}, whose
-    )
-    model = models.load(args.model, run.dtype, prompts, **arguments.of_model(args))
+    folder = Folder(args.output, {**settings, "prompts_sha256": digest(prompts, map(fields_of, prompts))}, whose)
+    model = models.load(args.model, run.dtype, prompts, **cli.of_model(args))
     placing.place(run, model)
     rewards.try_out(scorers, model, prompts[0])
     sigmas = model.sigmas(args.sampling_steps, args.shift)  # [T+1]
-    evaluator = evaluation.Evaluator(run, model, scorers, sigmas, prompts, folder, layout, args.shown)
+    evaluator = Evaluator(run, model, scorers, sigmas, prompts, folder, layout, args.shown)
     samples = layout.samples() if layout else [(p, which) for which in range(args.samples) for p in range(len(prompts))]
     parts = torch.tensor(samples).split(run.score_batch)
     folder.together(run, evaluator.begin)
@@ -166,7 +167,7 @@ def trains_all(weights: trained.Trained | None) -> bool:
     return bool(weights) and not weights.config.get("lora_rank")
 
 
-def tell_layout(layout: layouts.Layout, folder: evaluation.Folder, names: Iterable[str]) -> None:
+def tell_layout(layout: layouts.Layout, folder: Folder, names: Iterable[str]) -> None:
     """Checks the samples of each model in the folder and prints what the benchmark's own tool is started with. Raises
     InputError."""
     for name in names:
@@ -175,7 +176,7 @@ def tell_layout(layout: layouts.Layout, folder: evaluation.Folder, names: Iterab
 
 
 def tell(
-    args: Args, folder: evaluation.Folder, prompts: list[str], reward_weights: dict[str, float], names: Iterable[str],
+    args: Args, folder: Folder, prompts: list[str], reward_weights: dict[str, float], names: Iterable[str],
     parts: Sequence[torch.Tensor],
 ) -> None:  # fmt: skip
     """The tables on the screen and as files, and the picture, of the models `names`, the base first; parts: all of
@@ -186,15 +187,15 @@ def tell(
         found = {reward: folder.scores(name, reward, parts, shape) for reward in reward_weights}
         if len(found) > 1:
             found["sum"] = rewards.weighted_sum(found, reward_weights)
-        table[name] = {r: scores.summary(v, base.get(r), asked) for r, v in found.items()}
+        table[name] = {r: tables.summary(v, base.get(r), asked) for r, v in found.items()}
         base = base or found
         if PASSED in found:
-            tasks[name] = scores.by_task(found[PASSED], [parse(prompt).task for prompt in prompts])
+            tasks[name] = tables.by_task(found[PASSED], [parse(prompt).task for prompt in prompts])
         marks[name] = found[next(iter(reward_weights))][: args.shown, 0]
-    run_folder.write_text(folder.path / "results.csv", scores.as_csv(table, tasks))
+    run_folder.write_text(folder.path / "results.csv", tables.as_csv(table, tasks))
     results = {"settings": folder.settings, "weights": folder.whose, "rewards": table, "tasks": tasks}
     run_folder.write_text(folder.path / "results.json", json.dumps(results, indent=2) + "\n")
-    print(scores.table(table), *[scores.task_table(tasks)] * bool(tasks), sep="\n\n")
+    print(tables.table(table), *[tables.task_table(tasks)] * bool(tasks), sep="\n\n")
     shown = f" and {folder.picture(prompts[: args.shown], marks, args.fps)}" if args.shown else ""
     print(f"look at {folder.path}/results.csv{shown}")
 
@@ -208,4 +209,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main, arguments.parse(Args, __doc__, defaults))
+    errors.run(main, cli.parse(Args, __doc__, defaults))

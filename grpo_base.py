@@ -21,17 +21,18 @@ import torch
 from torch.nn.functional import pad
 
 import papers
-from common import arguments, errors, heldout, loss, models, rewards, sde
+from common import cli, errors, loss, models, rewards, sde
 from common.prompts import prompts_ahead, prompts_of_step, read_prompts
-from common.report import Clock, Report
-from common.runtime import Runtime
-from common.scoring import Scoring
+from common.reporting.report import Clock, Report
+from common.rewards.scoring import Scoring
+from common.trainer import heldout
+from common.trainer.runtime import Runtime
 
 EPS = 1e-8  # in every division by a standard deviation
 
 
 @dataclass
-class Args(arguments.Args):
+class Args(cli.Args):
     """GRPO has no settings beyond the shared ones."""
 
     SETTINGS = papers.GRPO
@@ -79,13 +80,13 @@ def split_rows(kept: torch.Tensor, number: int) -> list[torch.Tensor]:
 def main(args: Args) -> Report:
     """Trains, and returns the Report. Raises InputError, RunError, Stopped (common/errors.py)."""
     # --- Setup ---
-    arguments.check(args)
+    cli.check(args)
     prompts, reward_weights = read_prompts(args.prompts), rewards.parse(args.reward)
     eval_prompts = read_prompts(args.eval_prompts) if args.eval_prompts else []
-    scorers = rewards.load([*args.reward, *args.watch], prompts + eval_prompts, **arguments.of_rewards(args))
+    scorers = rewards.load([*args.reward, *args.watch], prompts + eval_prompts, **cli.of_rewards(args))
     reward_weights = rewards.in_units(args.reward_units, reward_weights, scorers)
     run = Runtime(args, scorers)
-    model = models.load(args.model, run.dtype, prompts + eval_prompts, **arguments.of_model(args))
+    model = models.load(args.model, run.dtype, prompts + eval_prompts, **cli.of_model(args))
     sigmas = model.sigmas(args.sampling_steps, args.shift)  # [T+1]
     if args.kl_coef:
         run.keep_initial(model)
@@ -192,4 +193,4 @@ def main(args: Args) -> Report:
 
 
 if __name__ == "__main__":
-    errors.run(main, arguments.parse(Args, __doc__))
+    errors.run(main, cli.parse(Args, __doc__))

@@ -27,30 +27,31 @@ import torch
 from torch.nn.functional import pad
 
 import papers
-from common import arguments, errors, heldout, loss, models, rewards, sde
+from common import cli, errors, loss, models, rewards, sde
 from common.prompts import prompts_ahead, prompts_of_step, read_prompts
-from common.report import Clock, Report
-from common.runtime import Runtime
-from common.scoring import Scoring
+from common.reporting.report import Clock, Report
+from common.rewards.scoring import Scoring
+from common.trainer import heldout
+from common.trainer.runtime import Runtime
 
 EPS = 1e-8  # in every division by a standard deviation
 
 
 @dataclass
-class Args(arguments.Args):
-    thresholds: Annotated[tuple[float, ...], arguments.From(-1e6, 1e6)] = (0.929, 0.81)
+class Args(cli.Args):
+    thresholds: Annotated[tuple[float, ...], cli.From(-1e6, 1e6)] = (0.929, 0.81)
     """tau of each stage that opens a gate: the mean reward at which that gate is half open."""
     gate: Literal["previous", "own"] = "previous"
     """Whose mean reward opens a stage's gate: the stage's before it, as the text says; its own, as eq 9 is printed."""
-    alpha: Annotated[float, arguments.From(0, 1000)] = 4.0
+    alpha: Annotated[float, cli.From(0, 1000)] = 4.0
     """How sharply the weights follow the gates; 0: all stages count the same, the ablation `joint`."""
-    beta: Annotated[float, arguments.From(0, 1000)] = 0.5
+    beta: Annotated[float, cli.From(0, 1000)] = 0.5
     """Weight of the difference in saturation between a stage and the one before."""
-    slope: Annotated[float, arguments.From(0, 1000)] = 10.0
+    slope: Annotated[float, cli.From(0, 1000)] = 10.0
     """How steeply a gate opens around its threshold."""
     saturation: Literal["hoyer", "one-minus-hoyer"] = "hoyer"
     """The printed index, 0 for equal rewards; or what the paper says of it, that equal rewards are saturated."""
-    only_stage: Annotated[int, arguments.From(0, 100)] = 0
+    only_stage: Annotated[int, cli.From(0, 100)] = 0
     """Train on this stage alone, the ablations `one-stage` (1) and `two-stage` (2 holds 1); 0: on all."""
     calibrate: bool = False
     """Train each stage that opens a gate alone for 50 steps first; its tau is where it started + 0.7 * its gain."""
@@ -138,15 +139,15 @@ def split_rows(kept: torch.Tensor, number: int) -> list[torch.Tensor]:
 def main(args: Args) -> Report:
     """Trains, and returns the Report. Raises InputError, RunError, Stopped (common/errors.py)."""
     # --- Setup ---
-    arguments.check(args)
+    cli.check(args)
     args = calibrate(args) if args.calibrate else args
     prompts, reward_weights = read_prompts(args.prompts), rewards.parse(args.reward)
     eval_prompts = read_prompts(args.eval_prompts) if args.eval_prompts else []
-    scorers = rewards.load([*args.reward, *args.watch], prompts + eval_prompts, **arguments.of_rewards(args))
+    scorers = rewards.load([*args.reward, *args.watch], prompts + eval_prompts, **cli.of_rewards(args))
     reward_weights = rewards.in_units(args.reward_units, reward_weights, scorers)
     reward_weights = check_stages(args, scorers, reward_weights)
     run = Runtime(args, scorers)
-    model = models.load(args.model, run.dtype, prompts + eval_prompts, **arguments.of_model(args))
+    model = models.load(args.model, run.dtype, prompts + eval_prompts, **cli.of_model(args))
     sigmas = model.sigmas(args.sampling_steps, args.shift)  # [T+1]
     if args.kl_coef:
         run.keep_initial(model)
@@ -258,4 +259,4 @@ def main(args: Args) -> Report:
 
 
 if __name__ == "__main__":
-    errors.run(main, arguments.parse(Args, __doc__))
+    errors.run(main, cli.parse(Args, __doc__))

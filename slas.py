@@ -1,7 +1,7 @@
 """SLAS, super-linear advantage shaping (arXiv 2605.10937): large deviations teach most. Against grpo_base.py:
 
   1. deviations are divided by one standard deviation, of the whole batch (section 5), and raised to a power 1 + gamma;
-  2. --gamma auto takes the largest gamma whose update stays in a trust region (common/fisher.py, theorem 4).
+  2. --gamma auto takes the largest gamma whose update stays in a trust region (common/trainer/fisher.py, theorem 4).
 
 The sampler of a flow model becomes a stochastic policy (common/sde.py): each denoising step is a Gaussian with an
 exact log-probability. A step samples G images for each of P prompts, scores them, and raises the probability of those
@@ -25,23 +25,24 @@ import torch
 from torch.nn.functional import pad
 
 import papers
-from common import arguments, errors, heldout, loss, models, rewards, sde
-from common.fisher import TrustRegion
+from common import cli, errors, loss, models, rewards, sde
 from common.prompts import prompts_ahead, prompts_of_step, read_prompts
-from common.report import Clock, Report
-from common.runtime import Runtime
-from common.scoring import Scoring
+from common.reporting.report import Clock, Report
+from common.rewards.scoring import Scoring
+from common.trainer import heldout
+from common.trainer.fisher import TrustRegion
+from common.trainer.runtime import Runtime
 
 EPS = 1e-8  # in every division by a standard deviation
 
 
 @dataclass
-class Args(arguments.Args):
-    gamma: Annotated[float | Literal["auto"], arguments.From(0, 10)] = 0.5
+class Args(cli.Args):
+    gamma: Annotated[float | Literal["auto"], cli.From(0, 10)] = 0.5
     """Advantages have the power 1 + gamma of the deviations; auto: the largest that --kl-limit allows."""
     normalize: Literal["before", "after", "shaped", "none"] = "before"
     """Divide by the batch's standard deviation before the power is taken; after; by that of the shaped ones; not."""
-    kl_limit: Annotated[float, arguments.Above(0, 1e6)] = 1e-4
+    kl_limit: Annotated[float, cli.Above(0, 1e6)] = 1e-4
     """zeta of --gamma auto: the KL that one update may cost, averaged over rows and dimensions."""
     SETTINGS, CURVES = papers.SLAS, ("gamma",)
 
@@ -93,13 +94,13 @@ def main(args: Args) -> Report:
     # --- Setup ---
     if args.gamma == "auto" and args.normalize in ("after", "shaped"):
         raise errors.InputError(f"--gamma auto --normalize {args.normalize}: it bounds the powers of before or none")
-    arguments.check(args)
+    cli.check(args)
     prompts, reward_weights = read_prompts(args.prompts), rewards.parse(args.reward)
     eval_prompts = read_prompts(args.eval_prompts) if args.eval_prompts else []
-    scorers = rewards.load([*args.reward, *args.watch], prompts + eval_prompts, **arguments.of_rewards(args))
+    scorers = rewards.load([*args.reward, *args.watch], prompts + eval_prompts, **cli.of_rewards(args))
     reward_weights = rewards.in_units(args.reward_units, reward_weights, scorers)
     run = Runtime(args, scorers)
-    model = models.load(args.model, run.dtype, prompts + eval_prompts, **arguments.of_model(args))
+    model = models.load(args.model, run.dtype, prompts + eval_prompts, **cli.of_model(args))
     sigmas = model.sigmas(args.sampling_steps, args.shift)  # [T+1]
     if args.kl_coef:
         run.keep_initial(model)
@@ -214,4 +215,4 @@ def main(args: Args) -> Report:
 
 
 if __name__ == "__main__":
-    errors.run(main, arguments.parse(Args, __doc__))
+    errors.run(main, cli.parse(Args, __doc__))

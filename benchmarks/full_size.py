@@ -44,10 +44,12 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 import grpo_base
 from benchmarks import memory
 from benchmarks.results import write
-from common import arguments, compiling, models, report
+from common import cli, models
 from common.errors import RunError
-from common.runtime import Runtime
-from lab.building import clip_tokenizer, t5_tokenizer
+from common.reporting import report
+from common.trainer import compiling
+from common.trainer.runtime import Runtime
+from worlds.building import clip_tokenizer, t5_tokenizer
 
 CAPTIONS = ["a red circle", "a blue square and a green cross"]
 ROOT = Path(__file__).resolve().parents[1]
@@ -254,7 +256,7 @@ def measured(args, phases, folder):
     settings |= dict(best_of=0, minibatches=1, sampling_steps=args.sampling_steps, micro_batch=args.micro_batch)
     settings |= dict(reward=("jpeg",), prompts=f"{folder}/prompts.txt", eval_prompts="", save_every=0)
     settings |= dict(lora_rank=args.lora_rank, compile=args.compile, tracker="none", output=f"{folder}/run")
-    run_args = arguments.defaults(grpo_base.Args, args.model, **settings)
+    run_args = cli.defaults(grpo_base.Args, args.model, **settings)
     (folder / "prompts.txt").write_text("\n".join(CAPTIONS))
     clock, runtime = hooks(args, phases)
     loading = {} if args.model.startswith("tiny") else dict(load=build, outline=outline, family_of=memory.FAMILIES.get)

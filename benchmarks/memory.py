@@ -3,8 +3,8 @@
     python -m benchmarks.memory
 
 The modules have the released sizes and tensors without contents (FakeTensorMode). All is counted as before every run,
-by common/counting.py: weights, gradients, optimizer, samples, and the activations of one row at the model's default
-size and settings (gradient checkpointing). Not counted: rewards, what a kernel needs while it runs, and the allocator's
+by common/memory/counting.py: weights, gradients, optimizer, samples, and the activations of one row at the model's
+default size and settings (gradient checkpointing). Not counted: rewards, what a kernel needs while it runs, and the allocator's
 gaps, for which a tenth is left.
 """
 
@@ -20,7 +20,8 @@ import tyro
 from peft import LoraConfig
 
 import grpo_base
-from common import arguments, counting, models, preflight
+from common import cli, models
+from common.memory import counting, preflight
 from common.models.flux import Flux
 from common.models.hunyuan import HunyuanVideo
 from common.models.qwen import QwenImage
@@ -181,7 +182,7 @@ class Tokenizer:
 def row(name, lora):
     """The first of the configurations in which a model fits."""
     model = full_size(name, lora)
-    args = arguments.defaults(grpo_base.Args, name, lora_rank=RANK * lora, offload_encoders=True, micro_batch=1)
+    args = cli.defaults(grpo_base.Args, name, lora_rank=RANK * lora, offload_encoders=True, micro_batch=1)
     kept = counting.activations(model, torch.bfloat16, args.gradient_checkpointing)
     for gpus in (1, 2, 4, 8, 16, 32):
         for often in (False, True) if gpus > 1 else (False,):

@@ -16,8 +16,8 @@ import grpo_base
 import self_paced
 import slas
 from benchmarks.results import write
-from common import arguments
-from common.report import Report
+from common import cli
+from common.reporting.report import Report
 
 SMALL = dict(eval_every=0, sample_every=0, save_every=0, tracker="none")
 METHODS = {
@@ -53,7 +53,7 @@ def seconds(script, steps, **settings):
     honest, script.Report, sys.argv = script.Report, Timed, [script.__file__]
     try:
         with tempfile.TemporaryDirectory() as folder:
-            script.main(arguments.defaults(script.Args, steps=steps, output=folder + "/run", **SMALL, **settings))
+            script.main(cli.defaults(script.Args, steps=steps, output=folder + "/run", **SMALL, **settings))
     finally:
         script.Report = honest
     # the first step warms up, the last saves a checkpoint as well

@@ -17,8 +17,8 @@ import grpo_base
 import self_paced
 import slas
 from benchmarks.results import write
-from common import arguments
-from common.report import Report
+from common import cli
+from common.reporting.report import Report
 
 SCRIPTS = (grpo_base, bpgo, slas, self_paced)
 SMALL = dict(
@@ -51,7 +51,7 @@ def watched(script, steps):
     honest, script.Report, sys.argv = script.Report, Watched, [script.__file__]
     try:
         with tempfile.TemporaryDirectory() as folder:
-            script.main(arguments.defaults(script.Args, steps=steps, output=folder + "/run", **SMALL))
+            script.main(cli.defaults(script.Args, steps=steps, output=folder + "/run", **SMALL))
     finally:
         script.Report = honest
     return rows

@@ -20,9 +20,10 @@ from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
 
 import grpo_base
 from benchmarks.results import write
-from common import arguments, compiling, models
+from common import cli, models
 from common.models.flux import image_ids
-from common.report import Report
+from common.reporting.report import Report
+from common.trainer import compiling
 
 SMALL = dict(eval_every=0, sample_every=0, save_every=0, tracker="none")
 _70M = dict(
@@ -93,7 +94,7 @@ def measure(settings):
     grpo_base.Report, honest = Alternating, grpo_base.Report
     try:
         with tempfile.TemporaryDirectory() as folder:
-            args = arguments.defaults(grpo_base.Args, **{**SMALL, "output": f"{folder}/run", **settings})
+            args = cli.defaults(grpo_base.Args, **{**SMALL, "output": f"{folder}/run", **settings})
             if args.model == "70m":
                 args.model = seventy_million(f"{folder}/model")
             grpo_base.main(args)

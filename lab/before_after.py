@@ -16,9 +16,10 @@ import matplotlib.pyplot as plt
 import torch
 import tyro
 
-from common import errors, heldout, models, rewards
+from common import errors, models, rewards
 from common.errors import InputError
 from common.prompts import caption_of, read_prompts
+from common.trainer import heldout
 
 
 @dataclass

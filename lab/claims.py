@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from common import arguments
+from common import cli
 
 SEEDS, MAIN_SEEDS = 5, 8  # of a comparison, and of those that the papers' first figures make
 SEARCH_SEEDS = (100, 101)  # that no claim uses
@@ -94,7 +94,7 @@ def setting(script, model, task, **flags):
     if script == "self_paced":  # those of the model, of which a change makes other runs
         import self_paced
 
-        flags = {"thresholds": arguments.defaults(self_paced.Args, model).thresholds, **flags}
+        flags = {"thresholds": cli.defaults(self_paced.Args, model).thresholds, **flags}
     if script == "bpgo":
         flags = {"prior": PRIORS[model], **flags}
     return Setting(script, model, task, tuple(sorted(flags.items())))
@@ -105,7 +105,7 @@ def setting(script, model, task, **flags):
 # Of learning rate and clip range, each on its own, from the model's own values: the same points for every method, and
 # the best of them taken. With one optimizer update a rollout nothing is ever clipped.
 STARTS = {
-    model: {name: getattr(arguments.defaults(arguments.Args, model), name) for name in ("learning_rate", "clip_range")}
+    model: {name: getattr(cli.defaults(cli.Args, model), name) for name in ("learning_rate", "clip_range")}
     for model in IMAGES + CLIPS
 }
 RATES, LOWER = (0.5, 1, 2, 4), (0.25, 0.5, 1, 2)

@@ -22,8 +22,8 @@ import tyro
 
 from common import errors, rewards
 from common.errors import InputError
-from common.report import pyplot
-from common.run_folder import NEUTRAL, rows_before
+from common.reporting.report import pyplot
+from common.trainer.run_folder import NEUTRAL, rows_before
 
 LAST = 5  # steps that the first and the last training reward are the mean of
 WIDEST = 60  # letters of a setting's name that lists what differs; above that it is its first run's

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common.report import pyplot
+from common.reporting.report import pyplot
 from lab import claims, verdicts
 from lab.study_results import FOLDER, Results
 

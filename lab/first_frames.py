@@ -17,9 +17,10 @@ import torch
 import tyro
 from PIL import Image, ImageOps
 
-from common import heldout, models
+from common import models
 from common.errors import InputError, run
 from common.prompts import caption_of, image_of, prompts_of_step, read_prompts, sets
+from common.trainer import heldout
 
 
 @dataclass

@@ -12,10 +12,11 @@ from PIL import Image
 
 import grpo_base
 import slas
-from common import arguments, heldout, models, rewards
+from common import cli, models, rewards
 from common.prompts import caption_of, prompts_of_step, read_prompts
-from common.rewards import motion, verifier
-from lab import bias, shapes
+from common.trainer import heldout
+from evaluation import bias
+from worlds import motion, shapes, verifier
 
 PROXY = dict(reward_path=("clip=assets/tiny-clip",), reward_batch=96)
 PROMPTS, GROUP = 48, 12  # groups of the base model's samples
@@ -35,9 +36,9 @@ def sampled(args, model, prompts, seed=0):
 def loudness(name, seed):
     """Of groups whose proxy scores lie closest together, and furthest apart (a quarter of all each): how loud their
     advantages are against each other, by GRPO and by SLAS, and how well the proxy ranks a group's samples."""
-    args = arguments.defaults(arguments.Args, name)
+    args = cli.defaults(cli.Args, name)
     prompts = prompts_of_step(read_prompts(args.prompts), 0, PROMPTS, seed)
-    model = models.load(name, torch.float32, prompts, **arguments.of_model(args))
+    model = models.load(name, torch.float32, prompts, **cli.of_model(args))
     scorers = rewards.load(("clip", "verifier"), prompts, **PROXY)
     every = [prompt for prompt in prompts for _ in range(GROUP)]
     scores = rewards.score(scorers, sampled(args, model, every, seed), every)
@@ -70,9 +71,9 @@ def loud(proxy, truth):
 def bias_(name, seed):
     """The coefficient of variation of mean scores over clusters of captions, in per cent and beyond what chance alone
     gives, of true scenes with noise of any strength: of one quality, whatever the caption."""
-    args = arguments.defaults(arguments.Args, name)
+    args = cli.defaults(cli.Args, name)
     captions = sorted({*read_prompts(args.prompts), *read_prompts(args.eval_prompts)})
-    vectors = bias.vectors_of(models.load(name, torch.float32, captions, **arguments.of_model(args)), captions)
+    vectors = bias.vectors_of(models.load(name, torch.float32, captions, **cli.of_model(args)), captions)
     generator = torch.Generator().manual_seed(seed)
     images = shapes.render(shapes.sample_scenes(captions, seed=seed))
     strength = 0.05 * torch.rand(len(images), 1, 1, 1, generator=generator)
@@ -93,8 +94,8 @@ def bias_(name, seed):
 
 def samples(name, seed):
     """Those of the base model, for the pictures."""
-    args = arguments.defaults(arguments.Args, name)
-    return {"pictures": pictures(args, models.load(name, torch.float32, **arguments.of_model(args)))}
+    args = cli.defaults(cli.Args, name)
+    return {"pictures": pictures(args, models.load(name, torch.float32, **cli.of_model(args)))}
 
 
 def pictures(args, model):

@@ -31,9 +31,10 @@ from pathlib import Path
 
 import tyro
 
-from common import arguments, errors, models, run_folder
+from common import cli, errors, models
 from common.errors import InputError
-from common.scores import aligned
+from common.trainer import run_folder
+from evaluation.tables import aligned
 from lab import claims, figures, study_rewards, verdicts
 from lab.gains import commit
 from lab.study_results import FOLDER, Results, name_of
@@ -246,7 +247,7 @@ def trained(job, folder):
     flags |= dict(seed=job.seed, output=str(output), tracker="none")
     if (output / "config.json").exists():
         flags["resume"] = "latest"
-    args = arguments.defaults(script.Args, job.settings["model"], **flags)
+    args = cli.defaults(script.Args, job.settings["model"], **flags)
     sys.argv = [script.__file__]
     print(f"\n--- {job.name} seed {job.seed} ---", flush=True)
     script.main(args)
@@ -307,10 +308,10 @@ def pictures(args):
     """Samples of a run's model, of the prompts and from the noise of the base model's."""
     import torch
 
-    from common import trained
+    from evaluation import trained
     from lab import probes
 
-    model = models.load(args.model, torch.float32, **arguments.of_model(args))
+    model = models.load(args.model, torch.float32, **cli.of_model(args))
     trained.load(None, model, trained.find(f"{args.output}/export"))
     return probes.pictures(args, model)
 

@@ -13,7 +13,7 @@ import json
 import math
 from pathlib import Path
 
-from common import run_folder
+from common.trainer import run_folder
 from lab import claims
 
 FOLDER = Path(__file__).with_name("results")

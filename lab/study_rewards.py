@@ -15,10 +15,10 @@ so its mean over a prompt file, divided by the file's share of them (`share_of_v
 import hashlib
 from statistics import NormalDist
 
-from common.rewards import motion, scene
-from common.rewards.motion import Motion
-from common.rewards.scene import ANY
-from common.rewards.verifier import Verifier
+from worlds import motion, scene
+from worlds.motion import Motion
+from worlds.scene import ANY
+from worlds.verifier import Verifier
 
 UNSURE = 0.3  # a score below most of the truth's
 VAGUE = 0.5  # the open share from which a caption counts as vague

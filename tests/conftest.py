@@ -19,7 +19,8 @@ import torch
 from accelerate.state import AcceleratorState
 
 import grpo_base
-from common import arguments, processes
+from common import cli
+from common.trainer import processes
 
 ROOT = Path(__file__).resolve().parents[1]
 # tests send these, and their processes inherit what a shell's background job and nohup ignore
@@ -56,7 +57,7 @@ def train(tmp_path, monkeypatch):
         small |= dict(steps=2, eval_every=0, sample_every=0)
         monkeypatch.setattr(sys, "argv", [script.__file__])
         folder = tmp_path / output
-        script.main(arguments.defaults(script.Args, **{**small, "output": str(folder), **settings}))
+        script.main(cli.defaults(script.Args, **{**small, "output": str(folder), **settings}))
         return folder, metrics(folder)
 
     return run

@@ -39,8 +39,8 @@ from transformers import (
     UMT5EncoderModel,
 )
 
-from lab import shapes
-from lab.building import clip_tokenizer, t5_tokenizer
+from worlds import shapes
+from worlds.building import clip_tokenizer, t5_tokenizer
 
 CORPUS = [caption for task in shapes.captions().values() for caption in task]
 

@@ -14,7 +14,7 @@ import evaluate
 import grpo_base
 import self_paced
 import slas
-from common import arguments
+from common import cli
 
 PAGES = sorted(
     [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
@@ -49,8 +49,8 @@ def words_of(command):
 def parsed(words, monkeypatch):
     """The settings of `SCRIPT.py flags`, by the script's own parser; nothing is run."""
     monkeypatch.setattr(sys, "argv", words)
-    args = arguments.parse(SCRIPTS[Path(words[0]).stem].Args, "about")
-    arguments.check(args)
+    args = cli.parse(SCRIPTS[Path(words[0]).stem].Args, "about")
+    cli.check(args)
     return args
 
 
@@ -67,7 +67,7 @@ def check_python(words, monkeypatch):
             assert not any(word.startswith("-") for word in words[2:])
     elif words[0] == "evaluate.py":
         monkeypatch.setattr(sys, "argv", words)
-        arguments.parse(evaluate.Args, "about", evaluate.defaults)
+        cli.parse(evaluate.Args, "about", evaluate.defaults)
     elif Path(words[0]).stem in SCRIPTS:
         if words[1:] not in (["--help"], ["--list-models"]):  # these have tests of their own, and end the program
             parsed(words, monkeypatch)

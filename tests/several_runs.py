@@ -15,7 +15,7 @@ import smooth  # noqa: F401, more names for --reward
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
-from common import arguments, errors, sde
+from common import cli, errors, sde
 
 
 def out_of_memory_in_the_second_process(honest, calls=5):
@@ -48,5 +48,5 @@ if __name__ == "__main__":
         GradientState._reset_state()
         sys.argv = words
         with contextlib.suppress(SystemExit):  # its line is on stderr; what it left, the test looks at
-            errors.run(script.main, arguments.parse(script.Args, script.__doc__))
+            errors.run(script.main, cli.parse(script.Args, script.__doc__))
     close(PartialState())  # or threads of gloo outlive what they use

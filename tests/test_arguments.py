@@ -15,8 +15,8 @@ import bpgo
 import grpo_base
 import self_paced
 import slas
-from common import arguments, models, rewards
-from common.arguments import Args, check, defaults
+from common import cli, models, rewards
+from common.cli import Args, check, defaults
 from common.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -106,7 +106,7 @@ def test_every_script_has_all_settings_for_every_named_model(no_hub, script, nam
     cls = SCRIPTS[script].Args
     args = defaults(cls, name)
     check(args)
-    beside = arguments.settings(cls, name).keys() - {f.name for f in dataclasses.fields(cls)}
+    beside = cli.settings(cls, name).keys() - {f.name for f in dataclasses.fields(cls)}
     assert beside <= {"source", "pipeline", "paper", "lora_learning_rate"}
     scorers = [reward_class(reward) for reward in rewards.parse(args.reward)]
     assert all(scorer.video if args.frames else getattr(scorer, "image", True) for scorer in scorers)
@@ -122,7 +122,7 @@ def test_every_script_has_all_settings_for_every_named_model(no_hub, script, nam
 def test_list_models_says_which_pairs_are_a_papers(monkeypatch, capsys, script):
     monkeypatch.setattr(sys, "argv", [f"{script}.py", "--list-models"])
     with pytest.raises(SystemExit):
-        arguments.parse(SCRIPTS[script].Args, "about")
+        cli.parse(SCRIPTS[script].Args, "about")
     head, *rows = [line.split() for line in capsys.readouterr().out.split("\n\n")[0].splitlines()]
     assert head[:2] == ["name", "paper"] and len(rows) == len(NAMED)
     assert {name for name, paper, *_ in rows if paper != "-"} == PAPERS[script]
@@ -181,8 +181,8 @@ def test_values_out_of_range(name, value):
 
 def test_bounds_of_different_kinds_differ():
     """typing caches Annotated by equality: on Python 3.10 a setting got the bound of another one."""
-    assert arguments.From(0, 1) == arguments.From(0, 1) != arguments.Above(0, 1) != arguments.From(0, 1)
-    assert 0 in arguments.From(0, 1) and 0 not in arguments.Above(0, 1)
+    assert cli.From(0, 1) == cli.From(0, 1) != cli.Above(0, 1) != cli.From(0, 1)
+    assert 0 in cli.From(0, 1) and 0 not in cli.Above(0, 1)
 
 
 @pytest.mark.parametrize("name, value", [("prompts", ""), ("reward", ())])
@@ -244,7 +244,7 @@ def test_values_at_the_edge_are_allowed(values):
 
 def parsed(monkeypatch, *argv):
     monkeypatch.setattr(sys, "argv", ["grpo_base.py", *argv])
-    return arguments.parse(Args, "about")
+    return cli.parse(Args, "about")
 
 
 @pytest.mark.parametrize("argv", [["--model", "flux"], ["--model=flux"], ["--model", "tiny-flux", "--model", "flux"]])
@@ -256,7 +256,7 @@ def test_the_named_model_sets_the_defaults(monkeypatch, argv):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_lora_has_the_models_rate_for_one(script, name):
     cls = SCRIPTS[script].Args
-    own = arguments.settings(cls, name)
+    own = cli.settings(cls, name)
     full, lora = own.get("learning_rate", 1e-5), own.get("lora_learning_rate", 1e-4)
     assert lora >= full and (name == "some/folder" or "lora_learning_rate" in models.settings(name))
     assert defaults(cls, name).learning_rate == (lora if own.get("lora_rank") else full)
@@ -328,11 +328,11 @@ def test_resume_alone_means_latest(monkeypatch, argv, resume):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_has_the_methods_flags_first_and_the_judges_last(monkeypatch, capsys, script):
-    """All of them, each with what it is, in titled groups in the order of common/flags.py."""
+    """All of them, each with what it is, in titled groups in the order of common/args.py."""
     cls = SCRIPTS[script].Args
     monkeypatch.setattr(sys, "argv", [f"{script}.py", "--help"])
     with pytest.raises(SystemExit):
-        arguments.parse(cls, SCRIPTS[script].__doc__)
+        cli.parse(cls, SCRIPTS[script].__doc__)
     _, *parts = re.split(r"^[╭─ ]*((?:[a-z]+ )?options)\b", capsys.readouterr().out, flags=re.M)
     titles, texts = parts[::2], parts[1::2]
     assert titles == ["options", *(f"{g} options" for g in ("model", "reward", "rollout", "update", "run", "judge"))]
@@ -360,11 +360,11 @@ def test_what_is_no_setting_ends_the_program(monkeypatch, capsys, argv):
 
 def test_every_flag_is_read_and_every_flag_read_exists():
     sources = [*ROOT.glob("common/**/*.py"), ROOT / "grpo_base.py"]
-    of_rewards = arguments.of_rewards(Args())  # these raise for one that they do not know
-    read = {*arguments.of_model(Args()), *of_rewards} - {"clips", "judge"}
+    of_rewards = cli.of_rewards(Args())  # these raise for one that they do not know
+    read = {*cli.of_model(Args()), *of_rewards} - {"clips", "judge"}
     read |= {f"judge_{name}" for name in of_rewards["judge"].keys() - {"trusted"}}  # as does judge.Server
     for path in sources:
-        if path.name != "arguments.py":
+        if path.name != "cli.py":
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
                 if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):  # args.x, self.args.x
                     if getattr(node.value, "id", getattr(node.value, "attr", "")) == "args":

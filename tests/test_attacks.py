@@ -1,4 +1,4 @@
-"""The attacker sees what went wrong; `python -m lab.attacks` attacks 300 times."""
+"""The attacker sees what went wrong; `python -m benchmarks.attacks` attacks 300 times."""
 
 import signal
 import subprocess
@@ -7,8 +7,8 @@ import sys
 import pytest
 from conftest import ROOT
 
-from common import checkpoints
-from lab import attacks
+from benchmarks import attacks
+from common.trainer import checkpoints
 
 GOOD = "error: --steps 0: must be from 1\n"
 TRACE = "Traceback (most recent call last):\n  File x\nKeyError: 1\n"
@@ -69,7 +69,7 @@ def test_what_an_attack_had_to_leave_alone(tmp_path):
 @pytest.mark.slow
 def test_a_round_of_attacks_leaves_every_run_whole():
     done = subprocess.run(
-        [sys.executable, "-m", "lab.attacks", "--number", "27"], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-m", "benchmarks.attacks", "--number", "27"], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "27 of 27 without traceback, hang or loss" in done.stdout

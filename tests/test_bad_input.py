@@ -13,7 +13,7 @@ import bpgo
 import grpo_base
 import self_paced
 import slas
-from common import arguments, errors
+from common import cli, errors
 
 # what is wrong -> (script, flags, what the line has to mention); {tmp} is a folder with the files below
 VALUES = {
@@ -195,7 +195,7 @@ def test_a_mistake_gets_one_clear_line(what, tmp, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [script.__file__, *words])
     with pytest.raises(SystemExit) as ended:
-        errors.run(script.main, arguments.parse(script.Args, script.__doc__))
+        errors.run(script.main, cli.parse(script.Args, script.__doc__))
     said = capfd.readouterr()
     assert ended.value.code == 2
     assert "Traceback" not in said.err + said.out

@@ -1,4 +1,4 @@
-"""lab.bias: the coefficient of variation against NumPy, a bias that was built in is found, and none in the verifier."""
+"""evaluation.bias: the coefficient of variation against NumPy, a bias that was built in is found, none in the verifier."""
 
 import csv
 import json
@@ -13,12 +13,12 @@ from PIL import Image
 from common import models, rewards
 from common.errors import InputError
 from common.prompts import read_prompts
-from lab import bias
-from lab.shapes import render, sample_scenes
+from evaluation import bias
+from worlds.shapes import render, sample_scenes
 
 CAPTIONS = sorted(set(read_prompts(ROOT / "assets/prompts/shapes.txt")))
 JUDGE = '''
-from common.rewards.verifier import Verifier
+from worlds.verifier import Verifier
 
 class Judge(Verifier):
     """The verifier, and .1 more for some captions."""

@@ -6,7 +6,7 @@ import matplotlib.pyplot as plt
 import pytest
 import torch
 
-from common import captions, report
+from common.reporting import captions, report
 
 HARD = [
     "a $x_1$ red $\\frac{1}{2$ circle $", "costs $5 and $6", "一只红色的狐狸在雪地里奔跑" * 5, "ثعلب أحمر", "🦊 fox",

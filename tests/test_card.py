@@ -17,10 +17,11 @@ import bpgo
 import grpo_base
 import self_paced
 import slas
-from common import arguments, card, models
+from common import cli, models
 from common.errors import InputError, RunError
 from common.models.flux import Flux
 from common.models.wan import Wan
+from common.reporting import card
 
 
 @pytest.fixture
@@ -106,7 +107,7 @@ def test_an_export_has_a_card_that_the_hub_reads(train, tmp_path):
 def test_the_command_on_a_card_is_the_run(script, method, monkeypatch):
     """It gives the same settings again, in the order of --help; the hub's id is there where there is one."""
     values = dict(lora_rank=8, reward=("hpsv2.1=0.7", "clip"), batched_guidance=True, reward_frames=3, seed=2)
-    args = arguments.defaults(script.Args, "wan2.1-1.3b", **values)
+    args = cli.defaults(script.Args, "wan2.1-1.3b", **values)
     said = card.card({"script": script.__name__}, args, Wan, [], [])
     assert f"# wan2.1-1.3b, trained with {method}" in said
     assert "base_model: Wan-AI/Wan2.1-T2V-1.3B-Diffusers" in said and "base_model_relation: adapter" in said
@@ -115,19 +116,17 @@ def test_the_command_on_a_card_is_the_run(script, method, monkeypatch):
         args.learning_rate = rate
         words = card.command(script.__name__, args)
         monkeypatch.setattr("sys.argv", words)
-        assert arguments.parse(script.Args, "") == args
+        assert cli.parse(script.Args, "") == args
 
 
 def test_paths_of_the_machine_stay_there():
-    args = arguments.defaults(
-        grpo_base.Args, prompts="/home/somebody/captions.csv", reward_path=("clip=/home/me/clip",)
-    )
+    args = cli.defaults(grpo_base.Args, prompts="/home/somebody/captions.csv", reward_path=("clip=/home/me/clip",))
     said = card.card({"script": "grpo_base"}, args, Flux, [], [])
     assert "/home" not in said and "--prompts captions.csv" in said and "--reward-path clip=clip" in said
 
 
 def test_a_script_of_ones_own_has_a_card_too():
-    said = card.card({"script": "my_method"}, arguments.defaults(grpo_base.Args), Flux, [], [])
+    said = card.card({"script": "my_method"}, cli.defaults(grpo_base.Args), Flux, [], [])
     assert "trained with my_method.py" in said and "arxiv" not in said
 
 

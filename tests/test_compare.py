@@ -10,8 +10,9 @@ from PIL import Image
 
 import bpgo
 import grpo_base
-from common import arguments, run_folder
+from common import cli
 from common.errors import InputError
+from common.trainer import run_folder
 from lab import compare
 
 STEPS = 12
@@ -23,7 +24,7 @@ def made(tmp_path, monkeypatch):
 
     def run(name, script=grpo_base, evaluations=True, lost=(), steps=STEPS, **settings):
         monkeypatch.setattr("sys.argv", [script.__file__])
-        args = arguments.defaults(script.Args, **{"reward": ("verifier", "jpeg=2"), "watch": ("clip",), **settings})
+        args = cli.defaults(script.Args, **{"reward": ("verifier", "jpeg=2"), "watch": ("clip",), **settings})
         folder = tmp_path / name
         run_folder.claim(folder, args)
         random = np.random.default_rng(args.seed)

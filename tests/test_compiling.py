@@ -15,8 +15,8 @@ from torch._dynamo.backends.debugging import aot_eager
 
 import grpo_base
 import slas
-from common import compiling
 from common.errors import InputError
+from common.trainer import compiling
 
 BLOCKS = ("FluxTransformerBlock", "FluxSingleTransformerBlock")
 

@@ -11,7 +11,7 @@ from conftest import ROOT, documented
 from printed import PAGES, anchors, check_command, commands, links, prose
 
 import bpgo
-from common import arguments, models, rewards
+from common import cli, models, rewards
 from lab import rooms
 
 TEXTS = {str(page.relative_to(ROOT)): page.read_text() for page in PAGES}
@@ -25,7 +25,7 @@ def elsewhere(tmp_path, monkeypatch):
     for name in ("RUN", "runs/bpgo-tiny-flux-1", "runs/slas-tiny-flux-1"):
         for part in ("export", "checkpoints/step_000020"):
             (tmp_path / name / part).mkdir(parents=True)
-        config = asdict(arguments.defaults(bpgo.Args)) | {"script": "bpgo"}
+        config = asdict(cli.defaults(bpgo.Args)) | {"script": "bpgo"}
         (tmp_path / name / "config.json").write_text(json.dumps(config))
 
 

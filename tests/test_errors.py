@@ -9,9 +9,10 @@ import sys
 import pytest
 import torch
 
-from common import checkpoints, errors, rewards
+from common import errors, rewards
 from common.errors import InputError, RunError
-from common.runtime import Runtime
+from common.trainer import checkpoints
+from common.trainer.runtime import Runtime
 
 SAY = "a réd circle 中"
 

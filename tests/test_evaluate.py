@@ -21,10 +21,12 @@ import bpgo
 import evaluate
 import grpo_base
 import self_paced
-from common import arguments, errors, evaluation, heldout, models, scores, sde
+from common import cli, errors, models, sde
 from common.errors import InputError, RunError
 from common.prompts import caption_of, image_of, read_prompts
-from common.run_folder import rows_before
+from common.trainer import heldout
+from common.trainer.run_folder import rows_before
+from evaluation import folder, tables
 
 HELD_OUT = read_prompts(models.settings("tiny-flux")["eval_prompts"])
 NUMBER = 12
@@ -36,7 +38,7 @@ def trained(folder, script, **settings):
     small |= dict(steps=2, eval_every=1, sample_every=0, eval_prompts=str(folder.parent / "few.txt"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [script.__file__])
-        script.main(arguments.defaults(script.Args, **{**small, "output": str(folder), **settings}))
+        script.main(cli.defaults(script.Args, **{**small, "output": str(folder), **settings}))
     return folder
 
 
@@ -60,7 +62,7 @@ def look(tmp_path, monkeypatch, capsys):
         folder = tmp_path / output
         words = [*map(str, words), f"--shown={shown}", f"--output={folder}"]
         monkeypatch.setattr(sys, "argv", ["evaluate.py", *words])
-        evaluate.main(arguments.parse(evaluate.Args, evaluate.__doc__, evaluate.defaults))
+        evaluate.main(cli.parse(evaluate.Args, evaluate.__doc__, evaluate.defaults))
         return json.loads((folder / "results.json").read_text()), folder
 
     return run
@@ -162,7 +164,7 @@ def test_size_steps_seed_and_samples_are_its_own(runs, look):
     words = ("--reward", "red", "--prompts", runs.prompts, "--sampling-steps", 4, "--samples", 2)
     more, place = look("--model", "tiny-flux", *words, output="more")
     assert more["rewards"]["base"]["red"]["samples"] == 2 * NUMBER
-    kept = evaluation.Folder(place, more["settings"], more["weights"]).parts["base"][0]["red"]
+    kept = folder.Folder(place, more["settings"], more["weights"]).parts["base"][0]["red"]
     assert np.mean(kept[:NUMBER]) == pytest.approx(found[0], abs=1e-6), "the first sample's noise stays"
 
 
@@ -221,7 +223,7 @@ def job_of(folder, name, rank, prompts, settings):
 def test_a_killed_evaluation_goes_on_to_the_same_table_bit_for_bit(runs, look, monkeypatch):
     flags = (runs.lora, "--samples", "2", "--micro-batch", "5", "--reward-batch", "5")
     _, whole = look(*flags, output="whole", shown=4)
-    left, add, true, made = [3], evaluation.Folder.add, heldout.sample_and_score, []
+    left, add, true, made = [3], folder.Folder.add, heldout.sample_and_score, []
 
     def killed(self, *words):
         left[0] -= 1
@@ -234,10 +236,10 @@ def test_a_killed_evaluation_goes_on_to_the_same_table_bit_for_bit(runs, look, m
         return true(model, scorers, prompts, *words)
 
     monkeypatch.setattr(heldout, "sample_and_score", counted)
-    monkeypatch.setattr(evaluation.Folder, "add", killed)
+    monkeypatch.setattr(folder.Folder, "add", killed)
     with pytest.raises(errors.Stopped, match="the same command goes on"):
         look(*flags, output="cut", shown=4)
-    monkeypatch.setattr(evaluation.Folder, "add", add)
+    monkeypatch.setattr(folder.Folder, "add", add)
     cut = whole.with_name("cut")
     with (cut / "scores/base.jsonl").open("a") as file:
         file.write('{"part": 3, "scores": {"veri')
@@ -264,7 +266,7 @@ def test_a_killed_evaluation_goes_on_to_the_same_table_bit_for_bit(runs, look, m
 )
 def test_scores_that_were_edited_count_as_not_there(tmp_path, edited):
     def folder():
-        return evaluation.Folder(str(tmp_path), {"seed": 0}, {"base": {"base": "tiny-flux"}})
+        return folder.Folder(str(tmp_path), {"seed": 0}, {"base": {"base": "tiny-flux"}})
 
     folder().begin()
     file = tmp_path / "scores/base.jsonl"
@@ -316,7 +318,7 @@ def test_means_intervals_and_win_rates_are_those_of_numpy():
     ours, base = rng.normal(size=(40, 3)), rng.normal(size=(40, 3))
     base[:5] = ours[:5]  # ties
     ours[7], ours[8, 1], base[9, 2] = np.nan, np.nan, np.nan
-    found = scores.summary(torch.tensor(ours), torch.tensor(base))
+    found = tables.summary(torch.tensor(ours), torch.tensor(base))
     with np.errstate(all="ignore"), pytest.warns(RuntimeWarning):
         by_prompt = np.nanmean(ours, 1)
         wins = np.where(np.isnan(ours + base), np.nan, (ours > base) + 0.5 * (ours == base))
@@ -332,22 +334,22 @@ def test_a_95_percent_interval_holds_the_mean_in_95_of_100():
     generator = torch.Generator().manual_seed(0)
     inside = [
         low <= 0 <= high
-        for low, high in (scores.interval(torch.randn(50, generator=generator), 1000) for _ in range(300))
+        for low, high in (tables.interval(torch.randn(50, generator=generator), 1000) for _ in range(300))
     ]
     assert 0.9 < np.mean(inside) < 0.98
 
 
 def test_a_model_wins_every_second_time_against_itself():
     same = torch.rand(5, 2)
-    assert scores.win_rate(same, same) == 0.5
-    assert scores.win_rate(same, same + torch.nan) is None
+    assert tables.win_rate(same, same) == 0.5
+    assert tables.win_rate(same, same + torch.nan) is None
 
 
 def test_the_six_tasks_of_the_shapes_world(runs, look):
     found, place = look(runs.lora, "--reward", "verifier:passed")
     tasks = found["tasks"]["base"]
     known = {task: share for task, share in tasks.items() if share is not None and task != "overall"}
-    assert set(tasks) == {*scores.TASKS, "overall"} and "vague" not in tasks
+    assert set(tasks) == {*tables.TASKS, "overall"} and "vague" not in tasks
     assert tasks["overall"] == pytest.approx(np.mean(list(known.values())))
     lines = list(csv.DictReader((place / "results.csv").open()))
     assert {line["task"] for line in lines} == {"", *tasks} and {line["model"] for line in lines} == {"base", "lora"}
@@ -480,7 +482,7 @@ def test_without_a_run_the_base_is_looked_at_and_the_folder_follows_from_the_set
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", words)
     for _ in range(2):
-        evaluate.main(arguments.parse(evaluate.Args, evaluate.__doc__, evaluate.defaults))
+        evaluate.main(cli.parse(evaluate.Args, evaluate.__doc__, evaluate.defaults))
     (folder,) = (tmp_path / "runs").iterdir()
     assert list(json.loads((folder / "results.json").read_text())["rewards"]) == ["base"]
 
@@ -488,7 +490,7 @@ def test_without_a_run_the_base_is_looked_at_and_the_folder_follows_from_the_set
 def test_help_explains_every_flag(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["evaluate.py", "--help"])
     with pytest.raises(SystemExit):
-        arguments.parse(evaluate.Args, evaluate.__doc__, evaluate.defaults)
+        cli.parse(evaluate.Args, evaluate.__doc__, evaluate.defaults)
     said = capsys.readouterr().out
     for name in evaluate.Args.__dataclass_fields__:
         assert name == "runs" or f"--{name.replace('_', '-')}" in said

@@ -26,7 +26,7 @@ from PIL import Image
 
 import grpo_base
 from benchmarks.memory import SD3
-from common import arguments, models, placing, sde, trained
+from common import cli, models, sde
 from common.errors import InputError
 from common.models.flux import Flux
 from common.models.hunyuan import HunyuanVideo
@@ -34,7 +34,9 @@ from common.models.qwen import QwenImage
 from common.models.sd import StableDiffusion
 from common.models.sd3 import StableDiffusion3
 from common.models.wan import Wan, WanImageToVideo
-from common.runtime import Runtime
+from common.trainer import placing
+from common.trainer.runtime import Runtime
+from evaluation import trained
 
 CAPTIONS = ["a square", "four yellow triangles", "a black cross and a blue circle"]  # 2, 3 and 7 words
 CLIP = dict(height=32, width=32, frames=5)
@@ -173,7 +175,7 @@ def test_wans_clips_are_decoded_in_float32_whatever_the_passes_are_in(name):
 
 def test_in_bf16_loras_do_not_cast_what_autocast_casts_back(bf16, tmp_path):
     """Bit for bit the same velocity and gradients."""
-    args = arguments.defaults(grpo_base.Args, lora_rank=4, tracker="none", output=str(tmp_path / "run"))
+    args = cli.defaults(grpo_base.Args, lora_rank=4, tracker="none", output=str(tmp_path / "run"))
     run, results = Runtime(args), []
     for casting in (True, False):
         model = models.load("tiny-flux", torch.bfloat16)
@@ -471,9 +473,9 @@ def test_of_many_images_the_first_are_read_and_the_rest_are_there(tmp_path, pict
 def test_sds_schedule_takes_no_shift_and_ddim_no_eta_above_one():
     with pytest.raises(InputError, match="--shift 3: this model has a schedule of its own"):
         StableDiffusion(pipelines.sd(), height=32, width=32).sigmas(8, 3.0)
-    args = arguments.defaults(arguments.Args, sde="ddim", noise_level=1.5)
+    args = cli.defaults(cli.Args, sde="ddim", noise_level=1.5)
     with pytest.raises(InputError, match="--noise-level 1.5: at most 1 with --sde ddim"):
-        arguments.check(args)
+        cli.check(args)
 
 
 def test_an_embedded_model_that_is_not_there_is_one_clear_line(monkeypatch, tmp_path):
@@ -538,11 +540,9 @@ def test_a_named_model_keeps_its_settings_with_weights_from_elsewhere(train, tmp
     shutil.copytree(models.settings("tiny-flux")["source"], tmp_path / "mine")
     _, expected = train(steps=1)
     folder, rows = train(steps=1, source=str(tmp_path / "mine"), output="local")
-    assert rows == expected and arguments.defaults(grpo_base.Args, source="mine").steps == 40
+    assert rows == expected and cli.defaults(grpo_base.Args, source="mine").steps == 40
     monkeypatch.setattr("sys.argv", ["grpo_base.py", "--output", str(folder), "--resume"])
-    assert (
-        arguments.parse(grpo_base.Args, "").source == trained.find(folder).settings().source == str(tmp_path / "mine")
-    )
+    assert cli.parse(grpo_base.Args, "").source == trained.find(folder).settings().source == str(tmp_path / "mine")
     shutil.rmtree(tmp_path / "mine/vae")
     with pytest.raises(InputError, match="mine has no vae; download the whole model again"):
         train(steps=2, source=str(tmp_path / "mine"), output="local", resume="latest")

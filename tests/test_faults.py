@@ -20,12 +20,14 @@ import torch
 from conftest import ROOT, metrics, weights
 
 import bpgo
-from common import checkpoints, errors, export, heldout, models, preflight, saving, sde
+from benchmarks import kills
+from common import errors, models, sde
 from common.errors import InputError, RunError
+from common.memory import preflight
 from common.models.flux import Flux
 from common.rewards import asking
-from common.runtime import Runtime
-from lab import kills
+from common.trainer import checkpoints, export, heldout, saving
+from common.trainer.runtime import Runtime
 
 SMALL = (
     "--prompts-per-step 2 --group-size 4 --sampling-steps 4 --minibatches 1 --tracker none --eval-every 0 "
@@ -49,7 +51,7 @@ def wait_for_steps(folder, number, process):
 
 @pytest.mark.long
 def test_a_run_killed_at_any_moment_goes_on_exactly(train, tmp_path):
-    """The last while a checkpoint is being written; `python -m lab.kills` does twenty."""
+    """The last while a checkpoint is being written; `python -m benchmarks.kills` does twenty."""
     settings = dict(steps=kills.STEPS, save_every=1, learning_rate=1e-3)
     whole, _ = train(**settings)
     rng = random.Random(1)

@@ -1,5 +1,5 @@
-"""common/fisher.py against the full Fisher matrix of a small network, the Hessian of common/loss.py's KL, finite steps
-of a small FLUX transformer, and a grid of exponents."""
+"""common/trainer/fisher.py against the full Fisher matrix of a small network, the Hessian of common/loss.py's KL, finite
+steps of a small FLUX transformer, and a grid of exponents."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from common import loss, sde
-from common.fisher import gaussian_fisher_product, largest_eigenvalue, largest_exponent
+from common.trainer.fisher import gaussian_fisher_product, largest_eigenvalue, largest_exponent
 
 SHAPES = [(4, 3), (4,), (2,), (6, 4), (6,)]  # the third is used nowhere
 SIZES = [int(np.prod(shape)) for shape in SHAPES]

@@ -7,8 +7,9 @@ import torch
 from diffusers import FluxPipeline
 
 from benchmarks import full_size
-from common import models, update
-from common.runtime import Runtime
+from common import models
+from common.trainer import update
+from common.trainer.runtime import Runtime
 
 
 def said(capfd):

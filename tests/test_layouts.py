@@ -13,9 +13,11 @@ import torch
 from PIL import Image
 
 import evaluate
-from common import arguments, errors, heldout, layouts
+from common import cli, errors
 from common.errors import InputError
 from common.prompts import sets
+from common.trainer import heldout
+from evaluation import layouts
 
 GENEVAL = [
     {"tag": "single_object", "include": [{"class": "bench", "count": 1}], "prompt": "a photo of a bench"},
@@ -51,7 +53,7 @@ def write(official, tmp_path, monkeypatch):
         words = ["--model", model, "--layout", layout, "--prompts", official[layout], "--sampling-steps", "2"]
         words += ["--micro-batch", "3", "--reward-batch", "3", f"--output={tmp_path / 'look'}", *flags]
         monkeypatch.setattr(sys, "argv", ["evaluate.py", *words])
-        evaluate.main(arguments.parse(evaluate.Args, evaluate.__doc__, evaluate.defaults))
+        evaluate.main(cli.parse(evaluate.Args, evaluate.__doc__, evaluate.defaults))
         return layouts.plan(layout, official[layout]).root(tmp_path / "look", "base")
 
     return run

@@ -14,8 +14,10 @@ from test_preflight import plan_of, size
 
 import bpgo
 import grpo_base
-from common import arguments, loading, models, preflight, sharding
+from common import cli, models
 from common.errors import InputError
+from common.memory import loading, preflight
+from common.trainer import sharding
 
 
 def test_weights_of_the_runs_dtype_are_mapped_and_others_copied(tmp_path):
@@ -72,7 +74,7 @@ def test_what_stays_on_the_host_is_counted(monkeypatch):
     plan.model = models.outline("tiny-flux", torch.bfloat16, 0)
     parts = loading.copied(plan.model)
     each, waiting = sum(parts.values()), sum(parts[name] for name in plan.model.encoders)
-    args = arguments.defaults(bpgo.Args, prior="sft")
+    args = cli.defaults(bpgo.Args, prior="sft")
     plan.by_turns(args)
     args.offload_encoders = True
     plan.by_turns(args)
@@ -84,11 +86,11 @@ def test_what_stays_on_the_host_is_counted(monkeypatch):
 
 def test_the_weights_of_the_start_are_counted_whatever_asks_for_them(monkeypatch):
     plan = plan_of(monkeypatch, 0)
-    plain = plan.kinds(arguments.defaults(bpgo.Args), 1)
+    plain = plan.kinds(cli.defaults(bpgo.Args), 1)
     copy = {"frozen weights": 4 * size(plan.model.pipe.transformer)}
-    assert plan.kinds(arguments.defaults(bpgo.Args, prior="sft"), 1) == plain | copy
-    assert plan.kinds(arguments.defaults(grpo_base.Args, kl_coef=0.1), 1) == plain | copy
-    assert not arguments.keeps_initial(arguments.defaults(bpgo.Args, prior="first-frame"))
+    assert plan.kinds(cli.defaults(bpgo.Args, prior="sft"), 1) == plain | copy
+    assert plan.kinds(cli.defaults(grpo_base.Args, kl_coef=0.1), 1) == plain | copy
+    assert not cli.keeps_initial(cli.defaults(bpgo.Args, prior="first-frame"))
 
 
 def test_a_turn_waits_for_the_one_before(tmp_path, monkeypatch):

@@ -248,7 +248,7 @@ def test_a_prior_needs_a_score(train, flaky):
 
 
 def test_a_prior_without_a_score_names_its_prompt():
-    from common.heldout import expected
+    from common.trainer.heldout import expected
 
     assert expected(torch.tensor([0.5, 0.6]), ["a", "b"]).tolist() == pytest.approx([0.5, 0.6])
     with pytest.raises(RunError, match="'b' got no score for its prior"):

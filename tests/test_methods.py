@@ -21,12 +21,15 @@ import bpgo
 import grpo_base
 import self_paced
 import slas
-from common import arguments, errors, fisher, heldout, models, preflight, report, rewards
+from common import cli, errors, models, rewards
+from common.memory import preflight
 from common.models.family import Family
 from common.models.flux import Flux
 from common.prompts import prompts_of_step, read_prompts
+from common.reporting import report
+from common.trainer import fisher, heldout
 from lab.method_diffs import page, with_diff
-from lab.shapes import render, sample_scenes
+from worlds.shapes import render, sample_scenes
 
 METHODS = {"bpgo": bpgo, "slas": slas, "self_paced": self_paced}
 STAGES = ("verifier:quality", "verifier:layout", "verifier")
@@ -351,7 +354,7 @@ def test_running_mean_never_sees_its_own_step_but_the_first(train):
 
 def test_running_mean_forgets(monkeypatch):
     class Run:
-        args = arguments.defaults(bpgo.Args)
+        args = cli.defaults(bpgo.Args)
 
     prior = bpgo.Prior(Run, None, {}, {})
     for step in range(200):
@@ -371,7 +374,7 @@ def test_sft_prior_is_what_the_initial_weights_get_even_after_updates(train, tmp
     class OneProcess:  # heldout.scores_of asks a run for its share of rows, and whether to stop
         world, device, score_batch = 1, torch.device("cpu"), 8
         rows, gather, check_signals = staticmethod(torch.arange), staticmethod(lambda x: x), staticmethod(lambda: None)
-        args = arguments.defaults(bpgo.Args, group_size=4, sampling_steps=8, micro_batch=8)
+        args = cli.defaults(bpgo.Args, group_size=4, sampling_steps=8, micro_batch=8)
 
     scorers, untrained = rewards.load(["verifier"], prompts), plain_model()
     for step in (0, 1):  # the second step's prompts are asked for after an update
@@ -398,7 +401,7 @@ def test_first_frame_prior_is_the_score_of_the_image_held_still(train, monkeypat
 
     monkeypatch.setitem(models.FAMILIES, "FluxPipeline", (__name__, "FromImage"))
     monkeypatch.setattr(sys.modules[__name__], "FromImage", FromImage, raising=False)
-    monkeypatch.setattr(sys.modules["common.rewards.verifier"], "Verifier", Brightness)
+    monkeypatch.setattr(sys.modules["worlds.verifier"], "Verifier", Brightness)
     folder, rows = train(bpgo, steps=3, prior="first-frame")
     known = weights(folder, 3, "prior")["known"]
     assert len(asked) == len(set(asked)) == len(known)  # once a prompt
@@ -491,7 +494,7 @@ def test_auto_gamma_bounds_the_moment_that_the_update_takes_or_refuses(train, no
 def test_stages_of_tiny_flux_and_the_picture_of_the_curriculum(train):
     settings = dict(prompts_per_step=2, group_size=4, eval_every=2, sample_every=2)
     folder, rows = train(self_paced, steps=2, **settings)
-    assert arguments.defaults(self_paced.Args).reward == STAGES
+    assert cli.defaults(self_paced.Args).reward == STAGES
     for row in rows[:-1]:
         assert sum(row[f"weight_{name}"] for name in STAGES) == pytest.approx(1, abs=1e-6)
         assert all(row[f"competence_{name}"] == pytest.approx(row[f"{name}_mean"], abs=1e-6) for name in STAGES)
@@ -583,7 +586,7 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(line, tmp_path, monkeypatch
     name, *flags = line.split()
     monkeypatch.setattr(sys, "argv", [f"{name}.py", *flags, "--output", str(tmp_path / "fresh")])
     with pytest.raises(SystemExit) as exit:
-        errors.run(METHODS[name].main, arguments.parse(METHODS[name].Args, "text"))
+        errors.run(METHODS[name].main, cli.parse(METHODS[name].Args, "text"))
     captured = capsys.readouterr().err.strip()
     assert exit.value.code == 2
     assert re.fullmatch(r"error: [^\n]+", captured), captured

@@ -9,12 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
-from common.rewards import motion
-from common.rewards.motion import DIRECTIONS, SPEEDS, TASKS, follow, judge, parse, verify
-from common.rewards.scene import ANY, BACKGROUND, COLOURS, SHAPES, draw
-from common.rewards.verifier import read
-from lab import moving
-from lab.moving import ATTRIBUTES, change_one, corrupt, render, sample_captions, sample_scenes, split_captions, write
+from worlds import motion, moving
+from worlds.motion import DIRECTIONS, SPEEDS, TASKS, follow, judge, parse, verify
+from worlds.moving import ATTRIBUTES, change_one, corrupt, render, sample_captions, sample_scenes, split_captions, write
+from worlds.scene import ANY, BACKGROUND, COLOURS, SHAPES, draw
+from worlds.verifier import read
 
 PARTS = ("quality", "smooth", "alignment", "score")
 CAPTIONS = [caption for of_task in moving.captions().values() for caption in of_task]
@@ -464,7 +463,7 @@ def written(tmp_path_factory):
 @pytest.mark.parametrize("name", ["motion.txt", "motion_heldout.txt", "motion_i2v.txt", "motion_i2v_heldout.txt"])
 def test_prompt_files_are_not_stale(written, name):
     lines = (PROMPTS / name).read_text(encoding="utf-8").splitlines()
-    assert lines == (written / name).read_text().splitlines(), "run `python -m lab.moving`"
+    assert lines == (written / name).read_text().splitlines(), "run `python -m worlds.moving`"
     train, held_out = split_captions()
     captions = [line.split("\t")[-1] for line in lines]
     assert (
@@ -487,7 +486,7 @@ def test_first_frames_are_not_stale_and_show_their_captions(written):
     names = [path for path, _ in lines]
     assert sorted(names) == sorted(f"motion_frames/{p.name}" for p in (PROMPTS / "motion_frames").iterdir())
     frames, again = (torch.stack([pixels(folder / name) for name in names]) for folder in (PROMPTS, written))
-    assert (frames - again).abs().max() < 1.5 / 255, "run `python -m lab.moving`"
+    assert (frames - again).abs().max() < 1.5 / 255, "run `python -m worlds.moving`"
     reading = read(frames)
     assert (reading.count == 1).all() and reading.quality.min() > 0.98
     for row, (_, caption) in enumerate(lines):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from common import arguments, loss, rewards, sde
+from common import cli, loss, rewards, sde
 from common.errors import InputError
 from common.models.sd3 import StableDiffusion3
 
@@ -79,7 +79,7 @@ def test_the_pages_flag_has_its_bounds():
     exec(blocks("new_method", "python")[1], names)
     assert names["Args"]().power == 1
     with pytest.raises(InputError, match="--power 5.0: must be from 0 and at most 4"):
-        arguments.check(arguments.defaults(names["Args"], power=5.0))
+        cli.check(cli.defaults(names["Args"], power=5.0))
 
 
 def test_the_normalised_ratio_has_lost_its_shift_and_the_steps_spread(tmp_path, monkeypatch):

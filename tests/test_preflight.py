@@ -20,8 +20,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import bpgo
 import grpo_base
 from benchmarks import memory
-from common import arguments, counting, fisher, models, preflight, sharding
+from common import cli, models
 from common.errors import InputError
+from common.memory import counting, preflight
+from common.trainer import fisher, sharding
 
 GIB = 2**30
 
@@ -38,7 +40,7 @@ def size(module):
 def test_memory_of_full_weights_and_of_a_lora(tiny):
     n, others = size(tiny.pipe.transformer), sum(map(size, (tiny.pipe.vae, tiny.pipe.text_encoder)))
     others += size(tiny.pipe.text_encoder_2)
-    args = arguments.defaults(grpo_base.Args, ema=0.9)
+    args = cli.defaults(grpo_base.Args, ema=0.9)
     full = {"trained weights": 4 * n, "frozen weights": 0, "gradients": 4 * n, "optimizer": 8 * n, "average": 4 * n}
     rest = {"encoders, VAE": 2 * others, "rewards": 0, "activations": 100}
     found = counting.memory(tiny, args, 2, activations=100)
@@ -56,13 +58,13 @@ def test_memory_of_full_weights_and_of_a_lora(tiny):
     tiny.pipe.transformer.requires_grad_(False)
     tiny.pipe.transformer.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=tiny.lora_targets))
     lora = size(tiny.pipe.transformer) - n
-    found = counting.memory(tiny, arguments.defaults(grpo_base.Args, lora_rank=4), 2)
+    found = counting.memory(tiny, cli.defaults(grpo_base.Args, lora_rank=4), 2)
     assert found["trained weights"] == 4 * lora and found["frozen weights"] == 2 * n and not found["average"]
 
 
 def test_disk_of_checkpoints_and_export(tiny):
     n = size(tiny.pipe.transformer)
-    args = arguments.defaults(grpo_base.Args, steps=50, save_every=20)
+    args = cli.defaults(grpo_base.Args, steps=50, save_every=20)
     checkpoint, number, export = counting.disk(tiny, args, 4)
     assert (checkpoint, number) == (12 * n, 3) and export == 4 * sum(
         size(part) for part in tiny.pipe.components.values() if isinstance(part, torch.nn.Module)
@@ -74,7 +76,7 @@ def test_disk_of_checkpoints_and_export(tiny):
 
 def test_a_checkpoint_is_as_large_as_estimated(train, tiny):
     folder, _ = train(steps=1, ema=0.9)
-    expected = counting.disk(tiny, arguments.defaults(grpo_base.Args, ema=0.9), 4)[0]
+    expected = counting.disk(tiny, cli.defaults(grpo_base.Args, ema=0.9), 4)[0]
     found = sum(file.stat().st_size for file in (folder / "checkpoints/step_000001").iterdir())
     assert found == pytest.approx(expected, rel=0.02)
 
@@ -152,7 +154,7 @@ def plan_of(monkeypatch, available, **settings):
     """What tiny-flux takes by itself where so many bytes are free, as if it were a large model."""
     monkeypatch.setattr(preflight, "SMALL", 0)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=available))
-    args = arguments.defaults(
+    args = cli.defaults(
         grpo_base.Args, **{**dict(prompts_per_step=2, group_size=4, sampling_steps=4, micro_batch=8), **settings}
     )
     run = SimpleNamespace(
@@ -211,7 +213,7 @@ def test_full_sizes_fit_or_are_told_a_command_that_does(name, lora, world, gib, 
     monkeypatch.setattr(counting, "activations", activations)
     monkeypatch.setattr(preflight, "free", lambda run: gib * 10**9)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=2**50))
-    args = arguments.defaults(bpgo.Args, name, lora_rank=lora)
+    args = cli.defaults(bpgo.Args, name, lora_rank=lora)
     run = SimpleNamespace(
         args=args, world=world, shards=min(world, 8), sharding=None, dtype=torch.bfloat16,
         device=torch.device("cpu"), batch=1, print=print, asked=replace(args), together=lambda one: [one] * world,
@@ -250,7 +252,7 @@ def test_on_a_gpu_a_pass_takes_the_rows_that_fit(asked, gib, least, monkeypatch,
     monkeypatch.setattr(counting, "activations", activations)
     monkeypatch.setattr(preflight, "free", lambda run: gib * 10**9)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=2**50))
-    args = arguments.defaults(bpgo.Args, "flux", lora_rank=64)
+    args = cli.defaults(bpgo.Args, "flux", lora_rank=64)
     assert args.micro_batch == "auto", "the default of a full-size model"
     run = SimpleNamespace(
         args=args, world=1, shards=1, sharding=None, dtype=torch.bfloat16, device=torch.device("cuda"), batch=1,

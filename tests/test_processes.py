@@ -25,10 +25,11 @@ import bpgo
 import grpo_base
 import self_paced
 import slas
-from common import arguments, checkpoints, errors, models, sharding
-from common.processes import processes
-from common.runtime import Runtime, batch_size
-from common.signals import LOST
+from common import cli, errors, models
+from common.trainer import checkpoints, sharding
+from common.trainer.processes import processes
+from common.trainer.runtime import Runtime, batch_size
+from common.trainer.signals import LOST
 
 SMALL = dict(
     prompts_per_step=3, group_size=4, sampling_steps=4, micro_batch=6, minibatches=1, steps=4, save_every=2,
@@ -91,7 +92,7 @@ def assert_rescued(folder, said):
 def one(monkeypatch, name, folder, **changes):
     script, settings = RUNS[name]
     monkeypatch.setattr(sys, "argv", [script.__file__])
-    script.main(arguments.defaults(script.Args, **{**settings, "output": str(folder), **changes}))
+    script.main(cli.defaults(script.Args, **{**settings, "output": str(folder), **changes}))
     return folder
 
 
@@ -251,7 +252,7 @@ def test_every_process_gets_as_many_micro_batches_and_can_tell_which_is_the_last
     ],
 )
 def test_rows_of_a_pass_leave_few_fillers(share, settings, size):
-    args = arguments.defaults(grpo_base.Args, group_size=12, **{"minibatches": 1, **settings})
+    args = cli.defaults(grpo_base.Args, group_size=12, **{"minibatches": 1, **settings})
     assert batch_size(args, share) == size
 
 
@@ -302,7 +303,7 @@ def group_of_one(monkeypatch):
 
 
 def test_processes_wait_for_one_another_as_long_as_a_flag_says(group_of_one):
-    processes(arguments.defaults(grpo_base.Args, process_timeout=45.0))
+    processes(cli.defaults(grpo_base.Args, process_timeout=45.0))
     group = torch.distributed.distributed_c10d._get_default_group()
     assert group._get_backend(torch.device("cpu")).options._timeout == timedelta(minutes=45)
 

@@ -16,7 +16,7 @@ import self_paced
 import slas
 from common import loss, sde
 from common.models.flux import Flux
-from common.runtime import Runtime
+from common.trainer.runtime import Runtime
 
 PAGE = ROOT / "docs/reading.md"
 

@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 
 import bpgo
-from common import page, report
 from common.errors import InputError
+from common.reporting import page, report
 
 HOSTILE = ["</title><script>alert(1)</script>", 'a "red" circle | & <img src=http://x/y.png onerror=alert(1)>']
 

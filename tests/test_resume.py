@@ -15,10 +15,11 @@ import bpgo
 import grpo_base
 import self_paced
 import slas
-from common import arguments, checkpoints, errors, export, models, rewards, run_folder
+from common import cli, errors, models, rewards
 from common.models.flux import Flux
 from common.prompts import prompts_of_step, read_prompts
-from common.runtime import Runtime
+from common.trainer import checkpoints, export, run_folder
+from common.trainer.runtime import Runtime
 
 SMALL = (
     "--prompts-per-step=1 --group-size=4 --sampling-steps=3 --micro-batch=4 --minibatches=1 --tracker=none "
@@ -35,7 +36,7 @@ def command(tmp_path, monkeypatch, capfd):
     def run(words, script=grpo_base):
         monkeypatch.setattr(sys, "argv", [script.__file__, *(words.split() if isinstance(words, str) else words)])
         capfd.readouterr()
-        errors.run(script.main, arguments.parse(script.Args, script.__doc__))
+        errors.run(script.main, cli.parse(script.Args, script.__doc__))
         return capfd.readouterr().out
 
     def refused(words, script=grpo_base):
@@ -59,7 +60,7 @@ def finished(tmp_path_factory):
             folders[script] = tmp_path_factory.mktemp(script.__name__) / "run"
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(sys, "argv", [script.__file__, *SMALL, "--steps=3", f"--output={folders[script]}"])
-                script.main(arguments.parse(script.Args, ""))
+                script.main(cli.parse(script.Args, ""))
         return folders[script]
 
     return folder
@@ -167,9 +168,9 @@ def test_the_settings_of_a_run_are_the_defaults_of_its_command_line(command, cop
 def test_all_settings_of_all_models_are_taken_over_as_they_are(tmp_path, monkeypatch, script):
     monkeypatch.setattr(sys, "argv", [script.__file__])
     for model in models.MODELS:
-        args = arguments.defaults(script.Args, model, seed=3, watch=("jpeg",), output=str(tmp_path))
+        args = cli.defaults(script.Args, model, seed=3, watch=("jpeg",), output=str(tmp_path))
         (tmp_path / "config.json").write_text(json.dumps(run_folder.settings(args)))
-        other = arguments.defaults(script.Args, "tiny-sd" if model != "tiny-sd" else "tiny-flux")
+        other = cli.defaults(script.Args, "tiny-sd" if model != "tiny-sd" else "tiny-flux")
         assert run_folder.inherit(other, "latest", str(tmp_path)) == args
 
 
@@ -192,7 +193,7 @@ def test_what_may_not_change_is_one_line(command, copied, flags):
 
 
 def test_every_setting_that_may_change_is_one():
-    names = set(vars(arguments.Args()))
+    names = set(vars(cli.Args()))
     assert set(run_folder.FREE + run_folder.FREE_IN_A_NEW_FOLDER + run_folder.NOT_INHERITED) <= names
     assert not set(run_folder.FREE) & set(run_folder.FREE_IN_A_NEW_FOLDER)
 
@@ -212,7 +213,7 @@ def test_code_is_trusted_by_a_flag_and_by_no_file(command, copied, monkeypatch):
     config = copied() / "config.json"
     config.write_text(config.read_text().replace('"trust_remote_code": false', '"trust_remote_code": true'))
     monkeypatch.setattr(sys, "argv", ["grpo_base.py", "--output", "runs/one", "--resume"])
-    assert not arguments.parse(grpo_base.Args, "").trust_remote_code
+    assert not cli.parse(grpo_base.Args, "").trust_remote_code
 
 
 ODD = {

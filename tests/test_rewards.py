@@ -10,7 +10,7 @@ from PIL import Image
 from common import rewards
 from common.errors import InputError, RunError
 from common.rewards.jpeg import JpegSize
-from lab.shapes import render, sample_captions, sample_scenes
+from worlds.shapes import render, sample_captions, sample_scenes
 
 # --- Names and weights ---
 

@@ -21,10 +21,10 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from vlm import clips, save_judge
 
 import self_paced
-from common import arguments, rewards
+from benchmarks import servers
+from common import cli, rewards
 from common.errors import InputError, RunError
 from common.rewards import judge, judge_local
-from lab import servers
 
 in_this_process = pytest.mark.skipif(
     Version(transformers.__version__) < Version("5.23"), reason="a judge in this process takes transformers 5.23"
@@ -494,7 +494,7 @@ def test_a_run_whose_server_dies_ends_with_one_line_and_a_checkpoint_and_goes_on
 
     def train(name, *flags):
         monkeypatch.setattr(sys, "argv", words(name, *flags))
-        self_paced.main(arguments.parse(self_paced.Args, ""))
+        self_paced.main(cli.parse(self_paced.Args, ""))
 
     def behave(handler, number, body):
         return handler.say(colour_score(body)) if number <= 30 else handler.fail(503)  # the third step of 12 requests

@@ -22,8 +22,8 @@ from common.prompts.sets import HPSV2
 from common.rewards import asking
 from common.rewards.clip import HPSv2
 from common.rewards.weights import Source
-from lab import build_tiny_clip
-from lab.building import clip_tokenizer
+from worlds import build_tiny_clip
+from worlds.building import clip_tokenizer
 
 LEARNED = ("hpsv2", "hpsv2.1", "clip", "clip-h", "pickscore", "aesthetic", "imagereward", "videoclip-xl")
 
@@ -153,7 +153,7 @@ def test_a_reward_for_clips_on_an_image_model():
     assert list(rewards.load(["motion"], [], clips=True)) == ["motion"]
     for script in (grpo_base, bpgo, slas, self_paced):
         with pytest.raises(InputError, match="motion:quality scores clips"):
-            script.main(grpo_base.arguments.defaults(script.Args, reward=("motion:quality",)))
+            script.main(grpo_base.cli.defaults(script.Args, reward=("motion:quality",)))
 
 
 # --- Frames of clips ---

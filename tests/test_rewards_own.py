@@ -12,9 +12,10 @@ import torch
 import bpgo
 import grpo_base
 import self_paced
-from common import arguments, checkpoints, errors, rewards, run_folder
+from common import cli, errors, rewards
 from common.errors import InputError
 from common.prompts import caption_of, fields_of, read_prompts
+from common.trainer import checkpoints, run_folder
 
 OWN = '''
 import torch
@@ -172,7 +173,7 @@ def test_a_run_trains_on_one_and_watches_another_and_goes_on_when_both_are_given
 
     # a folder alone makes no code run
     monkeypatch.setattr(sys, "argv", ["bpgo.py", "--resume", "latest", "--output", str(run), "--steps", "3"])
-    args = arguments.parse(bpgo.Args, "")
+    args = cli.parse(bpgo.Args, "")
     assert args.prior == "sft" and args.reward == ("verifier",) and args.watch == ()
     with pytest.raises(
         InputError, match="now it is .'verifier'.; give it again: a run's folder alone makes no code run"
@@ -253,5 +254,5 @@ def test_stages_have_shares_by_their_weights_in_each_group(train):
 )
 def test_flags_that_make_no_sense(flags, said):
     with pytest.raises(errors.InputError) as caught:
-        arguments.check(arguments.defaults(grpo_base.Args, **flags))
+        cli.check(cli.defaults(grpo_base.Args, **flags))
     assert said in str(caught.value)

@@ -9,9 +9,10 @@ import torch
 from conftest import weights
 from test_rewards_judge import colour_score, quick, serve  # noqa: F401, fixtures
 
-from common import checkpoints, errors, models, rewards, sde
+from common import errors, models, rewards, sde
 from common.rewards import asking
-from common.scoring import Scoring
+from common.rewards.scoring import Scoring
+from common.trainer import checkpoints
 
 SETTINGS = dict(
     micro_batch=2, reward_batch=2, steps=2, learning_rate=1e-3, judge_model="m", reward=("judge:alignment",)

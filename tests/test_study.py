@@ -20,10 +20,10 @@ from PIL import Image
 from common import models, sde
 from common.errors import InputError
 from common.prompts import read_prompts
-from common.rewards import motion, scene, verifier
 from lab import claims, figures, probes, study, study_rewards, verdicts
-from lab.moving import captions as moving_captions
 from lab.study_results import FOLDER, Results, name_of
+from worlds import motion, scene, verifier
+from worlds.moving import captions as moving_captions
 
 SMALL = dict(steps=1, eval_every=1, prompts_per_step=2, group_size=4, minibatches=1)
 

@@ -10,9 +10,9 @@ import torch
 from conftest import ROOT, metrics
 from diffusers import FluxPipeline
 
-from common.rewards.scene import COLOURS, SHAPES
-from lab.build_tiny_flux import evaluate, what_is_where
-from lab.shapes import Scenes, split_captions
+from worlds.build_tiny_flux import evaluate, what_is_where
+from worlds.scene import COLOURS, SHAPES
+from worlds.shapes import Scenes, split_captions
 
 
 def test_base_model_chooses_badly_with_a_wide_spread():

@@ -10,7 +10,8 @@ from conftest import ROOT, metrics
 from safetensors import safe_open
 
 from common import models, sde
-from lab import build_tiny_sd, build_tiny_wan, gains, shapes
+from lab import gains
+from worlds import build_tiny_sd, build_tiny_wan, shapes
 
 GAIN = 0.10
 JOBS = [  # each from its defaults

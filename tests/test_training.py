@@ -16,10 +16,11 @@ from diffusers import FluxPipeline, FluxTransformer2DModel
 from peft import LoraConfig
 
 import grpo_base
-from common import arguments, errors, heldout, models, rewards, sde
+from common import cli, errors, models, rewards, sde
 from common.models.flux import Flux
 from common.prompts import prompts_of_step, read_prompts
 from common.rewards import asking
+from common.trainer import heldout
 
 SAME_SHAPE = {
     "dance": dict(sde="dance", noise_level=0.3),
@@ -164,7 +165,7 @@ def test_gradient_of_a_step_is_that_of_the_objective_written_out(train, settings
     monkeypatch.setattr(grpo_base.Runtime, "update", update)
     train(steps=1, reward=("jpeg",), **settings)
     base = dict(prompts_per_step=2, group_size=4, sampling_steps=4)
-    args = arguments.defaults(grpo_base.Args, **base, **{**dict(micro_batch=8, minibatches=1), **settings})
+    args = cli.defaults(grpo_base.Args, **base, **{**dict(micro_batch=8, minibatches=1), **settings})
     assert len(seen) == args.minibatches
     for number, (grads, moved) in enumerate(seen):
         model = models.load("tiny-flux", torch.float32, height=32, width=32)
@@ -403,7 +404,7 @@ def test_a_reward_that_turns_nan_stops_the_run_and_keeps_the_last_checkpoint(tra
         sample_every=0,
         tracker="none",
     )
-    args = arguments.defaults(grpo_base.Args, output=str(tmp_path / "run"), reward=("fails",), **small)
+    args = cli.defaults(grpo_base.Args, output=str(tmp_path / "run"), reward=("fails",), **small)
     with pytest.raises(SystemExit) as exit:
         errors.run(grpo_base.main, args)
     message = capsys.readouterr().err.strip().splitlines()[-1]
@@ -478,7 +479,7 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(line, tmp_path, monkeypatch
     monkeypatch.setattr(sys, "argv", ["grpo_base.py", *line.format(tmp=tmp_path).split()])
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(SystemExit) as exit:
-        errors.run(grpo_base.main, arguments.parse(grpo_base.Args, "text"))
+        errors.run(grpo_base.main, cli.parse(grpo_base.Args, "text"))
     captured = capsys.readouterr().err.strip()
     assert exit.value.code == 2
     assert re.fullmatch(r"error: [^\n]+", captured), captured
@@ -490,7 +491,7 @@ def test_typing_mistakes_on_the_command_line_are_explained_without_a_traceback(m
     for line in ("--modle flux", "--steps many", "--sde dnace"):
         monkeypatch.setattr(sys, "argv", ["grpo_base.py", *line.split()])
         with pytest.raises(SystemExit) as exit:
-            arguments.parse(grpo_base.Args, "text")
+            cli.parse(grpo_base.Args, "text")
         assert exit.value.code == 2
         assert line.split()[0].removeprefix("--")[:3] in capsys.readouterr().err
     done = subprocess.run([sys.executable, str(ROOT / "grpo_base.py"), "--modle"], capture_output=True, text=True)

@@ -6,11 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.rewards import verifier
-from common.rewards.scene import ANY, BACKGROUND, COLOURS, RELATIONS, SHAPES, TASKS, draw, parse
-from common.rewards.verifier import read, verify
-from lab import shapes
-from lab.shapes import change_one, corrupt, render, sample_captions, sample_scenes, split_captions, write
+from worlds import shapes, verifier
+from worlds.scene import ANY, BACKGROUND, COLOURS, RELATIONS, SHAPES, TASKS, draw, parse
+from worlds.shapes import change_one, corrupt, render, sample_captions, sample_scenes, split_captions, write
+from worlds.verifier import read, verify
 
 PARTS = ("quality", "layout", "alignment", "score")
 CAPTIONS = [caption for of_task in shapes.captions().values() for caption in of_task]
@@ -372,7 +371,7 @@ def test_split_is_disjoint_and_covers_all_tasks():
 @pytest.mark.parametrize("name, part", [("shapes.txt", 0), ("shapes_heldout.txt", 1)])
 def test_prompt_files_are_not_stale(name, part):
     lines = (PROMPTS / name).read_text(encoding="utf-8").splitlines()
-    assert lines == split_captions()[part], "run `python -m lab.shapes`"
+    assert lines == split_captions()[part], "run `python -m worlds.shapes`"
 
 
 @pytest.fixture(scope="module")

@@ -37,13 +37,13 @@ __all__ = [
 ]  # fmt: skip
 
 REWARDS = {
-    "verifier": ("common.rewards.verifier", "Verifier"),
-    "verifier:quality": ("common.rewards.verifier", "Quality"),
-    "verifier:layout": ("common.rewards.verifier", "Layout"),
-    "verifier:passed": ("common.rewards.verifier", "Passed"),
-    "motion": ("common.rewards.motion", "Motion"),
-    "motion:quality": ("common.rewards.motion", "MotionQuality"),
-    "motion:smooth": ("common.rewards.motion", "MotionSmooth"),
+    "verifier": ("worlds.verifier", "Verifier"),
+    "verifier:quality": ("worlds.verifier", "Quality"),
+    "verifier:layout": ("worlds.verifier", "Layout"),
+    "verifier:passed": ("worlds.verifier", "Passed"),
+    "motion": ("worlds.motion", "Motion"),
+    "motion:quality": ("worlds.motion", "MotionQuality"),
+    "motion:smooth": ("worlds.motion", "MotionSmooth"),
     "jpeg": ("common.rewards.jpeg", "JpegSize"),
     "hpsv2": ("common.rewards.clip", "HPSv2"),
     "hpsv2.1": ("common.rewards.clip", "HPSv21"),

@@ -15,7 +15,7 @@ from openai.types.chat.chat_completion import Choice
 
 from common.errors import InputError, RunError, text
 from common.rewards.judge import TOKENS, Answer, Talk, digits
-from common.scoring import begin
+from common.rewards.scoring import begin
 
 LONGEST = 2**20  # bytes of an answer: a thousand times what a number takes
 PAUSE = 8.0  # seconds between two attempts, at most

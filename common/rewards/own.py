@@ -1,7 +1,7 @@
 """A reward of one's own: a class in a Python file, `path/to/file.py:Class` where others have a name. What it has to
 have is in the head of __init__.py; here it is looked at, before any model is loaded.
 
-A file may import what lies beside it. A run's folder alone never makes such code run: see common/run_folder.py.
+A file may import what lies beside it. A run's folder alone never makes such code run: see common/trainer/run_folder.py.
 """
 
 import importlib.util
