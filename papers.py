@@ -1,16 +1,24 @@
-"""What each script trains each named model with: the settings that its paper prints, over those of the model.
+"""What each script trains each named model with: the settings that its paper prints, over those of
+the model.
 
-The table in common/models has what belongs to a model whoever trains it, and DanceGRPO's settings, on which all three
-papers build. A pair with `paper` is one of that paper's; the others take what their script and their model suggest.
-docs/reproduce.md has the commands for the papers' tables, tests/test_reproduce.py the settings as they are printed.
-"""
+The table in common/models has what belongs to a model whoever trains it, and DanceGRPO's settings,
+on which all three papers build. A pair with `paper` is one of that paper's; the others take what
+their script and their model suggest. docs/reproduce.md has the commands for the papers' tables,
+tests/test_reproduce.py the settings as they are printed."""
 
-_DANCE, _FLOW, _BPGO, _SLAS, _PACED = "2505.07818", "2505.05470", "2511.18919", "2605.10937", "2511.19356"  # arXiv
+_DANCE, _FLOW, _BPGO, _SLAS, _PACED = (
+    "2505.07818",
+    "2505.05470",
+    "2511.18919",
+    "2605.10937",
+    "2511.19356",
+)  # arXiv
 
-# DanceGRPO's published code: FLUX on 16 GPUs with one prompt each, Stable Diffusion on 8 with four and two updates,
-# HunyuanVideo on 32 with one, by visual quality alone. Flow-GRPO's, for PickScore: 48 prompts, and a weight of .01 of a
-# KL that is -dt times ours, a tenth on average of 10 steps. Its code divides by the standard deviation of all samples,
-# its paper and this script by the group's.
+# DanceGRPO's published code: FLUX on 16 GPUs with one prompt each, Stable Diffusion on 8 with four
+# and two updates, HunyuanVideo on 32 with one, by visual quality alone. Flow-GRPO's, for PickScore:
+# 48 prompts, and a weight of .01 of a KL that is -dt times ours, a tenth on average of 10 steps.
+# Its code divides by the standard deviation of all samples, its paper and this script by the
+# group's.
 GRPO = {
     "flux": dict(paper=_DANCE, prompts_per_step=16),
     "sd1.4": dict(paper=_DANCE, prompts_per_step=32, minibatches=2),
@@ -19,7 +27,8 @@ GRPO = {
     "hunyuan": dict(paper=_DANCE, prompts_per_step=32, steps=200, reward=("videoalign:vq",)),
 }
 
-# Section 4.1 and appendix B. The videos' captions are not public; --prompts has DanceGRPO's instead.
+# Section 4.1 and appendix B. The videos' captions are not public; --prompts has DanceGRPO's
+# instead.
 _T2V = dict(prior="sft", reward=("videoclip-xl",), group_size=8, best_of=0)
 BPGO = {
     "flux": dict(paper=_BPGO, reward=("hpsv2",)),
@@ -32,8 +41,8 @@ BPGO = {
     "hunyuan": _T2V,
 }
 
-# Section 6.1: two nodes of 8 GPUs for FLUX, one for Stable Diffusion, otherwise as DanceGRPO, whose code adds up
-# advantages.
+# Section 6.1: two nodes of 8 GPUs for FLUX, one for Stable Diffusion, otherwise as DanceGRPO, whose
+# code adds up advantages.
 _MIXED = dict(paper=_SLAS, prompts="hpdv2", aggregate="advantages")
 SLAS = {
     "flux": dict(GRPO["flux"], **_MIXED, reward=("hpsv2.1=0.7", "clip-h=1.4")),
@@ -41,7 +50,9 @@ SLAS = {
 }
 
 # Section 5.2 and appendix A. Images have no smoothness to judge, so two stages are left of three.
-_JUDGED = dict(reward=("judge:quality", "judge:smoothness", "judge:alignment"), thresholds=(0.75, 0.75))
+_JUDGED = dict(
+    reward=("judge:quality", "judge:smoothness", "judge:alignment"), thresholds=(0.75, 0.75)
+)
 _JUDGED_IMAGES = dict(reward=("judge:quality", "judge:alignment"), thresholds=(0.75,))
 _SHAPES = dict(reward=("verifier:quality", "verifier:layout", "verifier"))
 _MOTION = dict(reward=("motion:quality", "motion:smooth", "motion"))

@@ -1,12 +1,13 @@
-"""Attacks runs from a seed: bad flags, prompts, pictures, folders, checkpoints, servers, rewards, machines.
+"""Attacks runs from a seed: bad flags, prompts, pictures, folders, checkpoints, servers, rewards,
+machines.
 
     python -m benchmarks.attacks                            # 300, in under 20 minutes on two cores; prints the table
     python -m benchmarks.attacks --only folders --number 40 --seed 7
 
-Each attack is a small run that ends well: it comes to its end, or says in one line what is wrong; without a traceback,
-with 60 seconds of computing and 4 GiB, and whatever it had finished is saved. One process imports everything and forks
-for each attack, which calls the script's own main through errors.run; one in fifteen is a process of its own.
-"""
+Each attack is a small run that ends well: it comes to its end, or says in one line what is wrong;
+without a traceback, with 60 seconds of computing and 4 GiB, and whatever it had finished is saved.
+One process imports everything and forks for each attack, which calls the script's own main through
+errors.run; one in fifteen is a process of its own."""
 
 import dataclasses
 import importlib
@@ -44,7 +45,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = {"grpo_base": grpo_base, "bpgo": bpgo, "slas": slas, "self_paced": self_paced}
 STEPS = 2
 SMALL = (
-    f"--steps={STEPS} --prompts-per-step=2 --group-size=2 --sampling-steps=3 --micro-batch=4 --minibatches=1 "
+    f"--steps={STEPS} --prompts-per-step=2 --group-size=2 --sampling-steps=3 --micro-batch=4 "
+    "--minibatches=1 "
     "--save-every=0 --eval-every=0 --sample-every=0 --tracker=none --learning-rate=1e-4"
 ).split()
 LIMIT, WAIT = 60, 300.0  # seconds that an attack computes, and that it waits; most take two in all
@@ -88,18 +90,40 @@ class Attack:
 def flags(rng, folder):
     name = rng.choice(list(SCRIPTS))
     fields = [field.name for field in dataclasses.fields(SCRIPTS[name].Args)]
-    flag = rng.choice([field for field in fields if field not in ("steps", "prompts_per_step", "output")])
-    bad = ["nan", "inf", "-inf", "-1", "0", "1e400", str(10**30), "five", "", "½", "0x10", "1e-400", "é", "\udcff", "٣"]
+    flag = rng.choice(
+        [field for field in fields if field not in ("steps", "prompts_per_step", "output")]
+    )
+    bad = [
+        "nan",
+        "inf",
+        "-inf",
+        "-1",
+        "0",
+        "1e400",
+        str(10**30),
+        "five",
+        "",
+        "½",
+        "0x10",
+        "1e-400",
+        "é",
+        "\udcff",
+        "٣",
+    ]
     word = rng.choice([*bad, "$HOME", "../..", "\x1b[2J", "a" * 5000, "latest", "nobody/nothing"])
     return Attack(f"--{flag} {word[:30]!a}", [f"--{flag.replace('_', '-')}={word}"], name)
 
 
 def prompts(rng, folder):
     letters = string.printable + "$\\_^{}%é中ثעلب🦊\u0301\u202e\x00\x07\u2028\ufeff"
-    line = "".join(rng.choice(letters.replace("\n", "").replace("\t", "")) for _ in range(rng.choice([1, 9, 90, 900])))
+    line = "".join(
+        rng.choice(letters.replace("\n", "").replace("\t", ""))
+        for _ in range(rng.choice([1, 9, 90, 900]))
+    )
     contents = {
         "bytes": rng.randbytes(200), "UTF-16": line.encode("utf-16"), "Latin-1": "é".encode("latin-1"),
-        "nothing": b"", "blank lines": b"\n \n\t\n", "NUL": b"\0" * 50, "one line of 3 MB": b"red " * 750_000,
+        "nothing": b"", "blank lines": b"\n \n\t\n", "NUL": b"\0" * 50, "one line of 3 "
+                                                                        "MB": b"red " * 750_000,
         "letters": line.encode(), "dollars": b"a $x_1$ \\frac{1}{2$ for $5", "tabs": b"a\tb\tc\n\t\n", "CR": b"a\rb\r",
         "many": b"a red circle\n" * 50_000, "JSON nested deep": b"[" * 200_000, "rows": b'{"prompt": 5}\n[]\n"a"\n',
         "columns": b"a,b\n1,2\n", "half a JSON": b'[{"prompt": "a', "a quote": b'prompt\n"a red',
@@ -116,12 +140,28 @@ def prompts(rng, folder):
 
 
 def pictures(rng, folder):
-    kind, size = rng.choice(["PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF"]), (rng.randint(1, 90), rng.randint(1, 90))
+    kind, size = (
+        rng.choice(["PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF"]),
+        (rng.randint(1, 90), rng.randint(1, 90)),
+    )
     file = folder / f"picture.{rng.choice(['png', kind.lower()])}"
-    image = Image.effect_noise(size, 90).convert(rng.choice(["RGB", "L", "1"] if kind != "WEBP" else ["RGB"]))
+    image = Image.effect_noise(size, 90).convert(
+        rng.choice(["RGB", "L", "1"] if kind != "WEBP" else ["RGB"])
+    )
     image.save(file, kind)
     how = rng.choice(
-        ["as it is", "cut short", "cut short", "bits", "bits", "a bomb", "empty", "words", "gone", "a loop"]
+        [
+            "as it is",
+            "cut short",
+            "cut short",
+            "bits",
+            "bits",
+            "a bomb",
+            "empty",
+            "words",
+            "gone",
+            "a loop",
+        ]
     )
     data = bytearray(file.read_bytes())
     if how == "cut short":
@@ -132,7 +172,9 @@ def pictures(rng, folder):
     elif how == "bomb":
         image.convert("L").save(file, "PNG")
         data = bytearray(file.read_bytes())
-        data[16:24] = struct.pack(">II", *rng.choice([(100_000, 100_000), (2**31 - 1, 1), (12_000, 12_000)]))
+        data[16:24] = struct.pack(
+            ">II", *rng.choice([(100_000, 100_000), (2**31 - 1, 1), (12_000, 12_000)])
+        )
         data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
     file.write_bytes({"empty": b"", "words": b"no picture"}.get(how, data))
     if how in ("gone", "a loop"):
@@ -140,18 +182,48 @@ def pictures(rng, folder):
     if how == "a loop":
         file.symlink_to(file)
     (folder / "p.txt").write_text(f"{file.name}\ta red circle moving left\n")
-    words = ["--model", "tiny-wan-i2v", "--prompts", "p.txt", "--reward", "jpeg", "--eval-prompts=", "--sde-steps=0"]
+    words = [
+        "--model",
+        "tiny-wan-i2v",
+        "--prompts",
+        "p.txt",
+        "--reward",
+        "jpeg",
+        "--eval-prompts=",
+        "--sde-steps=0",
+    ]
     return Attack(f"a {kind} {how}", words)
 
 
-VALUES = (None, "x", "", -1, 0, 1, 10**9, 10**30, 1e308, 0.5, True, [], {}, [1, 2], {"a": {"b": []}}, [None, None])
+VALUES = (
+    None,
+    "x",
+    "",
+    -1,
+    0,
+    1,
+    10**9,
+    10**30,
+    1e308,
+    0.5,
+    True,
+    [],
+    {},
+    [1, 2],
+    {"a": {"b": []}},
+    [None, None],
+)
 
 
 def spoilt(rng, folder):
     """What was done to a file of a folder, or to a part of it."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     file = rng.choice(files)
-    configs = [path for path in files if path.name in ("config.json", "model_index.json", "scheduler_config.json")]
+    configs = [
+        path
+        for path in files
+        if path.name in ("config.json", "model_index.json", "scheduler_config.json")
+    ]
     tensors = [path for path in files if path.suffix == ".safetensors"]
     how = rng.choice(
         ["cut", "cut", "gone", "gone", "bytes", "empty", "folder", "loop", "value", "value", "value", "value", "tensor",
@@ -161,13 +233,19 @@ def spoilt(rng, folder):
         os.truncate(file, rng.randrange(file.stat().st_size + 1))
     elif how in ("gone", "folder", "loop"):
         file.unlink()
-        (file.mkdir if how == "folder" else lambda: file.symlink_to(file) if how == "loop" else None)()
+        (
+            file.mkdir
+            if how == "folder"
+            else lambda: file.symlink_to(file) if how == "loop" else None
+        )()
     elif how == "bytes":
         data = bytearray(file.read_bytes())
         for _ in range(rng.choice([1, 10, 1000])):
-            data[rng.randrange(len(data)) if rng.random() < 0.5 else rng.randrange(min(len(data), 200))] = (
-                rng.randrange(256)
-            )
+            data[
+                rng.randrange(len(data))
+                if rng.random() < 0.5
+                else rng.randrange(min(len(data), 200))
+            ] = rng.randrange(256)
         file.write_bytes(data)
     elif how == "value" and configs:
         file = rng.choice(configs)
@@ -181,7 +259,9 @@ def spoilt(rng, folder):
         key = rng.choice(sorted(state))
         whole = state.pop(key)
         state |= {
-            "tensor": rng.choice([{}, {key: whole.flatten()[:-1].clone()}, {key: whole[None].clone()}]),
+            "tensor": rng.choice(
+                [{}, {key: whole.flatten()[:-1].clone()}, {key: whole[None].clone()}]
+            ),
             "numbers": {key: torch.full_like(whole, rng.choice([torch.nan, torch.inf]))},
             "type": {key: whole.to(torch.int64)},
         }[how]
@@ -192,12 +272,16 @@ def spoilt(rng, folder):
         stem = {"model": "pytorch_model"}.get(file.stem, file.stem)
         torch.save({"weight": Evil()}, file.with_name(f"{stem}.bin"))
     elif how == "swap":
-        other = rng.choice([path for path in models.ASSETS.rglob(file.name) if path.is_file()] or [file])
+        other = rng.choice(
+            [path for path in models.ASSETS.rglob(file.name) if path.is_file()] or [file]
+        )
         file.unlink()
         shutil.copy(other, file)
     else:
         how = {"pointer": "pointer"}.get(how, "half a JSON")
-        file.write_text("version https://git-lfs.github.com/spec/v1\n" if how == "pointer" else '{"a": [')
+        file.write_text(
+            "version https://git-lfs.github.com/spec/v1\n" if how == "pointer" else '{"a": ['
+        )
     return f"{how} {file.relative_to(folder)}"
 
 
@@ -211,7 +295,16 @@ def folders(rng, folder):
     shutil.copytree(models.ASSETS / name, folder / "model")
     what = ", ".join(spoilt(rng, folder / "model") for _ in range(rng.choice([1, 1, 1, 2])))
     own = models.settings(name)
-    words = ["--model", "model", "--prompts", own["prompts"], "--reward", "jpeg", "--height=32", "--width=32"]
+    words = [
+        "--model",
+        "model",
+        "--prompts",
+        own["prompts"],
+        "--reward",
+        "jpeg",
+        "--height=32",
+        "--width=32",
+    ]
     words += ["--shift=1"] if name == "tiny-sd" else ["--frames=5"] if "wan" in name else []
     words += ["--lora-rank=4"] if rng.random() < 0.3 else []
     return Attack(f"{name}: {what}", words, rng.choice(list(SCRIPTS)[:3]))
@@ -225,11 +318,15 @@ def weights(rng, folder):
 
 def server(rng, folder):
     harm = rng.choice(list(servers.HARM))
-    number = rng.choice([0, 0, 1, 3, 5, 7])  # the question from which it does harm; 0: the greeting too
+    number = rng.choice(
+        [0, 0, 1, 3, 5, 7]
+    )  # the question from which it does harm; 0: the greeting too
 
     def begin():
         def behave(handler, asked, body):
-            servers.HARM[harm](handler) if asked >= number else handler.say(f"{1 + asked % 9}", {f"{asked % 9}": 0.9})
+            servers.HARM[harm](handler) if asked >= number else handler.say(
+                f"{1 + asked % 9}", {f"{asked % 9}": 0.9}
+            )
 
         url, _ = servers.start(behave, None if number else servers.HARM[harm])
         return [f"--judge-url={url}"]
@@ -278,7 +375,9 @@ def reward(rng, folder):
         return []
 
     what = f"raises {type(error).__name__}" if raises else f"returns {kind}"
-    return Attack(f"{what}, when asked for time {when}", ["--reward", "odd", "--steps=4"], "slas", begin)
+    return Attack(
+        f"{what}, when asked for time {when}", ["--reward", "odd", "--steps=4"], "slas", begin
+    )
 
 
 def machine(rng, folder):
@@ -289,7 +388,12 @@ def machine(rng, folder):
     elif how == "ASCII":
         (folder / "pé.txt").write_text("a réd circle\n")
         words += ["--prompts=pé.txt", "--reward", "jpeg", "--output=rüns"]
-        attack = Attack("an ASCII terminal", words, environment={"PYTHONIOENCODING": "ascii", "LC_ALL": "C"}, own=True)
+        attack = Attack(
+            "an ASCII terminal",
+            words,
+            environment={"PYTHONIOENCODING": "ascii", "LC_ALL": "C"},
+            own=True,
+        )
     elif how == "files":
         size = rng.choice([10, 1_000, 100_000, 1_000_000, 8_000_000, 20_000_000])
         limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)) or []  # noqa: E731
@@ -297,11 +401,15 @@ def machine(rng, folder):
     elif how == "memory":
         more = rng.choice([50, 200, 500, 1000]) * 2**20
         words = [*words, f"--group-size={rng.choice([8, 512])}", "--micro-batch=512"]
-        attack = Attack(f"{more >> 20} MiB more memory", words, before=lambda: _little_memory(more), saved=False)
+        attack = Attack(
+            f"{more >> 20} MiB more memory", words, before=lambda: _little_memory(more), saved=False
+        )
     else:
         numbers = [signal.SIGINT if how == "SIGINT" else signal.SIGTERM] * (1 + (how == "signals"))
         after = rng.uniform(0.2, 4.0)
-        attack = Attack(f"{how} after {after:.1f} s", words, before=lambda: _signals(numbers, after))
+        attack = Attack(
+            f"{how} after {after:.1f} s", words, before=lambda: _signals(numbers, after)
+        )
     return attack
 
 
@@ -332,7 +440,9 @@ def with_suppressed(action, *arguments):
 def resumed(rng, folder):
     shutil.copytree(template(), folder / "run")
     place = folder / "run" / "checkpoints" / f"step_{STEPS:06d}"
-    file = rng.choice([*sorted(place.iterdir()), folder / "run/config.json", folder / "run/metrics.jsonl"])
+    file = rng.choice(
+        [*sorted(place.iterdir()), folder / "run/config.json", folder / "run/metrics.jsonl"]
+    )
     how = rng.choice(["cut", "bytes", "gone", "empty", "value", "text", "folder"])
     earlier = folder / "run/checkpoints/step_000001"
     kept = tuple((path, path.read_bytes()) for path in sorted(earlier.iterdir()))
@@ -352,7 +462,13 @@ def resumed(rng, folder):
         file.write_text(json.dumps({**content, rng.choice(sorted(content)): rng.choice(VALUES)}))
     else:
         file.write_text("" if how == "empty" else '{"step": ["x"]}\n')
-    words = ["--output=run", "--resume=latest", f"--steps={STEPS + 1}", "--lora-rank=4", "--save-every=1"]
+    words = [
+        "--output=run",
+        "--resume=latest",
+        f"--steps={STEPS + 1}",
+        "--lora-rank=4",
+        "--save-every=1",
+    ]
     return Attack(f"{how} {file.relative_to(folder / 'run')}, then --resume", words, kept=kept)
 
 
@@ -360,7 +476,14 @@ KINDS = {
     "flags": flags, "prompts": prompts, "pictures": pictures, "folders": folders, "rewards' weights": weights,
     "servers": server, "rewards": reward, "the machine": machine, "checkpoints": resumed,
 }  # fmt: skip
-ROUND = ["flags"] * 4 + ["folders"] * 5 + ["prompts"] * 3 + ["pictures"] * 3 + ["servers"] * 3 + ["rewards"] * 2
+ROUND = (
+    ["flags"] * 4
+    + ["folders"] * 5
+    + ["prompts"] * 3
+    + ["pictures"] * 3
+    + ["servers"] * 3
+    + ["rewards"] * 2
+)
 ROUND += ["the machine"] * 3 + ["checkpoints"] * 2 + ["rewards' weights"]
 
 
@@ -369,7 +492,11 @@ ROUND += ["the machine"] * 3 + ["checkpoints"] * 2 + ["rewards' weights"]
 
 def begin(attack, folder):
     """Starts an attack in its folder; returns the process' number."""
-    words = [*SMALL, *([] if any("--output" in word for word in attack.flags) else ["--output=run"]), *attack.flags]
+    words = [
+        *SMALL,
+        *([] if any("--output" in word for word in attack.flags) else ["--output=run"]),
+        *attack.flags,
+    ]
     child = os.fork()
     if child:
         return child
@@ -381,7 +508,11 @@ def begin(attack, folder):
         resource.setrlimit(resource.RLIMIT_CPU, (LIMIT, LIMIT))
         reader, writer = os.pipe()
         os.close(reader)
-        out = writer if attack.stdout == "|" else os.open(attack.stdout or "stdout.txt", os.O_WRONLY | os.O_CREAT)
+        out = (
+            writer
+            if attack.stdout == "|"
+            else os.open(attack.stdout or "stdout.txt", os.O_WRONLY | os.O_CREAT)
+        )
         os.dup2(out, 1)
         os.dup2(os.open("stderr.txt", os.O_WRONLY | os.O_CREAT), 2)
         if attack.own and not attack.before:
@@ -403,7 +534,11 @@ def begin(attack, folder):
 
 def verdict(attack, folder, status, seconds, memory):
     """(what came of an attack: "its end", "one line", or what went wrong, the line that it said)"""
-    said = (folder / "stderr.txt").read_text(errors="replace") if (folder / "stderr.txt").exists() else ""
+    said = (
+        (folder / "stderr.txt").read_text(errors="replace")
+        if (folder / "stderr.txt").exists()
+        else ""
+    )
     lines = [line for line in said.splitlines() if line.startswith(("error: ", "stopped: "))]
     if "For full helptext" in said:  # tyro's box
         lines = [" ".join(said.replace("│", " ").split())]
@@ -421,7 +556,11 @@ def verdict(attack, folder, status, seconds, memory):
             return "a loss", f"{path} is another"
     if code < 0:
         killed = -code == signal.SIGTERM and attack.what.startswith(("SIGTERM", "signals"))
-        return ("one line", "") if killed else ("an end by signal", f"{signal.Signals(-code).name} {said[-500:]}")
+        return (
+            ("one line", "")
+            if killed
+            else ("an end by signal", f"{signal.Signals(-code).name} {said[-500:]}")
+        )
     if code and (len(lines) != 1 or len(line) > 1500):
         return f"{len(lines)} lines", said[-1500:]
     return lost(attack, folder, code, line) or ("one line" if code else "its end", line)
@@ -433,7 +572,9 @@ def lost(attack, folder, code, line):
         if not attack.saved or attack.kept or not (run / "metrics.jsonl").is_file():
             continue
         rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-        steps = sum("reward_mean" in row for row in rows)  # the last evaluation has a row of its own
+        steps = sum(
+            "reward_mean" in row for row in rows
+        )  # the last evaluation has a row of its own
         done = checkpoints.newest_first(run)
         try:
             saved = checkpoints.read(done[0])[0] if done else 0
@@ -475,7 +616,12 @@ def attacks(args, root):
 
 def main(args):
     torch.set_num_threads(1)
-    for name in ("tiny-flux", "tiny-sd", "tiny-wan", "tiny-wan-i2v"):  # once, for all that are forked
+    for name in (
+        "tiny-flux",
+        "tiny-sd",
+        "tiny-wan",
+        "tiny-wan-i2v",
+    ):  # once, for all that are forked
         models.load(name, torch.float32)
     for module, _ in rewards.REWARDS.values():
         importlib.import_module(module)
@@ -500,7 +646,11 @@ def main(args):
                     good = result in ("its end", "one line")
                     failed += [] if good else [number]
                     if args.verbose or not good:
-                        print(f"{number} {kind}: {attack.what}\n    {result} ({seconds:.1f} s): {line}", flush=True)
+                        print(
+                            f"{number} {kind}: {attack.what}\n    {result} ({seconds:.1f} s): "
+                            f"{line}",
+                            flush=True,
+                        )
                     shutil.rmtree(folder, ignore_errors=True)
             time.sleep(0.02)
     print_table(table, args, time.time() - started)
@@ -515,7 +665,10 @@ def print_table(table, args, seconds):
         counts = [table[kind, column] for column in columns]
         print(f"| {kind} | {sum(counts)} | {' | '.join(map(str, counts))} |")
     good = sum(count for (_, result), count in table.items() if result not in bad)
-    print(f"\n{good} of {args.number} without traceback, hang or loss; seed {args.seed}, {seconds / 60:.0f} minutes")
+    print(
+        f"\n{good} of {args.number} without traceback, hang or loss; seed {args.seed}, "
+        f"{seconds / 60:.0f} minutes"
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""GRPO steps of a full-size model with random weights on one GPU: seconds, memory, FLOPs, ratio, against their floor.
+"""GRPO steps of a full-size model with random weights on one GPU: seconds, memory, FLOPs, ratio,
+against their floor.
 
     python -m benchmarks.full_size --model flux            # FLUX.1-dev, 720x720, LoRA of rank 64
     python -m benchmarks.full_size --model wan2.1-1.3b     # 480x832x53, LoRA of rank 64
@@ -6,16 +7,17 @@
     python -m benchmarks.full_size --model tiny-flux       # the same script in small, on a CPU too
     python -m benchmarks.full_size --wheels                # what a machine without a network needs, for pip download
 
-Each phase ends with a JSON line, so that a run that is cut short has said something: `built`, `matmul` (the card's
-rate), `floor` (one micro-batch, which warms up as well), of each step `rollout`, `reward`, `update`, and `total`; or
-`stopped`, with the ratio's alarm. Transformer and VAE have the size of the released ones and are made where they are
-used: nothing is written or read. The text encoders have their width but few layers: a prompt is encoded once, before
-the steps. grpo_base.py runs as it is.
+Each phase ends with a JSON line, so that a run that is cut short has said something: `built`,
+`matmul` (the card's rate), `floor` (one micro-batch, which warms up as well), of each step
+`rollout`, `reward`, `update`, and `total`; or `stopped`, with the ratio's alarm. Transformer and
+VAE have the size of the released ones and are made where they are used: nothing is written or read.
+The text encoders have their width but few layers: a prompt is encoded once, before the steps.
+grpo_base.py runs as it is.
 
-The floor is the bare transformer without a LoRA on the same rows in the same passes: T forwards, and as many forwards
-and backwards as the update has, to the inputs alone, from one micro-batch timed by itself. FLOPs are those that torch
-counts in these passes; of the backward pass with what checkpointing computes again.
-"""
+The floor is the bare transformer without a LoRA on the same rows in the same passes: T forwards,
+and as many forwards and backwards as the update has, to the inputs alone, from one micro-batch
+timed by itself. FLOPs are those that torch counts in these passes; of the backward pass with what
+checkpointing computes again."""
 
 import contextlib
 import importlib.metadata
@@ -39,7 +41,14 @@ from diffusers import (
     WanTransformer3DModel,
 )
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel, UMT5Config, UMT5EncoderModel
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    T5Config,
+    T5EncoderModel,
+    UMT5Config,
+    UMT5EncoderModel,
+)
 
 import grpo_base
 from benchmarks import memory
@@ -72,7 +81,8 @@ class Args:
     compile: bool = False
     """Compile the transformer's blocks, as the scripts do."""
     wheels: bool = False
-    """Print the packages that this needs, NAME==VERSION, as they are installed here, and nothing else."""
+    """Print the packages that this needs, NAME==VERSION, as they are installed here, and nothing
+    else."""
     write: bool = True
     """Rewrite its part of benchmarks/RESULTS.md."""
 
@@ -86,7 +96,9 @@ def flux():
         vocab_size=len(tokenizer), hidden_size=768, num_hidden_layers=1, num_attention_heads=12,
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=0,
     )  # fmt: skip
-    t5 = T5Config(vocab_size=len(tokenizer_2), d_model=4096, d_kv=64, d_ff=1024, num_layers=1, num_heads=8)
+    t5 = T5Config(
+        vocab_size=len(tokenizer_2), d_model=4096, d_kv=64, d_ff=1024, num_layers=1, num_heads=8
+    )
     return FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(), tokenizer=tokenizer, tokenizer_2=tokenizer_2,
         text_encoder=CLIPTextModel(clip), text_encoder_2=T5EncoderModel(t5),
@@ -101,7 +113,9 @@ def flux():
 
 def wan():
     tokenizer = t5_tokenizer(CAPTIONS, 512)
-    umt5 = UMT5Config(vocab_size=len(tokenizer), d_model=4096, d_kv=64, d_ff=1024, num_layers=1, num_heads=8)
+    umt5 = UMT5Config(
+        vocab_size=len(tokenizer), d_model=4096, d_kv=64, d_ff=1024, num_layers=1, num_heads=8
+    )
     return WanPipeline(
         tokenizer=tokenizer, text_encoder=UMT5EncoderModel(umt5), vae=AutoencoderKLWan().float(),
         scheduler=FlowMatchEulerDiscreteScheduler(),
@@ -110,7 +124,8 @@ def wan():
 
 
 def build(name, dtype, prompts=(), trust_remote_code=False, source="", **settings):
-    """In the place of models.load: random weights in bf16, made on the GPU, where there is room and speed for them."""
+    """In the place of models.load: random weights in bf16, made on the GPU, where there is room and
+    speed for them."""
     with memory.weights_in_bfloat16(), torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         pipe = {"flux": flux, "wan2.1-1.3b": wan}[name]()
     return memory.FAMILIES[name](pipe, **settings)
@@ -136,7 +151,12 @@ class Phases:
             numbers["peak_gib"] = round(peak / 2**30, 2)
             torch.cuda.reset_peak_memory_stats()
         self.found[phase] = numbers
-        print(json.dumps({"phase": phase, "at": round(time.perf_counter() - self.started, 1), **numbers}), flush=True)
+        print(
+            json.dumps(
+                {"phase": phase, "at": round(time.perf_counter() - self.started, 1), **numbers}
+            ),
+            flush=True,
+        )
 
 
 def wait():
@@ -164,7 +184,8 @@ def matmul_rate(device, dtype):
 
 
 def bare(run, rows):
-    """(forward, forward and backward) of so many rows by the transformer without its LoRA, as functions."""
+    """(forward, forward and backward) of so many rows by the transformer without its LoRA, as
+    functions."""
     model = run.model
     x = torch.randn(rows, *model.noise_shape, device=run.device, requires_grad=True)
     cond = model.encode(CAPTIONS[:1] * rows)
@@ -197,7 +218,11 @@ def floor(run, phases):
     rate = phases.found["matmul"]["tflops"] * 1e12
     numbers = {"rows": run.batch, "tokens": tokens(run.model)}
     for name, took, counted in zip(("forward", "forward_backward"), seconds, flops):
-        numbers |= {f"{name}_s": took, f"{name}_tflop": counted / 1e12, f"{name}_mfu": counted / took / rate}
+        numbers |= {
+            f"{name}_s": took,
+            f"{name}_tflop": counted / 1e12,
+            f"{name}_mfu": counted / took / rate,
+        }
     phases.say("floor", **numbers)
 
 
@@ -235,7 +260,10 @@ def hooks(args, phases):
             return seconds
 
     def prepared(run, model):
-        phases.say("built", weights=sum(w.numel() for m in model.trainable.values() for w in m.parameters()))
+        phases.say(
+            "built",
+            weights=sum(w.numel() for m in model.trainable.values() for w in m.parameters()),
+        )
         optimizer = prepare(run, model)
         phases.say("matmul", tflops=matmul_rate(run.device, run.dtype) / 1e12)
         return optimizer
@@ -246,21 +274,38 @@ def hooks(args, phases):
         return resume(run, stateful)
 
     return Clock, dict(
-        prepare=prepared, resume=resumed, due=lambda run, step: False, export=lambda run: "nothing was written"
+        prepare=prepared,
+        resume=resumed,
+        due=lambda run, step: False,
+        export=lambda run: "nothing was written",
     )
 
 
 def measured(args, phases, folder):
     """Runs grpo_base.main; returns its settings, and what it logged of the last step."""
     settings = dict(group_size=args.rows, prompts_per_step=1, steps=args.steps)
-    settings |= dict(best_of=0, minibatches=1, sampling_steps=args.sampling_steps, micro_batch=args.micro_batch)
-    settings |= dict(reward=("jpeg",), prompts=f"{folder}/prompts.txt", eval_prompts="", save_every=0)
-    settings |= dict(lora_rank=args.lora_rank, compile=args.compile, tracker="none", output=f"{folder}/run")
+    settings |= dict(
+        best_of=0, minibatches=1, sampling_steps=args.sampling_steps, micro_batch=args.micro_batch
+    )
+    settings |= dict(
+        reward=("jpeg",), prompts=f"{folder}/prompts.txt", eval_prompts="", save_every=0
+    )
+    settings |= dict(
+        lora_rank=args.lora_rank, compile=args.compile, tracker="none", output=f"{folder}/run"
+    )
     run_args = cli.defaults(grpo_base.Args, args.model, **settings)
     (folder / "prompts.txt").write_text("\n".join(CAPTIONS))
     clock, runtime = hooks(args, phases)
-    loading = {} if args.model.startswith("tiny") else dict(load=build, outline=outline, family_of=memory.FAMILIES.get)
-    with replaced(models, **loading), replaced(Runtime, **runtime), replaced(grpo_base, Clock=clock):
+    loading = (
+        {}
+        if args.model.startswith("tiny")
+        else dict(load=build, outline=outline, family_of=memory.FAMILIES.get)
+    )
+    with (
+        replaced(models, **loading),
+        replaced(Runtime, **runtime),
+        replaced(grpo_base, Clock=clock),
+    ):
         grpo_base.main(run_args)
     rows = (folder / "run/metrics.jsonl").read_text().splitlines()
     return run_args, json.loads(rows[args.steps - 1])
@@ -294,7 +339,10 @@ def wheels():
     """The packages of requirements.txt and all that they need here, NAME==VERSION."""
     from packaging.requirements import Requirement
 
-    found, queue = {}, [Requirement(line) for line in (ROOT / "requirements.txt").read_text().split() if line]
+    found, queue = (
+        {},
+        [Requirement(line) for line in (ROOT / "requirements.txt").read_text().split() if line],
+    )
     while queue:
         need = queue.pop()
         name = re.sub("[-_.]+", "-", need.name.lower())
@@ -306,7 +354,11 @@ def wheels():
             found[name] = f"{name}=={about.version}"
             further = map(Requirement, about.requires or ())
             extras = [{"extra": extra} for extra in (*need.extras, "")]
-            queue += [r for r in further if r.marker is None or any(r.marker.evaluate(extra) for extra in extras)]
+            queue += [
+                r
+                for r in further
+                if r.marker is None or any(r.marker.evaluate(extra) for extra in extras)
+            ]
     return sorted(found.values())
 
 

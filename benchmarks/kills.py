@@ -1,11 +1,11 @@
-"""Kills runs at random moments, lets `--resume latest` finish them, and compares them with runs that nothing disturbed.
+"""Kills runs at random moments, lets `--resume latest` finish them, and compares them with runs
+that nothing disturbed.
 
     python -m benchmarks.kills                 # 20 kills (SIGKILL): all scripts, and all that a checkpoint has to hold
     python -m benchmarks.kills --script bpgo --times 3
 
-Same means, bit for bit: every number of metrics.jsonl but the timings, every tensor of the last checkpoint, and every
-file of the exports.
-"""
+Same means, bit for bit: every number of metrics.jsonl but the timings, every tensor of the last
+checkpoint, and every file of the exports."""
 
 import contextlib
 import json
@@ -25,7 +25,8 @@ from common.trainer import checkpoints
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 6
 SMALL = (
-    f"--prompts-per-step=2 --group-size=4 --sampling-steps=4 --steps={STEPS} --save-every=1 --eval-every=0 "
+    f"--prompts-per-step=2 --group-size=4 --sampling-steps=4 --steps={STEPS} --save-every=1 "
+    "--eval-every=0 "
     "--sample-every=0 --tracker=none --learning-rate=1e-3 --micro-batch=8 --minibatches=1"
 ).split()
 TIMINGS = ("rollout_seconds", "reward_seconds", "update_seconds", "samples_per_second")
@@ -66,7 +67,14 @@ class Args:
 
 def start(job, folder, *flags):
     script, *more = job.split()
-    words = [sys.executable, str(ROOT / f"{script}.py"), *SMALL, *more, f"--output={folder}", *flags]
+    words = [
+        sys.executable,
+        str(ROOT / f"{script}.py"),
+        *SMALL,
+        *more,
+        f"--output={folder}",
+        *flags,
+    ]
     return subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
@@ -81,9 +89,14 @@ def steps_done(folder):
 
 
 def kill(process, folder, rng, moment):
-    """Kills a run in a random step, after a random part of it, or in what `moment` names; returns a line that says
-    when, or that it had finished."""
-    began, before, step, coin = time.time(), _saved(folder), rng.randrange(STEPS), rng.random() < 0.5
+    """Kills a run in a random step, after a random part of it, or in what `moment` names; returns a
+    line that says when, or that it had finished."""
+    began, before, step, coin = (
+        time.time(),
+        _saved(folder),
+        rng.randrange(STEPS),
+        rng.random() < 0.5,
+    )
     if "calibration" in moment:
         step = rng.randrange(50)
         _wait(process, lambda: any(steps_done(part) > step for part in folder.glob("calibrate-*")))
@@ -96,7 +109,9 @@ def kill(process, folder, rng, moment):
     if "checkpoint" in moment:
         _wait(process, lambda: _written(folder, "checkpoints/.step_*", began))
     elif "step" in moment:
-        time.sleep(rng.random() * (8.0 if (coin if before else step == 0) else 0.6))  # Python starts for seconds
+        time.sleep(
+            rng.random() * (8.0 if (coin if before else step == 0) else 0.6)
+        )  # Python starts for seconds
     process.kill()
     process.communicate()
     where = f"{steps_done(folder)} steps logged, {_saved(folder)} saved"
@@ -132,7 +147,10 @@ def same(folder, whole):
     return (
         numbers[0] == numbers[1]
         and exports[0] == exports[1]
-        and all(torch.equal(a, b) if torch.is_tensor(a) else a == b for a, b in zip(*states, strict=True))
+        and all(
+            torch.equal(a, b) if torch.is_tensor(a) else a == b
+            for a, b in zip(*states, strict=True)
+        )
     )
 
 
@@ -146,7 +164,9 @@ def kill_and_resume(job, folder, whole, rng, moment):
 
 
 def main(args):
-    kills = [(job, moment) for job, moment in KILLS if job.split()[0] == args.script or not args.script]
+    kills = [
+        (job, moment) for job, moment in KILLS if job.split()[0] == args.script or not args.script
+    ]
     rng, equal, wholes = random.Random(args.seed), 0, {}
     print("| | run | killed in | when | the same at the end |\n| --- | --- | --- | --- | --- |")
     with tempfile.TemporaryDirectory() as root:
@@ -157,7 +177,10 @@ def main(args):
                 finish(start(job, wholes[job]))
             when, agrees = kill_and_resume(job, Path(root) / str(number), wholes[job], rng, moment)
             equal += agrees
-            print(f"| {number + 1} | `{job}` | {moment} | {when} | {'yes' if agrees else 'NO'} |", flush=True)
+            print(
+                f"| {number + 1} | `{job}` | {moment} | {when} | {'yes' if agrees else 'NO'} |",
+                flush=True,
+            )
     print(f"\n{equal} of {args.times} the same")
     return equal == args.times
 

@@ -2,11 +2,11 @@
 
     python -m benchmarks.memory
 
-The modules have the released sizes and tensors without contents (FakeTensorMode). All is counted as before every run,
-by common/memory/counting.py: weights, gradients, optimizer, samples, and the activations of one row at the model's
-default size and settings (gradient checkpointing). Not counted: rewards, what a kernel needs while it runs, and the allocator's
-gaps, for which a tenth is left.
-"""
+The modules have the released sizes and tensors without contents (FakeTensorMode). All is counted as
+before every run, by common/memory/counting.py: weights, gradients, optimizer, samples, and the
+activations of one row at the model's default size and settings (gradient checkpointing). Not
+counted: rewards, what a kernel needs while it runs, and the allocator's gaps, for which a tenth is
+left."""
 
 import contextlib
 import re
@@ -52,27 +52,44 @@ class Args:
 
 def t5():
     config = dict(vocab_size=32128, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64)
-    return transformers.T5EncoderModel(transformers.T5Config(**config, feed_forward_proj="gated-gelu"))
+    return transformers.T5EncoderModel(
+        transformers.T5Config(**config, feed_forward_proj="gated-gelu")
+    )
 
 
 def umt5():
     config = dict(vocab_size=256384, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64)
-    return transformers.UMT5EncoderModel(transformers.UMT5Config(**config, feed_forward_proj="gated-gelu"))
+    return transformers.UMT5EncoderModel(
+        transformers.UMT5Config(**config, feed_forward_proj="gated-gelu")
+    )
 
 
 def clip():
-    config = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
+    config = dict(
+        hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12
+    )
     return transformers.CLIPTextModel(transformers.CLIPTextConfig(**config, projection_dim=768))
 
 
 def clip_with_projection(width, layers, heads):
-    config = dict(hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers, num_attention_heads=heads)
-    return transformers.CLIPTextModelWithProjection(transformers.CLIPTextConfig(**config, projection_dim=width))
+    config = dict(
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+    )
+    return transformers.CLIPTextModelWithProjection(
+        transformers.CLIPTextConfig(**config, projection_dim=width)
+    )
 
 
 def llama():
     config = dict(
-        vocab_size=128320, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32
+        vocab_size=128320,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
     )
     return transformers.LlamaModel(transformers.LlamaConfig(**config, num_key_value_heads=8))
 
@@ -82,8 +99,12 @@ def qwen():
         vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
         num_key_value_heads=4, rope_parameters={"rope_type": "default", "mrope_section": [16, 24, 24]},
     )  # fmt: skip
-    vision = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, out_hidden_size=3584)
-    config = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False)
+    vision = dict(
+        depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, out_hidden_size=3584
+    )
+    config = transformers.Qwen2_5_VLConfig(
+        text_config=text, vision_config=vision, tie_word_embeddings=False
+    )
     return transformers.Qwen2_5_VLForConditionalGeneration(config)
 
 
@@ -157,18 +178,25 @@ def weights_in_bfloat16():
 
 
 def full_size(name, lora, **settings):
-    """The model as `models.outline` makes it from the released folder, a LoRA or all of its weights to be trained."""
+    """The model as `models.outline` makes it from the released folder, a LoRA or all of its weights
+    to be trained."""
     family, own = FAMILIES[name], models.settings(name)
     with weights_in_bfloat16(), torch.device("meta"):
         parts = COMPONENTS[name]()
-    tokenizers = {part.replace("text_encoder", "tokenizer"): Tokenizer(parts[part]) for part in parts if "text" in part}
+    tokenizers = {
+        part.replace("text_encoder", "tokenizer"): Tokenizer(parts[part])
+        for part in parts
+        if "text" in part
+    }
     size = {key: own[key] for key in ("height", "width", "frames", "guidance") if key in own}
     model = family(family.pipeline(**parts, **tokenizers, **OTHERS[name]()), **{**size, **settings})
     for module in model.trainable.values():
         module.requires_grad_(not lora)
         if lora:
             with torch.device("meta"):
-                module.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=family.lora_targets))
+                module.add_adapter(
+                    LoraConfig(r=RANK, lora_alpha=RANK, target_modules=family.lora_targets)
+                )
     return model
 
 
@@ -182,7 +210,9 @@ class Tokenizer:
 def row(name, lora):
     """The first of the configurations in which a model fits."""
     model = full_size(name, lora)
-    args = cli.defaults(grpo_base.Args, name, lora_rank=RANK * lora, offload_encoders=True, micro_batch=1)
+    args = cli.defaults(
+        grpo_base.Args, name, lora_rank=RANK * lora, offload_encoders=True, micro_batch=1
+    )
     kept = counting.activations(model, torch.bfloat16, args.gradient_checkpointing)
     for gpus in (1, 2, 4, 8, 16, 32):
         for often in (False, True) if gpus > 1 else (False,):
@@ -190,16 +220,29 @@ def row(name, lora):
             kinds = counting.memory(model, args, 2, gpus, activations=kept)
             size = sum((kinds | counting.samples(model, args, gpus)).values()) / 2**30
             if size <= ROOM:
-                config = "one_process" if gpus == 1 else "fsdp2_two_experts" if name == "wan2.2-i2v" else "fsdp2"
-                config = ("fsdp2_multi_node" if gpus > 8 else config) + ".yaml" + " --exchange-often" * often
+                config = (
+                    "one_process"
+                    if gpus == 1
+                    else "fsdp2_two_experts"
+                    if name == "wan2.2-i2v"
+                    else "fsdp2"
+                )
+                config = (
+                    ("fsdp2_multi_node" if gpus > 8 else config)
+                    + ".yaml"
+                    + " --exchange-often" * often
+                )
                 cells = (f"`{name}`", "LoRA" if lora else "all", f"`{config}`", gpus, f"{size:.0f}")
                 return f"| {' | '.join(map(str, cells))} | {kept / 2**30:.1f} |"
-    return f"| `{name}` | {'LoRA' if lora else 'all'} | more than 32 GPUs | | | {kept / 2**30:.1f} |"
+    return (
+        f"| `{name}` | {'LoRA' if lora else 'all'} | more than 32 GPUs | | | {kept / 2**30:.1f} |"
+    )
 
 
 def main(args):
     lines = [
-        "| `--model` | trained | configuration | 80 GB GPUs, at least | GiB on each | activations of a row |",
+        "| `--model` | trained | configuration | 80 GB GPUs, at least | GiB on each | "
+        "activations of a row |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for name in COMPONENTS:

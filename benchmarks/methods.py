@@ -1,4 +1,5 @@
-"""What each method costs over grpo_base on tiny-flux: time per training step, in alternating runs of one process.
+"""What each method costs over grpo_base on tiny-flux: time per training step, in alternating runs
+of one process.
 
 python -m benchmarks.methods     # rewrites its part of RESULTS.md
 """
@@ -39,8 +40,8 @@ class Args:
 
 
 def seconds(script, steps, **settings):
-    """Median seconds of a training step, by the clock and of the processor: the second is hardly disturbed by other
-    programs on the machine."""
+    """Median seconds of a training step, by the clock and of the processor: the second is hardly
+    disturbed by other programs on the machine."""
     taken = []
 
     class Timed(Report):
@@ -53,7 +54,9 @@ def seconds(script, steps, **settings):
     honest, script.Report, sys.argv = script.Report, Timed, [script.__file__]
     try:
         with tempfile.TemporaryDirectory() as folder:
-            script.main(cli.defaults(script.Args, steps=steps, output=folder + "/run", **SMALL, **settings))
+            script.main(
+                cli.defaults(script.Args, steps=steps, output=folder + "/run", **SMALL, **settings)
+            )
     finally:
         script.Report = honest
     # the first step warms up, the last saves a checkpoint as well
@@ -69,12 +72,16 @@ def main(args):
             ratios[name].append([2 * o / (b + a) for o, b, a in zip(own, before, after)])
             before = after
             print(f"{name}: {own[0]:.2f} s against {after[0]:.2f} s", flush=True)
-    lines = ["| script | time per step over grpo_base's, median (all) | processor time | target |", "| --- " * 4 + "|"]
+    lines = [
+        "| script | time per step over grpo_base's, median (all) | processor time | target |",
+        "| --- " * 4 + "|",
+    ]
     for name, values in ratios.items():
         clock, processor = zip(*values)
         spread = ", ".join(f"{value:.3f}" for value in sorted(clock))
         lines.append(
-            f"| {name} | {statistics.median(clock):.3f} ({spread}) | {statistics.median(processor):.3f} | "
+            f"| {name} | {statistics.median(clock):.3f} ({spread}) | "
+            f"{statistics.median(processor):.3f} | "
             f"{'' if 'auto' in name else '1.02'} |"
         )
     print(*lines, sep="\n")

@@ -27,4 +27,6 @@ def write(title, lines):
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads, {versions}, {device}, commit {commit()}"
     text = RESULTS.read_text() if RESULTS.exists() else "# Measured results\n"
     old = re.compile(rf"\n## {re.escape(title)}\n.*?(?=\n## |\Z)", re.S)
-    RESULTS.write_text(old.sub("", text) + "\n".join(["", f"## {title}", "", machine, "", *lines, ""]))
+    RESULTS.write_text(
+        old.sub("", text) + "\n".join(["", f"## {title}", "", machine, "", *lines, ""])
+    )

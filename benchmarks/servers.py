@@ -1,4 +1,5 @@
-"""Judges that mean harm, or are something else: a real server on localhost whose behaviour the caller chooses."""
+"""Judges that mean harm, or are something else: a real server on localhost whose behaviour the
+caller chooses."""
 
 import gzip
 import json
@@ -13,8 +14,8 @@ ANSWER = '{"choices": [{"message": {"content": %s}, "logprobs": %s}]}'
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers for the model "m": the client's greeting (server.greeting, if there is one), and questions by
-    server.behave(handler, number of the question, its body)."""
+    """Answers for the model "m": the client's greeting (server.greeting, if there is one), and
+    questions by server.behave(handler, number of the question, its body)."""
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -39,11 +40,27 @@ class Handler(BaseHTTPRequestHandler):
         self.raw(json.dumps(content).encode(), status)
 
     def say(self, text, likely=None):
-        choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
+        choice = {
+            "index": 0,
+            "finish_reason": "stop",
+            "message": {"role": "assistant", "content": text},
+        }
         if likely:
-            top = [{"token": token, "logprob": math.log(p), "bytes": None} for token, p in likely.items()]
+            top = [
+                {"token": token, "logprob": math.log(p), "bytes": None}
+                for token, p in likely.items()
+            ]
             choice["logprobs"] = {"content": [{**top[0], "top_logprobs": top}]}
-        self.reply(200, {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]})
+        self.reply(
+            200,
+            {
+                "id": "1",
+                "object": "chat.completion",
+                "created": 0,
+                "model": "m",
+                "choices": [choice],
+            },
+        )
 
     def fail(self, status=500):
         self.reply(status, {"error": {"message": "something went wrong", "type": "server_error"}})
@@ -126,14 +143,30 @@ HARM = {  # what a handler does instead of an answer
     "chances beyond measure": lambda h: h.answer('"7"', HUGE),
     "chances of another kind": lambda h: h.answer('"7"', '{"content": [1]}'),
 }  # fmt: skip
-SPOKEN = ("a long number", "half a letter", "chances beyond measure", "chances of another kind")  # a greeting may be so
+SPOKEN = (
+    "a long number",
+    "half a letter",
+    "chances beyond measure",
+    "chances of another kind",
+)  # a greeting may be so
 
 
 def start(behave, greeting=None):
     """A server in a thread of this process -> (its URL, the server)."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads, server.handle_error = True, lambda request, client: None  # a client that did not wait
+    server.daemon_threads, server.handle_error = (
+        True,
+        lambda request, client: None,
+    )  # a client that did not wait
     server.behave, server.greeting, server.alive = behave, greeting, lambda: True
-    server.asked, server.lock, server.now, server.most, server.written = [], threading.Lock(), 0, 0, 0
-    threading.Thread(target=server.serve_forever, kwargs=dict(poll_interval=0.05), daemon=True).start()
+    server.asked, server.lock, server.now, server.most, server.written = (
+        [],
+        threading.Lock(),
+        0,
+        0,
+        0,
+    )
+    threading.Thread(
+        target=server.serve_forever, kwargs=dict(poll_interval=0.05), daemon=True
+    ).start()
     return f"http://127.0.0.1:{server.server_port}/v1", server

@@ -1,4 +1,5 @@
-"""Whether a long run stays as it began: its memory, its open files and its time per step over 300 small steps.
+"""Whether a long run stays as it began: its memory, its open files and its time per step over 300
+small steps.
 
 python -m benchmarks.steady      # rewrites its part of RESULTS.md
 """
@@ -25,7 +26,9 @@ SMALL = dict(
     prompts_per_step=2, group_size=4, sampling_steps=4, micro_batch=8, minibatches=1, eval_every=50, sample_every=50,
     save_every=50, keep_checkpoints=2, tracker="tensorboard",
 )  # fmt: skip
-WARM = 50  # steps until every cache that is bounded has filled: each prompt's embeddings, the allocator's arenas
+# steps until every cache that is bounded has filled: each prompt's embeddings, the allocator's
+# arenas
+WARM = 50
 
 
 @dataclass
@@ -37,7 +40,8 @@ class Args:
 
 
 def watched(script, steps):
-    """Each step's (MiB of memory, open files, threads, seconds) at its end, but for evaluation, samples, checkpoint."""
+    """Each step's (MiB of memory, open files, threads, seconds) at its end, but for evaluation,
+    samples, checkpoint."""
     process, rows = psutil.Process(), []
 
     class Watched(Report):
@@ -46,7 +50,9 @@ def watched(script, steps):
             if "rollout_seconds" not in metrics:  # the last evaluation
                 return
             spent = sum(metrics[f"{part}_seconds"] for part in ("rollout", "reward", "update"))
-            rows.append((process.memory_info().rss / 2**20, process.num_fds(), process.num_threads(), spent))
+            rows.append(
+                (process.memory_info().rss / 2**20, process.num_fds(), process.num_threads(), spent)
+            )
 
     honest, script.Report, sys.argv = script.Report, Watched, [script.__file__]
     try:
@@ -58,7 +64,10 @@ def watched(script, steps):
 
 
 def main(args):
-    lines = ["| script | MiB after 50 steps, at the end | open files | threads | seconds a step |", "| --- " * 5 + "|"]
+    lines = [
+        "| script | MiB after 50 steps, at the end | open files | threads | seconds a step |",
+        "| --- " * 5 + "|",
+    ]
     for script in SCRIPTS:
         started, rows = time.time(), watched(script, args.steps)
         ends = rows[WARM - 1 : WARM + 19], rows[-20:]

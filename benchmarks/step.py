@@ -1,13 +1,14 @@
-"""What a training step costs over its floor: the bare transformer doing the same forwards and backwards.
+"""What a training step costs over its floor: the bare transformer doing the same forwards and
+backwards.
 
     python -m benchmarks.step        # tiny-flux, and a 70M FLUX at 256x256; rewrites its part of RESULTS.md
 
-The step is grpo_base.py's own, whole: noise, text embeddings, T forwards, transitions, decoding, reward, advantages, n
-forwards and backwards, optimizer, log. The floor is T forwards without gradients and n forwards and backwards of the
-same rows in the same micro-batches, inputs prepared, nothing else; it is never compiled, where the step is. Steps and
-floors alternate in one process, so that both see the same machine; the median of their ratios counts. The ratio of
-processor time stands beside it: other programs on the machine hardly disturb that.
-"""
+The step is grpo_base.py's own, whole: noise, text embeddings, T forwards, transitions, decoding,
+reward, advantages, n forwards and backwards, optimizer, log. The floor is T forwards without
+gradients and n forwards and backwards of the same rows in the same micro-batches, inputs prepared,
+nothing else; it is never compiled, where the step is. Steps and floors alternate in one process, so
+that both see the same machine; the median of their ratios counts. The ratio of processor time
+stands beside it: other programs on the machine hardly disturb that."""
 
 import statistics
 import tempfile
@@ -50,7 +51,9 @@ def floor(run, args):
     x = torch.randn(b, *model.noise_shape, device=run.device)
     unit = 2 * model.pipe.vae_scale_factor
     batches = []
-    for mb in torch.arange(b).split(run.batch):  # three minibatches make smaller passes than --micro-batch allows
+    for mb in torch.arange(b).split(
+        run.batch
+    ):  # three minibatches make smaller passes than --micro-batch allows
         batches.append(
             dict(
                 hidden_states=x[mb], timestep=torch.full((len(mb),), 0.5, device=run.device),
@@ -79,8 +82,8 @@ def floor(run, args):
 
 
 def measure(settings):
-    """Alternating steps and floors: [((step s, floor s) by the clock, the same of the processor)]; the first (warm-up)
-    and the last, which saves a checkpoint as well, dropped."""
+    """Alternating steps and floors: [((step s, floor s) by the clock, the same of the processor)];
+    the first (warm-up) and the last, which saves a checkpoint as well, dropped."""
     pairs = []
 
     class Alternating(Report):
@@ -104,7 +107,8 @@ def measure(settings):
 
 
 def seventy_million(folder):
-    """A random FLUX of 70M parameters, with tiny-flux's text encoders and an 8x VAE, as a pipeline folder."""
+    """A random FLUX of 70M parameters, with tiny-flux's text encoders and an 8x VAE, as a pipeline
+    folder."""
     torch.manual_seed(0)
     pipe = FluxPipeline.from_pretrained(models.settings("tiny-flux")["source"], dtype=torch.float32)
     pipe.register_modules(
@@ -123,7 +127,10 @@ def seventy_million(folder):
 
 
 def main(args):
-    lines = ["| case | step s | floor s | ratio, median (all) | processor time | target |", "| --- " * 6 + "|"]
+    lines = [
+        "| case | step s | floor s | ratio, median (all) | processor time | target |",
+        "| --- " * 6 + "|",
+    ]
     for name, (target, settings) in CASES.items():
         clock, processor = zip(*measure(settings))
         ratios = [step / bare for step, bare in clock]

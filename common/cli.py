@@ -1,4 +1,5 @@
-"""The command line that all scripts share. `python X.py --help` prints it with the defaults of the chosen --model."""
+"""The command line that all scripts share. `python X.py --help` prints it with the defaults of the
+chosen --model."""
 
 import ast
 import dataclasses
@@ -15,17 +16,30 @@ from common.errors import InputError
 from common.prompts import sets
 from common.trainer import run_folder
 
-__all__ = ["Above", "Args", "From", "Scored", "Start", "check", "defaults", "of_model", "of_rewards", "parse"]
+__all__ = [
+    "Above",
+    "Args",
+    "From",
+    "Scored",
+    "Start",
+    "check",
+    "defaults",
+    "of_model",
+    "of_rewards",
+    "parse",
+]
 AnyArgs = TypeVar("AnyArgs", bound=Args | Scored)  # a script's own class of them
 
 
 def settings(cls: type[AnyArgs], model: str) -> dict[str, Any]:
-    """A script's settings for a named model: the model's own, and over them those of cls.SETTINGS {model: settings}."""
+    """A script's settings for a named model: the model's own, and over them those of cls.SETTINGS
+    {model: settings}."""
     return {**models.settings(model), **cls.SETTINGS.get(model, {})}
 
 
 def defaults(cls: type[AnyArgs], model: str = "tiny-flux", **values) -> AnyArgs:
-    """cls with its settings for a named model, `values` on top. A LoRA has a learning rate of its own."""
+    """cls with its settings for a named model, `values` on top. A LoRA has a learning rate of its
+    own."""
     fields, table = {f.name for f in dataclasses.fields(cls)}, settings(cls, model)
     named = {name: value for name, value in table.items() if name in fields - {"source"}}
     chosen = {"model": model, **named, **values}
@@ -35,7 +49,8 @@ def defaults(cls: type[AnyArgs], model: str = "tiny-flux", **values) -> AnyArgs:
 
 
 def keeps_initial(args: Args) -> bool:
-    """Whether a run keeps the weights of its start beside those that it trains, which a LoRA does without a copy."""
+    """Whether a run keeps the weights of its start beside those that it trains, which a LoRA does
+    without a copy."""
     marks = [
         (name, mark)
         for name, hint in get_type_hints(type(args), include_extras=True).items()
@@ -48,7 +63,9 @@ def keeps_initial(args: Args) -> bool:
 def of_model(args: Model) -> dict[str, Any]:
     """What models.load takes besides name, dtype and prompts."""
     names = ("source", "height", "width", "frames", "guidance", "guidance_2", "batched_guidance")
-    settings = {name: getattr(args, name) for name in (*names, "offload_encoders", "trust_remote_code")}
+    settings = {
+        name: getattr(args, name) for name in (*names, "offload_encoders", "trust_remote_code")
+    }
     return settings | {"decode_batch": args.decode_batch or rows_of(args.micro_batch)}
 
 
@@ -58,9 +75,14 @@ def rows_of(micro_batch: int | Literal["auto"]) -> int:
 
 
 def of_rewards(args: Args | Scored) -> dict[str, Any]:
-    """What rewards.load takes besides names and prompts. Raises InputError, as models.family_of does."""
+    """What rewards.load takes besides names and prompts. Raises InputError, as models.family_of
+    does."""
     names = ("reward_path", "reward_batch", "reward_frames", "fps")
-    judge = {name[len("judge_") :]: value for name, value in vars(args).items() if name.startswith("judge_")}
+    judge = {
+        name[len("judge_") :]: value
+        for name, value in vars(args).items()
+        if name.startswith("judge_")
+    }
     return {
         **{name: getattr(args, name) for name in names},
         "judge": {**judge, "trusted": args.trust_remote_code},
@@ -68,10 +90,12 @@ def of_rewards(args: Args | Scored) -> dict[str, Any]:
     }
 
 
-def parse(cls: type[AnyArgs], description: str, default: Callable[[list[str]], AnyArgs] | None = None) -> AnyArgs:
-    """The command line -> cls. The defaults are those of its --model, with --resume the settings of that run, or what
-    `default` makes of the words; a lone `--resume` means `--resume latest`. `--list-models` prints the table and ends
-    the program; wrong words end it with exit code 2."""
+def parse(
+    cls: type[AnyArgs], description: str, default: Callable[[list[str]], AnyArgs] | None = None
+) -> AnyArgs:
+    """The command line -> cls. The defaults are those of its --model, with --resume the settings of
+    that run, or what `default` makes of the words; a lone `--resume` means `--resume latest`.
+    `--list-models` prints the table and ends the program; wrong words end it with exit code 2."""
     import tyro
 
     argv = sys.argv[1:]
@@ -83,13 +107,20 @@ def parse(cls: type[AnyArgs], description: str, default: Callable[[list[str]], A
             if word == "--resume" and (i + 1 == len(argv) or argv[i + 1].startswith("--")):
                 argv = [*argv[: i + 1], "latest", *argv[i + 1 :]]
         _check_words(cls, argv)
-        model, resume, output, rank = (given(argv, f) for f in ("--model", "--resume", "--output", "--lora-rank"))
-        lora = {"lora_rank": int(rank[0])} if rank and rank[0].isdecimal() else {}  # what else, the parser refuses
+        model, resume, output, rank = (
+            given(argv, f) for f in ("--model", "--resume", "--output", "--lora-rank")
+        )
+        lora = (
+            {"lora_rank": int(rank[0])} if rank and rank[0].isdecimal() else {}
+        )  # what else, the parser refuses
         preset = default(argv) if default else defaults(cls, *model, **lora)
         if resume and hasattr(preset, "resume"):  # evaluate.py's has none, as the parser says
             preset = run_folder.inherit(preset, *resume, *output or [""])
         found = tyro.cli(_grouped(cls, preset), args=argv, description=description)
-        values = [vars(value) if isinstance(value, Group) else {name: value} for name, value in vars(found).items()]
+        values = [
+            vars(value) if isinstance(value, Group) else {name: value}
+            for name, value in vars(found).items()
+        ]
         return cls(**{name: value for part in values for name, value in part.items()})
 
 
@@ -98,21 +129,33 @@ class Group:
 
 
 def _grouped(cls: type[AnyArgs], default: AnyArgs) -> type:
-    """cls as tyro shall print it, with the values of `default`: the script's own flags, then a Group of them for each
-    class of common/args.py that it derives from."""
+    """cls as tyro shall print it, with the values of `default`: the script's own flags, then a
+    Group of them for each class of common/args.py that it derives from."""
     from typing_extensions import Doc
     from tyro.conf import OmitArgPrefixes
 
-    hints, groups = get_type_hints(cls, include_extras=True), [c for c in reversed(cls.__mro__[1:]) if _own(c)]
+    hints, groups = (
+        get_type_hints(cls, include_extras=True),
+        [c for c in reversed(cls.__mro__[1:]) if _own(c)],
+    )
 
     def fields(part: type) -> list[tuple[str, Any, Any]]:
         said = _said(part)
-        return [(name, Annotated[hints[name], Doc(said[name])], getattr(default, name)) for name in _own(part)]
+        return [
+            (name, Annotated[hints[name], Doc(said[name])], getattr(default, name))
+            for name in _own(part)
+        ]
 
-    made = {c.__name__.lower(): dataclasses.make_dataclass(c.__name__, fields(c), bases=(Group,)) for c in groups}
+    made = {
+        c.__name__.lower(): dataclasses.make_dataclass(c.__name__, fields(c), bases=(Group,))
+        for c in groups
+    }
     for group, c in zip(made.values(), groups):
         group.__doc__ = c.__doc__
-    nested = [(n, OmitArgPrefixes[group], dataclasses.field(default_factory=group)) for n, group in made.items()]
+    nested = [
+        (n, OmitArgPrefixes[group], dataclasses.field(default_factory=group))
+        for n, group in made.items()
+    ]
     return dataclasses.make_dataclass("Args", fields(cls) + nested)
 
 
@@ -129,21 +172,32 @@ def _said(cls: type) -> dict[str, str]:
 
 def given(argv: list[str], flag: str) -> list[str]:
     """[what a flag was last given], [] if it was not."""
-    pairs = [word.split("=", 1) if "=" in word else (word, next_one) for word, next_one in zip(argv, [*argv[1:], None])]
-    return [value for word, value in pairs if word.replace("_", "-") == flag and value is not None][-1:]
+    pairs = [
+        word.split("=", 1) if "=" in word else (word, next_one)
+        for word, next_one in zip(argv, [*argv[1:], None])
+    ]
+    return [value for word, value in pairs if word.replace("_", "-") == flag and value is not None][
+        -1:
+    ]
 
 
 def _check_words(cls: type[AnyArgs], argv: list[str]) -> None:
-    """Raises InputError for --lr and the like, which look like no flag to tyro: it suggests by the letters; and for
-    words longer than any path, which it would repeat."""
+    """Raises InputError for --lr and the like, which look like no flag to tyro: it suggests by the
+    letters; and for words longer than any path, which it would repeat."""
     names = [f.name for f in dataclasses.fields(cls)]
     for word in argv:
         if len(word) > 4096:
-            raise InputError(f"{word[:40]}...: a word of {len(word)} letters; no setting is so long")
+            raise InputError(
+                f"{word[:40]}...: a word of {len(word)} letters; no setting is so long"
+            )
         short = word.partition("=")[0].removeprefix("--")
-        meant = [n for n in names if "_" in n and short == "".join(part[0] for part in n.split("_"))]
+        meant = [
+            n for n in names if "_" in n and short == "".join(part[0] for part in n.split("_"))
+        ]
         if word.startswith("--") and meant and short not in names:
-            raise InputError(f"there is no --{short}; did you mean {' or '.join(map(_flag, meant))}?")
+            raise InputError(
+                f"there is no --{short}; did you mean {' or '.join(map(_flag, meant))}?"
+            )
 
 
 def _flag(name: str) -> str:
@@ -151,7 +205,8 @@ def _flag(name: str) -> str:
 
 
 def _check_value(flag: str, values: float | str | tuple, bounds: list[From]) -> None:
-    """Raises InputError for a setting, or one of several, that is out of its bounds, or that no file could hold."""
+    """Raises InputError for a setting, or one of several, that is out of its bounds, or that no
+    file could hold."""
     for value in values if isinstance(values, tuple) else (values,):
         try:
             str(value).encode()
@@ -163,7 +218,8 @@ def _check_value(flag: str, values: float | str | tuple, bounds: list[From]) -> 
 
 
 def check_bounds(args: Any) -> None:
-    """Raises InputError for the first setting, of any dataclass of them, that is out of its bounds."""
+    """Raises InputError for the first setting, of any dataclass of them, that is out of its
+    bounds."""
     for name, hint in get_type_hints(type(args), include_extras=True).items():
         bounds = [bound for bound in getattr(hint, "__metadata__", ()) if isinstance(bound, From)]
         _check_value(_flag(name), getattr(args, name), bounds)
@@ -174,36 +230,53 @@ def check(args: Args) -> None:
     --push-to-hub, ask the network."""
     check_bounds(args)
     if args.best_of % 2 or args.best_of > args.group_size:
-        raise InputError(f"--best-of {args.best_of}: must be even and at most --group-size {args.group_size}")
+        raise InputError(
+            f"--best-of {args.best_of}: must be even and at most --group-size {args.group_size}"
+        )
     if args.minibatches > (args.best_of or args.group_size):
         raise InputError(
-            f"--minibatches {args.minibatches}: each takes some of the {args.best_of or args.group_size} samples of "
+            f"--minibatches {args.minibatches}: each takes some of the "
+            f"{args.best_of or args.group_size} samples of "
             "every group that are trained on"
         )
     can_be_noisy = args.sampling_steps - 1
     for flag, number in (("--sde-steps", args.sde_steps), ("--sde-window", args.sde_window)):
         if number > can_be_noisy:
             raise InputError(
-                f"{flag} {number}: only {can_be_noisy} of {args.sampling_steps} steps can be noisy, the last never is"
+                f"{flag} {number}: only {can_be_noisy} of {args.sampling_steps} steps can be "
+                "noisy, the last never is"
             )
     if args.sde_window > (args.sde_steps or can_be_noisy):
-        raise InputError(f"--sde-window {args.sde_window}: longer than the --sde-steps {args.sde_steps} it lies in")
+        raise InputError(
+            f"--sde-window {args.sde_window}: longer than the --sde-steps {args.sde_steps} it "
+            "lies in"
+        )
     for spec in args.watch:
         if rewards.split(spec)[2] is not None:
-            raise InputError(f"--watch {spec}: nothing is trained on it, so it has no weight; leave out what follows =")
+            raise InputError(
+                f"--watch {spec}: nothing is trained on it, so it has no weight; leave out what "
+                "follows ="
+            )
     if args.reward_units == "spread" and args.aggregate == "advantages":
-        raise InputError("--reward-units spread: --aggregate advantages has each reward in units of its spread already")
+        raise InputError(
+            "--reward-units spread: --aggregate advantages has each reward in units of its "
+            "spread already"
+        )
     if args.sde == "ddim" and args.noise_level > 1:
         raise InputError(f"--noise-level {args.noise_level:g}: at most 1 with --sde ddim")
     if args.lora_targets and not args.lora_rank:
         raise InputError("--lora-targets belongs to --lora-rank above 0")
     if args.tracker == "wandb" and importlib.util.find_spec("wandb") is None:
-        raise InputError("--tracker wandb: the package is missing; pip install wandb, or use --tracker tensorboard")
+        raise InputError(
+            "--tracker wandb: the package is missing; pip install wandb, or use --tracker "
+            "tensorboard"
+        )
     if args.source or args.model not in models.MODELS:
         models.family_of(args.model, args.source)  # a wrong model would lack the next two as well
     if sets.is_benchmark(args.prompts):
         raise InputError(
-            f"--prompts {args.prompts}: these are a benchmark's, for --eval-prompts; train on dancegrpo:images, hpdv2, "
+            f"--prompts {args.prompts}: these are a benchmark's, for --eval-prompts; train on "
+            "dancegrpo:images, hpdv2, "
             "dancegrpo:videos or a file"
         )
     if args.push_to_hub:

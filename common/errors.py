@@ -15,8 +15,8 @@ class InputError(ValueError):
 
 
 class RunError(RuntimeError):
-    """A run that cannot go on (a NaN reward, a full disk): one line, exit code 1; the finished steps are saved. It is
-    raised on every process, or the others would wait for it."""
+    """A run that cannot go on (a NaN reward, a full disk): one line, exit code 1; the finished
+    steps are saved. It is raised on every process, or the others would wait for it."""
 
 
 class Diverged(RunError):
@@ -24,7 +24,8 @@ class Diverged(RunError):
 
 
 class Stopped(Exception):
-    """A signal asked the run to stop, and its work is saved: one line, exit code 128 + the signal's number."""
+    """A signal asked the run to stop, and its work is saved: one line, exit code 128 + the signal's
+    number."""
 
     def __init__(self, number: int, line: str) -> None:
         super().__init__(line)
@@ -32,45 +33,59 @@ class Stopped(Exception):
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C at a moment when nothing has to be finished. A KeyboardInterrupt of another class is somebody's code's."""
+    """Ctrl-C at a moment when nothing has to be finished. A KeyboardInterrupt of another class is
+    somebody's code's."""
 
 
 # By the function in which it happens: where that is, and what helps.
 OUT_OF_MEMORY = {
-    "score_one": ("a reward", "lower --reward-batch, or keep the judge behind a server (--judge-url)"),
-    "decode": ("the VAE", "lower --decode-batch, or the size of the samples (--height, --width, --frames)"),
+    "score_one": (
+        "a reward",
+        "lower --reward-batch, or keep the judge behind a server (--judge-url)",
+    ),
+    "decode": (
+        "the VAE",
+        "lower --decode-batch, or the size of the samples (--height, --width, --frames)",
+    ),
     "encode": ("the text encoders", "add --offload-encoders"),
     "rollout": ("the rollout", "lower --micro-batch or --prompts-per-step, add --offload-encoders"),
     "backward": (
         "the update",
-        "lower --micro-batch, add --gradient-checkpointing or --exchange-often, train a LoRA (--lora-rank)",
+        "lower --micro-batch, add --gradient-checkpointing or --exchange-often, train a LoRA "
+        "(--lora-rank)",
     ),
 }
 ANYWHERE = (
-    "lower --micro-batch, --decode-batch, --reward-batch or the size of the samples, train a LoRA (--lora-rank), add "
+    "lower --micro-batch, --decode-batch, --reward-batch or the size of the samples, train a "
+    "LoRA (--lora-rank), add "
     "--gradient-checkpointing or --offload-encoders"
 )
-OUT_OF_MEMORY["velocity"] = OUT_OF_MEMORY["update"] = OUT_OF_MEMORY["backward"]  # where it is no rollout's
+OUT_OF_MEMORY["velocity"] = OUT_OF_MEMORY["update"] = OUT_OF_MEMORY[
+    "backward"
+]  # where it is no rollout's
 
 rescues = []  # what to call with a RunError; the Runtime of the run puts its own there
-alarms = []  # what tells the other processes that this one cannot go on, true if they heard it; the same
+# what tells the other processes that this one cannot go on, true if they heard it; the same
+alarms = []
 last_checkpoint = ""  # the folder of the last one
 
 
 def run(main: Callable[[Any], Any], args: Any) -> None:
-    """main(args); an InputError or RunError ends it with one line on stderr, and of the latter the finished steps are
-    saved. Tracebacks are for our own bugs."""
+    """main(args); an InputError or RunError ends it with one line on stderr, and of the latter the
+    finished steps are saved. Tracebacks are for our own bugs."""
     with one_line():
         main(args)
         state = sys.modules.get("accelerate.state")  # no run, no processes
         if state and state.is_initialized():
-            state.PartialState().destroy_process_group()  # not before: a program may hold several runs (--calibrate)
+            # not before: a program may hold several runs (--calibrate)
+            state.PartialState().destroy_process_group()
 
 
 @contextlib.contextmanager
 def one_line() -> Iterator[None]:
-    """Inside, what a person, a machine or a signal can cause ends the program with one line on stderr: SystemExit with
-    the code of its class, 1 for the machine's. All but an InputError and a signal call the `rescues` before that."""
+    """Inside, what a person, a machine or a signal can cause ends the program with one line on
+    stderr: SystemExit with the code of its class, 1 for the machine's. All but an InputError and a
+    signal call the `rescues` before that."""
     with _lasting_streams(), _own_interrupt():
         try:
             yield
@@ -85,13 +100,19 @@ def one_line() -> Iterator[None]:
             _say("stopped", stopped)
             sys.exit(128 + stopped.number)
         except KeyboardInterrupt:
-            _say("stopped", "SIGINT: at once; --resume latest goes on from the last checkpoint, if there is one")
+            _say(
+                "stopped",
+                "SIGINT: at once; --resume latest goes on from the last checkpoint, if there is "
+                "one",
+            )
             sys.exit(128 + signal.SIGINT)
         except Exception as error:
             line = of_the_machine(error)
             if line:
                 _say("error", line)
-                traceback.clear_frames(error.__traceback__)  # the memory that they hold, the rescue may need
+                traceback.clear_frames(
+                    error.__traceback__
+                )  # the memory that they hold, the rescue may need
             # the other processes, if any, know nothing of this, unless they hear of it
             if os.environ.get("WORLD_SIZE", "1") == "1" or _alarmed():
                 _rescue(error)
@@ -101,13 +122,18 @@ def one_line() -> Iterator[None]:
 
 
 def from_a_signal(error: BaseException) -> bool:
-    """Whether an exception is Ctrl-C's, and not one of the same class that somebody's code raised."""
-    plain = isinstance(error, KeyboardInterrupt) and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    """Whether an exception is Ctrl-C's, and not one of the same class that somebody's code
+    raised."""
+    plain = (
+        isinstance(error, KeyboardInterrupt)
+        and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    )
     return plain or isinstance(error, Interrupted)
 
 
 def text(error: BaseException) -> str:
-    """What an exception says, or its class where it says nothing or cannot be asked, of no more than 500 letters."""
+    """What an exception says, or its class where it says nothing or cannot be asked, of no more
+    than 500 letters."""
     try:
         words = str(error)
     except Exception:  # anybody's class
@@ -117,11 +143,12 @@ def text(error: BaseException) -> str:
 
 
 def of_the_machine(error: Exception) -> str:
-    """The line for what a machine without memory, a disk without room or a lost process makes Python or torch raise;
-    "" for all else."""
+    """The line for what a machine without memory, a disk without room or a lost process makes
+    Python or torch raise; "" for all else."""
     if _lost_a_process(error):
         return (
-            "another process of this run is gone; what it said stands above or in its machine's log, and the last "
+            "another process of this run is gone; what it said stands above or in its machine's "
+            "log, and the last "
             "checkpoint is intact: start again with --resume latest"
         )
     if out_of_memory(error):
@@ -133,13 +160,19 @@ def of_the_machine(error: Exception) -> str:
 
 
 def out_of_memory(error: BaseException) -> tuple[str, str] | None:
-    """(where the memory ran out, " in ..." by the functions under way or "", the flags that help there, with the last
-    checkpoint); None for any other error."""
+    """(where the memory ran out, " in ..." by the functions under way or "", the flags that help
+    there, with the last checkpoint); None for any other error."""
     name, said = type(error).__name__, text(error)
-    if not isinstance(error, MemoryError) and "OutOfMemory" not in name and "allocate memory" not in said:
+    if (
+        not isinstance(error, MemoryError)
+        and "OutOfMemory" not in name
+        and "allocate memory" not in said
+    ):
         return None
     names = {frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)}
-    where, cure = next((value for name, value in OUT_OF_MEMORY.items() if name in names), ("", ANYWHERE))
+    where, cure = next(
+        (value for name, value in OUT_OF_MEMORY.items() if name in names), ("", ANYWHERE)
+    )
     last = f"; the last checkpoint is {last_checkpoint}" if last_checkpoint else ""
     return f" in {where}" if where else "", cure + last
 
@@ -160,13 +193,18 @@ def _rescue(error: Exception) -> None:
 
 
 def _lost_a_process(error: Exception) -> bool:
-    """Whether the processes' exchange failed: torch's own errors of NCCL and the store, and gloo's, which has none."""
-    return isinstance(error, RuntimeError) and (type(error).__name__.startswith("Dist") or "gloo" in str(error))
+    """Whether the processes' exchange failed: torch's own errors of NCCL and the store, and gloo's,
+    which has none."""
+    return isinstance(error, RuntimeError) and (
+        type(error).__name__.startswith("Dist") or "gloo" in str(error)
+    )
 
 
 def _say(what: str, line: str | Exception) -> None:
     line = " ".join(str(line).split())
-    line = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line)  # a server's, a file's
+    line = "".join(
+        letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line
+    )  # a server's, a file's
     line = line if len(line) <= 1000 else f"{line[:700]} ... {line[-300:]}"
     sys.stderr.write(f"{what}: {line}\n")  # one write: other processes write too
 
@@ -193,8 +231,8 @@ def _own_interrupt() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _lasting_streams() -> Iterator[None]:
-    """Inside, a closed pipe or a full device under stdout or stderr ends nothing but the output, and letters that its
-    encoding lacks are written as numbers."""
+    """Inside, a closed pipe or a full device under stdout or stderr ends nothing but the output,
+    and letters that its encoding lacks are written as numbers."""
     before = sys.stdout, sys.stderr
     for stream in before:
         if hasattr(stream, "reconfigure"):
@@ -232,5 +270,7 @@ class _Lasting:
         except OSError as error:
             self.lost = error
             nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self.stream.fileno())  # what waits in its buffer goes there too, when Python ends
+            os.dup2(
+                nowhere, self.stream.fileno()
+            )  # what waits in its buffer goes there too, when Python ends
             os.close(nowhere)

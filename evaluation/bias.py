@@ -1,21 +1,21 @@
-"""Does a reward prefer some kinds of prompts? The coefficient of variation of its mean scores over clusters of them, as
-in Self-Paced GRPO (arXiv 2511.19356, eq 3 and figures 2, 4, 5, 8, 9).
+"""Does a reward prefer some kinds of prompts? The coefficient of variation of its mean scores over
+clusters of them, as in Self-Paced GRPO (arXiv 2511.19356, eq 3 and figures 2, 4, 5, 8, 9).
 
     python -m evaluation.bias wan2.1-1.3b --reward videoalign judge:quality --real clips.txt  # of clips that you have
     python -m evaluation.bias runs/bpgo-tiny-flux-1 --reward verifier jpeg                    # of samples of a run's model
 
-Captions become vectors (the model's own text encoder, mean over the tokens, unit length), k-means makes clusters:
+Captions become vectors (the model's own text encoder, mean over the tokens, unit length), k-means
+makes clusters:
 
     mu_c    = mean score of the captions in cluster c
     kappa   = 100 * std(mu_1 ... mu_k) / |mean(mu_1 ... mu_k)|          over the clusters, as the figures have it
     kappa_c = 100 * std(scores in c) / |mu_c|                           within each, as eq 3 is printed
 
-Chance alone makes kappa larger than 0: the captions, dealt out anew to clusters of these sizes 1000 times, say how
-much. `beyond_chance` is sqrt(kappa^2 - the mean of those kappa^2), and p how often chance reaches kappa. What the
-samples show counts as well as the reward: a model that draws some prompts badly looks like a reward that dislikes them.
-So for a reward alone give --real pictures of one quality. And kappa divides by a mean: of scores around 0 it says
-nothing.
-"""
+Chance alone makes kappa larger than 0: the captions, dealt out anew to clusters of these sizes 1000
+times, say how much. `beyond_chance` is sqrt(kappa^2 - the mean of those kappa^2), and p how often
+chance reaches kappa. What the samples show counts as well as the reward: a model that draws some
+prompts badly looks like a reward that dislikes them. So for a reward alone give --real pictures of
+one quality. And kappa divides by a mean: of scores around 0 it says nothing."""
 
 import csv
 import json
@@ -52,7 +52,8 @@ class Args:
     prompts: str = ""
     """Prompts to sample, as for training; without: the model's own."""
     real: str = ""
-    """Instead of samples: a text file with lines FILE <tab> CAPTION of pictures or clips, counted from its folder."""
+    """Instead of samples: a text file with lines FILE <tab> CAPTION of pictures or clips, counted
+    from its folder."""
     number: Annotated[int, cli.From(0, 1e9)] = 2000
     """How many of them, chosen by the seed; 0: all."""
     samples: Annotated[int, cli.From(1, 1000)] = 1
@@ -75,13 +76,15 @@ class Args:
 
 
 def kappa(scores: np.ndarray, labels: np.ndarray, number: int) -> float:
-    """Scores [n] and the cluster of each [n] -> per cent: the spread of the clusters' means over their mean."""
+    """Scores [n] and the cluster of each [n] -> per cent: the spread of the clusters' means over
+    their mean."""
     means = cluster_means(scores, labels, number)
     return 100 * np.nanstd(means) / abs(np.nanmean(means))
 
 
 def cluster_means(scores: np.ndarray, labels: np.ndarray, number: int) -> np.ndarray:
-    """[k], of the scores that are there: what a judge could not score is NaN, as is a cluster without any."""
+    """[k], of the scores that are there: what a judge could not score is NaN, as is a cluster
+    without any."""
     known = np.isfinite(scores)
     with np.errstate(invalid="ignore"):
         sums = np.bincount(labels[known], scores[known], number)
@@ -110,13 +113,18 @@ def against_chance(
 
 
 def clustered(vectors: np.ndarray, number: int, seed: int) -> np.ndarray:
-    """Vectors [n, D] -> the cluster of each [n]; raises InputError where there is no k-means, or too few of them."""
+    """Vectors [n, D] -> the cluster of each [n]; raises InputError where there is no k-means, or
+    too few of them."""
     try:
         from sklearn.cluster import KMeans
     except ImportError:
-        raise InputError("evaluation.bias takes its k-means from scikit-learn: pip install scikit-learn") from None
+        raise InputError(
+            "evaluation.bias takes its k-means from scikit-learn: pip install scikit-learn"
+        ) from None
     if not 2 <= number <= len(np.unique(vectors, axis=0)):
-        raise InputError(f"--clusters {number}: from 2 to the number of different prompts, here {len(vectors)}")
+        raise InputError(
+            f"--clusters {number}: from 2 to the number of different prompts, here {len(vectors)}"
+        )
     return KMeans(number, n_init=10, random_state=seed).fit_predict(vectors)
 
 
@@ -126,15 +134,30 @@ def clustered(vectors: np.ndarray, number: int, seed: int) -> np.ndarray:
 def run_of(model: str) -> dict:
     """config.json of a run's folder, {} for any other model."""
     config = Path(model) / "config.json"
-    return json.loads(config.read_text()) if config.is_file() and (Path(model) / "export").is_dir() else {}
+    return (
+        json.loads(config.read_text())
+        if config.is_file() and (Path(model) / "export").is_dir()
+        else {}
+    )
 
 
 def load(args: Args, prompts: list[str]) -> "tuple[Family, cli.Args]":
-    """The model, on a GPU if there is one, and the settings that it samples with: a run's own, or its defaults."""
+    """The model, on a GPU if there is one, and the settings that it samples with: a run's own, or
+    its defaults."""
     folder, run = Path(args.model), run_of(args.model)
     lora = run and not (folder / "export/model_index.json").is_file()
     source = args.model if not run else run["model"] if lora else str(folder / "export")
-    names = ("height", "width", "frames", "guidance", "guidance_2", "sampling_steps", "shift", "fps", "micro_batch")
+    names = (
+        "height",
+        "width",
+        "frames",
+        "guidance",
+        "guidance_2",
+        "sampling_steps",
+        "shift",
+        "fps",
+        "micro_batch",
+    )
     known = {name: run[name] for name in (*names, *["source"] * bool(lora)) if name in run}
     settings = replace(cli.defaults(cli.Args, run.get("model", args.model)), **known, model=source)
     settings.micro_batch = cli.rows_of(settings.micro_batch)
@@ -151,8 +174,8 @@ def load(args: Args, prompts: list[str]) -> "tuple[Family, cli.Args]":
 
 @torch.no_grad()
 def vectors_of(model: "Family", captions: Iterable[str]) -> np.ndarray:
-    """b captions -> [b, D] of unit length: the text encoder's states, mean over the tokens. Padding that is zero, or
-    that the model masks, does not count."""
+    """b captions -> [b, D] of unit length: the text encoder's states, mean over the tokens. Padding
+    that is zero, or that the model masks, does not count."""
     vectors = []
     for caption in captions:
         cond = model.text(caption)
@@ -165,7 +188,8 @@ def vectors_of(model: "Family", captions: Iterable[str]) -> np.ndarray:
 def scores_of_samples(
     args: Args, model: "Family", settings: cli.Args, scorers: dict, prompts: list[str]
 ) -> dict[str, np.ndarray]:
-    """{reward: [n * samples]} of noise-free samples, from the fixed noise that the evaluations of runs start from."""
+    """{reward: [n * samples]} of noise-free samples, from the fixed noise that the evaluations of
+    runs start from."""
     sigmas, rows = model.sigmas(settings.sampling_steps, settings.shift), []
     every = [prompt for prompt in prompts for _ in range(args.samples)]
     for part in torch.arange(len(every)).split(settings.micro_batch):
@@ -177,9 +201,14 @@ def scores_of_samples(
     return {name: np.concatenate([row[name] for row in rows]) for name in scorers}
 
 
-def scores_of_files(scorers: dict, prompts: list[str], device: torch.device) -> dict[str, np.ndarray]:
+def scores_of_files(
+    scorers: dict, prompts: list[str], device: torch.device
+) -> dict[str, np.ndarray]:
     """{reward: [n]} of the pictures and clips of lines FILE <tab> CAPTION."""
-    rows = [checked(scorers, medium(image_of(prompt)).to(device), [caption_of(prompt)]) for prompt in prompts]
+    rows = [
+        checked(scorers, medium(image_of(prompt)).to(device), [caption_of(prompt)])
+        for prompt in prompts
+    ]
     return {name: np.concatenate([row[name] for row in rows]) for name in scorers}
 
 
@@ -198,12 +227,15 @@ def medium(path: str) -> torch.Tensor:
         else:
             pixels = imageio.imread(path, mode="RGB")
     except Exception as error:  # whatever a broken file makes the readers say
-        raise InputError(f"--real: {path} is no picture or clip that can be read ({errors.text(error)})") from None
+        raise InputError(
+            f"--real: {path} is no picture or clip that can be read ({errors.text(error)})"
+        ) from None
     return torch.from_numpy(pixels.copy()).movedim(-1, -3)[None].float() / 255
 
 
 def main(args: Args) -> list[dict]:
-    """Chooses, embeds, clusters, scores and writes; returns what `write` does. Raises InputError."""
+    """Chooses, embeds, clusters, scores and writes; returns what `write` does. Raises
+    InputError."""
     cli.check_bounds(args)
     if not args.clusters:
         raise InputError("--clusters: name at least one number of clusters")
@@ -211,7 +243,9 @@ def main(args: Args) -> list[dict]:
     if args.real:
         prompts = files.read(args.real)
         if missing := [prompt for prompt in prompts if not image_of(prompt)]:
-            raise InputError(f"--real: {missing[0][:60]!r} has no file; write lines FILE <tab> CAPTION")
+            raise InputError(
+                f"--real: {missing[0][:60]!r} has no file; write lines FILE <tab> CAPTION"
+            )
     else:
         prompts = read_prompts(args.prompts or base.prompts or _missing("prompts"))
     if args.number:
@@ -219,17 +253,24 @@ def main(args: Args) -> list[dict]:
     prompts = prompts if args.real else list(dict.fromkeys(prompts))
     captions = [caption_of(prompt) for prompt in prompts]
     model, settings = load(args, captions if args.real else prompts)
-    settings = replace(settings, **{n: getattr(args, n) for n in ("reward_path", "judge_url", "judge_model")})
+    settings = replace(
+        settings, **{n: getattr(args, n) for n in ("reward_path", "judge_url", "judge_model")}
+    )
     of_rewards = cli.of_rewards(settings) | ({"clips": None} if args.real else {})
     scorers = rewards.load(args.reward or base.reward or _missing("reward"), prompts, **of_rewards)
 
     distinct, place = np.unique(captions, return_inverse=True)
     vectors = vectors_of(model, map(str, distinct))
-    labels = {number: clustered(vectors, number, args.seed) for number in args.clusters}  # before any sample
+    labels = {
+        number: clustered(vectors, number, args.seed) for number in args.clusters
+    }  # before any sample
     if args.real:
         scores = scores_of_files(scorers, prompts, model.device)
     else:
-        scores, place = scores_of_samples(args, model, settings, scorers, prompts), np.repeat(place, args.samples)
+        scores, place = (
+            scores_of_samples(args, model, settings, scorers, prompts),
+            np.repeat(place, args.samples),
+        )
     # the samples of one caption are not independent: its mean counts
     scores = {name: cluster_means(value, place, len(distinct)) for name, value in scores.items()}
     return write(Path(args.output), distinct, vectors, labels, scores, args.seed)
@@ -243,16 +284,23 @@ def _missing(name: str) -> NoReturn:
 
 
 def write(
-    folder: Path, captions: np.ndarray, vectors: np.ndarray, labels: dict[int, np.ndarray],
-    scores: dict[str, np.ndarray], seed: int,
-) -> list[dict]:  # fmt: skip
+    folder: Path,
+    captions: np.ndarray,
+    vectors: np.ndarray,
+    labels: dict[int, np.ndarray],
+    scores: dict[str, np.ndarray],
+    seed: int,
+) -> list[dict]:
     """bias.json, bias.csv, bias.png and the tables on the screen; returns the rows of the first."""
     rows = [
         {"reward": name, "clusters": number, **against_chance(value, found, number, seed)}
         for name, value in scores.items()
         for number, found in labels.items()
     ]
-    kinds = [{"cluster": cluster, **kind} for cluster, kind in enumerate(kinds_of(captions, vectors, labels, scores))]
+    kinds = [
+        {"cluster": cluster, **kind}
+        for cluster, kind in enumerate(kinds_of(captions, vectors, labels, scores))
+    ]
     folder.mkdir(parents=True, exist_ok=True)
     tables = {"bias": rows, "clusters": kinds}
     (folder / "bias.json").write_text(json.dumps(tables, indent=1, allow_nan=False) + "\n")
@@ -266,20 +314,32 @@ def write(
 
 
 def kinds_of(
-    captions: np.ndarray, vectors: np.ndarray, labels: dict[int, np.ndarray], scores: dict[str, np.ndarray]
+    captions: np.ndarray,
+    vectors: np.ndarray,
+    labels: dict[int, np.ndarray],
+    scores: dict[str, np.ndarray],
 ) -> Iterator[dict]:
-    """Of each of the last number of clusters: how many captions, one of them, and by each reward mu_c and kappa_c."""
+    """Of each of the last number of clusters: how many captions, one of them, and by each reward
+    mu_c and kappa_c."""
     number, found = list(labels.items())[-1]
     of_rewards = {name: cluster_means(value, found, number) for name, value in scores.items()}
-    of_rewards |= {f"{name}, kappa within": within(value, found, number) for name, value in scores.items()}
+    of_rewards |= {
+        f"{name}, kappa within": within(value, found, number) for name, value in scores.items()
+    }
     for cluster in range(number):
         values = {name: value[cluster] for name, value in of_rewards.items()}
-        about = {"captions": int((found == cluster).sum()), "typical": typical(captions, vectors, found == cluster)}
-        yield about | {name: float(value) if np.isfinite(value) else None for name, value in values.items()}
+        about = {
+            "captions": int((found == cluster).sum()),
+            "typical": typical(captions, vectors, found == cluster),
+        }
+        yield about | {
+            name: float(value) if np.isfinite(value) else None for name, value in values.items()
+        }
 
 
 def typical(captions: np.ndarray, vectors: np.ndarray, members: np.ndarray) -> str:
-    """The caption that is nearest to the middle of its cluster: captions [n], vectors [n, D], members [n] bool."""
+    """The caption that is nearest to the middle of its cluster: captions [n], vectors [n, D],
+    members [n] bool."""
     own = vectors[members]
     return str(captions[members][np.square(own - own.mean(0)).sum(1).argmin()])
 
@@ -295,9 +355,12 @@ def markdown(rows: list[dict]) -> str:
 
 
 def draw(path: Path, rows: list[dict], kinds: list[dict], names: list[str]) -> None:
-    """kappa over the number of clusters, with what chance reaches; and the clusters' means, in parts of their mean."""
+    """kappa over the number of clusters, with what chance reaches; and the clusters' means, in
+    parts of their mean."""
     plt = pyplot()
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4), gridspec_kw={"width_ratios": (1, 2)})
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(12, 4), gridspec_kw={"width_ratios": (1, 2)}
+    )
     for i, name in enumerate(names):
         own = [row for row in rows if row["reward"] == name]
         counts = [row["clusters"] for row in own]
@@ -306,9 +369,16 @@ def draw(path: Path, rows: list[dict], kinds: list[dict], names: list[str]) -> N
         means = np.array([kind[name] for kind in kinds], dtype=float)
         at = np.arange(len(kinds)) + (i - (len(names) - 1) / 2) * 0.8 / len(names)
         right.bar(at, means / abs(np.nanmean(means)), 0.8 / len(names), color=f"C{i % 10}")
-    left.set(xlabel="clusters", ylabel="coefficient of variation, %", title="dotted: 95% of chance stay below", ylim=0)
+    left.set(
+        xlabel="clusters",
+        ylabel="coefficient of variation, %",
+        title="dotted: 95% of chance stay below",
+        ylim=0,
+    )
     left.legend()
-    right.set(xlabel="cluster", ylabel="mean score / |mean over the clusters|", xticks=range(len(kinds)))
+    right.set(
+        xlabel="cluster", ylabel="mean score / |mean over the clusters|", xticks=range(len(kinds))
+    )
     left.set_xticks([row["clusters"] for row in rows if row["reward"] == names[0]])
     for axis in (left, right):
         axis.grid(alpha=0.3)

@@ -24,15 +24,18 @@ if TYPE_CHECKING:
 NAMES = ("geneval", "vbench", "unigenbench", "hpsv2")
 SAMPLES, FLICKERING = {"geneval": 4, "vbench": 5, "unigenbench": 4, "hpsv2": 1}, 25
 DIMENSIONS = (
-    "subject_consistency background_consistency motion_smoothness dynamic_degree aesthetic_quality imaging_quality "
-    "object_class multiple_objects human_action color spatial_relationship scene appearance_style temporal_style "
+    "subject_consistency background_consistency motion_smoothness dynamic_degree "
+    "aesthetic_quality imaging_quality "
+    "object_class multiple_objects human_action color spatial_relationship scene "
+    "appearance_style temporal_style "
     "overall_consistency"
 )
 
 
 @dataclass
 class Layout:
-    """A benchmark's prompts, [P]; the samples of each, [(prompt, which)] -> file; and its other files -> text."""
+    """A benchmark's prompts, [P]; the samples of each, [(prompt, which)] -> file; and its other
+    files -> text."""
 
     name: str
     prompts: list[str] = field(default_factory=list)
@@ -58,8 +61,8 @@ class Layout:
         return self.root(folder, model) / self.files[sample]
 
     def begin(self, folder: Path, model: str) -> None:
-        """Writes what is no sample, and clears what a killed process left half written. Raises OSError, and InputError
-        for a file that does not belong there."""
+        """Writes what is no sample, and clears what a killed process left half written. Raises
+        OSError, and InputError for a file that does not belong there."""
         root = self.root(folder, model)
         root.mkdir(parents=True, exist_ok=True)
         for path in root.rglob(".tmp-*"):
@@ -77,10 +80,14 @@ class Layout:
         said = f"{root}: {self.name} has {len(wanted)} files;"
         if missing := wanted - there if whole else ():
             raise InputError(
-                f"{said} {len(missing)} are missing, {min(missing)!r} among them; the same command makes them"
+                f"{said} {len(missing)} are missing, {min(missing)!r} among them; the same "
+                "command makes them"
             )
         if surplus := there - wanted:
-            raise InputError(f"{said} {len(surplus)} others are there, {min(surplus)!r} among them; move them away")
+            raise InputError(
+                f"{said} {len(surplus)} others are there, {min(surplus)!r} among them; move them "
+                "away"
+            )
 
     def commands(self, folder: Path, model: str) -> list[str]:
         """What its authors' tool wants to be told."""
@@ -90,7 +97,8 @@ class Layout:
 
 COMMANDS = {
     "geneval": lambda there, _: [
-        f"python evaluation/evaluate_images.py {there} --outfile results.jsonl --model-path OBJECT_DETECTOR_FOLDER",
+        f"python evaluation/evaluate_images.py {there} --outfile results.jsonl --model-path "
+        "OBJECT_DETECTOR_FOLDER",
         "python evaluation/summary_scores.py results.jsonl",
     ],
     "vbench": lambda there, _: [
@@ -110,8 +118,8 @@ COMMANDS = {
 
 
 def plan(name: str, spec: str = "") -> Layout:
-    """The layout of a benchmark for its own prompts, or for those of `spec`: a set's name, or a file that is made as
-    the benchmark's own is. Raises InputError."""
+    """The layout of a benchmark for its own prompts, or for those of `spec`: a set's name, or a
+    file that is made as the benchmark's own is. Raises InputError."""
     return PLANS[name](spec or {"hpsv2": "hpsv2:all"}.get(name, name))
 
 
@@ -131,7 +139,9 @@ def _vbench(spec: str) -> Layout:
         dimensions.setdefault(row["prompt_en"], []).extend(row["dimension"])
     for prompt, of_prompt in dimensions.items():
         if "/" in prompt or "\0" in prompt or len(f".tmp-{prompt}-00.mp4".encode()) > 255:
-            raise InputError(f"--layout vbench: no file can be called {prompt[:100]!r}-0.mp4, as VBench wants it")
+            raise InputError(
+                f"--layout vbench: no file can be called {prompt[:100]!r}-0.mp4, as VBench wants it"
+            )
         number = FLICKERING if "temporal_flickering" in of_prompt else SAMPLES["vbench"]
         layout.add(files.one_line(prompt), [f"{prompt}-{which}.mp4" for which in range(number)])
     return layout
@@ -141,10 +151,14 @@ def _unigenbench(spec: str) -> Layout:
     rows = _rows(spec, index=_number)
     column = next((name for name in ("prompt_en", "prompt_zh") if name in rows[0]), None)
     if column is None:
-        raise InputError(f"--layout unigenbench: {spec} has neither a column prompt_en nor prompt_zh")
+        raise InputError(
+            f"--layout unigenbench: {spec} has neither a column prompt_en nor prompt_zh"
+        )
     rows, numbers = _rows(spec, **{column: _words}), [int(row["index"]) for row in rows]
     if len(set(numbers)) < len(numbers):
-        raise InputError(f"--layout unigenbench: {spec} has an index twice; their images would be the same files")
+        raise InputError(
+            f"--layout unigenbench: {spec} has an index twice; their images would be the same files"
+        )
     language = column[-2:] + "_long" * ("long" in Path(spec).name)
     layout = Layout("unigenbench", place=f"eval_data/{language}")
     for row, number in zip(rows, numbers):
@@ -168,19 +182,30 @@ PLANS = {"geneval": _geneval, "vbench": _vbench, "unigenbench": _unigenbench, "h
 
 
 def _rows(spec: str, **columns) -> list[dict[str, Any]]:
-    """The rows [{column: value}] of a published set, or of a file; columns: those that are needed, with a function that
-    says whether a value will do. Raises InputError."""
+    """The rows [{column: value}] of a published set, or of a file; columns: those that are needed,
+    with a function that says whether a value will do. Raises InputError."""
     path = sets.path_of(spec) if spec in sets.PUBLISHED else Path(spec)
     try:
         rows = files.ROWS[path.suffix.lower()](path, next(iter(columns)))
-    except (OSError, KeyError, ValueError, RecursionError) as error:  # csv's own errors do not come of readable text
-        raise InputError(f"prompts: {spec} is no file of the benchmark that can be read ({text(error)})") from None
+    except (
+        OSError,
+        KeyError,
+        ValueError,
+        RecursionError,
+    ) as error:  # csv's own errors do not come of readable text
+        raise InputError(
+            f"prompts: {spec} is no file of the benchmark that can be read ({text(error)})"
+        ) from None
     for number, row in enumerate(rows, 1):
         if missing := [name for name in columns if not isinstance(row, dict) or name not in row]:
-            raise InputError(f"prompts: row {number} of {spec} has no {missing[0]!r}: it is not the benchmark's file")
+            raise InputError(
+                f"prompts: row {number} of {spec} has no {missing[0]!r}: it is not the "
+                "benchmark's file"
+            )
         if wrong := [name for name, will_do in columns.items() if not will_do(row[name])]:
             raise InputError(
-                f"prompts: row {number} of {spec} has {str(row[wrong[0]])[:40]!r} as {wrong[0]!r}: it is not the "
+                f"prompts: row {number} of {spec} has {str(row[wrong[0]])[:40]!r} as "
+                f"{wrong[0]!r}: it is not the "
                 "benchmark's file"
             )
     if not rows:
@@ -201,8 +226,8 @@ def _number(value: Any) -> bool:
 
 
 def write(path: Path, sample: "torch.Tensor", fps: float) -> None:
-    """A sample in [0, 1], [3, H, W], or [F, 3, H, W] for .mp4, fps frames a second, as the file that the path's name
-    says; whole or not at all. Raises OSError."""
+    """A sample in [0, 1], [3, H, W], or [F, 3, H, W] for .mp4, fps frames a second, as the file
+    that the path's name says; whole or not at all. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = sample.float().clamp(0, 1).mul(255).round().byte().movedim(-3, -1).cpu().numpy()
     write_beside(path, lambda beside: WRITERS[path.suffix](beside, pixels, fps))
@@ -211,13 +236,17 @@ def write(path: Path, sample: "torch.Tensor", fps: float) -> None:
 def _image(path: Path, pixels: "np.ndarray", fps: float) -> None:
     from PIL import Image
 
-    Image.fromarray(pixels).save(path, **({"quality": 95, "subsampling": 0} if path.suffix == ".jpg" else {}))
+    Image.fromarray(pixels).save(
+        path, **({"quality": 95, "subsampling": 0} if path.suffix == ".jpg" else {})
+    )
 
 
 def _clip(path: Path, pixels: "np.ndarray", fps: float) -> None:
     import imageio
 
-    with imageio.get_writer(path, fps=fps, quality=9, macro_block_size=1) as writer:  # of no other size
+    with imageio.get_writer(
+        path, fps=fps, quality=9, macro_block_size=1
+    ) as writer:  # of no other size
         for frame in pixels:
             writer.append_data(frame)
 

@@ -1,4 +1,5 @@
-"""What scores say: means with intervals, how often a model wins, and the tables that people read. Needs torch alone."""
+"""What scores say: means with intervals, how often a model wins, and the tables that people read.
+Needs torch alone."""
 
 import csv
 import io
@@ -6,33 +7,46 @@ import io
 import torch
 
 RESAMPLES = 10_000  # of the bootstrap
-TASKS = ("single", "two", "counting", "colours", "position", "attribution")  # GenEval's six, of the shapes world
+TASKS = (
+    "single",
+    "two",
+    "counting",
+    "colours",
+    "position",
+    "attribution",
+)  # GenEval's six, of the shapes world
 
 
 def interval(values: torch.Tensor, resamples: int = RESAMPLES) -> tuple[float, float]:
-    """values [n] of n > 0 prompts -> (low, high): 95% percentile bootstrap of their mean. Its draws are the same every
-    time."""
+    """values [n] of n > 0 prompts -> (low, high): 95% percentile bootstrap of their mean. Its draws
+    are the same every time."""
     values, n, generator = values.double(), len(values), torch.Generator().manual_seed(0)
     size = max(1, 2_000_000 // n)
     means = [
         values[torch.randint(n, (min(size, resamples - start), n), generator=generator)].mean(1)
         for start in range(0, resamples, size)
     ]
-    return tuple(torch.cat(means).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist())
+    return tuple(
+        torch.cat(means).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    )
 
 
 def win_rate(scores: torch.Tensor, base: torch.Tensor) -> float | None:
-    """Scores [P, S] of samples and of the base's from the same noise -> how often they are higher, ties counted half;
-    pairs of which one has no score (NaN) count nowhere, prompts count alike. None if no pair is left."""
+    """Scores [P, S] of samples and of the base's from the same noise -> how often they are higher,
+    ties counted half; pairs of which one has no score (NaN) count nowhere, prompts count alike.
+    None if no pair is left."""
     wins = (scores > base) + (scores == base).double() / 2
     wins = wins.masked_fill((scores + base).isnan(), torch.nan).nanmean(1).nanmean().item()
     return wins if wins == wins else None
 
 
-def summary(scores: torch.Tensor, base: torch.Tensor | None = None, asked: int | None = None) -> dict:
-    """Scores [P, S] of S samples of P prompts, NaN where there is none -> {"mean", "low", "high", "win_rate",
-    "prompts", "samples", "missing"}: the mean over prompts of the mean over a prompt's samples, its interval, the win
-    rate against the scores of `base`, and how many of the `asked` samples have no score."""
+def summary(
+    scores: torch.Tensor, base: torch.Tensor | None = None, asked: int | None = None
+) -> dict:
+    """Scores [P, S] of S samples of P prompts, NaN where there is none -> {"mean", "low", "high",
+    "win_rate", "prompts", "samples", "missing"}: the mean over prompts of the mean over a prompt's
+    samples, its interval, the win rate against the scores of `base`, and how many of the `asked`
+    samples have no score."""
     by_prompt, number = scores.nanmean(1), (~scores.isnan()).sum().item()
     known = by_prompt[~by_prompt.isnan()]
     low, high = interval(known) if len(known) else (None, None)
@@ -48,8 +62,9 @@ def summary(scores: torch.Tensor, base: torch.Tensor | None = None, asked: int |
 
 
 def by_task(passed: torch.Tensor, tasks: list[str]) -> dict[str, float | None]:
-    """passed [P, S], the task of each of P prompts -> {task: share of samples that passed, "overall": their mean}, as
-    GenEval has it; a task without a prompt is None and not in the mean."""
+    """passed [P, S], the task of each of P prompts -> {task: share of samples that passed,
+    "overall": their mean}, as GenEval has it; a task without a prompt is None and not in the
+    mean."""
     shares = {task: passed[[name == task for name in tasks]].nanmean().item() for task in TASKS}
     known = [share for share in shares.values() if share == share]
     shares = {task: share if share == share else None for task, share in shares.items()}
@@ -71,20 +86,30 @@ def cell(found: dict) -> str:
 def aligned(rows: list[tuple[str, ...]]) -> str:
     """Rows of words -> lines with aligned columns."""
     widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join("  ".join(word.ljust(width) for word, width in zip(row, widths)).rstrip() for row in rows)
+    return "\n".join(
+        "  ".join(word.ljust(width) for word, width in zip(row, widths)).rstrip() for row in rows
+    )
 
 
 def table(found: dict[str, dict[str, dict]]) -> str:
     """{model: {reward: summary}} -> text: a model a line."""
     names = list(next(iter(found.values())))
-    return aligned([("", *names), *((model, *(cell(row[name]) for name in names)) for model, row in found.items())])
+    return aligned(
+        [
+            ("", *names),
+            *((model, *(cell(row[name]) for name in names)) for model, row in found.items()),
+        ]
+    )
 
 
 def task_table(found: dict[str, dict[str, float | None]]) -> str:
     """{model: by_task} -> text."""
     names = (*TASKS, "overall")
     percent = {None: "-"}
-    rows = [(m, *(percent.get(row[name]) or f"{row[name]:.1%}" for name in names)) for m, row in found.items()]
+    rows = [
+        (m, *(percent.get(row[name]) or f"{row[name]:.1%}" for name in names))
+        for m, row in found.items()
+    ]
     return aligned([("passed", *names), *rows])
 
 

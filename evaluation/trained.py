@@ -1,4 +1,5 @@
-"""The trained weights of a run: where its folder has them, and putting them into a model to look at."""
+"""The trained weights of a run: where its folder has them, and putting them into a model to look
+at."""
 
 import json
 import os
@@ -21,7 +22,8 @@ EXPORTS = ("export", "export_ema")
 
 @dataclass
 class Trained:
-    """Weights that a run left in a folder: a checkpoint, of which the moving average if `averaged`, or an export."""
+    """Weights that a run left in a folder: a checkpoint, of which the moving average if `averaged`,
+    or an export."""
 
     name: str  # what tables and files call them
     folder: Path
@@ -31,20 +33,32 @@ class Trained:
     def settings(self) -> cli.Args:
         """The run's settings, as those that all scripts share."""
         model = self.config.get("model")
-        return run_folder.taken_over(cli.defaults(cli.Args, *[model] * isinstance(model, str)), self.config)
+        return run_folder.taken_over(
+            cli.defaults(cli.Args, *[model] * isinstance(model, str)), self.config
+        )
 
     def identity(self) -> dict[str, str | int]:
         """What tells them from others that may come to lie in the same place."""
-        written = max((path.stat().st_mtime_ns for path in self.folder.rglob("*") if path.is_file()), default=0)
-        about = {"folder": os.path.abspath(self.folder), "run": self.config.get("run", ""), "written": written}
+        written = max(
+            (path.stat().st_mtime_ns for path in self.folder.rglob("*") if path.is_file()),
+            default=0,
+        )
+        about = {
+            "folder": os.path.abspath(self.folder),
+            "run": self.config.get("run", ""),
+            "written": written,
+        }
         return {**about, "averaged": self.averaged}
 
 
 def find(spec: str | Path, averaged: bool = False) -> Trained:
-    """RUN, RUN/checkpoints/step_NNNNNN, RUN/export or RUN/export_ema -> Trained; of a RUN it is the newest checkpoint,
-    or else the export; `averaged`: of a checkpoint the moving average. Raises InputError."""
+    """RUN, RUN/checkpoints/step_NNNNNN, RUN/export or RUN/export_ema -> Trained; of a RUN it is the
+    newest checkpoint, or else the export; `averaged`: of a checkpoint the moving average. Raises
+    InputError."""
     path = Path(os.path.abspath(spec))
-    if path.parent.name == "checkpoints" and not (path / "config.json").exists():  # a run may lie in such a folder
+    if (
+        path.parent.name == "checkpoints" and not (path / "config.json").exists()
+    ):  # a run may lie in such a folder
         run, folder = path.parent.parent, path
     elif path.name in EXPORTS and not (path / "config.json").exists():
         run, folder = path.parent, path
@@ -59,7 +73,10 @@ def find(spec: str | Path, averaged: bool = False) -> Trained:
         has = ", ".join(found.name for found in checkpoints.newest_first(run)) or "no checkpoint"
         raise InputError(f"{spec}: there is no such folder; {run} has {has}")
     elif averaged and folder.name in EXPORTS:
-        raise InputError(f"{spec}: --averaged reads checkpoints; name {run.name}/export_ema without it, or {run.name}")
+        raise InputError(
+            f"{spec}: --averaged reads checkpoints; name {run.name}/export_ema without it, or "
+            f"{run.name}"
+        )
     if folder.name not in EXPORTS and (reason := _flaw(folder)):
         raise InputError(f"{spec}: it is no checkpoint ({reason}); name another one, or the run")
     named = "" if path == run else f"-{folder.name}"
@@ -70,10 +87,14 @@ def find_all(specs: Sequence[str], averaged: bool = False) -> list[Trained]:
     """Those of several runs of one base model, under names of their own. Raises InputError."""
     found = [find(spec, averaged) for spec in specs]
     for spec, other in zip(specs[1:], found[1:]):
-        models = [_source(weights.config.get("source") or weights.config.get("model")) for weights in (found[0], other)]
+        models = [
+            _source(weights.config.get("source") or weights.config.get("model"))
+            for weights in (found[0], other)
+        ]
         if models[0] != models[1]:
             raise InputError(
-                f"{spec} was trained from {other.config.get('model')}, {specs[0]} from {found[0].config.get('model')}: "
+                f"{spec} was trained from {other.config.get('model')}, {specs[0]} from "
+                f"{found[0].config.get('model')}: "
                 "compare runs of one base model"
             )
     for i, weights in enumerate(found):
@@ -86,8 +107,8 @@ def find_all(specs: Sequence[str], averaged: bool = False) -> list[Trained]:
 
 
 def load(run: "Processes | None", model: "Family", trained: Trained) -> None:
-    """Puts them into the model's trainable modules, in the dtype that those have; a LoRA that was there goes. run: only
-    a LoRA's checkpoint needs it. Raises InputError where they do not fit."""
+    """Puts them into the model's trainable modules, in the dtype that those have; a LoRA that was
+    there goes. run: only a LoRA's checkpoint needs it. Raises InputError where they do not fit."""
     for module in model.trainable.values():
         if getattr(module, "peft_config", None):
             module.unload_lora()
@@ -109,7 +130,9 @@ def load(run: "Processes | None", model: "Family", trained: Trained) -> None:
     except InputError:
         raise
     except (ValueError, RuntimeError, LookupError, TypeError, OSError) as error:
-        raise InputError(f"{trained.folder} does not fit the model, or is broken: {text(error)}") from None
+        raise InputError(
+            f"{trained.folder} does not fit the model, or is broken: {text(error)}"
+        ) from None
     finally:
         for module in model.trainable.values():
             module.requires_grad_(False).eval()
@@ -127,7 +150,9 @@ def _load_state(module: "torch.nn.Module", state: "dict[str, torch.Tensor]", ran
 def _copy_average(model: "Family", average: "list[torch.Tensor]", rank: int) -> None:
     """What diffusers' EMAModel keeps: the trained weights of all modules, in their order."""
     named = [pair for module in model.trainable.values() for pair in module.named_parameters()]
-    weights = [weight for name, weight in named if ("lora_" in name if rank else model.learns(name))]
+    weights = [
+        weight for name, weight in named if ("lora_" in name if rank else model.learns(name))
+    ]
     for weight, value in zip(weights, average, strict=True):
         weight.data.copy_(value)
 
@@ -147,7 +172,8 @@ def _config(spec: str | Path, run: Path) -> dict[str, Any]:
         config = None
     if not isinstance(config, dict) or not isinstance(config.get("model"), str):
         raise InputError(
-            f"{spec}: {run} is no run's folder, it has no config.json of one; give the --output of a training run, "
+            f"{spec}: {run} is no run's folder, it has no config.json of one; give the --output "
+            "of a training run, "
             "RUN/checkpoints/step_NNNNNN, or RUN/export"
         )
     return config
@@ -160,7 +186,10 @@ def _newest(spec: str | Path, run: Path, averaged: bool) -> Path:
         return whole[0]
     export = run / ("export_ema" if averaged else "export")
     if not export.is_dir():
-        raise InputError(f"{spec}: it has neither a checkpoint nor an export yet; train it first (--resume latest)")
+        raise InputError(
+            f"{spec}: it has neither a checkpoint nor an export yet; train it first (--resume "
+            "latest)"
+        )
     return export
 
 

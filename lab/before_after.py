@@ -1,4 +1,5 @@
-"""Draws README's pictures from a finished run on an embedded model: docs/before_after.png and docs/reward.png.
+"""Draws README's pictures from a finished run on an embedded model: docs/before_after.png and
+docs/reward.png.
 
 python -m lab.before_after runs/bpgo-tiny-flux-1
 python -m lab.before_after runs/bpgo-tiny-wan-1 --prefix wan_
@@ -39,17 +40,26 @@ def main(args):
     prompts = read_prompts(config["eval_prompts"])[: args.columns]
     if rewards.own.MARK in config["reward"][-1]:
         raise InputError(
-            f"{args.run} is trained on a reward in a file of code, which a run's folder alone does not run"
+            f"{args.run} is trained on a reward in a file of code, which a run's folder alone "
+            "does not run"
         )
     scorers = rewards.load(config["reward"][-1:], prompts, config.get("reward_path", ()))
-    settings = {name: config[name] for name in ("height", "width", "frames", "guidance", "guidance_2")}
-    figure, axes = plt.subplots(2, args.columns, figsize=(1.5 * args.columns, 4.0 if not config["frames"] else 14.0))
-    for line, (name, source) in enumerate((("before", config["model"]), ("after", f"{args.run}/export"))):
+    settings = {
+        name: config[name] for name in ("height", "width", "frames", "guidance", "guidance_2")
+    }
+    figure, axes = plt.subplots(
+        2, args.columns, figsize=(1.5 * args.columns, 4.0 if not config["frames"] else 14.0)
+    )
+    for line, (name, source) in enumerate(
+        (("before", config["model"]), ("after", f"{args.run}/export"))
+    ):
         model = models.load(source, torch.float32, prompts, **settings)
         sigmas = model.sigmas(config["sampling_steps"], config["shift"])
         media = heldout.sample(model, prompts, torch.arange(len(prompts)), sigmas, len(prompts))
         (scores,) = rewards.score(scorers, media, prompts).values()
-        media = media if media.ndim == 4 else torch.cat(media.unbind(1), 2)  # a clip's frames, one under another
+        media = (
+            media if media.ndim == 4 else torch.cat(media.unbind(1), 2)
+        )  # a clip's frames, one under another
         for axis, image, prompt, reward in zip(axes[line], media, map(caption_of, prompts), scores):
             axis.imshow(image.movedim(0, -1), interpolation="nearest")
             axis.set(xticks=[], yticks=[], xlabel=f"{reward:.2f}")

@@ -2,9 +2,8 @@
 
     python -m lab.figures
 
-Lines are means over seeds; bands hold 95% of the mean, by Student's t. Colours are Okabe and Ito's, which the
-colour-blind can tell apart.
-"""
+Lines are means over seeds; bands hold 95% of the mean, by Student's t. Colours are Okabe and Ito's,
+which the colour-blind can tell apart."""
 
 import base64
 import io
@@ -25,9 +24,15 @@ METHODS = {  # script -> what it is called, its colour
     "bpgo": ("BPGO", "#D55E00"),
     "self_paced": ("Self-Paced", "#009E73"),
 }
-OTHERS = ("#CC79A7", "#E69F00", "#56B4E9", "#F0E442")  # of a reader's methods, and of settings of one method
+OTHERS = (
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+    "#F0E442",
+)  # of a reader's methods, and of settings of one method
 ALONE = [  # of Self-Paced's stages
-    ({"only_stage": 1}, "the first alone", "#CC79A7"), ({"only_stage": 2}, "the second alone", "#E69F00"),
+    ({"only_stage": 1}, "the first alone", "#CC79A7"), ({"only_stage": 2}, "the second "
+                                                                           "alone", "#E69F00"),
     ({"alpha": 0.0}, "all at once", "#56B4E9"),
 ]  # fmt: skip
 VERDICTS = {
@@ -63,10 +68,20 @@ def draw_curve(axis, runs, name, label, colour, part="evaluations", style="-"):
     if not runs or any(name not in run[part] for run in runs.values()):
         return
     curves = [run[part][name] for run in runs.values()]
-    steps = next(iter(runs.values()))["steps"] if part == "evaluations" else list(range(len(curves[0])))
+    steps = (
+        next(iter(runs.values()))["steps"] if part == "evaluations" else list(range(len(curves[0])))
+    )
     mean, low, high = band(curves)
     axis.fill_between(steps, low, high, color=colour, alpha=0.16, lw=0)
-    axis.plot(steps, mean, style, color=colour, label=label, marker="o" if part == "evaluations" else "", ms=3.2)
+    axis.plot(
+        steps,
+        mean,
+        style,
+        color=colour,
+        label=label,
+        marker="o" if part == "evaluations" else "",
+        ms=3.2,
+    )
 
 
 def look(number, script):
@@ -75,16 +90,27 @@ def look(number, script):
 
 
 def rewards(results, plt):
-    """Held-out rewards over the steps: what was trained on, and the verifier (the papers' reward curves)."""
+    """Held-out rewards over the steps: what was trained on, and the verifier (the papers' reward
+    curves)."""
     wanted = [
         ("tiny-flux", "proxy", "reward", "tiny-flux: the proxy,\ntrained on it"),
         ("tiny-flux", "proxy", "truth", "tiny-flux: the verifier,\ntrained on the proxy"),
-        ("tiny-flux", "doubtful", "truth", "tiny-flux: the verifier,\ntrained on a doubtful reward"),
+        (
+            "tiny-flux",
+            "doubtful",
+            "truth",
+            "tiny-flux: the verifier,\ntrained on a doubtful reward",
+        ),
         ("tiny-sd", "proxy", "reward", "tiny-sd: the proxy,\ntrained on it"),
         ("tiny-sd", "proxy", "truth", "tiny-sd: the verifier,\ntrained on the proxy"),
         ("tiny-sd", "doubtful", "truth", "tiny-sd: the verifier,\ntrained on a doubtful reward"),
         ("tiny-wan", "doubtful", "truth", "tiny-wan: the verifier,\ntrained on a doubtful reward"),
-        ("tiny-wan-i2v", "doubtful", "truth", "tiny-wan-i2v: the verifier,\ntrained on a doubtful reward"),
+        (
+            "tiny-wan-i2v",
+            "doubtful",
+            "truth",
+            "tiny-wan-i2v: the verifier,\ntrained on a doubtful reward",
+        ),
         ("tiny-wan", "stages", "truth", "tiny-wan: the verifier,\ntrained on three stages"),
     ]
     figure, axes = plt.subplots(3, 3, figsize=(10, 8.4), sharex=True)
@@ -110,7 +136,8 @@ def stages(results, plt):
     figure, axes = plt.subplots(1, 3, figsize=(10, 3.2), sharey=True)
     colours = ("#E69F00", "#56B4E9", "#009E73")
     wanted = [("tiny-wan", {}, "tiny-wan"), ("tiny-flux", {}, "tiny-flux"),
-              ("tiny-flux", {"saturation": "one-minus-hoyer"}, "tiny-flux, what the prose says")]  # fmt: skip
+              ("tiny-flux", {"saturation": "one-minus-hoyer"}, "tiny-flux, what the prose "
+                                                               "says")]  # fmt: skip
     for axis, (model, flags, title) in zip(axes, wanted):
         runs = results.of(claims.setting("self_paced", model, "stages", **flags))
         for stage, colour in zip(claims.TASKS[model]["stages"]["reward"], colours):
@@ -129,7 +156,10 @@ def ablation(results, plt):
     for axis, model in zip(axes, ("tiny-flux", "tiny-wan", "tiny-wan-i2v")):
         lines = [("grpo_base", {}, "GRPO", GREY), ("bpgo", {"beta": 0.0}, "RAS alone", "#56B4E9"),
                  ("bpgo", {"alpha": 0.0}, "CRT alone", "#CC79A7"), ("bpgo", {}, "both", "#D55E00")]  # fmt: skip
-        every = [results.of(claims.setting(script, model, "doubtful", **flags)) for script, flags, _, _ in lines]
+        every = [
+            results.of(claims.setting(script, model, "doubtful", **flags))
+            for script, flags, _, _ in lines
+        ]
         for (_, _, label, colour), runs in zip(lines, in_common(every)):
             draw_curve(axis, runs, "truth", label, colour)
         axis.set(title=model, xlabel="training step")
@@ -148,16 +178,30 @@ def dots(axis, place, values, colour, horizontal=False):
     mean = sum(values) / len(values)
     low, high = (mean, mean) if math.isinf(low) else (low, high)
     axis.scatter([place] * len(values), values, s=9, color=colour, alpha=0.35, lw=0)
-    axis.errorbar([place], [mean], yerr=[[mean - low], [high - mean]], fmt="o", ms=5, color=colour, capsize=2.5)
+    axis.errorbar(
+        [place],
+        [mean],
+        yerr=[[mean - low], [high - mean]],
+        fmt="o",
+        ms=5,
+        color=colour,
+        capsize=2.5,
+    )
     return mean
 
 
 def sweep(axis, results, places, title, xlabel):
-    """places [(x, Setting)]: the verifier at the end, over a flag; a line through those whose x is a number of it."""
+    """places [(x, Setting)]: the verifier at the end, over a flag; a line through those whose x is
+    a number of it."""
     every = in_common([results.of(setting) for _, setting in places])
-    known = [(x, [run["evaluations"]["truth"][-1] for run in runs.values()]) for (x, _), runs in zip(places, every)]
+    known = [
+        (x, [run["evaluations"]["truth"][-1] for run in runs.values()])
+        for (x, _), runs in zip(places, every)
+    ]
     known = [(x, values) for x, values in known if values]
-    means = [dots(axis, x, values, "#D55E00" if "alpha" in xlabel else "#0072B2") for x, values in known]
+    means = [
+        dots(axis, x, values, "#D55E00" if "alpha" in xlabel else "#0072B2") for x, values in known
+    ]
     line = [(x, mean) for (x, _), mean in zip(known, means) if x <= 1]
     if line:
         axis.plot(*zip(*line), color="#AAAAAA", lw=1, zorder=0)
@@ -169,12 +213,16 @@ def alphas(results, plt):
     figure, axes = plt.subplots(1, 3, figsize=(10, 3.3))
     for axis, model in zip(axes, ("tiny-flux", "tiny-wan")):
         half = (0.5, claims.setting("bpgo", model, "doubtful", beta=0.0))
-        others = [(a, claims.setting("bpgo", model, "doubtful", beta=0.0, alpha=a)) for a in (0.1, 0.7, 0.9)]
+        others = [
+            (a, claims.setting("bpgo", model, "doubtful", beta=0.0, alpha=a))
+            for a in (0.1, 0.7, 0.9)
+        ]
         places = sorted([half, *others], key=lambda place: place[0])
         sweep(axis, results, places, f"{model}: RAS alone", "alpha")
     gammas = [(0.0, 0.0), (0.25, 0.25), (0.5, None), (1.0, 1.0), (1.35, "auto")]
     places = [
-        (x, claims.setting("slas", "tiny-flux", "proxy", **({} if g is None else {"gamma": g}))) for x, g in gammas
+        (x, claims.setting("slas", "tiny-flux", "proxy", **({} if g is None else {"gamma": g})))
+        for x, g in gammas
     ]
     sweep(axes[2], results, places, "tiny-flux: SLAS on the proxy", "gamma")
     axes[2].set_xticks([x for x, _ in gammas], ["0", "0.25", "0.5", "1", "auto"])
@@ -183,8 +231,8 @@ def alphas(results, plt):
 
 
 def hacking(results, plt):
-    """The proxy against the verifier, from first evaluation to last: what is gained to the right and not upwards
-    is hacked."""
+    """The proxy against the verifier, from first evaluation to last: what is gained to the right
+    and not upwards is hacked."""
     figure, axes = plt.subplots(1, 2, figsize=(8, 3.7))
     for axis, model in zip(axes, claims.IMAGES):
         own = 0
@@ -216,11 +264,15 @@ def kinds(results, plt):
     for offset, (name, label, colour) in zip((-0.4, 0, 0.4), shown if runs else ()):
         counts = (10, 15, 20)
         means = [
-            dots(axis, k + offset, [run["numbers"][f"{name}_{k}"] for run in runs.values()], colour) for k in counts
+            dots(axis, k + offset, [run["numbers"][f"{name}_{k}"] for run in runs.values()], colour)
+            for k in counts
         ]
         axis.plot([k + offset for k in counts], means, color=colour, label=label)
     axis.set(
-        xlabel="clusters of captions", ylabel="coefficient of variation beyond chance, %", xticks=(10, 15, 20), ylim=0
+        xlabel="clusters of captions",
+        ylabel="coefficient of variation beyond chance, %",
+        xticks=(10, 15, 20),
+        ylim=0,
     )
     if axis.lines:
         axis.legend(fontsize=8, loc=(0.02, 0.45))
@@ -228,14 +280,19 @@ def kinds(results, plt):
 
 
 def forest(results, plt):
-    """A line for each claim, a column for each model: the difference in units of half its interval, so that lengths do
-    not compare but distances from 0 do, the difference beside it, above 0 in the claim's favour, and the verdict's
-    colour."""
+    """A line for each claim, a column for each model: the difference in units of half its interval,
+    so that lengths do not compare but distances from 0 do, the difference beside it, above 0 in the
+    claim's favour, and the verdict's colour."""
     found = [one for one in verdicts.findings(results) if one.seeds and math.isfinite(one.low)]
     if not found:
         return plt.figure()
-    places = {text: -place for place, text in enumerate(dict.fromkeys((o.claim.paper, o.claim.text) for o in found))}
-    figure, axes = plt.subplots(1, 4, figsize=(10.5, 0.2 * max(4, len(places)) + 0.9), sharex=True, sharey=True)
+    places = {
+        text: -place
+        for place, text in enumerate(dict.fromkeys((o.claim.paper, o.claim.text) for o in found))
+    }
+    figure, axes = plt.subplots(
+        1, 4, figsize=(10.5, 0.2 * max(4, len(places)) + 0.9), sharex=True, sharey=True
+    )
     columns = dict(zip(claims.SIZE, axes))
     for one in found:
         unit, sign = (one.high - one.low) / 2 or 1.0, -1 if one.claim.lower else 1
@@ -246,18 +303,41 @@ def forest(results, plt):
         )
         low, middle, high = (sign * value / unit for value in (one.low, one.difference, one.high))
         inwards = max(-FURTHEST, min(FURTHEST, middle)) - middle
-        axis.plot([low + inwards, high + inwards], [place, place], color=colour, lw=3, solid_capstyle="round")
+        axis.plot(
+            [low + inwards, high + inwards],
+            [place, place],
+            color=colour,
+            lw=3,
+            solid_capstyle="round",
+        )
         axis.plot([middle + inwards], [place], "o", color="white", mec=colour, ms=4.5)
-        axis.text(FURTHEST + 1.4, place, f"{sign * one.difference:+.3f}", fontsize=6.5, va="center", color=colour)
+        axis.text(
+            FURTHEST + 1.4,
+            place,
+            f"{sign * one.difference:+.3f}",
+            fontsize=6.5,
+            va="center",
+            color=colour,
+        )
     for model, axis in columns.items():
         axis.axvline(0, color="#333333", lw=0.9)
-        axis.set(title=model, xlim=(-FURTHEST - 1.4, FURTHEST + 3.6), ylim=(-max(len(places), 1) + 0.3, 0.7))
+        axis.set(
+            title=model,
+            xlim=(-FURTHEST - 1.4, FURTHEST + 3.6),
+            ylim=(-max(len(places), 1) + 0.3, 0.7),
+        )
         axis.set_xticks((-2.5, 2.5), ["against", "for it"], fontsize=8)
         axis.grid(axis="x", visible=False)
         axis.tick_params(length=0)
-    axes[0].set_yticks(list(places.values()), [f"{text}   {paper}" for paper, text in places], fontsize=7.5)
+    axes[0].set_yticks(
+        list(places.values()), [f"{text}   {paper}" for paper, text in places], fontsize=7.5
+    )
     said = {one.verdict for one in found}
-    handles = [plt.Line2D([], [], color=colour, lw=3, label=v) for v, colour in VERDICTS.items() if v in said]
+    handles = [
+        plt.Line2D([], [], color=colour, lw=3, label=v)
+        for v, colour in VERDICTS.items()
+        if v in said
+    ]
     figure.legend(handles=handles, loc="lower right", bbox_to_anchor=(1, 1), ncols=4, fontsize=8)
     units = "bars: 95% intervals, each in units of its own half; numbers: differences in the claim's favour"
     figure.text(0.01, 1.008, units, fontsize=8, color="#555555")
@@ -268,7 +348,8 @@ def forest(results, plt):
 
 
 def samples(results, plt, model, task, methods):
-    """A line for each of the base model, GRPO and the methods: the same prompts from the same noise."""
+    """A line for each of the base model, GRPO and the methods: the same prompts from the same
+    noise."""
     from PIL import Image
 
     places = [("before", claims.Setting("probe:samples", model))]
@@ -288,7 +369,10 @@ def samples(results, plt, model, task, methods):
         axis.spines[:].set_visible(False)
     for line, (label, pictures) in zip(axes, shown):
         for axis, png, truth in zip(line, pictures["png"], pictures["truth"]):
-            axis.imshow(Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB"), interpolation="nearest")
+            axis.imshow(
+                Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB"),
+                interpolation="nearest",
+            )
             axis.set_xlabel(f"{truth:.2f}", fontsize=7.5, labelpad=1.5, color="#555555")
         line[0].set_ylabel(label, fontsize=9, fontweight="bold")
     for axis, caption in zip(axes[0], shown[0][1]["captions"] if shown else ()):
@@ -311,9 +395,15 @@ DRAWN = {
     "ablation": ablation,
     "alpha_gamma": alphas,
     "kinds": kinds,
-    "samples_proxy": lambda results, plt: samples(results, plt, "tiny-flux", "proxy", ("grpo_base", "slas")),
-    "samples_doubtful": lambda results, plt: samples(results, plt, "tiny-flux", "doubtful", ("grpo_base", "bpgo")),
-    "samples_clips": lambda results, plt: samples(results, plt, "tiny-wan", "doubtful", ("grpo_base", "bpgo")),
+    "samples_proxy": lambda results, plt: samples(
+        results, plt, "tiny-flux", "proxy", ("grpo_base", "slas")
+    ),
+    "samples_doubtful": lambda results, plt: samples(
+        results, plt, "tiny-flux", "doubtful", ("grpo_base", "bpgo")
+    ),
+    "samples_clips": lambda results, plt: samples(
+        results, plt, "tiny-wan", "doubtful", ("grpo_base", "bpgo")
+    ),
 }
 
 
@@ -331,7 +421,9 @@ def draw(results, folder):
                 plt.close(figure)
                 continue
             for axis in (axis for axis in figure.axes if not axis.has_data()):
-                axis.text(0.5, 0.5, verdicts.NONE, transform=axis.transAxes, ha="center", color="#888888")
+                axis.text(
+                    0.5, 0.5, verdicts.NONE, transform=axis.transAxes, ha="center", color="#888888"
+                )
             if not name.startswith("samples"):
                 figure.tight_layout()
             file = io.BytesIO()

@@ -1,12 +1,13 @@
-"""First frames for image to video, which nobody publishes; --prompts first-frames, wan2.2-i2v's default, takes them.
+"""First frames for image to video, which nobody publishes; --prompts first-frames, wan2.2-i2v's
+default, takes them.
 
     python -m lab.first_frames                                     # FLUX draws 64 of DanceGRPO's video prompts
     python -m lab.first_frames --model sd1.4 --prompts captions.txt --number 500
     python -m lab.first_frames --clips clips.txt                   # lines CLIP <tab> CAPTION: where your clips begin
 
-It writes a PNG for each and prompts.txt with lines IMAGE <tab> CAPTION; stopped and started again it goes on. BPGO
-(2511.18919, appendix B) starts from the first frames of real clips, from which objects were removed; these are whole.
-"""
+It writes a PNG for each and prompts.txt with lines IMAGE <tab> CAPTION; stopped and started again
+it goes on. BPGO (2511.18919, appendix B) starts from the first frames of real clips, from which
+objects were removed; these are whole."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -30,19 +31,22 @@ class Args:
     prompts: str = "dancegrpo:videos"
     """Captions to draw, as for training."""
     clips: str = ""
-    """Instead: a text file with lines CLIP <tab> CAPTION, the clip's path counted from the file's folder."""
+    """Instead: a text file with lines CLIP <tab> CAPTION, the clip's path counted from the file's
+    folder."""
     number: int = 64
     """How many of the captions, chosen by the seed; 0: all, in their order."""
     height: int = 480
     """Height in pixels."""
     width: int = 832
-    """Width in pixels. What comes from a clip is cut to this shape around its middle, then scaled."""
+    """Width in pixels. What comes from a clip is cut to this shape around its middle, then
+    scaled."""
     sampling_steps: int = 0
     """Denoising steps; 0: the model's own."""
     seed: int = 0
     """Chooses the captions."""
     output: str = str(sets.FIRST_FRAMES.parent)
-    """Folder for them; --prompts first-frames looks in the default, of any other give OUTPUT/prompts.txt."""
+    """Folder for them; --prompts first-frames looks in the default, of any other give
+    OUTPUT/prompts.txt."""
 
 
 def main(args):
@@ -64,15 +68,20 @@ def main(args):
 
 
 def begin(args):
-    """The folder, which remembers what is being made in it; raises InputError where it holds something else."""
+    """The folder, which remembers what is being made in it; raises InputError where it holds
+    something else."""
     output, made = Path(args.output), json.dumps(asdict(args), indent=2)
     if (output / "prompts.txt").exists():
-        raise InputError(f"--output {output} has its first frames already; delete it or give another")
+        raise InputError(
+            f"--output {output} has its first frames already; delete it or give another"
+        )
     try:
         output.mkdir(parents=True, exist_ok=True)
         settings = output / "settings.json"
         if any(output.glob("*.png")) and settings.exists() and settings.read_text() != made:
-            raise InputError(f"--output {output} has begun with other settings; delete it or give another")
+            raise InputError(
+                f"--output {output} has begun with other settings; delete it or give another"
+            )
         settings.write_text(made)
     except OSError as error:
         raise InputError(f"--output {output}: cannot write there ({error.strerror})") from None
@@ -87,23 +96,29 @@ def beginning(_, prompt):
         return Image.fromarray(imageio.imread(image_of(prompt), index=0)).convert("RGB")
     except (OSError, ValueError, IndexError) as error:
         raise InputError(
-            f"--clips: {image_of(prompt)} is no clip that can be read ({(str(error) or repr(error)).splitlines()[0]})"
+            f"--clips: {image_of(prompt)} is no clip that can be read "
+            f"({(str(error) or repr(error)).splitlines()[0]})"
         ) from None
 
 
 def artist(args, prompts):
-    """(i, the i-th caption) -> the PIL image that --model draws of it, without noise in its steps."""
+    """(i, the i-th caption) -> the PIL image that --model draws of it, without noise in its
+    steps."""
     settings = models.settings(args.model)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     size = dict(height=args.height, width=args.width, offload_encoders=True)
     if models.family_of(args.model).video:
-        raise InputError(f"--model {args.model} makes clips; take a text-to-image model, or --clips")
+        raise InputError(
+            f"--model {args.model} makes clips; take a text-to-image model, or --clips"
+        )
     model = models.load(args.model, dtype, prompts, guidance=settings.get("guidance", 3.5), **size)
     for name, module in model.pipe.components.items():
         if isinstance(module, torch.nn.Module) and name not in model.encoders:
             module.to(device).requires_grad_(False).eval()
-    sigmas = model.sigmas(args.sampling_steps or settings.get("sampling_steps", 28), settings.get("shift", 3.0))
+    sigmas = model.sigmas(
+        args.sampling_steps or settings.get("sampling_steps", 28), settings.get("shift", 3.0)
+    )
 
     def draw(i, prompt):
         (image,) = heldout.sample(model, [prompt], torch.tensor([i]), sigmas, 1, device)

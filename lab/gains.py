@@ -1,12 +1,13 @@
-"""What the embedded models gain: every job from its defaults, with three seeds; writes README's table.
+"""What the embedded models gain: every job from its defaults, with three seeds; writes README's
+table.
 
     python -m lab.gains                          # all of them: hours on two cores
     python -m lab.gains --only tiny-flux         # those whose command has these words
     python -m lab.gains --seeds                  # no runs: writes the table again from docs/gains.json
 
-Each job runs in a process of its own, as many at once as --workers, one thread each. A run that is there already
-counts; one that was stopped goes on. docs/gains.json keeps every run's held-out reward, and the commit.
-"""
+Each job runs in a process of its own, as many at once as --workers, one thread each. A run that is
+there already counts; one that was stopped goes on. docs/gains.json keeps every run's held-out
+reward, and the commit."""
 
 import json
 import os
@@ -22,7 +23,8 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs/gains.json"
 JOBS = (
     "bpgo.py", "grpo_base.py", "slas.py", "self_paced.py",
-    "grpo_base.py --model tiny-wan", "bpgo.py --model tiny-wan", "bpgo.py --model tiny-wan --prior sft",
+    "grpo_base.py --model tiny-wan", "bpgo.py --model tiny-wan", "bpgo.py --model tiny-wan "
+                                                                 "--prior sft",
     "slas.py --model tiny-wan", "self_paced.py --model tiny-wan", "slas.py --model tiny-sd",
     "bpgo.py --model tiny-wan-i2v --prior first-frame",
 )  # fmt: skip
@@ -42,16 +44,32 @@ class Args:
 
 def chosen(only):
     """The jobs that --only means."""
-    return [job for job in JOBS if only in (job if "--model" in job else f"{job} --model tiny-flux")]
+    return [
+        job for job in JOBS if only in (job if "--model" in job else f"{job} --model tiny-flux")
+    ]
 
 
 def run(job, seed, folder):
     """Trains, or goes on, and returns {start, end, commit}."""
     output = folder / f"{job.replace('.py', '').replace(' --', '-').replace(' ', '-')}-{seed}"
     resume = ["--resume", "latest"] if (output / "config.json").exists() else []
-    words = [sys.executable, *job.split(), f"--seed={seed}", f"--output={output}", "--tracker=none", *resume]
+    words = [
+        sys.executable,
+        *job.split(),
+        f"--seed={seed}",
+        f"--output={output}",
+        "--tracker=none",
+        *resume,
+    ]
     with (folder / f"{output.name}.log").open("a") as log:
-        subprocess.run(words, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=log, stderr=log, check=True)
+        subprocess.run(
+            words,
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=log,
+            stderr=log,
+            check=True,
+        )
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     evaluations = [row["eval_reward"] for row in rows if "eval_reward" in row]
     return {"start": evaluations[0], "end": evaluations[-1], "commit": commit()}
@@ -64,13 +82,16 @@ def commit():
 
 
 def table(results):
-    """{job: {seed: run}} -> Markdown: of the seeds' last held-out rewards the mean, the lowest and the highest."""
+    """{job: {seed: run}} -> Markdown: of the seeds' last held-out rewards the mean, the lowest and
+    the highest."""
     lines = ["| command | held-out reward | seeds |", "| --- | --- | --- |"]
     for job in (job for job in JOBS if job in results):
         runs = list(results[job].values())
         start, ends = runs[0]["start"], [run["end"] for run in runs]
         mean, between = sum(ends) / len(ends), f"{min(ends):.3f} to {max(ends):.3f}"
-        lines.append(f"| `python {job}` | {start:.3f} -> **{mean:.3f}** ({between}) | {len(ends)} |")
+        lines.append(
+            f"| `python {job}` | {start:.3f} -> **{mean:.3f}** ({between}) | {len(ends)} |"
+        )
     return "\n".join(lines)
 
 
@@ -79,12 +100,19 @@ def with_table(readme):
     before, _, rest = readme.partition("<!-- gains -->")
     _, end, after = rest.partition("<!-- /gains -->")
     assert end, "README.md has no place for the gains"
-    return f"{before}<!-- gains -->\n{table(json.loads(RESULTS.read_text()))}\n<!-- /gains -->{after}"
+    return (
+        f"{before}<!-- gains -->\n{table(json.loads(RESULTS.read_text()))}\n<!-- /gains -->{after}"
+    )
 
 
 def main(args):
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    todo = [(job, seed) for seed in args.seeds for job in chosen(args.only) if str(seed) not in results.get(job, {})]
+    todo = [
+        (job, seed)
+        for seed in args.seeds
+        for job in chosen(args.only)
+        if str(seed) not in results.get(job, {})
+    ]
     args.runs.mkdir(parents=True, exist_ok=True)
 
     with ThreadPoolExecutor(args.workers) as pool:

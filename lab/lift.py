@@ -1,4 +1,5 @@
-"""Prints the functions of a script that need nothing but torch, as they stand: a method's equations, to be copied.
+"""Prints the functions of a script that need nothing but torch, as they stand: a method's
+equations, to be copied.
 
 python -m lab.lift slas > slas_equations.py
 """
@@ -34,7 +35,8 @@ def asked_of_others(table):
 
 
 def functions(source):
-    """{name: what it asks of the module} of the functions at the top of a script that import nothing themselves."""
+    """{name: what it asks of the module} of the functions at the top of a script that import
+    nothing themselves."""
     tree, tables = ast.parse(source), symtable.symtable(source, "", "exec").get_children()
     plain = {
         node.name
@@ -57,7 +59,11 @@ def lifted(name):
         for function in out:
             del asked[function]
     tree = ast.parse(source)
-    texts = [ast.get_source_segment(source, node) for node in tree.body if getattr(node, "name", "") in asked]
+    texts = [
+        ast.get_source_segment(source, node)
+        for node in tree.body
+        if getattr(node, "name", "") in asked
+    ]
     return HEAD.format(name=name) + "".join(f"\n\n{text}\n" for text in texts)
 
 

@@ -1,4 +1,5 @@
-"""Writes into docs/methods/NAME.md what each method changes against grpo_base.py, below its header and settings.
+"""Writes into docs/methods/NAME.md what each method changes against grpo_base.py, below its header
+and settings.
 
 python -m lab.method_diffs
 """
@@ -21,10 +22,14 @@ def hunks(name):
     """The diff as text, each hunk under the function or the section of main that it stands in."""
     base, script = code("grpo_base"), code(name)
     text = []
-    for kind, i, j, k, m in difflib.SequenceMatcher(None, base, script, autojunk=False).get_opcodes():
+    for kind, i, j, k, m in difflib.SequenceMatcher(
+        None, base, script, autojunk=False
+    ).get_opcodes():
         if kind == "equal":
             continue
-        place = next(line for line in reversed(script[: k + 1]) if re.match(r"(def|class) | +# --- ", line))
+        place = next(
+            line for line in reversed(script[: k + 1]) if re.match(r"(def|class) | +# --- ", line)
+        )
         text.append(f"@@ {place.strip(' #-:')} @@")
         text += [f"-{line}" for line in base[i:j]] + [f"+{line}" for line in script[k:m]]
     return "\n".join(line.rstrip() for line in text)

@@ -1,7 +1,7 @@
 """What the study measures without training: on samples of the base models, or on true scenes.
 
-Each probe takes a model's name and a seed, and returns {"numbers": {name: value}} or {"pictures": {...}}.
-"""
+Each probe takes a model's name and a seed, and returns {"numbers": {name: value}} or {"pictures":
+{...}}."""
 
 import base64
 import io
@@ -27,28 +27,36 @@ SHOWN = (0, 2, 5, 7, 11, 12)  # of the held-out prompts, in the pictures; of cli
 def sampled(args, model, prompts, seed=0):
     """Noise-free samples of a run's model: [n, 3, H, W], clips [n, F, 3, H, W]."""
     sigmas = model.sigmas(args.sampling_steps, args.shift)
-    return heldout.sample(model, prompts, torch.arange(len(prompts)), sigmas, args.micro_batch, seed=seed)
+    return heldout.sample(
+        model, prompts, torch.arange(len(prompts)), sigmas, args.micro_batch, seed=seed
+    )
 
 
 # --- Groups of the base model's samples (2605.10937, proposition 1) ---
 
 
 def loudness(name, seed):
-    """Of groups whose proxy scores lie closest together, and furthest apart (a quarter of all each): how loud their
-    advantages are against each other, by GRPO and by SLAS, and how well the proxy ranks a group's samples."""
+    """Of groups whose proxy scores lie closest together, and furthest apart (a quarter of all
+    each): how loud their advantages are against each other, by GRPO and by SLAS, and how well the
+    proxy ranks a group's samples."""
     args = cli.defaults(cli.Args, name)
     prompts = prompts_of_step(read_prompts(args.prompts), 0, PROMPTS, seed)
     model = models.load(name, torch.float32, prompts, **cli.of_model(args))
     scorers = rewards.load(("clip", "verifier"), prompts, **PROXY)
     every = [prompt for prompt in prompts for _ in range(GROUP)]
     scores = rewards.score(scorers, sampled(args, model, every, seed), every)
-    return {"numbers": loud(*(scores[reward].view(PROMPTS, GROUP).double() for reward in ("clip", "verifier")))}
+    return {
+        "numbers": loud(
+            *(scores[reward].view(PROMPTS, GROUP).double() for reward in ("clip", "verifier"))
+        )
+    }
 
 
 def loud(proxy, truth):
-    """Scores [P, G] of both -> {"grpo", "slas": mean |A| of the tightest quarter of groups over that of the widest;
-    "true_low", "true_high": mean correlation of proxy and truth within a group, of these two quarters, of the groups
-    in which neither is constant; "constant": their share of the tightest quarter}."""
+    """Scores [P, G] of both -> {"grpo", "slas": mean |A| of the tightest quarter of groups over
+    that of the widest; "true_low", "true_high": mean correlation of proxy and truth within a group,
+    of these two quarters, of the groups in which neither is constant; "constant": their share of
+    the tightest quarter}."""
     order, quarter = proxy.std(1, unbiased=False).argsort(), len(proxy) // 4
     low, high = order[:quarter], order[-quarter:]
     found = {}
@@ -61,7 +69,10 @@ def loud(proxy, truth):
     norms = [scores.norm(dim=1) for scores in centred]
     correlation = (centred[0] * centred[1]).sum(1) / (norms[0] * norms[1])
     correlation[(norms[0] == 0) | (norms[1] == 0)] = torch.nan  # one is constant
-    found |= {"true_low": correlation[low].nanmean().item(), "true_high": correlation[high].nanmean().item()}
+    found |= {
+        "true_low": correlation[low].nanmean().item(),
+        "true_high": correlation[high].nanmean().item(),
+    }
     return {**found, "constant": correlation[low].isnan().double().mean().item()}
 
 
@@ -69,11 +80,14 @@ def loud(proxy, truth):
 
 
 def bias_(name, seed):
-    """The coefficient of variation of mean scores over clusters of captions, in per cent and beyond what chance alone
-    gives, of true scenes with noise of any strength: of one quality, whatever the caption."""
+    """The coefficient of variation of mean scores over clusters of captions, in per cent and beyond
+    what chance alone gives, of true scenes with noise of any strength: of one quality, whatever the
+    caption."""
     args = cli.defaults(cli.Args, name)
     captions = sorted({*read_prompts(args.prompts), *read_prompts(args.eval_prompts)})
-    vectors = bias.vectors_of(models.load(name, torch.float32, captions, **cli.of_model(args)), captions)
+    vectors = bias.vectors_of(
+        models.load(name, torch.float32, captions, **cli.of_model(args)), captions
+    )
     generator = torch.Generator().manual_seed(seed)
     images = shapes.render(shapes.sample_scenes(captions, seed=seed))
     strength = 0.05 * torch.rand(len(images), 1, 1, 1, generator=generator)
@@ -85,7 +99,10 @@ def bias_(name, seed):
         labels = bias.clustered(vectors, clusters, seed)
         for reward, value in zip(rated, scores):
             found = bias.against_chance(value, labels, clusters, seed, dealt=DEALT)
-            numbers |= {f"{reward}_{clusters}": found["beyond_chance"], f"{reward}_{clusters}_kappa": found["kappa"]}
+            numbers |= {
+                f"{reward}_{clusters}": found["beyond_chance"],
+                f"{reward}_{clusters}_kappa": found["kappa"],
+            }
     return {"numbers": numbers}
 
 
@@ -113,7 +130,9 @@ def png(image):
     """[3, H, W] in [0, 1] -> base64"""
     file = io.BytesIO()
     levels = (image.clamp(0, 1) * 255).round().byte().movedim(0, -1).cpu().numpy()
-    Image.fromarray(np.ascontiguousarray(levels)).quantize(64).save(file, format="PNG", optimize=True)
+    Image.fromarray(np.ascontiguousarray(levels)).quantize(64).save(
+        file, format="PNG", optimize=True
+    )
     return base64.b64encode(file.getvalue()).decode()
 
 

@@ -1,4 +1,5 @@
-"""Writes into docs/rooms.md what each file of common/ is for, by the first sentence of its docstring.
+"""Writes into docs/rooms.md what each file of common/ is for, by the first sentence of its
+docstring.
 
 python -m lab.rooms
 """
@@ -22,7 +23,13 @@ def table():
     """Markdown: each file of common/ that has a docstring, those of a folder after it."""
     files = sorted((ROOT / "common").rglob("*.py"), key=lambda path: (path.parent, path.name))
     rows = [(path.relative_to(ROOT), purpose(path)) for path in files if purpose(path)]
-    return "\n".join(["| file | what |", "| --- | --- |", *(f"| [`{p}`](../{p}) | {words} |" for p, words in rows)])
+    return "\n".join(
+        [
+            "| file | what |",
+            "| --- | --- |",
+            *(f"| [`{p}`](../{p}) | {words} |" for p, words in rows),
+        ]
+    )
 
 
 def with_table(text):

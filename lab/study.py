@@ -1,4 +1,5 @@
-"""The laptop study: do the papers' claims hold where everything is exact? Trains what lab/claims.py asks for.
+"""The laptop study: do the papers' claims hold where everything is exact? Trains what lab/claims.py
+asks for.
 
     python -m lab.study                          # all of it: about six hours on two cores; kill it, start it again
     python -m lab.study --quick                  # every figure from fewer seeds and steps: a quarter of an hour
@@ -7,11 +8,11 @@
     python -m lab.study --methods my_method.py   # a method of your own beside the others: same flags, same seeds
     python -m lab.study --figures                # no runs: table and figures again from the JSON alone
 
-A run is told by its settings, so it is trained once, whichever claims name it. First comes the search, on seeds that no
-claim uses: learning rate and clip range, the same points for the baseline as for every method; the claims' runs take
-what it found. Runs go side by side, --workers at once, one thread each; every one that ends is written into lab/results
-at once, and one that was stopped goes on from its last checkpoint.
-"""
+A run is told by its settings, so it is trained once, whichever claims name it. First comes the
+search, on seeds that no claim uses: learning rate and clip range, the same points for the baseline
+as for every method; the claims' runs take what it found. Runs go side by side, --workers at once,
+one thread each; every one that ends is written into lab/results at once, and one that was stopped
+goes on from its last checkpoint."""
 
 import dataclasses
 import hashlib
@@ -44,9 +45,17 @@ QUICK = dict(steps=4, eval_every=2, prompts_per_step=2)
 QUICK_SEEDS = 2
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "numpy")
 SHOWN_SEED = 0  # of whose models the pictures show samples
-KEPT = ("reward_mean", "reward_std", "advantage_abs_mean", "grad_norm", "clip_fraction", "batch_std")
-# Seconds of one core, tiny-flux's measured beside another run, the others' on a busier machine: starting and ending a
-# run; an evaluation; a sample's rollout and reward; a sample's share of an update at one denoising step.
+KEPT = (
+    "reward_mean",
+    "reward_std",
+    "advantage_abs_mean",
+    "grad_norm",
+    "clip_fraction",
+    "batch_std",
+)
+# Seconds of one core, tiny-flux's measured beside another run, the others' on a busier machine:
+# starting and ending a run; an evaluation; a sample's rollout and reward; a sample's share of an
+# update at one denoising step.
 SECONDS = {
     "tiny-flux": (3.0, 2.2, 0.018, 0.0045),
     "tiny-sd": (3.0, 2.5, 0.021, 0.0055),
@@ -63,12 +72,13 @@ class Args:
     seeds: int = 0
     """Seeds of each comparison, 0, 1, ...; 0: as many as lab/claims.py has."""
     methods: tuple[str, ...] = ()
-    """Scripts of your own, with `Args` and `main(args)` as grpo_base.py has them: trained as the baseline is, on three
-    rewards, and compared with it; nothing else is run."""
+    """Scripts of your own, with `Args` and `main(args)` as grpo_base.py has them: trained as the
+    baseline is, on three rewards, and compared with it; nothing else is run."""
     workers: int = 2
     """Runs at once, each in a process of its own with one thread."""
     quick: bool = False
-    """A few steps, two seeds and no search, into --runs: to see every figure, not to learn from it."""
+    """A few steps, two seeds and no search, into --runs: to see every figure, not to learn from
+    it."""
     plan: bool = False
     """Print the runs and their core-minutes by claim, and end."""
     search: bool = False
@@ -78,7 +88,8 @@ class Args:
     results: Path = FOLDER
     """Where the JSON is."""
     runs: Path = ROOT / "runs/study"
-    """Where the runs go; of a finished one metrics.jsonl and config.json stay, for `python -m lab.compare`."""
+    """Where the runs go; of a finished one metrics.jsonl and config.json stay, for `python -m
+    lab.compare`."""
 
 
 @dataclass(frozen=True)
@@ -104,10 +115,14 @@ def job(settings, seed, path=""):
 
 
 def plan(args, results):
-    """[(the search or claim, [Job])], each run where it is first asked for. Before its search is done a run stands here
-    with its model's own settings: it costs the same."""
+    """[(the search or claim, [Job])], each run where it is first asked for. Before its search is
+    done a run stands here with its model's own settings: it costs the same."""
     asked, seen = [], set()
-    for title, jobs in (*searches(args, results), *comparisons(args, results), *methods(args, results)):
+    for title, jobs in (
+        *searches(args, results),
+        *comparisons(args, results),
+        *methods(args, results),
+    ):
         new = [job for job in dict.fromkeys(jobs) if job not in seen]
         seen.update(new)
         asked.append((title, new))
@@ -128,8 +143,13 @@ def searches(args, results):
     named |= {("grpo_base", *pair) for pair in claims.SIDE_BY_SIDE if args.methods}
     for searched in claims.SEARCHED if results.searched else ():
         if searched in named:
-            tried = [claims.setting(*searched).settings(point) for point in claims.points(*searched[1:])]
-            yield f"search {' '.join(searched)}", [job(one, seed) for seed in claims.SEARCH_SEEDS for one in tried]
+            tried = [
+                claims.setting(*searched).settings(point) for point in claims.points(*searched[1:])
+            ]
+            yield (
+                f"search {' '.join(searched)}",
+                [job(one, seed) for seed in claims.SEARCH_SEEDS for one in tried],
+            )
 
 
 def comparisons(args, results, strictly=False):
@@ -138,8 +158,13 @@ def comparisons(args, results, strictly=False):
         return
     for claim in chosen(args):
         known = [(setting, results.settings(setting)) for setting in claim.settings]
-        settings = [found or setting.settings() for setting, found in known if found or not strictly]
-        yield claim.name, [job(one, seed) for one in settings for seed in range(seeds_of(args, claim.seeds))]
+        settings = [
+            found or setting.settings() for setting, found in known if found or not strictly
+        ]
+        yield (
+            claim.name,
+            [job(one, seed) for one in settings for seed in range(seeds_of(args, claim.seeds))],
+        )
     if not args.methods:
         yield (
             "samples of the base models",
@@ -179,11 +204,21 @@ def seconds(settings):
     start, evaluation, sampled, updated = SECONDS[settings["model"]]
     samples = every["prompts_per_step"] * every["group_size"]
     noisy = every.get("sde_window") or every.get("sde_steps") or every["sampling_steps"] - 1
-    trained = max(1, round(every["timestep_fraction"] * noisy)) * (every.get("best_of") or every["group_size"])
+    trained = max(1, round(every["timestep_fraction"] * noisy)) * (
+        every.get("best_of") or every["group_size"]
+    )
     trained *= every["prompts_per_step"] * (1.33 if every.get("kl_coef") else 1)
-    again = samples * sampled if every.get("prior") == "sft" else 0.0  # of the initial weights, while prompts are new
-    step = samples * sampled + trained * updated + again + (0.5 if every.get("gamma") == "auto" else 0)
-    return start + evaluation * (2 + (every["steps"] - 1) // every["eval_every"]) + every["steps"] * step
+    again = (
+        samples * sampled if every.get("prior") == "sft" else 0.0
+    )  # of the initial weights, while prompts are new
+    step = (
+        samples * sampled + trained * updated + again + (0.5 if every.get("gamma") == "auto" else 0)
+    )
+    return (
+        start
+        + evaluation * (2 + (every["steps"] - 1) // every["eval_every"])
+        + every["steps"] * step
+    )
 
 
 def show(asked, results):
@@ -197,7 +232,12 @@ def show(asked, results):
     lines.append(("together", *map(str, total[:2]), f"{total[2]:.0f}"))
     left = sum(seconds(job.settings) for _, jobs in asked for job in todo(jobs, results)) / 60
     spent = (
-        sum(results.runs(job.settings).get(job.seed, {}).get("seconds", 0) for _, jobs in asked for job in jobs) / 60
+        sum(
+            results.runs(job.settings).get(job.seed, {}).get("seconds", 0)
+            for _, jobs in asked
+            for job in jobs
+        )
+        / 60
     )
     said = f"a run is counted where it is first asked for; left: {left:.0f} core-minutes, spent: {spent:.0f}"
     return f"{aligned(lines)}\n{said}"
@@ -207,8 +247,8 @@ def show(asked, results):
 
 
 def start_worker(parent, folder):
-    """One thread, a log in the runs' folder, and no life after the study's own process: who starts again must not meet
-    what is still training."""
+    """One thread, a log in the runs' folder, and no life after the study's own process: who starts
+    again must not meet what is still training."""
 
     def watch():
         while os.getppid() == parent:
@@ -224,26 +264,39 @@ def start_worker(parent, folder):
 
 
 def run(job, folder):
-    """Trains, or goes on with, a run, or makes a probe: (config, run), or what went wrong, in words."""
+    """Trains, or goes on with, a run, or makes a probe: (config, run), or what went wrong, in
+    words."""
     begun = time.process_time()
     try:
         if job.settings["script"].startswith("probe:"):
             from lab.probes import PROBES
 
-            config, found = {}, PROBES[job.settings["script"].split(":")[1]](job.settings["model"], job.seed)
+            config, found = (
+                {},
+                PROBES[job.settings["script"].split(":")[1]](job.settings["model"], job.seed),
+            )
         else:
             config, found = trained(job, Path(folder))
     except (Exception, errors.Stopped, KeyboardInterrupt) as error:
         traceback.print_exc()  # into the worker's log
         return f"{type(error).__name__}: {errors.text(error)}"
-    about = {"commit": commit(), "versions": {name: importlib.metadata.version(name) for name in PACKAGES}}
+    about = {
+        "commit": commit(),
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+    }
     return config, {**about, "seconds": round(time.process_time() - begun, 1), **found}
 
 
 def trained(job, folder):
     script, output = script_of(job), folder / f"{job.name}-{job.seed}"
-    flags = {name: value for name, value in job.settings.items() if name not in ("script", "model", "task", "source")}
-    flags = {name: tuple(value) if isinstance(value, list) else value for name, value in flags.items()}
+    flags = {
+        name: value
+        for name, value in job.settings.items()
+        if name not in ("script", "model", "task", "source")
+    }
+    flags = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in flags.items()
+    }
     flags |= dict(seed=job.seed, output=str(output), tracker="none")
     if (output / "config.json").exists():
         flags["resume"] = "latest"
@@ -275,7 +328,10 @@ def config_of(args):
     config = run_folder.settings(args)
     for name in ("output", "resume", "seed"):
         del config[name]
-    return {name: value.replace(f"{ROOT}/", "") if isinstance(value, str) else value for name, value in config.items()}
+    return {
+        name: value.replace(f"{ROOT}/", "") if isinstance(value, str) else value
+        for name, value in config.items()
+    }
 
 
 # --- What is kept of it ---
@@ -289,19 +345,32 @@ def short(name):
 
 
 def numbers_of(rows, args):
-    """The rows of metrics.jsonl -> {"steps", "evaluations", "training"}; "vague" is the mean over vague captions."""
+    """The rows of metrics.jsonl -> {"steps", "evaluations", "training"}; "vague" is the mean over
+    vague captions."""
     from common.prompts import caption_of, read_prompts
 
     evaluations = [row for row in rows if "eval_reward" in row]
     names = [name for name in evaluations[0] if name.startswith("eval_")]
-    found = {short(name.removeprefix("eval_")): [row[name] for row in evaluations] for name in names}
+    found = {
+        short(name.removeprefix("eval_")): [row[name] for row in evaluations] for name in names
+    }
     if "vague" in found:
-        share = study_rewards.share_of_vague([caption_of(prompt) for prompt in read_prompts(args.eval_prompts)])
+        share = study_rewards.share_of_vague(
+            [caption_of(prompt) for prompt in read_prompts(args.eval_prompts)]
+        )
         found["vague"] = [value / share if share else float("nan") for value in found["vague"]]
     steps = [row for row in rows if "reward_mean" in row]
     curves = ("weight_", "trust_", "gamma", "prior")
-    training = {name: [row[name] for row in steps] for name in steps[0] if name in KEPT or name.startswith(curves)}
-    return {"steps": [row["step"] for row in evaluations], "evaluations": found, "training": training}
+    training = {
+        name: [row[name] for row in steps]
+        for name in steps[0]
+        if name in KEPT or name.startswith(curves)
+    }
+    return {
+        "steps": [row["step"] for row in evaluations],
+        "evaluations": found,
+        "training": training,
+    }
 
 
 def pictures(args):
@@ -324,9 +393,16 @@ def study(args, results):
     failed, begun = [], time.monotonic()
     args.runs.mkdir(parents=True, exist_ok=True)
     os.environ["OMP_NUM_THREADS"] = "1"  # before the workers import torch
-    with ProcessPoolExecutor(args.workers, get_context("spawn"), start_worker, (os.getpid(), args.runs)) as pool:
-        for part in (searches, lambda *of: (*comparisons(*of, strictly=True), *methods(*of, strictly=True))):
-            jobs = todo(dict.fromkeys(job for _, jobs in part(args, results) for job in jobs), results)
+    with ProcessPoolExecutor(
+        args.workers, get_context("spawn"), start_worker, (os.getpid(), args.runs)
+    ) as pool:
+        for part in (
+            searches,
+            lambda *of: (*comparisons(*of, strictly=True), *methods(*of, strictly=True)),
+        ):
+            jobs = todo(
+                dict.fromkeys(job for _, jobs in part(args, results) for job in jobs), results
+            )
             waiting = {pool.submit(run, job, args.runs): job for job in jobs}
             left = sum(seconds(job.settings) for job in jobs)
             try:
@@ -335,9 +411,15 @@ def study(args, results):
                     failed += [(job, found)] if isinstance(found, str) else []
                     left -= seconds(job.settings)
                     about = f"{number}/{len(jobs)}, {(time.monotonic() - begun) / 60:.0f} min"
-                    print(f"[{about}, {left / 60 / args.workers:.0f} left] {keep(results, job, found)}", flush=True)
+                    print(
+                        f"[{about}, {left / 60 / args.workers:.0f} left] "
+                        f"{keep(results, job, found)}",
+                        flush=True,
+                    )
             except BaseException:
-                pool.shutdown(cancel_futures=True)  # those under way stop after their step, or end with this process
+                pool.shutdown(
+                    cancel_futures=True
+                )  # those under way stop after their step, or end with this process
                 raise
     return failed
 
@@ -349,7 +431,9 @@ def keep(results, job, found):
         return f"{what} FAILED: {found}"
     results.add(job.settings, job.seed, *found)
     curves = found[1].get("evaluations", {})
-    return f"{what}: " + ", ".join(f"{name} {values[0]:.3f} -> {values[-1]:.3f}" for name, values in curves.items())
+    return f"{what}: " + ", ".join(
+        f"{name} {values[0]:.3f} -> {values[-1]:.3f}" for name, values in curves.items()
+    )
 
 
 def quick(settings):
@@ -360,7 +444,9 @@ def quick(settings):
 def main(args):
     args = dataclasses.replace(args, results=args.results.resolve(), runs=args.runs.resolve())
     if args.quick:
-        args = dataclasses.replace(args, results=args.runs / "quick/results", runs=args.runs / "quick")
+        args = dataclasses.replace(
+            args, results=args.runs / "quick/results", runs=args.runs / "quick"
+        )
     results = Results(args.results, searched=not args.quick, shrink=quick if args.quick else None)
     if args.plan:
         print(show(plan(args, results), results))
@@ -371,7 +457,9 @@ def main(args):
         verdicts.write(results)
     print(verdicts.table(results))
     if failed:
-        raise errors.RunError(f"{len(failed)} runs failed, the first {failed[0][0].name}: {failed[0][1]}")
+        raise errors.RunError(
+            f"{len(failed)} runs failed, the first {failed[0][0].name}: {failed[0][1]}"
+        )
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
-"""What the study has found: a JSON file for each setting in lab/results, small enough to be committed.
+"""What the study has found: a JSON file for each setting in lab/results, small enough to be
+committed.
 
     MODEL-SCRIPT-DIGEST.json    {"settings": what tells the setting from others, and gives the digest,
                                  "config": all flags of its runs,
                                  "runs": {seed: run}}
 
-A run: {"commit", "versions", "seconds" (of a core), "steps" and "evaluations" {name: [...]} of the held-out prompts,
-"training" {name: [...]}, and of some "pictures"}; a probe's: {"numbers": {name: value}} or {"pictures"}.
-"""
+A run: {"commit", "versions", "seconds" (of a core), "steps" and "evaluations" {name: [...]} of the
+held-out prompts, "training" {name: [...]}, and of some "pictures"}; a probe's: {"numbers": {name:
+value}} or {"pictures"}."""
 
 import hashlib
 import json
@@ -28,7 +29,8 @@ def name_of(settings):
 
 
 def rounded(thing):
-    """Numbers inside lists and dictionaries at DIGITS digits: more would say nothing; no number at all becomes None."""
+    """Numbers inside lists and dictionaries at DIGITS digits: more would say nothing; no number at
+    all becomes None."""
     if isinstance(thing, dict):
         return {name: rounded(value) for name, value in thing.items()}
     if isinstance(thing, list | tuple):
@@ -39,23 +41,38 @@ def rounded(thing):
 
 
 class Results:
-    """The runs in a folder. searched: whether settings come from the search in it, or are the models' own."""
+    """The runs in a folder. searched: whether settings come from the search in it, or are the
+    models' own."""
 
     def __init__(self, folder, searched=True, shrink=None):
-        self.folder, self.searched, self.shrink = Path(folder), searched, shrink or (lambda settings: settings)
-        self.files = {path.stem: json.loads(path.read_text()) for path in sorted(self.folder.glob("*-*.json"))}
+        self.folder, self.searched, self.shrink = (
+            Path(folder),
+            searched,
+            shrink or (lambda settings: settings),
+        )
+        self.files = {
+            path.stem: json.loads(path.read_text()) for path in sorted(self.folder.glob("*-*.json"))
+        }
 
     def runs(self, settings):
         """{seed: run} of all settings in full."""
-        return {int(seed): run for seed, run in self.files.get(name_of(settings), {}).get("runs", {}).items()}
+        return {
+            int(seed): run
+            for seed, run in self.files.get(name_of(settings), {}).get("runs", {}).items()
+        }
 
     def of(self, setting):
-        """{seed: run} of a claims.Setting, with what the search gives it and without its runs; {} before it is done."""
+        """{seed: run} of a claims.Setting, with what the search gives it and without its runs; {}
+        before it is done."""
         settings = self.settings(setting)
         return self._claimed(settings) if settings else {}
 
     def _claimed(self, settings):
-        return {seed: run for seed, run in self.runs(settings).items() if seed not in claims.SEARCH_SEEDS}
+        return {
+            seed: run
+            for seed, run in self.runs(settings).items()
+            if seed not in claims.SEARCH_SEEDS
+        }
 
     def settings(self, setting):
         """All settings of a claims.Setting; None where its search is not done yet."""
@@ -65,37 +82,56 @@ class Results:
         return None if tuned is None else self.shrink(setting.settings(tuned))
 
     def tried(self, script, model, task):
-        """[(point, mean reward of the last two evaluations)] of the search's points whose runs are all there."""
+        """[(point, mean reward of the last two evaluations)] of the search's points whose runs are
+        all there."""
         found = []
         for point in claims.points(model, task):
             runs = self.runs(claims.setting(script, model, task).settings(point))
             if all(seed in runs for seed in claims.SEARCH_SEEDS):
-                ends = [value for seed in claims.SEARCH_SEEDS for value in runs[seed]["evaluations"]["reward"][-2:]]
+                ends = [
+                    value
+                    for seed in claims.SEARCH_SEEDS
+                    for value in runs[seed]["evaluations"]["reward"][-2:]
+                ]
                 found.append((point, sum(ends) / len(ends)))
         return found
 
     def tuned(self, script, model, task):
-        """{"learning_rate", "clip_range"}: the best point of the search; None till it is done. No mix of the best of
-        each: two changes that help alone may unlearn everything together."""
+        """{"learning_rate", "clip_range"}: the best point of the search; None till it is done. No
+        mix of the best of each: two changes that help alone may unlearn everything together."""
         tried = self.tried(script, model, task)
-        return max(tried, key=lambda pair: pair[1])[0] if len(tried) == len(claims.points(model, task)) else None
+        return (
+            max(tried, key=lambda pair: pair[1])[0]
+            if len(tried) == len(claims.points(model, task))
+            else None
+        )
 
     def methods(self, model, task):
-        """{script: {seed: run}} of all that a task was given to without flags of its own, a reader's methods last."""
+        """{script: {seed: run}} of all that a task was given to without flags of its own, a
+        reader's methods last."""
         found = {}
         for file in self.files.values():
             settings = file["settings"]
-            if settings["model"] == model and settings.get("task") == task and claims.plain(settings):
+            if (
+                settings["model"] == model
+                and settings.get("task") == task
+                and claims.plain(settings)
+            ):
                 script, mine = settings["script"], "source" in settings
                 wanted = self.settings(claims.setting("grpo_base" if mine else script, model, task))
                 mine = {name: settings[name] for name in ("script", "source")} if mine else {}
                 if wanted and {**wanted, **mine} == settings:
                     found[script] = self._claimed(settings)
-        return dict(sorted(found.items(), key=lambda pair: (pair[0].endswith(".py"), pair[0] != "grpo_base", pair[0])))
+        return dict(
+            sorted(
+                found.items(),
+                key=lambda pair: (pair[0].endswith(".py"), pair[0] != "grpo_base", pair[0]),
+            )
+        )
 
     def add(self, settings, seed, config, run):
-        """Writes a run into its setting's file as it is now: another study may write, too. A killed process leaves
-        the old file or the new one."""
+        """Writes a run into its setting's file as it is now: another study may write, too. A killed
+        process leaves the old file or the new one."""
         name = name_of(settings)
         path = self.folder / f"{name}.json"
         known = json.loads(path.read_text())["runs"] if path.exists() else {}
@@ -106,8 +142,11 @@ class Results:
 
 
 def compact(file):
-    """JSON with a line for each key of a run, as a reader of a diff would have it: lists in one line."""
-    head = [f' "{name}": {json.dumps(file[name], sort_keys=True)}' for name in ("settings", "config")]
+    """JSON with a line for each key of a run, as a reader of a diff would have it: lists in one
+    line."""
+    head = [
+        f' "{name}": {json.dumps(file[name], sort_keys=True)}' for name in ("settings", "config")
+    ]
     runs = []
     for seed, run in file["runs"].items():
         lines = [f"   {json.dumps(name)}: {json.dumps(value)}" for name, value in run.items()]

@@ -1,16 +1,19 @@
-"""Rewards whose faults are known to the digit: the verifiers, seen through a judge that errs, hesitates or prefers.
+"""Rewards whose faults are known to the digit: the verifiers, seen through a judge that errs,
+hesitates or prefers.
 
     python bpgo.py --reward lab/study_rewards.py:NoisyAmbiguous --watch verifier     # what it is worth: the verifier
 
     noise       every sample gets an error from N(0, noise^2), made from its own pixels and caption: asked again, the
-                judge says the same, and a run that goes on, or has other processes, sees the same errors
+                judge says the same, and a run that goes on, or has other processes, sees the same
+                errors
     ambiguity   what a caption leaves open (a shape, a colour, a speed) draws the score towards UNSURE, so that the
-                samples of a vague caption get scores that lie closer together: 55% of the spread at half open
+                samples of a vague caption get scores that lie closer together: 55% of the spread at
+                half open
     liking      captions of one kind, those that count, get that much more
 
-`Vague` and `MotionVague` are for --watch: the truth of the captions that leave half or more open, and 0 for the others;
-so its mean over a prompt file, divided by the file's share of them (`share_of_vague`), is the truth of the vague ones.
-"""
+`Vague` and `MotionVague` are for --watch: the truth of the captions that leave half or more open,
+and 0 for the others; so its mean over a prompt file, divided by the file's share of them
+(`share_of_vague`), is the truth of the vague ones."""
 
 import hashlib
 from statistics import NormalDist
@@ -25,7 +28,8 @@ VAGUE = 0.5  # the open share from which a caption counts as vague
 
 
 def left_open(caption):
-    """The share of the attributes that a caption could name and leaves open: "a red circle" 0, "a circle" 0.5."""
+    """The share of the attributes that a caption could name and leaves open: "a red circle" 0, "a
+    circle" 0.5."""
     try:
         wanted = [attribute for thing in scene.parse(caption).objects for attribute in thing]
     except ValueError:
@@ -43,12 +47,14 @@ def share_of_vague(captions):
 
 
 def counts(caption):
-    """Whether a caption of the shapes world asks for a number: the kind that a biased judge likes."""
+    """Whether a caption of the shapes world asks for a number: the kind that a biased judge
+    likes."""
     return scene.parse(caption).task == "counting"
 
 
 def own_error(sample, caption):
-    """A standard normal number that belongs to a sample, in [0, 1] of any shape, at 8 bits, and its caption."""
+    """A standard normal number that belongs to a sample, in [0, 1] of any shape, at 8 bits, and its
+    caption."""
     levels = (sample.float().clamp(0, 1) * 255).round().byte().cpu().numpy().tobytes()
     drawn = hashlib.blake2b(levels + caption.encode(), digest_size=8).digest()
     return NormalDist().inv_cdf((int.from_bytes(drawn, "big") + 0.5) / 2**64)
@@ -67,14 +73,19 @@ class Faulty:
             open_ = score.new_tensor([self.ambiguity * left_open(prompt) for prompt in prompts])
             score = (1 - open_) * score + open_ * UNSURE
         if self.liking:
-            score = score + self.liking * score.new_tensor([float(counts(prompt)) for prompt in prompts])
+            score = score + self.liking * score.new_tensor(
+                [float(counts(prompt)) for prompt in prompts]
+            )
         if self.noise:
-            score = score + self.noise * score.new_tensor([own_error(*pair) for pair in zip(media, prompts)])
+            score = score + self.noise * score.new_tensor(
+                [own_error(*pair) for pair in zip(media, prompts)]
+            )
         return score
 
 
 class Noisy(Faulty, Verifier):
-    """Reward: the verifier with an error as large as the spread within a group of tiny-flux samples."""
+    """Reward: the verifier with an error as large as the spread within a group of tiny-flux
+    samples."""
 
     noise = 0.2
     scale = 0.32  # with the verifier's own .25

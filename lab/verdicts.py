@@ -1,12 +1,12 @@
-"""Statistics of the study: paired differences, their interval, the verdict; and the table in lab/README.md.
+"""Statistics of the study: paired differences, their interval, the verdict; and the table in
+lab/README.md.
 
     python -m lab.verdicts        # every verdict again from lab/results alone, into lab/README.md
 
-The interval is the percentile bootstrap of the mean of paired differences (runs of one seed see the same prompts and
-start from the same noise), with the percentiles moved outwards as Hesterberg has it (2015, "What teachers should know
-about the bootstrap": expanded percentiles). Of five normal numbers it holds the mean in 93% of cases, of eight in 94%;
-plain percentiles in 85 and 88%.
-"""
+The interval is the percentile bootstrap of the mean of paired differences (runs of one seed see the
+same prompts and start from the same noise), with the percentiles moved outwards as Hesterberg has
+it (2015, "What teachers should know about the bootstrap": expanded percentiles). Of five normal
+numbers it holds the mean in 93% of cases, of eight in 94%; plain percentiles in 85 and 88%."""
 
 import math
 from dataclasses import dataclass
@@ -22,7 +22,9 @@ README = Path(__file__).with_name("README.md")
 DRAWS = 100_000
 HOLDS, FAILS, UNDECIDED = "holds", "does not hold", "undecided at this scale"
 FEW, NONE = "too few seeds", "no runs yet"
-ENOUGH = 5  # no bootstrap reaches beyond its smallest and largest number: of four these hold the mean in 88% of cases
+# no bootstrap reaches beyond its smallest and largest number: of four these hold the mean in 88% of
+# cases
+ENOUGH = 5
 PICTURES = {  # of lab/figures.py, by the paper under whose table they stand
     "SLAS": {
         "rewards": "held-out rewards over the steps",
@@ -35,7 +37,10 @@ PICTURES = {  # of lab/figures.py, by the paper under whose table they stand
         "samples_doubtful": "samples before, after GRPO and after BPGO under a doubtful reward",
         "samples_clips": "the same of clips",
     },
-    "Self-Paced": {"stage_weights": "weights of the stages", "kinds": "the coefficient of variation over clusters"},
+    "Self-Paced": {
+        "stage_weights": "weights of the stages",
+        "kinds": "the coefficient of variation over clusters",
+    },
 }
 # 97.5% of Student's t with 1, 2, ... degrees of freedom
 T = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281, 2.2010, 2.1788, 2.1604, 2.1448,
@@ -43,7 +48,8 @@ T = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.
 
 
 def interval(differences, draws=DRAWS):
-    """n paired differences -> (low, high), 95% of their mean; of one number nothing is known: (-inf, inf)."""
+    """n paired differences -> (low, high), 95% of their mean; of one number nothing is known:
+    (-inf, inf)."""
     values, n = np.asarray(differences, dtype=float), len(differences)
     if n < 2:
         return -math.inf, math.inf
@@ -54,11 +60,14 @@ def interval(differences, draws=DRAWS):
 
 def half_of_t(values):
     """Half of the 95% interval of the mean of n >= 2 numbers by Student's t."""
-    return T[min(len(values) - 2, len(T) - 1)] * float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    return (
+        T[min(len(values) - 2, len(T) - 1)] * float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    )
 
 
 def verdict(low, high, seeds, lower=False):
-    """The verdict on a claim that differences are above 0, or below, from their interval, where it can be one."""
+    """The verdict on a claim that differences are above 0, or below, from their interval, where it
+    can be one."""
     if seeds < ENOUGH:
         return FEW if seeds else NONE
     if low > 0 or high < 0:
@@ -87,16 +96,24 @@ class Finding:
 def found(claim, runs_of):
     """claim, and a function Setting -> {seed: run} -> Finding"""
     runs = [runs_of(setting) for setting in claim.settings]
-    seeds = sorted(set(runs[0]).intersection(*runs[1:]))[: claim.seeds]  # nobody stops where it looks well
+    seeds = sorted(set(runs[0]).intersection(*runs[1:]))[
+        : claim.seeds
+    ]  # nobody stops where it looks well
     if not seeds:
         return Finding(claim, [], None, None, [], -math.inf, math.inf, NONE)
     ours = [claim.measure.of(runs[0][seed]) for seed in seeds]
     than = claim.than or claim.measure
-    others = [sum(than.of(run[seed]) for run in runs[1:]) / len(runs[1:]) for seed in seeds] if claim.others else None
+    others = (
+        [sum(than.of(run[seed]) for run in runs[1:]) / len(runs[1:]) for seed in seeds]
+        if claim.others
+        else None
+    )
     differences = [a - b for a, b in zip(ours, others or [0.0] * len(ours))]
     low, high = interval(differences)
     means = [values and sum(values) / len(values) for values in (ours, others)]
-    return Finding(claim, seeds, *means, differences, low, high, verdict(low, high, len(seeds), claim.lower))
+    return Finding(
+        claim, seeds, *means, differences, low, high, verdict(low, high, len(seeds), claim.lower)
+    )
 
 
 def findings(results):
@@ -107,20 +124,46 @@ def findings(results):
 
 
 def table(results):
-    """Results -> Markdown: a table for each paper, remarks under it, and the methods side by side."""
+    """Results -> Markdown: a table for each paper, remarks under it, and the methods side by
+    side."""
     every = findings(results)
     parts = [pictures({"claims": "every claim with its interval"}), decided(every), spread(every)]
     for paper in dict.fromkeys(claim.paper for claim in claims.CLAIMS):
         own = [finding for finding in every if finding.claim.paper == paper]
-        head = ("claim", "source", "model", "measure", "seeds", "it", "against", "difference, 95%", "verdict")
-        parts += [f"### {paper}", markdown(head, map(row, own)), remarks(own), pictures(PICTURES.get(paper, {}))]
-    parts += ["### Methods side by side", side_by_side(results), "### The search", searches(results)]
+        head = (
+            "claim",
+            "source",
+            "model",
+            "measure",
+            "seeds",
+            "it",
+            "against",
+            "difference, 95%",
+            "verdict",
+        )
+        parts += [
+            f"### {paper}",
+            markdown(head, map(row, own)),
+            remarks(own),
+            pictures(PICTURES.get(paper, {})),
+        ]
+    parts += [
+        "### Methods side by side",
+        side_by_side(results),
+        "### The search",
+        searches(results),
+    ]
     return "\n\n".join(part for part in parts if part)
 
 
 def spread(every):
-    """How far apart two settings have to be for so many seeds to tell, as a sentence; from what the runs say."""
-    ends = [one for one in every if one.claim.measure.words == claims.end("truth").words and one.others is not None]
+    """How far apart two settings have to be for so many seeds to tell, as a sentence; from what the
+    runs say."""
+    ends = [
+        one
+        for one in every
+        if one.claim.measure.words == claims.end("truth").words and one.others is not None
+    ]
     stds = sorted(float(np.std(one.differences, ddof=1)) for one in ends if len(one.seeds) > 2)
     if not stds:
         return ""
@@ -128,8 +171,10 @@ def spread(every):
     needed = {n: T[n - 2] * middle / math.sqrt(n) for n in (claims.SEEDS, claims.MAIN_SEEDS)}
     found = [f"a difference of {difference:.3f} by {n} seeds" for n, difference in needed.items()]
     return (
-        f"Paired by seed, differences of the verifier's last evaluation have a standard deviation of {middle:.3f} (the "
-        f"median of {len(stds)} comparisons; {stds[0]:.3f} to {stds[-1]:.3f}): half of the time {' and '.join(found)} "
+        "Paired by seed, differences of the verifier's last evaluation have a standard "
+        f"deviation of {middle:.3f} (the "
+        f"median of {len(stds)} comparisons; {stds[0]:.3f} to {stds[-1]:.3f}): half of the time "
+        f"{' and '.join(found)} "
         "is found."
     )
 
@@ -143,67 +188,120 @@ def decided(every):
     close = sum(abs(one.difference) < half_of_t(one.differences) for one in clear)
     counts = ", ".join(f"{told.count(word)} *{word}*" for word in (HOLDS, FAILS, UNDECIDED))
     return (
-        f"{len(told)} of {len(every)} comparisons have enough seeds: {counts}. Of as many without any difference "
-        f"chance alone would decide about {len(told) / 15:.0f}; nothing is corrected for that. Student's t, wider for "
-        f"so few seeds, would leave {close} of the {len(clear)} decided open. Those of one pair of settings are one "
+        f"{len(told)} of {len(every)} comparisons have enough seeds: {counts}. Of as many "
+        "without any difference "
+        f"chance alone would decide about {len(told) / 15:.0f}; nothing is corrected for that. "
+        "Student's t, wider for "
+        f"so few seeds, would leave {close} of the {len(clear)} decided open. Those of one pair "
+        "of settings are one "
         "experiment seen from several sides."
     )
 
 
 def row(finding):
     claim = finding.claim
-    words = (claim.text, claim.source, claim.ours.model, claim.measure.words + " (lower)" * claim.lower)
+    words = (
+        claim.text,
+        claim.source,
+        claim.ours.model,
+        claim.measure.words + " (lower)" * claim.lower,
+    )
     if not finding.seeds:
         return (*words, "0", "", "", "", NONE)
     others = "0" if finding.others is None else f"{finding.others:.3f}"
     between = f"{finding.difference:+.3f} [{finding.low:+.3f}, {finding.high:+.3f}]"
-    return (*words, str(len(finding.seeds)), f"{finding.ours:.3f}", others, between, f"**{finding.verdict}**")
+    return (
+        *words,
+        str(len(finding.seeds)),
+        f"{finding.ours:.3f}",
+        others,
+        between,
+        f"**{finding.verdict}**",
+    )
 
 
 def remarks(own):
     said = [(finding.claim, claims.REMARKS.get(finding.claim.name)) for finding in own]
-    return "\n".join(f"- *{claim.text}* ({claim.ours.model}): {words}" for claim, words in said if words)
+    return "\n".join(
+        f"- *{claim.text}* ({claim.ours.model}): {words}" for claim, words in said if words
+    )
 
 
 def pictures(named):
     """Those of {name: what it shows} that are drawn."""
-    drawn = {name: words for name, words in named.items() if (README.parent / f"figures/{name}.png").exists()}
+    drawn = {
+        name: words
+        for name, words in named.items()
+        if (README.parent / f"figures/{name}.png").exists()
+    }
     return "\n\n".join(f"![{words}](figures/{name}.png)" for name, words in drawn.items())
 
 
 def side_by_side(results):
     """A line for each script that a task was given to, a reader's own too."""
     lines, last = [], "last evaluation"
-    head = ("model", "reward", "method", "seeds", f"reward, {last}", f"verifier, {last}", "against grpo_base")
+    head = (
+        "model",
+        "reward",
+        "method",
+        "seeds",
+        f"reward, {last}",
+        f"verifier, {last}",
+        "against grpo_base",
+    )
     for model, task in claims.SIDE_BY_SIDE:
         base = results.of(claims.setting("grpo_base", model, task))
         for script, runs in results.methods(model, task).items():
             seeds = sorted(set(runs) & set(base))
-            ends = {name: [runs[seed]["evaluations"][name][-1] for seed in seeds] for name in ("reward", "truth")}
+            ends = {
+                name: [runs[seed]["evaluations"][name][-1] for seed in seeds]
+                for name in ("reward", "truth")
+            }
             means = [f"{sum(values) / len(values):.3f}" for values in ends.values() if values]
-            more = [ours - base[seed]["evaluations"]["truth"][-1] for ours, seed in zip(ends["truth"], seeds)]
+            more = [
+                ours - base[seed]["evaluations"]["truth"][-1]
+                for ours, seed in zip(ends["truth"], seeds)
+            ]
             if means and script != "grpo_base":
                 low, high = interval(more)
                 means.append(f"{sum(more) / len(more):+.3f} [{low:+.3f}, {high:+.3f}]")
             if means:
-                lines.append((model, task, script, str(len(seeds)), *means, *[""] * (3 - len(means))))
+                lines.append(
+                    (model, task, script, str(len(seeds)), *means, *[""] * (3 - len(means)))
+                )
     return markdown(head, lines)
 
 
 def searches(results):
-    """What the search found: the mean reward of the last evaluation at each point, the chosen values in the last."""
+    """What the search found: the mean reward of the last evaluation at each point, the chosen
+    values in the last."""
     lines = []
     for searched in claims.SEARCHED:
         tried = results.tried(*searched)
-        ends = [f"{point['learning_rate']:g}, {point['clip_range']:g}: {end:.3f}" for point, end in tried]
-        tuned, rates = results.tuned(*searched), [point["learning_rate"] for point in claims.points(*searched[1:])]
+        ends = [
+            f"{point['learning_rate']:g}, {point['clip_range']:g}: {end:.3f}"
+            for point, end in tried
+        ]
+        tuned, rates = (
+            results.tuned(*searched),
+            [point["learning_rate"] for point in claims.points(*searched[1:])],
+        )
         chosen = f"**{tuned['learning_rate']:g}, {tuned['clip_range']:g}**" if tuned else NONE
         chosen += (
-            " (at the end of what was tried)" if tuned and tuned["learning_rate"] in (min(rates), max(rates)) else ""
+            " (at the end of what was tried)"
+            if tuned and tuned["learning_rate"] in (min(rates), max(rates))
+            else ""
         )
         lines.append((*searched, "; ".join(ends), chosen))
     return markdown(
-        ("method", "model", "reward", "learning rate, clip range: reward of the last two evaluations", "taken"), lines
+        (
+            "method",
+            "model",
+            "reward",
+            "learning rate, clip range: reward of the last two evaluations",
+            "taken",
+        ),
+        lines,
     )
 
 

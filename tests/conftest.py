@@ -2,7 +2,9 @@ import os
 import sys
 from pathlib import Path
 
-if workers := os.getenv("PYTEST_XDIST_WORKER_COUNT"):  # they share the cores; before torch is imported
+if workers := os.getenv(
+    "PYTEST_XDIST_WORKER_COUNT"
+):  # they share the cores; before torch is imported
     os.environ["OMP_NUM_THREADS"] = str(max(1, os.cpu_count() // int(workers)))
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -50,10 +52,18 @@ def tmp_path(tmp_path, request):
 
 @pytest.fixture
 def train(tmp_path, monkeypatch):
-    """Runs a script's main here on small settings; returns (folder, rows of metrics.jsonl without the timings)."""
+    """Runs a script's main here on small settings; returns (folder, rows of metrics.jsonl without
+    the timings)."""
 
     def run(script=grpo_base, output="run", **settings):
-        small = dict(prompts_per_step=2, group_size=4, sampling_steps=4, micro_batch=8, minibatches=1, tracker="none")
+        small = dict(
+            prompts_per_step=2,
+            group_size=4,
+            sampling_steps=4,
+            micro_batch=8,
+            minibatches=1,
+            tracker="none",
+        )
         small |= dict(steps=2, eval_every=0, sample_every=0)
         monkeypatch.setattr(sys, "argv", [script.__file__])
         folder = tmp_path / output
@@ -67,7 +77,9 @@ def train(tmp_path, monkeypatch):
 def bf16(monkeypatch):
     """Inside, the passes are in bfloat16, as on GPUs."""
     monkeypatch.setitem(processes.PRECISION, "cpu", ("bf16", torch.bfloat16))
-    AcceleratorState._reset_state(reset_partial_state=False)  # it keeps the precision of the first run
+    AcceleratorState._reset_state(
+        reset_partial_state=False
+    )  # it keeps the precision of the first run
     yield
     AcceleratorState._reset_state(reset_partial_state=False)
 
@@ -86,7 +98,9 @@ def documented():
 def metrics(folder):
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     rows = [json.loads(line, parse_constant=no_json) for line in lines]
-    assert (new := {name for row in rows for name in row if not documented().fullmatch(name)}) == set(), new
+    assert (
+        new := {name for row in rows for name in row if not documented().fullmatch(name)}
+    ) == set(), new
     return [{name: value for name, value in row.items() if name not in TIMINGS} for row in rows]
 
 
@@ -102,12 +116,15 @@ def launch(processes, *words, config=ROOT / "configs/ddp.yaml"):
 
 
 def launched(processes, *words, config=ROOT / "configs/ddp.yaml"):
-    """accelerate launch, as a user does it; on a machine without GPUs its processes meet over gloo."""
+    """accelerate launch, as a user does it; on a machine without GPUs its processes meet over
+    gloo."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     flags = {"--config_file": config, "--num_processes": processes, "--main_process_port": port}
-    flags = [str(word) for pair in flags.items() for word in pair]  # the folder may have a space in its name
+    flags = [
+        str(word) for pair in flags.items() for word in pair
+    ]  # the folder may have a space in its name
     accelerate = [sys.executable, "-m", "accelerate.commands.launch", *flags]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

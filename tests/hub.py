@@ -1,5 +1,5 @@
-"""A Hugging Face cache in its real layout, with small models under the real hub ids: what the owner's commands need,
-without a network."""
+"""A Hugging Face cache in its real layout, with small models under the real hub ids: what the
+owner's commands need, without a network."""
 
 import hashlib
 import os
@@ -18,7 +18,8 @@ from common.rewards import judge_local
 from common.rewards.videoclip_xl import TwoEncoders
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-# 53 frames of 480x832 in 14 x 15 x 26 latents, of 240x416 in 14 x 15 x 26 too; one token for all frames of a place
+# 53 frames of 480x832 in 14 x 15 x 26 latents, of 240x416 in 14 x 15 x 26 too; one token for all
+# frames of a place
 VAE = dict(
     base_dim=2, dim_mult=[1, 1, 1], num_res_blocks=0, temperal_downsample=[True, True], scale_factor_temporal=4,
 )  # fmt: skip
@@ -36,7 +37,8 @@ PIPELINES = {
 
 
 def put(home, repository, folder, kind="model"):
-    """The files of a folder -> the cache of `home` (HF_HOME), as a download would leave them there."""
+    """The files of a folder -> the cache of `home` (HF_HOME), as a download would leave them
+    there."""
     place = Path(home) / "hub" / f"{kind}s--{repository.replace('/', '--')}"
     (place / "refs").mkdir(parents=True, exist_ok=True)
     (place / "blobs").mkdir(exist_ok=True)
@@ -58,22 +60,37 @@ def put_model(home, name, tmp):
 
 @torch.no_grad()
 def put_judge(home, tmp, name, captions):
-    """Qwen/Qwen2.5-VL-7B-Instruct, small, and one to whom samples of the named small pipeline make a difference: of a
-    random model the long question decides the answer. So what all samples have in common is taken out of what tells
-    its answers apart."""
+    """Qwen/Qwen2.5-VL-7B-Instruct, small, and one to whom samples of the named small pipeline make
+    a difference: of a random model the long question decides the answer. So what all samples have
+    in common is taken out of what tells its answers apart."""
     vlm.save_judge(tmp)
     own = models.settings(name)
     size = {key: own[key] for key in ("height", "width", "frames") if key in own}
     model = FAMILIES[name](PIPELINES[name](), **size)
-    samples = model.decode(torch.randn(4, *model.noise_shape, generator=torch.Generator().manual_seed(0)))
-    told = dict(url="", model=str(tmp), fps=2.0, expected=False, timeout=1.0, retries=0, concurrency=1, trusted=False)
+    samples = model.decode(
+        torch.randn(4, *model.noise_shape, generator=torch.Generator().manual_seed(0))
+    )
+    told = dict(
+        url="",
+        model=str(tmp),
+        fps=2.0,
+        expected=False,
+        timeout=1.0,
+        retries=0,
+        concurrency=1,
+        trusted=False,
+    )
     stages = ("judge:quality", "judge:smoothness", "judge:alignment")
     scorers = rewards.load(
-        [stage for stage in stages if "frames" in own or "smooth" not in stage], captions, judge=told
+        [stage for stage in stages if "frames" in own or "smooth" not in stage],
+        captions,
+        judge=told,
     )
     answering = judge_local.local(str(tmp), False, False, 16).model
     heard = []
-    answering.lm_head.register_forward_pre_hook(lambda _, given: heard.append(given[0][:, -1].mean(0)))
+    answering.lm_head.register_forward_pre_hook(
+        lambda _, given: heard.append(given[0][:, -1].mean(0))
+    )
     for caption in captions:
         rewards.score(scorers, samples, [caption] * len(samples))
     common = torch.linalg.qr(torch.stack(heard).T).Q  # [D, questions]
@@ -84,7 +101,9 @@ def put_judge(home, tmp, name, captions):
 
 def put_videoclip_xl(home, tmp):
     """alibaba-pai/VideoCLIP-XL: small, under the names of the released weights."""
-    module = randomised(TwoEncoders(size=28, patch=14, video=(128, 1, 2), text=(64, 1, 1), output=32))
+    module = randomised(
+        TwoEncoders(size=28, patch=14, video=(128, 1, 2), text=(64, 1, 1), output=32)
+    )
     official = {"video": "vision_model.vision_encoder", "text": "text_model"}
     state = {
         f"{official[key.partition('.')[0]]}.{key.partition('.')[2]}": value

@@ -1,4 +1,5 @@
-"""Small random checkpoints of the learned rewards, in the official layouts, and what every such reward has to do."""
+"""Small random checkpoints of the learned rewards, in the official layouts, and what every such
+reward has to do."""
 
 import json
 
@@ -13,7 +14,13 @@ PROMPTS = [
     "a red circle", "A photo of an Astronaut, riding a horse!", "two cats & a dog", "snow   on the Matterhorn", "x",
     "a very long prompt " + "about many things that nobody can count and that goes on and on " * 8,
 ]  # fmt: skip
-SHAPES = [(64, 64), (75, 104), (128, 32), (40, 61), (33, 300)]  # height, width: larger and smaller than the models' 56
+SHAPES = [
+    (64, 64),
+    (75, 104),
+    (128, 32),
+    (40, 61),
+    (33, 300),
+]  # height, width: larger and smaller than the models' 56
 # a real architecture with small numbers
 CONFIG = {
     "embed_dim": 48,
@@ -40,7 +47,8 @@ def as_pil(image):
 
 
 def randomised(module, seed=0):
-    """Weights large enough for every layer to matter: the modules' own start near zero hides mistakes."""
+    """Weights large enough for every layer to matter: the modules' own start near zero hides
+    mistakes."""
     generator = torch.Generator().manual_seed(seed)
     for name, weight in module.named_parameters():
         noise = torch.randn(weight.shape, generator=generator)
@@ -49,7 +57,9 @@ def randomised(module, seed=0):
         elif weight.ndim == 1:
             weight.data = 0.2 * noise + ("weight" in name)  # a norm's weight, or a bias
         else:
-            weight.data = noise / (weight[0].numel() ** 0.5 if weight.ndim > 1 and "embed" not in name else 1)
+            weight.data = noise / (
+                weight[0].numel() ** 0.5 if weight.ndim > 1 and "embed" not in name else 1
+            )
     return module.eval().requires_grad_(False)
 
 
@@ -59,10 +69,13 @@ def clip_folder(folder, seed=0, config=CONFIG, **preprocess):
 
     folder.mkdir(parents=True, exist_ok=True)
     about = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4], **preprocess}
-    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": about}))
+    (folder / "open_clip_config.json").write_text(
+        json.dumps({"model_cfg": config, "preprocess_cfg": about})
+    )
     model = randomised(open_clip.CLIP(**config), seed)
     save_file(
-        {name: value.contiguous() for name, value in model.state_dict().items()}, folder / "open_clip_model.safetensors"
+        {name: value.contiguous() for name, value in model.state_dict().items()},
+        folder / "open_clip_model.safetensors",
     )
     return folder
 
@@ -70,17 +83,22 @@ def clip_folder(folder, seed=0, config=CONFIG, **preprocess):
 def loaded(cls, name, path, batch=4, **paths):
     """A scorer with the weights at `path`, read as from --reward-path."""
     scorer = cls()
-    scorer.load(Source(name, {name: str(path), **{key: str(value) for key, value in paths.items()}}), batch)
+    scorer.load(
+        Source(name, {name: str(path), **{key: str(value) for key, value in paths.items()}}), batch
+    )
     return scorer
 
 
 def check_contract(make, media, prompts, reads_prompts=True, tolerance=1e-5):
-    """make(batch) -> scorer. Each sample is scored with its own prompt, whatever is beside it and however many."""
+    """make(batch) -> scorer. Each sample is scored with its own prompt, whatever is beside it and
+    however many."""
     together = make(4).score(media, prompts)
     assert together.shape == (len(media),) and together.dtype == torch.float32
     assert together.std() > 100 * tolerance, "too equal to tell anything"
     for batch in (1, 3, 100):
-        torch.testing.assert_close(make(batch).score(media, prompts), together, atol=tolerance, rtol=0)
+        torch.testing.assert_close(
+            make(batch).score(media, prompts), together, atol=tolerance, rtol=0
+        )
     scorer = make(4)
     alone = [scorer.score(media[i : i + 1], prompts[i : i + 1]) for i in range(len(media))]
     torch.testing.assert_close(torch.cat(alone), together, atol=tolerance, rtol=0)

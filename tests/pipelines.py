@@ -104,8 +104,8 @@ def sd(blocks=3):
 
 
 def sd3(t5=True):
-    """32x32 -> latents [4, 8, 8] in 16 tokens; the settings of VAE and scheduler are Stable Diffusion 3.5's. t5:
-    whether it has that encoder, which many leave out."""
+    """32x32 -> latents [4, 8, 8] in 16 tokens; the settings of VAE and scheduler are Stable
+    Diffusion 3.5's. t5: whether it has that encoder, which many leave out."""
     torch.manual_seed(0)
     tokenizers = [clip_tokenizer(CORPUS, 20), clip_tokenizer(CORPUS, 20), t5_tokenizer(CORPUS, 24)]
     with_projection = dict(cls=CLIPTextModelWithProjection, num_hidden_layers=2)
@@ -190,7 +190,8 @@ def wan(experts=1, images=False, vae=SMALL_VAE, patch_size=(1, 2, 2)):
 
 
 def hunyuan(width=8, layers=1, patch_size=1, patch_size_t=1):
-    """Clips of 5 frames, 32x32 -> latents [4, 2, 4, 4]; `width` and `layers` of the VAE's blocks."""
+    """Clips of 5 frames, 32x32 -> latents [4, 2, 4, 4]; `width` and `layers` of the VAE's
+    blocks."""
     torch.manual_seed(0)
     tokenizer_2 = clip_tokenizer(CORPUS, 77)
     return HunyuanVideoPipeline(
@@ -227,5 +228,8 @@ def llama_tokenizer():
         single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", 1)]
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=trained, pad_token="<pad>", bos_token="<|begin_of_text|>", padding_side="right"
+        tokenizer_object=trained,
+        pad_token="<pad>",
+        bos_token="<|begin_of_text|>",
+        padding_side="right",
     )

@@ -1,5 +1,6 @@
-"""Exports as a stranger loads them: diffusers alone, in a process of its own. plain_pipelines.py FILE, with FILE a JSON
-list of jobs (test_evaluate.py writes it); each leaves its samples in job["out"]."""
+"""Exports as a stranger loads them: diffusers alone, in a process of its own. plain_pipelines.py
+FILE, with FILE a JSON list of jobs (test_evaluate.py writes it); each leaves its samples in
+job["out"]."""
 
 import json
 import sys
@@ -18,7 +19,9 @@ def samples(job):
     if job["lora_2"]:
         pipe.load_lora_weights(job["lora_2"], load_into_transformer_2=True)
     sigmas, latents = job["sigmas"][:-1], torch.load(job["latents"], weights_only=True)
-    settings = dict(prompt=job["prompts"], height=32, width=32, guidance_scale=job["guidance"], latents=latents)
+    settings = dict(
+        prompt=job["prompts"], height=32, width=32, guidance_scale=job["guidance"], latents=latents
+    )
     settings |= dict(num_inference_steps=len(sigmas), output_type="pt")
     if job["pipeline"] == "StableDiffusionPipeline":
         return pipe(**settings, eta=0.0).images

@@ -20,11 +20,24 @@ PAGES = sorted(
     [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
     + [
         ROOT / name
-        for name in ("assets/README.md", "common/rewards/README.md", "benchmarks/RESULTS.md", "lab/README.md")
+        for name in (
+            "assets/README.md",
+            "common/rewards/README.md",
+            "benchmarks/RESULTS.md",
+            "lab/README.md",
+        )
     ]
 )
 SCRIPTS = {"grpo_base": grpo_base, "bpgo": bpgo, "slas": slas, "self_paced": self_paced}
-STARTS = ("python ", "python3 ", "accelerate launch ", "bash ", "sbatch ", "pip ", *(f"{name}.py " for name in SCRIPTS))
+STARTS = (
+    "python ",
+    "python3 ",
+    "accelerate launch ",
+    "bash ",
+    "sbatch ",
+    "pip ",
+    *(f"{name}.py " for name in SCRIPTS),
+)
 
 
 def prose(text):
@@ -34,15 +47,22 @@ def prose(text):
 
 
 def commands(text):
-    """The command lines of a page, in blocks of code and between backticks, without comments and `...`."""
+    """The command lines of a page, in blocks of code and between backticks, without comments and
+    `...`."""
     lines = [line.strip() for line in text.replace("\\\n", " ").splitlines()]
     lines += re.findall(r"`([^`\n]+)`", prose(text))
-    return [line for line in dict.fromkeys(lines) if line.startswith(STARTS) and line != "accelerate launch"]
+    return [
+        line
+        for line in dict.fromkeys(lines)
+        if line.startswith(STARTS) and line != "accelerate launch"
+    ]
 
 
 def words_of(command):
     """The words that a command is given by a shell, without what stands for more of the same."""
-    words = [word for word in shlex.split(command, comments=True) if word not in ("...", "...]", "[RUN")]
+    words = [
+        word for word in shlex.split(command, comments=True) if word not in ("...", "...]", "[RUN")
+    ]
     return words[: words.index(">")] if ">" in words else words
 
 
@@ -55,7 +75,8 @@ def parsed(words, monkeypatch):
 
 
 def check_python(words, monkeypatch):
-    """SCRIPT.py flags or -m MODULE flags: parsed by what it starts; my_method.py is a copy of grpo_base.py."""
+    """SCRIPT.py flags or -m MODULE flags: parsed by what it starts; my_method.py is a copy of
+    grpo_base.py."""
     words = ["grpo_base.py" if words[0] == "my_method.py" else words[0], *words[1:]]
     if words[0] == "-m" and words[1] == "pytest":
         assert all((ROOT / word).exists() for word in words if word.endswith(".py"))
@@ -69,15 +90,18 @@ def check_python(words, monkeypatch):
         monkeypatch.setattr(sys, "argv", words)
         cli.parse(evaluate.Args, "about", evaluate.defaults)
     elif Path(words[0]).stem in SCRIPTS:
-        if words[1:] not in (["--help"], ["--list-models"]):  # these have tests of their own, and end the program
+        if words[1:] not in (
+            ["--help"],
+            ["--list-models"],
+        ):  # these have tests of their own, and end the program
             parsed(words, monkeypatch)
     else:
         assert words[0] == "-m" or (ROOT / words[0]).is_file() and not words[1:]
 
 
 def check_command(command, monkeypatch):
-    """Raises what a reader would meet who types the command, as far as its words go: unknown flags, files that are not
-    there."""
+    """Raises what a reader would meet who types the command, as far as its words go: unknown flags,
+    files that are not there."""
     words = words_of(command)
     if words[0] in ("python", "python3"):
         check_python(words[1:], monkeypatch)
@@ -107,11 +131,14 @@ def links(text):
 
 
 def anchors(text):
-    """What a page's headings are called in an address, as GitHub does it: lower case, letters, digits, hyphens."""
+    """What a page's headings are called in an address, as GitHub does it: lower case, letters,
+    digits, hyphens."""
     found = []
     for title in re.findall(r"^#+ (.+)$", prose(text), re.M):
         title = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", title).strip().lower()
         name = re.sub(r"[^\w\- ]", "", title).replace(" ", "-")
-        again = sum(re.fullmatch(rf"{re.escape(name)}(-\d+)?", other) is not None for other in found)
+        again = sum(
+            re.fullmatch(rf"{re.escape(name)}(-\d+)?", other) is not None for other in found
+        )
         found.append(f"{name}-{again}" if again else name)
     return found

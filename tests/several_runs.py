@@ -1,6 +1,6 @@
-"""Runs scripts one after another in the processes of one launch: several_runs.py FILE, with FILE a JSON list of command
-lines; "two machines" before one makes two of four processes a machine. Starting processes takes longer than such runs
-do."""
+"""Runs scripts one after another in the processes of one launch: several_runs.py FILE, with FILE a
+JSON list of command lines; "two machines" before one makes two of four processes a machine.
+Starting processes takes longer than such runs do."""
 
 import contextlib
 import importlib
@@ -34,7 +34,9 @@ def out_of_memory_in_the_second_process(honest, calls=5):
 if __name__ == "__main__":
     launched = dict(os.environ)
     close = PartialState.destroy_process_group
-    PartialState.destroy_process_group = lambda self, group=None: None  # each run would close it for the next
+    PartialState.destroy_process_group = lambda self, group=None: (
+        None
+    )  # each run would close it for the next
     rollout = sde.rollout
     for words in json.loads(Path(sys.argv[1]).read_text()):
         sde.rollout = rollout
@@ -47,6 +49,8 @@ if __name__ == "__main__":
         AcceleratorState._reset_state(reset_partial_state=False)
         GradientState._reset_state()
         sys.argv = words
-        with contextlib.suppress(SystemExit):  # its line is on stderr; what it left, the test looks at
+        with contextlib.suppress(
+            SystemExit
+        ):  # its line is on stderr; what it left, the test looks at
             errors.run(script.main, cli.parse(script.Args, script.__doc__))
     close(PartialState())  # or threads of gloo outlive what they use

@@ -1,5 +1,6 @@
-"""Rewards without jumps, for tests that compare runs whose roundings differ: two processes, other batch shapes. A
-verifier decides, a JPEG quantises: where a sample lies on an edge, the last bit of a weight changes its reward."""
+"""Rewards without jumps, for tests that compare runs whose roundings differ: two processes, other
+batch shapes. A verifier decides, a JPEG quantises: where a sample lies on an edge, the last bit of
+a weight changes its reward."""
 
 import torch
 
@@ -17,7 +18,8 @@ class _Colour:
 
 
 class Change:
-    """Of clips that start from one frame the colours are nearly equal, and advantages would be made of rounding."""
+    """Of clips that start from one frame the colours are nearly equal, and advantages would be made
+    of rounding."""
 
     video = True
     image = False
@@ -43,6 +45,8 @@ class Picky(_Colour):
 COLOURS = ("red", "green", "blue")
 for number, name in enumerate(COLOURS):
     globals()[name] = type(name, (_Colour,), {"channel": number})
-    rewards.REWARDS.setdefault(name, (__name__, name))  # not again, where a run loads this as a file of one's own
+    rewards.REWARDS.setdefault(
+        name, (__name__, name)
+    )  # not again, where a run loads this as a file of one's own
 rewards.REWARDS.setdefault("change", (__name__, "Change"))
 rewards.REWARDS.setdefault("picky", (__name__, "Picky"))

@@ -1,4 +1,5 @@
-"""The pure functions of grpo_base.py against the published values and an independent float64 NumPy transcription."""
+"""The pure functions of grpo_base.py against the published values and an independent float64 NumPy
+transcription."""
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ NO_CLAMP = 1e9
 
 
 def advantages_of(reward, eps):
-    """A_ij = (R_ij - mean_j R_ij) / (std_j R_ij + eps), group by group, with the population standard deviation."""
+    """A_ij = (R_ij - mean_j R_ij) / (std_j R_ij + eps), group by group, with the population
+    standard deviation."""
     out = []
     for group in reward:
         mean = sum(group) / len(group)
@@ -21,7 +23,9 @@ def advantages_of(reward, eps):
 
 
 def random_rewards(prompts, group, centre=0.0, spread=1.0):
-    return centre + spread * np.random.default_rng(prompts * 100 + group).standard_normal((prompts, group))
+    return centre + spread * np.random.default_rng(prompts * 100 + group).standard_normal(
+        (prompts, group)
+    )
 
 
 # --- Advantages ---
@@ -45,7 +49,9 @@ def test_float32_advantages_hold_on_the_scales_of_real_rewards(centre, spread):
     """Rounding the mean of float32 rewards near `centre` costs a few centre * 2^-24 / spread."""
     reward = random_rewards(8, 12, centre, spread).astype(np.float32)
     got = compute_advantages(torch.as_tensor(reward), NO_CLAMP)
-    np.testing.assert_allclose(got.numpy(), advantages_of(reward.astype(np.float64), EPS), rtol=0, atol=2e-5)
+    np.testing.assert_allclose(
+        got.numpy(), advantages_of(reward.astype(np.float64), EPS), rtol=0, atol=2e-5
+    )
 
 
 def test_advantages_have_mean_zero_and_std_one_in_each_group():
@@ -66,7 +72,9 @@ def test_equal_rewards_give_exactly_zero_even_where_their_rounded_mean_differs(d
 
 
 def test_clamp_cuts_both_sides_at_its_maximum_and_nothing_else():
-    reward = torch.cat([torch.eye(40)[:1], -torch.eye(40)[:1], torch.tensor(random_rewards(1, 40)).float()])
+    reward = torch.cat(
+        [torch.eye(40)[:1], -torch.eye(40)[:1], torch.tensor(random_rewards(1, 40)).float()]
+    )
     free = compute_advantages(reward, NO_CLAMP)
     got = compute_advantages(reward, 5.0)
     assert free[0, 0] > 6.2 and free[1, 0] < -6.2  # sqrt(G - 1): one sample against 39
@@ -89,7 +97,9 @@ def test_groups_do_not_influence_each_other():
 def test_advantages_ignore_the_shift_and_scale_of_a_groups_rewards():
     reward = torch.tensor(random_rewards(3, 8))
     got = compute_advantages(10 * reward + 4, NO_CLAMP)
-    np.testing.assert_allclose(got.numpy(), compute_advantages(reward, NO_CLAMP).numpy(), atol=1e-6)  # eps
+    np.testing.assert_allclose(
+        got.numpy(), compute_advantages(reward, NO_CLAMP).numpy(), atol=1e-6
+    )  # eps
 
 
 # --- Rows to train on ---
@@ -112,7 +122,9 @@ def test_best_of_keeps_half_highest_and_half_lowest_of_each_group(best_of, ties)
 
 
 def test_best_of_keeps_the_rows_named_by_hand():
-    kept = keep_rows(torch.tensor([[0.3, 0.9, 0.1, 0.5, 0.7, 0.2], [6.0, 5.0, 4.0, 3.0, 2.0, 1.0]]), 4)
+    kept = keep_rows(
+        torch.tensor([[0.3, 0.9, 0.1, 0.5, 0.7, 0.2], [6.0, 5.0, 4.0, 3.0, 2.0, 1.0]]), 4
+    )
     assert kept.int().tolist() == [[0, 1, 1, 0, 1, 1], [1, 1, 0, 0, 1, 1]]
 
 
@@ -154,7 +166,9 @@ def test_several_rewards_are_normalised_as_one_or_each_by_itself(aggregate):
     for p in range(3):
         kept = np.isfinite(a[p])
         if aggregate == "rewards":
-            expected = np.clip(advantages_of([0.7 * a[p, kept] + 1.4 * b[p, kept]], EPS)[0], -1.5, 1.5)
+            expected = np.clip(
+                advantages_of([0.7 * a[p, kept] + 1.4 * b[p, kept]], EPS)[0], -1.5, 1.5
+            )
         else:
             parts = [np.clip(advantages_of([r[p, kept]], EPS)[0], -1.5, 1.5) for r in (a, b)]
             expected = 0.7 * parts[0] + 1.4 * parts[1]
@@ -162,14 +176,18 @@ def test_several_rewards_are_normalised_as_one_or_each_by_itself(aggregate):
 
 
 def test_the_reward_with_the_larger_spread_decides_a_sum_and_not_the_sum_of_advantages():
-    """Of independent rewards with spreads 1 and 2 and weights 1 and 2, the first has the correlation 1 / sqrt(17) with
-    the one and 1 / sqrt(5) with the other."""
-    a, b = torch.randn(2, 1, 40_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    """Of independent rewards with spreads 1 and 2 and weights 1 and 2, the first has the
+    correlation 1 / sqrt(17) with the one and 1 / sqrt(5) with the other."""
+    a, b = torch.randn(
+        2, 1, 40_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
     scores, weights = {"a": 0.01 * a, "b": 0.02 * b}, {"a": 0.7, "b": 1.4}
     for aggregate, correlation in (("rewards", 17**-0.5), ("advantages", 5**-0.5)):
         terms = rewards.terms(aggregate, combine_scores(scores, weights), scores, weights)
         got = sum(w * compute_advantages(r, NO_CLAMP) for r, w in terms)
-        assert torch.corrcoef(torch.cat([a, got]))[0, 1].item() == pytest.approx(correlation, abs=0.015)
+        assert torch.corrcoef(torch.cat([a, got]))[0, 1].item() == pytest.approx(
+            correlation, abs=0.015
+        )
 
 
 def test_one_reward_of_weight_one_is_left_bit_for_bit():

@@ -1,4 +1,5 @@
-"""The command line: defaults of the named models, every bad value refused in one line, every flag read somewhere."""
+"""The command line: defaults of the named models, every bad value refused in one line, every flag
+read somewhere."""
 
 import ast
 import dataclasses
@@ -64,7 +65,9 @@ def test_defaults_are_those_of_the_table(name):
     rate = "lora_learning_rate" if args.lora_rank else "learning_rate"
     for field, default in FIELDS.items():
         if field not in ("model", "source"):
-            assert getattr(args, field) == table.get(rate if field == "learning_rate" else field, default), field
+            assert getattr(args, field) == table.get(
+                rate if field == "learning_rate" else field, default
+            ), field
 
 
 @pytest.mark.parametrize("name", NAMED)
@@ -109,12 +112,17 @@ def test_every_script_has_all_settings_for_every_named_model(no_hub, script, nam
     beside = cli.settings(cls, name).keys() - {f.name for f in dataclasses.fields(cls)}
     assert beside <= {"source", "pipeline", "paper", "lora_learning_rate"}
     scorers = [reward_class(reward) for reward in rewards.parse(args.reward)]
-    assert all(scorer.video if args.frames else getattr(scorer, "image", True) for scorer in scorers)
+    assert all(
+        scorer.video if args.frames else getattr(scorer, "image", True) for scorer in scorers
+    )
     if script == "self_paced":
         assert len(args.thresholds) == len(scorers) - 1
     if not name.startswith("tiny"):
         assert (
-            args.micro_batch == "auto" and args.gradient_checkpointing and args.keep_checkpoints and args.steps >= 100
+            args.micro_batch == "auto"
+            and args.gradient_checkpointing
+            and args.keep_checkpoints
+            and args.steps >= 100
         )
 
 
@@ -126,7 +134,9 @@ def test_list_models_says_which_pairs_are_a_papers(monkeypatch, capsys, script):
     head, *rows = [line.split() for line in capsys.readouterr().out.split("\n\n")[0].splitlines()]
     assert head[:2] == ["name", "paper"] and len(rows) == len(NAMED)
     assert {name for name, paper, *_ in rows if paper != "-"} == PAPERS[script]
-    assert len({paper for _, paper, *_ in rows}) == (3 if script == "grpo_base" else 2)  # and Flow-GRPO's
+    assert len({paper for _, paper, *_ in rows}) == (
+        3 if script == "grpo_base" else 2
+    )  # and Flow-GRPO's
 
 
 # --- Bad values ---
@@ -140,8 +150,23 @@ def test_no_number_may_be_negative_or_not_finite(name, value):
 
 @pytest.mark.parametrize(
     "name",
-    ["steps", "prompts_per_step", "group_size", "sampling_steps", "noise_level", "shift", "timestep_fraction"]
-    + ["minibatches", "updates_per_step", "micro_batch", "clip_range", "adv_clip_max", "learning_rate"]
+    [
+        "steps",
+        "prompts_per_step",
+        "group_size",
+        "sampling_steps",
+        "noise_level",
+        "shift",
+        "timestep_fraction",
+    ]
+    + [
+        "minibatches",
+        "updates_per_step",
+        "micro_batch",
+        "clip_range",
+        "adv_clip_max",
+        "learning_rate",
+    ]
     + ["max_grad_norm"],
 )
 def test_zero_is_refused_where_it_makes_no_sense(name):
@@ -180,29 +205,41 @@ def test_values_out_of_range(name, value):
 
 
 def test_bounds_of_different_kinds_differ():
-    """typing caches Annotated by equality: on Python 3.10 a setting got the bound of another one."""
+    """typing caches Annotated by equality: on Python 3.10 a setting got the bound of another
+    one."""
     assert cli.From(0, 1) == cli.From(0, 1) != cli.Above(0, 1) != cli.From(0, 1)
     assert 0 in cli.From(0, 1) and 0 not in cli.Above(0, 1)
 
 
 @pytest.mark.parametrize("name, value", [("prompts", ""), ("reward", ())])
 def test_missing_prompts_or_reward(no_hub, name, value):
-    assert refused(**{name: value}).startswith(f"{flag(name)} is missing: --model tiny-flux has no default")
+    assert refused(**{name: value}).startswith(
+        f"{flag(name)} is missing: --model tiny-flux has no default"
+    )
     given = {"prompts": "prompts.txt", "reward": ("jpeg",), name: value}
-    assert refused(model="flux", **given).startswith(f"{flag(name)} is missing: --model flux has no default")
+    assert refused(model="flux", **given).startswith(
+        f"{flag(name)} is missing: --model flux has no default"
+    )
 
 
 def test_other_weights_than_a_named_models_are_looked_for_first(tmp_path):
     assert refused(model="some/folder", source="a/b") == (
         "--source a/b: --model some/folder is no named model; give --model a/b instead"
     )
-    assert refused(source=str(tmp_path / "none")).startswith(f"model: there is no folder {tmp_path}/none and it is no")
+    assert refused(source=str(tmp_path / "none")).startswith(
+        f"model: there is no folder {tmp_path}/none and it is no"
+    )
     assert f"{tmp_path} has no model_index.json" in refused(source=str(tmp_path))
-    other = models.settings("tiny-wan")["source"]  # it would train, with FLUX's size, and 53 frames of it
+    other = models.settings("tiny-wan")[
+        "source"
+    ]  # it would train, with FLUX's size, and 53 frames of it
     assert refused(model="flux", prompts="prompts.txt", reward=("jpeg",), source=other) == (
         f"--source {other}: a WanPipeline, and --model flux is another; give --model {other} alone"
     )
-    assert refused(source="flux") == "--source flux: it takes a folder or hub id; give --model flux alone"
+    assert (
+        refused(source="flux")
+        == "--source flux: it takes a folder or hub id; give --model flux alone"
+    )
 
 
 @pytest.mark.parametrize("name", [name for name in NAMED if name.startswith("tiny-")])
@@ -215,7 +252,9 @@ def test_a_named_models_own_weights_are_of_its_pipeline(name):
 def test_a_folder_that_is_no_supported_model(tmp_path):
     assert f"{tmp_path} has no model_index.json" in refused(model=str(tmp_path))
     (tmp_path / "model_index.json").write_text('{"_class_name": "ToasterPipeline"}')
-    assert f"{tmp_path} is a ToasterPipeline; supported are FluxPipeline" in refused(model=str(tmp_path))
+    assert f"{tmp_path} is a ToasterPipeline; supported are FluxPipeline" in refused(
+        model=str(tmp_path)
+    )
 
 
 @pytest.mark.parametrize(
@@ -229,8 +268,24 @@ def test_a_folder_that_is_no_supported_model(tmp_path):
         dict(sde_window=1, sampling_steps=2),
         dict(sde_window=3, sde_steps=3, sampling_steps=4),
         dict(sampling_steps=1000, timestep_fraction=1),
-        dict(timestep_fraction=1e-3, noise_level=1e-6, shift=0.5, clip_range=1e-8, learning_rate=1e-12),
-        dict(height=0, width=0, guidance=0, weight_decay=0, kl_coef=0, lora_rank=0, best_of=0, sde_window=0, seed=0),
+        dict(
+            timestep_fraction=1e-3,
+            noise_level=1e-6,
+            shift=0.5,
+            clip_range=1e-8,
+            learning_rate=1e-12,
+        ),
+        dict(
+            height=0,
+            width=0,
+            guidance=0,
+            weight_decay=0,
+            kl_coef=0,
+            lora_rank=0,
+            best_of=0,
+            sde_window=0,
+            seed=0,
+        ),
         dict(save_every=0, sample_every=0, eval_every=0, eval_prompts=""),
         dict(steps=1, prompts_per_step=1, micro_batch=1, updates_per_step=1),
     ],
@@ -247,7 +302,9 @@ def parsed(monkeypatch, *argv):
     return cli.parse(Args, "about")
 
 
-@pytest.mark.parametrize("argv", [["--model", "flux"], ["--model=flux"], ["--model", "tiny-flux", "--model", "flux"]])
+@pytest.mark.parametrize(
+    "argv", [["--model", "flux"], ["--model=flux"], ["--model", "tiny-flux", "--model", "flux"]]
+)
 def test_the_named_model_sets_the_defaults(monkeypatch, argv):
     assert parsed(monkeypatch, *argv) == defaults(Args, "flux")
 
@@ -282,10 +339,15 @@ def test_the_command_line_takes_a_loras_rate_where_none_is_given(monkeypatch, wo
 
 
 def test_a_resumed_lora_keeps_its_rate(monkeypatch, tmp_path):
-    for run, rate in (("old", 1e-5), ("new", 3e-4)):  # of a version whose LoRAs took that of all weights
+    for run, rate in (
+        ("old", 1e-5),
+        ("new", 3e-4),
+    ):  # of a version whose LoRAs took that of all weights
         (tmp_path / run).mkdir()
         args = defaults(Args, "flux", lora_rank=8, learning_rate=rate)
-        (tmp_path / run / "config.json").write_text(json.dumps(dataclasses.asdict(args) | {"script": "grpo_base"}))
+        (tmp_path / run / "config.json").write_text(
+            json.dumps(dataclasses.asdict(args) | {"script": "grpo_base"})
+        )
         words = ("--model", "flux", "--lora-rank", "8", "--output", str(tmp_path / run), "--resume")
         assert parsed(monkeypatch, *words).learning_rate == rate
         assert parsed(monkeypatch, *words, "--learning-rate", "0.5").learning_rate == 0.5
@@ -298,16 +360,33 @@ def test_a_rank_that_is_no_number_is_the_parsers_to_refuse(monkeypatch, capsys):
 
 
 def test_flags_win_over_the_named_model(monkeypatch):
-    args = parsed(monkeypatch, "--clip-range", "0.2", "--reward", "verifier", "jpeg=0.5", "--model", "flux")
+    args = parsed(
+        monkeypatch, "--clip-range", "0.2", "--reward", "verifier", "jpeg=0.5", "--model", "flux"
+    )
     assert args == defaults(Args, "flux", clip_range=0.2, reward=("verifier", "jpeg=0.5"))
     assert parsed(monkeypatch) == defaults(Args, "tiny-flux")
 
 
-@pytest.mark.parametrize("word, frames", [("first", "first"), ("middle", "middle"), ("all", "all"), ("3", 3)])
+@pytest.mark.parametrize(
+    "word, frames", [("first", "first"), ("middle", "middle"), ("all", "all"), ("3", 3)]
+)
 def test_rewards_take_words_and_numbers(monkeypatch, word, frames):
-    flags = ["--watch", "verifier", "jpeg", "--reward-path", "clip=a", "hpsv2=b", "--reward-frames", word]
+    flags = [
+        "--watch",
+        "verifier",
+        "jpeg",
+        "--reward-path",
+        "clip=a",
+        "hpsv2=b",
+        "--reward-frames",
+        word,
+    ]
     args = parsed(monkeypatch, *flags)
-    assert (args.watch, args.reward_path, args.reward_frames) == (("verifier", "jpeg"), ("clip=a", "hpsv2=b"), frames)
+    assert (args.watch, args.reward_path, args.reward_frames) == (
+        ("verifier", "jpeg"),
+        ("clip=a", "hpsv2=b"),
+        frames,
+    )
 
 
 @pytest.mark.parametrize(
@@ -335,7 +414,10 @@ def test_help_has_the_methods_flags_first_and_the_judges_last(monkeypatch, capsy
         cli.parse(cls, SCRIPTS[script].__doc__)
     _, *parts = re.split(r"^[╭─ ]*((?:[a-z]+ )?options)\b", capsys.readouterr().out, flags=re.M)
     titles, texts = parts[::2], parts[1::2]
-    assert titles == ["options", *(f"{g} options" for g in ("model", "reward", "rollout", "update", "run", "judge"))]
+    assert titles == [
+        "options",
+        *(f"{g} options" for g in ("model", "reward", "rollout", "update", "run", "judge")),
+    ]
     shown = [re.findall(r"^[│ ] --([a-z][a-z0-9-]*)", text, re.M) for text in texts]
     assert shown[0] == [name.replace("_", "-") for name in inspect.get_annotations(cls)]
     assert all(name.startswith("judge-") for name in shown[-1]) and shown[1][0] == "model"
@@ -346,7 +428,13 @@ def test_help_has_the_methods_flags_first_and_the_judges_last(monkeypatch, capsy
 
 @pytest.mark.parametrize(
     "argv",
-    [["--sde", "euler"], ["--tracker", "excel"], ["--steps", "many"], ["--steps", "1.5"], ["--no-such-flag", "1"]],
+    [
+        ["--sde", "euler"],
+        ["--tracker", "excel"],
+        ["--steps", "many"],
+        ["--steps", "1.5"],
+        ["--no-such-flag", "1"],
+    ],
 )
 def test_what_is_no_setting_ends_the_program(monkeypatch, capsys, argv):
     with pytest.raises(SystemExit) as stop:
@@ -362,11 +450,15 @@ def test_every_flag_is_read_and_every_flag_read_exists():
     sources = [*ROOT.glob("common/**/*.py"), ROOT / "grpo_base.py"]
     of_rewards = cli.of_rewards(Args())  # these raise for one that they do not know
     read = {*cli.of_model(Args()), *of_rewards} - {"clips", "judge"}
-    read |= {f"judge_{name}" for name in of_rewards["judge"].keys() - {"trusted"}}  # as does judge.Server
+    read |= {
+        f"judge_{name}" for name in of_rewards["judge"].keys() - {"trusted"}
+    }  # as does judge.Server
     for path in sources:
         if path.name != "cli.py":
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-                if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):  # args.x, self.args.x
+                if isinstance(node, ast.Attribute) and isinstance(
+                    node.ctx, ast.Load
+                ):  # args.x, self.args.x
                     if getattr(node.value, "id", getattr(node.value, "attr", "")) == "args":
                         read.add(node.attr)
     assert not FIELDS.keys() - read, "never read"

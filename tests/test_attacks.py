@@ -17,13 +17,18 @@ TRACE = "Traceback (most recent call last):\n  File x\nKeyError: 1\n"
 def verdict(tmp_path, said="", code=0, seconds=1.0, memory=0, **attack):
     (tmp_path / "stderr.txt").write_text(said)
     status = -code if code < 0 else code << 8
-    return attacks.verdict(attacks.Attack("SIGTERM", [], **attack), tmp_path, status, seconds, memory)[0]
+    return attacks.verdict(
+        attacks.Attack("SIGTERM", [], **attack), tmp_path, status, seconds, memory
+    )[0]
 
 
 def test_an_attack_that_ends_well(tmp_path):
     assert verdict(tmp_path) == "its end"
     assert verdict(tmp_path, GOOD, 2) == "one line"
-    assert verdict(tmp_path, "╭─ Parsing error ─╮\n│ --stepz │\n│ For full helptext, see --help │", 2) == "one line"
+    assert (
+        verdict(tmp_path, "╭─ Parsing error ─╮\n│ --stepz │\n│ For full helptext, see --help │", 2)
+        == "one line"
+    )
     assert verdict(tmp_path, code=-signal.SIGTERM) == "one line"
 
 
@@ -69,7 +74,10 @@ def test_what_an_attack_had_to_leave_alone(tmp_path):
 @pytest.mark.slow
 def test_a_round_of_attacks_leaves_every_run_whole():
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.attacks", "--number", "27"], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-m", "benchmarks.attacks", "--number", "27"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "27 of 27 without traceback, hang or loss" in done.stdout

@@ -1,4 +1,5 @@
-"""Every mistake that a person can make on the command line or in a file gets one clear line, and no traceback."""
+"""Every mistake that a person can make on the command line or in a file gets one clear line, and no
+traceback."""
 
 import os
 import struct
@@ -15,7 +16,8 @@ import self_paced
 import slas
 from common import cli, errors
 
-# what is wrong -> (script, flags, what the line has to mention); {tmp} is a folder with the files below
+# what is wrong -> (script, flags, what the line has to mention); {tmp} is a folder with the files
+# below
 VALUES = {
     "steps 0": (grpo_base, "--steps 0", "--steps"),
     "steps negative": (grpo_base, "--steps -5", "--steps"),
@@ -40,8 +42,16 @@ VALUES = {
     "guidance negative": (grpo_base, "--guidance -1", "--guidance"),
     "guidance nan": (grpo_base, "--guidance nan", "--guidance"),
     "guidance of a second expert that is not there": (grpo_base, "--guidance-2 3", "--guidance-2"),
-    "batched guidance where there is one pass": (grpo_base, "--batched-guidance", "--batched-guidance"),
-    "window longer than where it lies": (grpo_base, "--sde-window 3 --sde-steps 2", "longer than the --sde-steps 2"),
+    "batched guidance where there is one pass": (
+        grpo_base,
+        "--batched-guidance",
+        "--batched-guidance",
+    ),
+    "window longer than where it lies": (
+        grpo_base,
+        "--sde-window 3 --sde-steps 2",
+        "longer than the --sde-steps 2",
+    ),
     "noise in all steps": (grpo_base, "--sde-steps 8", "--sde-steps 8: only 7 of 8"),
     "window as long as the steps": (grpo_base, "--sde-window 8", "--sde-window"),
     "fraction 0": (grpo_base, "--timestep-fraction 0", "--timestep-fraction"),
@@ -94,7 +104,8 @@ FILES = {
     "a pipeline of another class": (grpo_base, "--model {tmp}/toaster", "ToasterPipeline"),
     "a broken pipeline": (grpo_base, "--model {tmp}/broken", "broken"),
     "a model without default prompts": (grpo_base, "--model {tmp}/sd --reward jpeg", "--prompts"),
-    "a model without a default reward": (grpo_base, "--model {tmp}/sd --prompts {tmp}/fine.txt", "--reward"),
+    "a model without a default reward": (grpo_base, "--model {tmp}/sd --prompts "
+                                                    "{tmp}/fine.txt", "--reward"),
     "height that the model cannot make": (grpo_base, "--height 30", "30"),
     "frames of an image model": (grpo_base, "--frames 5", "--frames"),
     "frames that the model cannot make": (grpo_base, "--model tiny-wan --frames 4", "frames"),
@@ -113,11 +124,15 @@ FILES = {
     "no such watched reward": (grpo_base, "--watch verifyer", "verifier"),
     "a path without a name": (grpo_base, "--reward-path {tmp}", "NAME=FILE"),
     "a path of no reward": (grpo_base, "--reward-path klip={tmp}", "clip"),
-    "a path that is not there": (grpo_base, "--reward clip --reward-path clip={tmp}/nowhere", "nowhere"),
-    "a checkpoint that is none": (grpo_base, "--reward clip --reward-path clip={tmp}/garbage.pt", "garbage.pt"),
-    "weights that are not there": (grpo_base, "--reward hpsv2 --reward-path hpsv2={tmp}", "HPS_v2_compressed.pt"),
+    "a path that is not there": (grpo_base, "--reward clip --reward-path "
+                                            "clip={tmp}/nowhere", "nowhere"),
+    "a checkpoint that is none": (grpo_base, "--reward clip --reward-path "
+                                             "clip={tmp}/garbage.pt", "garbage.pt"),
+    "weights that are not there": (grpo_base, "--reward hpsv2 --reward-path "
+                                              "hpsv2={tmp}", "HPS_v2_compressed.pt"),
     "a reward with a broken configuration": (
-        grpo_base, "--reward pickscore --reward-path pickscore={tmp}/pick", "--reward-path pickscore=",
+        grpo_base, "--reward pickscore --reward-path pickscore={tmp}/pick", "--reward-path "
+                                                                            "pickscore=",
     ),
     "prompts nested deep": (grpo_base, "--prompts {tmp}/deep.json", "deep.json is no JSON"),
     "no prompt file": (grpo_base, "--prompts {tmp}/nowhere.txt", "nowhere.txt"),
@@ -136,24 +151,35 @@ FILES = {
     "an output in a file": (grpo_base, "--output {tmp}/fine.txt/run", "fine.txt"),
     "an output that holds a run": (grpo_base, "--output {tmp}/run", "--resume latest"),
     "an output with a broken config": (grpo_base, "--output {tmp}/run --resume latest", "config.json"),
-    "a checkpoint that is not there": (grpo_base, "--output {tmp}/new --resume {tmp}/step_000009", "step_000009"),
+    "a checkpoint that is not there": (grpo_base, "--output {tmp}/new --resume "
+                                                  "{tmp}/step_000009", "step_000009"),
     "a run that is not there": (grpo_base, "--model tiny-flux --resume latest", "--output"),
-    "no server": (grpo_base, "--reward judge:quality --judge-url http://127.0.0.1:9/v1 --judge-retries 0", ":9/v1"),
-    "a server that is no URL": (grpo_base, "--reward judge:quality --judge-url nowhere --judge-retries 0", "nowhere"),
-    "a judge that is not there": (grpo_base, "--reward judge:quality --judge-model {tmp}/nowhere", "--judge-model"),
+    "no server": (grpo_base, "--reward judge:quality --judge-url http://127.0.0.1:9/v1 "
+                             "--judge-retries 0", ":9/v1"),
+    "a server that is no URL": (grpo_base, "--reward judge:quality --judge-url nowhere "
+                                           "--judge-retries 0", "nowhere"),
+    "a judge that is not there": (grpo_base, "--reward judge:quality --judge-model "
+                                             "{tmp}/nowhere", "--judge-model"),
     "a prior of an image that is not there": (bpgo, "--prior first-frame", "conditioning image"),
     "thresholds too many": (self_paced, "--thresholds 0.1 0.2 0.3", "a threshold less"),
     "a stage that is not there": (self_paced, "--only-stage 4", "--only-stage"),
-    "stages with weights": (self_paced, "--reward verifier:quality=2 verifier --thresholds 0.5", "no =WEIGHT"),
+    "stages with weights": (self_paced, "--reward verifier:quality=2 verifier --thresholds "
+                                        "0.5", "no =WEIGHT"),
     "a stage without bounds": (self_paced, "--reward jpeg verifier --thresholds 0.5", "bounds"),
-    "image to video without images": (grpo_base, "--model tiny-wan-i2v --prompts {tmp}/motion.txt", "no image"),
-    "an image that is not there": (grpo_base, "--model tiny-wan-i2v --prompts {tmp}/lost.txt", "lost.png"),
+    "image to video without images": (grpo_base, "--model tiny-wan-i2v --prompts "
+                                                 "{tmp}/motion.txt", "no image"),
+    "an image that is not there": (grpo_base, "--model tiny-wan-i2v --prompts "
+                                              "{tmp}/lost.txt", "lost.png"),
     "an image cut short": (grpo_base, "--model tiny-wan-i2v --prompts {tmp}/cut.txt", "cut.png is no picture"),
-    "a photograph cut short": (grpo_base, "--model tiny-wan-i2v --prompts {tmp}/photo.txt", "photo.jpg is no picture"),
-    "an image that fills the memory": (grpo_base, "--model tiny-wan-i2v --prompts {tmp}/bomb.txt", "bomb.png is no"),
+    "a photograph cut short": (grpo_base, "--model tiny-wan-i2v --prompts "
+                                          "{tmp}/photo.txt", "photo.jpg is no picture"),
+    "an image that fills the memory": (grpo_base, "--model tiny-wan-i2v --prompts "
+                                                  "{tmp}/bomb.txt", "bomb.png is no"),
     "samples that fill the memory": (grpo_base, "--height 99968 --width 99968", "latents"),
-    "more samples than fit": (grpo_base, "--prompts-per-step 1000000 --group-size 100000", "latents"),
-    "an image that is none": (grpo_base, "--model tiny-wan-i2v --prompts {tmp}/nopicture.txt", "no picture"),
+    "more samples than fit": (grpo_base, "--prompts-per-step 1000000 --group-size "
+                                         "100000", "latents"),
+    "an image that is none": (grpo_base, "--model tiny-wan-i2v --prompts "
+                                         "{tmp}/nopicture.txt", "no picture"),
 }  # fmt: skip
 
 
@@ -161,7 +187,8 @@ FILES = {
 def tmp(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bad")
     texts = {
-        "fine.txt": "a red circle\n", "empty.txt": "\n  \n", "dog.txt": "a photo of a dog\n", "garbage.pt": "garbage",
+        "fine.txt": "a red circle\n", "empty.txt": "\n  \n", "dog.txt": "a photo of a "
+                                                                        "dog\n", "garbage.pt": "garbage",
         "images.txt": "picture.png\ta red circle\n", "motion.txt": "a red circle moving left\n",
         "lost.txt": "lost.png\ta red circle moving left\n", "nopicture.txt": "fine.txt\ta red circle moving left\n",
         "toaster/model_index.json": '{"_class_name": "ToasterPipeline"}', "broken/model_index.json": "{",
@@ -170,7 +197,9 @@ def tmp(tmp_path_factory):
         "pick/config.json": '{"vision_config": 5}', "pick/model.safetensors": "",
     }  # fmt: skip
     for name in ("cut.png", "photo.jpg", "bomb.png"):
-        texts[name.replace(".png", ".txt").replace(".jpg", ".txt")] = f"{name}\ta red circle moving left\n"
+        texts[name.replace(".png", ".txt").replace(".jpg", ".txt")] = (
+            f"{name}\ta red circle moving left\n"
+        )
         image = Image.effect_noise((64, 64), 99)
         image.save(folder / name, quality=95)
         os.truncate(folder / name, (folder / name).stat().st_size * 2 // 3)
@@ -191,7 +220,11 @@ def test_a_mistake_gets_one_clear_line(what, tmp, tmp_path, monkeypatch, capfd):
     if "tiny-wan-i2v" in flags and not (ROOT / "assets/tiny-wan-i2v").is_dir():
         pytest.skip("not built yet")
     words = flags.format(tmp=tmp).split()
-    words += [] if "--output" in words or what == "a run that is not there" else ["--output", str(tmp_path / "run")]
+    words += (
+        []
+        if "--output" in words or what == "a run that is not there"
+        else ["--output", str(tmp_path / "run")]
+    )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [script.__file__, *words])
     with pytest.raises(SystemExit) as ended:
@@ -224,7 +257,10 @@ def test_there_are_more_than_sixty():
     ],
 )
 def test_odd_prompt_files_are_trained_on(text, number, train, tmp_path):
-    """Empty lines, a byte-order mark, 10,000 characters, emoji, right-to-left text, duplicates, a single prompt."""
+    """Empty lines, a byte-order mark, 10,000 characters, emoji, right-to-left text, duplicates, a
+    single prompt."""
     (tmp_path / "prompts.txt").write_bytes(text.encode())
-    folder, rows = train(prompts=str(tmp_path / "prompts.txt"), eval_prompts="", reward=("jpeg",), steps=1)
+    folder, rows = train(
+        prompts=str(tmp_path / "prompts.txt"), eval_prompts="", reward=("jpeg",), steps=1
+    )
     assert len(rows) == 1 and rows[0]["ratio_error"] == 0

@@ -1,4 +1,5 @@
-"""evaluation.bias: the coefficient of variation against NumPy, a bias that was built in is found, none in the verifier."""
+"""evaluation.bias: the coefficient of variation against NumPy, a bias that was built in is found,
+none in the verifier."""
 
 import csv
 import json
@@ -30,7 +31,8 @@ class Judge(Verifier):
 
 
 def pictures(seed, noise=0.05):
-    """True scenes of all captions with noise of any strength: of one quality, whatever the caption. [n, 3, H, W]"""
+    """True scenes of all captions with noise of any strength: of one quality, whatever the caption.
+    [n, 3, H, W]"""
     generator = torch.Generator().manual_seed(seed)
     images = render(sample_scenes(CAPTIONS, seed=seed))
     strength = noise * torch.rand(len(images), 1, 1, 1, generator=generator)
@@ -48,24 +50,35 @@ def vectors():
 def test_kappa_is_numpys():
     scores, labels = np.array([1.0, 2.0, 3.0, 10.0, 14.0, 5.0]), np.array([0, 0, 0, 1, 1, 2])
     means = [2.0, 12.0, 5.0]
-    assert bias.kappa(scores, labels, 3) == pytest.approx(100 * np.std(means) / np.mean(means), abs=1e-12)
+    assert bias.kappa(scores, labels, 3) == pytest.approx(
+        100 * np.std(means) / np.mean(means), abs=1e-12
+    )
     printed = [100 * np.sqrt(2 / 3) / 2, 100 * 2 / 12, 0.0]  # eq 3, of each cluster
     assert bias.within(scores, labels, 3) == pytest.approx(printed, abs=1e-12)
-    assert bias.kappa(-1000 * scores, labels, 3) == pytest.approx(bias.kappa(scores, labels, 3))  # has no unit
+    assert bias.kappa(-1000 * scores, labels, 3) == pytest.approx(
+        bias.kappa(scores, labels, 3)
+    )  # has no unit
     masked = np.append(scores, np.nan)  # a sample that a judge could not score
     assert bias.kappa(masked, np.append(labels, 1), 3) == bias.kappa(scores, labels, 3)
     assert np.isnan(bias.within(masked, np.append(labels, 3), 4)[3])
 
 
 def test_chance_is_what_it_says_it_is():
-    """Of scores that have nothing to do with the clusters, 5% are above the chance of 95%, and p is uniform."""
+    """Of scores that have nothing to do with the clusters, 5% are above the chance of 95%, and p is
+    uniform."""
     random, labels = np.random.default_rng(0), np.repeat(np.arange(8), 10)
-    found = [bias.against_chance(random.normal(5, 1, 80), labels, 8, seed, dealt=200) for seed in range(100)]
+    found = [
+        bias.against_chance(random.normal(5, 1, 80), labels, 8, seed, dealt=200)
+        for seed in range(100)
+    ]
     assert sum(one["kappa"] > one["chance"] for one in found) <= 12  # 5 +- 2.2
     assert 0.4 < np.mean([one["p"] for one in found]) < 0.6
     biased = bias.against_chance(random.normal(5, 0.1, 80) + (labels == 3), labels, 8)
     means = 5 + np.eye(8)[3]
-    assert biased["beyond_chance"] == pytest.approx(100 * means.std() / means.mean(), rel=0.05) and biased["p"] < 0.01
+    assert (
+        biased["beyond_chance"] == pytest.approx(100 * means.std() / means.mean(), rel=0.05)
+        and biased["p"] < 0.01
+    )
 
 
 # --- The shapes world ---
@@ -75,9 +88,13 @@ def test_a_bias_that_was_built_in_is_found_and_none_in_the_verifier(vectors):
     pytest.importorskip("sklearn")
     for seed in range(5):
         labels = bias.clustered(vectors, 10, seed)
-        scores = rewards.score(rewards.load(["verifier"], CAPTIONS), pictures(seed), CAPTIONS)["verifier"]
+        scores = rewards.score(rewards.load(["verifier"], CAPTIONS), pictures(seed), CAPTIONS)[
+            "verifier"
+        ]
         honest = bias.against_chance(scores.double().numpy(), labels, 10, seed, dealt=300)
-        judged = bias.against_chance(scores.double().numpy() + 0.1 * (labels == seed), labels, 10, seed, dealt=300)
+        judged = bias.against_chance(
+            scores.double().numpy() + 0.1 * (labels == seed), labels, 10, seed, dealt=300
+        )
         assert honest["p"] > 0.01 and honest["beyond_chance"] < 1.0, (seed, honest)
         assert judged["p"] < 0.01 and judged["beyond_chance"] > 2.0, (seed, judged)
 
@@ -88,10 +105,14 @@ def test_from_files_to_tables_and_picture(vectors, tmp_path, capsys):
     (tmp_path / "own.py").write_text(JUDGE.format(liked=liked))
     lines = []
     for i, (picture, caption) in enumerate(zip(pictures(0), CAPTIONS)):
-        Image.fromarray((picture * 255).round().byte().movedim(0, -1).numpy()).save(tmp_path / f"{i}.png")
+        Image.fromarray((picture * 255).round().byte().movedim(0, -1).numpy()).save(
+            tmp_path / f"{i}.png"
+        )
         lines.append(f"{i}.png\t{caption}\n")
     (tmp_path / "real.txt").write_text("".join(lines))
-    args = bias.Args("tiny-flux", ("verifier", f"{tmp_path}/own.py:Judge"), real=str(tmp_path / "real.txt"))
+    args = bias.Args(
+        "tiny-flux", ("verifier", f"{tmp_path}/own.py:Judge"), real=str(tmp_path / "real.txt")
+    )
     args.clusters, args.output = (6, 10), str(tmp_path / "bias")
     bias.main(args)
     found = json.loads((tmp_path / "bias/bias.json").read_text())
@@ -103,7 +124,9 @@ def test_from_files_to_tables_and_picture(vectors, tmp_path, capsys):
     most = max(kinds, key=lambda kind: kind["own.py:Judge"] - kind["verifier"])
     assert most["captions"] == len(liked) and most["typical"] in liked
     with (tmp_path / "bias/clusters.csv").open() as file:
-        assert [row["typical"] for row in csv.DictReader(file)] == [kind["typical"] for kind in kinds]
+        assert [row["typical"] for row in csv.DictReader(file)] == [
+            kind["typical"] for kind in kinds
+        ]
     assert "| own.py:Judge | 10 |" in capsys.readouterr().out
     assert (tmp_path / "bias/bias.png").read_bytes()[:4] == b"\x89PNG"
 
@@ -111,14 +134,21 @@ def test_from_files_to_tables_and_picture(vectors, tmp_path, capsys):
 def test_a_runs_own_weights_draw_the_samples(train, tmp_path):
     pytest.importorskip("sklearn")
     settings = dict(steps=1, reward=("jpeg",), learning_rate=1e-3, sampling_steps=2)
-    runs = [train(output=name, lora_rank=rank, **settings)[0] for name, rank in (("full", 0), ("lora", 2))]
+    runs = [
+        train(output=name, lora_rank=rank, **settings)[0]
+        for name, rank in (("full", 0), ("lora", 2))
+    ]
     found = []
     for model in ("tiny-flux", *map(str, runs)):
-        args = bias.Args(model, ("jpeg",), number=12, samples=2, clusters=(3,), output=str(tmp_path / "bias"))
+        args = bias.Args(
+            model, ("jpeg",), number=12, samples=2, clusters=(3,), output=str(tmp_path / "bias")
+        )
         bias.main(args)
         found.append(json.loads((tmp_path / "bias/bias.json").read_text())["clusters"])
     means = [[kind["jpeg"] for kind in kinds] for kinds in found]
-    assert [kind["typical"] for kind in found[0]] == [kind["typical"] for kind in found[1]]  # its encoder is as it was
+    assert [kind["typical"] for kind in found[0]] == [
+        kind["typical"] for kind in found[1]
+    ]  # its encoder is as it was
     assert means[0] != means[1] != means[2] != means[0]
 
 
@@ -145,7 +175,11 @@ def test_one_line_says_what_is_wrong(settings, said, tmp_path):
     if "real" in settings:
         settings = {"clusters": (2,), **settings, "real": str(tmp_path / settings["real"])}
     with pytest.raises(InputError) as caught:
-        bias.main(bias.Args("tiny-flux", number=20, output=str(tmp_path), **{"reward": ("jpeg",), **settings}))
+        bias.main(
+            bias.Args(
+                "tiny-flux", number=20, output=str(tmp_path), **{"reward": ("jpeg",), **settings}
+            )
+        )
     assert said in str(caught.value) and "\n" not in str(caught.value)
 
 

@@ -38,14 +38,24 @@ def test_letters_that_no_font_has_are_written_as_numbers():
     assert words in ("狐", "\\u72d0") and (len(families) > 1) == (words == "狐")
 
 
-@pytest.mark.parametrize("save, shape", [(report.save_grid, (3, 8, 8)), (report.save_strips, (2, 3, 8, 8))])
-def test_any_prompt_is_drawn_without_boxes_and_beside_the_others(save, shape, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "save, shape", [(report.save_grid, (3, 8, 8)), (report.save_strips, (2, 3, 8, 8))]
+)
+def test_any_prompt_is_drawn_without_boxes_and_beside_the_others(
+    save, shape, tmp_path, monkeypatch
+):
     titles = []
 
     def kept(figure):
         renderer = figure.canvas.get_renderer()
-        titles.extend((axis.title.get_window_extent(renderer), axis) for axis in figure.axes if axis.title.get_text())
-        images.extend(axis.images[0].get_window_extent(renderer) for axis in figure.axes if axis.images)
+        titles.extend(
+            (axis.title.get_window_extent(renderer), axis)
+            for axis in figure.axes
+            if axis.title.get_text()
+        )
+        images.extend(
+            axis.images[0].get_window_extent(renderer) for axis in figure.axes if axis.images
+        )
 
     images = []
     monkeypatch.setattr(plt, "close", kept)

@@ -1,4 +1,5 @@
-"""What an export brings along for others: its card, file modes, LoRAs in other names, and the push to a hub."""
+"""What an export brings along for others: its card, file modes, LoRAs in other names, and the push
+to a hub."""
 
 import base64
 import json
@@ -26,7 +27,8 @@ from common.reporting import card
 
 @pytest.fixture
 def hub(monkeypatch):
-    """A hub on localhost, as far as its client needs one to push: `files` of its repositories, `asked` paths."""
+    """A hub on localhost, as far as its client needs one to push: `files` of its repositories,
+    `asked` paths."""
 
     class Handler(BaseHTTPRequestHandler):
         def answer(self, content, status=200):
@@ -51,25 +53,40 @@ def hub(monkeypatch):
                 return self.answer({"error": "no room"}, 507)
             if self.path == "/api/repos/create":
                 made.created = json.loads(body)
-                return self.answer({"url": f"{made.url}/me/model", "id": "me/model", "name": "me/model"})
+                return self.answer(
+                    {"url": f"{made.url}/me/model", "id": "me/model", "name": "me/model"}
+                )
             if self.path == "/api/validate-yaml":
                 return self.answer({"errors": [], "warnings": []})
             if "/preupload/" in self.path:
-                files = [{"path": file["path"], "uploadMode": "regular"} for file in json.loads(body)["files"]]
-                return self.answer({"files": [{**file, "shouldIgnore": False, "oid": None} for file in files]})
+                files = [
+                    {"path": file["path"], "uploadMode": "regular"}
+                    for file in json.loads(body)["files"]
+                ]
+                return self.answer(
+                    {"files": [{**file, "shouldIgnore": False, "oid": None} for file in files]}
+                )
             if "/commit/" in self.path:
                 for line in map(json.loads, body.splitlines()):
                     if line["key"] == "file":
-                        made.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
-                return self.answer({"commitUrl": f"{made.url}/me/model/commit/1", "commitOid": "1" * 40})
+                        made.files[line["value"]["path"]] = base64.b64decode(
+                            line["value"]["content"]
+                        )
+                return self.answer(
+                    {"commitUrl": f"{made.url}/me/model/commit/1", "commitOid": "1" * 40}
+                )
             self.answer({"error": "not here"}, 404)
 
         def log_message(self, *words):
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    made = SimpleNamespace(url=f"http://127.0.0.1:{server.server_port}", files={}, asked=[], broken=[], created=None)
-    threading.Thread(target=server.serve_forever, kwargs=dict(poll_interval=0.05), daemon=True).start()
+    made = SimpleNamespace(
+        url=f"http://127.0.0.1:{server.server_port}", files={}, asked=[], broken=[], created=None
+    )
+    threading.Thread(
+        target=server.serve_forever, kwargs=dict(poll_interval=0.05), daemon=True
+    ).start()
     monkeypatch.setattr(constants, "ENDPOINT", made.url)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setenv("HF_TOKEN", "hf_right")
@@ -89,29 +106,52 @@ def test_an_export_has_a_card_that_the_hub_reads(train, tmp_path):
     data = found.data.to_dict()
     assert (data["library_name"], data["pipeline_tag"]) == ("diffusers", "text-to-image")
     assert {"vgrpo", "grpo", "lora", "arxiv:2511.18919"} <= set(data["tags"])
-    assert not {"base_model", "license"} & data.keys(), "an embedded model is no repository; a licence is not invented"
+    assert not {"base_model", "license"} & data.keys(), (
+        "an embedded model is no repository; a licence is not invented"
+    )
     said = found.text
     assert "# tiny-flux, trained with Bayesian prior-guided optimization (BPGO)" in said
     assert "https://arxiv.org/abs/2511.18919" in said and "load_lora_weights" in said
-    evaluations = [row["eval_reward"] for row in card.rows_before(folder / "metrics.jsonl", 9) if "eval_reward" in row]
+    evaluations = [
+        row["eval_reward"]
+        for row in card.rows_before(folder / "metrics.jsonl", 9)
+        if "eval_reward" in row
+    ]
     assert f"{evaluations[0]:.4g} -> {evaluations[-1]:.4g}" in said
-    assert "--prior constant --prior-value 0.5" in said and "--lora-rank 4" in said and str(folder) not in said
+    assert (
+        "--prior constant --prior-value 0.5" in said
+        and "--lora-rank 4" in said
+        and str(folder) not in said
+    )
     for name in ("reward.png", "samples.png"):
-        assert f"![{name}]({name})" in said and (folder / "export" / name).read_bytes()[:4] == b"\x89PNG"
+        assert (
+            f"![{name}]({name})" in said
+            and (folder / "export" / name).read_bytes()[:4] == b"\x89PNG"
+        )
 
 
 @pytest.mark.parametrize("script, method", [
-    (grpo_base, "GRPO for image and video generators"), (slas, "SLAS, super-linear advantage shaping"),
+    (grpo_base, "GRPO for image and video generators"), (slas, "SLAS, super-linear advantage "
+                                                               "shaping"),
     (self_paced, "Self-Paced GRPO"),
 ])  # fmt: skip
 def test_the_command_on_a_card_is_the_run(script, method, monkeypatch):
-    """It gives the same settings again, in the order of --help; the hub's id is there where there is one."""
-    values = dict(lora_rank=8, reward=("hpsv2.1=0.7", "clip"), batched_guidance=True, reward_frames=3, seed=2)
+    """It gives the same settings again, in the order of --help; the hub's id is there where there
+    is one."""
+    values = dict(
+        lora_rank=8, reward=("hpsv2.1=0.7", "clip"), batched_guidance=True, reward_frames=3, seed=2
+    )
     args = cli.defaults(script.Args, "wan2.1-1.3b", **values)
     said = card.card({"script": script.__name__}, args, Wan, [], [])
     assert f"# wan2.1-1.3b, trained with {method}" in said
-    assert "base_model: Wan-AI/Wan2.1-T2V-1.3B-Diffusers" in said and "base_model_relation: adapter" in said
-    assert "pipeline_tag: text-to-video" in said and 'from_pretrained("Wan-AI/Wan2.1-T2V-1.3B-Diffusers")' in said
+    assert (
+        "base_model: Wan-AI/Wan2.1-T2V-1.3B-Diffusers" in said
+        and "base_model_relation: adapter" in said
+    )
+    assert (
+        "pipeline_tag: text-to-video" in said
+        and 'from_pretrained("Wan-AI/Wan2.1-T2V-1.3B-Diffusers")' in said
+    )
     for rate in (args.learning_rate, 5e-6, 1e-3):  # a LoRA's default, that of all weights, another
         args.learning_rate = rate
         words = card.command(script.__name__, args)
@@ -120,9 +160,15 @@ def test_the_command_on_a_card_is_the_run(script, method, monkeypatch):
 
 
 def test_paths_of_the_machine_stay_there():
-    args = cli.defaults(grpo_base.Args, prompts="/home/somebody/captions.csv", reward_path=("clip=/home/me/clip",))
+    args = cli.defaults(
+        grpo_base.Args, prompts="/home/somebody/captions.csv", reward_path=("clip=/home/me/clip",)
+    )
     said = card.card({"script": "grpo_base"}, args, Flux, [], [])
-    assert "/home" not in said and "--prompts captions.csv" in said and "--reward-path clip=clip" in said
+    assert (
+        "/home" not in said
+        and "--prompts captions.csv" in said
+        and "--reward-path clip=clip" in said
+    )
 
 
 def test_a_script_of_ones_own_has_a_card_too():
@@ -137,8 +183,17 @@ def test_all_files_of_an_export_can_be_read_by_those_who_may_read_the_run(train)
     folder, _ = train(model="tiny-sd", lora_rank=2, steps=1, ema=0.5)
     mask = os.umask(0)
     os.umask(mask)
-    files = [path for name in ("export", "export_ema") for path in (folder / name).rglob("*") if path.is_file()]
-    assert {path.name for path in files} >= {"README.md", "pytorch_lora_weights.safetensors", "lora.safetensors"}
+    files = [
+        path
+        for name in ("export", "export_ema")
+        for path in (folder / name).rglob("*")
+        if path.is_file()
+    ]
+    assert {path.name for path in files} >= {
+        "README.md",
+        "pytorch_lora_weights.safetensors",
+        "lora.safetensors",
+    }
     assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o666 & ~mask}
 
 
@@ -163,7 +218,9 @@ def test_a_stable_diffusion_lora_under_kohyas_names_gives_the_same_images(train)
 def test_the_export_is_pushed_in_the_end(train, hub, capsys):
     folder, _ = train(lora_rank=4, steps=1, push_to_hub="me/model")
     assert hub.created["name"] == "model" and hub.created["visibility"] == "private"
-    expected = {path.name: path.read_bytes() for path in (folder / "export").iterdir() if path.is_file()}
+    expected = {
+        path.name: path.read_bytes() for path in (folder / "export").iterdir() if path.is_file()
+    }
     assert hub.files == expected and "README.md" in expected
     assert f"pushed to {hub.url}/me/model" in capsys.readouterr().out
 
@@ -179,7 +236,9 @@ def test_a_push_that_fails_leaves_the_export_and_says_how_to_do_it_later(train, 
     ("model", "hf_right", "write OWNER/NAME"),
     ("me/mo del", "hf_right", "the hub does not take it"),
 ])  # fmt: skip
-def test_who_cannot_push_hears_of_it_before_any_work(repository, token, line, hub, train, monkeypatch, tmp_path):
+def test_who_cannot_push_hears_of_it_before_any_work(
+    repository, token, line, hub, train, monkeypatch, tmp_path
+):
     monkeypatch.setenv("HF_TOKEN", token)
     with pytest.raises(InputError, match=line):
         train(push_to_hub=repository)

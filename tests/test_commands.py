@@ -1,9 +1,10 @@
-"""The owner's commands, word for word and offline: `accelerate launch SCRIPT.py --model NAME`, nothing more.
+"""The owner's commands, word for word and offline: `accelerate launch SCRIPT.py --model NAME`,
+nothing more.
 
-The cache is the test's own, in the real layout: small pipelines and rewards under the real hub ids (HPSv2 at its real
-size), prompts in their place. So sizes, prompts, rewards, groups and steps are the ones that the command has; what is
-small is the models. A run takes hours even so: the test ends it after its first step, when metrics.jsonl has a line.
-"""
+The cache is the test's own, in the real layout: small pipelines and rewards under the real hub ids
+(HPSv2 at its real size), prompts in their place. So sizes, prompts, rewards, groups and steps are
+the ones that the command has; what is small is the models. A run takes hours even so: the test ends
+it after its first step, when metrics.jsonl has a line."""
 
 import json
 import os
@@ -32,7 +33,11 @@ from common import cli, models
 from common.prompts import files, sets
 
 SCRIPTS = {"grpo_base": grpo_base, "bpgo": bpgo, "slas": slas, "self_paced": self_paced}
-CAPTIONS = ["A red fox runs through the snow, \t slow motion", "two cats on a wall", "a city at night, from above"]
+CAPTIONS = [
+    "A red fox runs through the snow, \t slow motion",
+    "two cats on a wall",
+    "a city at night, from above",
+]
 REWARDS = {  # what puts them into the cache
     "hpsv2": hub.put_hpsv2,
     "videoclip-xl": hub.put_videoclip_xl,
@@ -40,9 +45,18 @@ REWARDS = {  # what puts them into the cache
 }
 COMMANDS = {  # what each logs besides
     "accelerate launch bpgo.py --model flux": ("hpsv2", {"hpsv2_mean", "trust_mean", "prior"}),
-    "accelerate launch bpgo.py --model wan2.1-1.3b": ("videoclip-xl", {"videoclip-xl_mean", "trust_mean", "prior"}),
-    "accelerate launch bpgo.py --model wan2.2-i2v": ("videoclip-xl", {"videoclip-xl_mean", "trust_mean", "prior"}),
-    "accelerate launch slas.py --model wan2.1-14b": ("videoalign", {"videoalign_mean", "gamma", "batch_std"}),
+    "accelerate launch bpgo.py --model wan2.1-1.3b": (
+        "videoclip-xl",
+        {"videoclip-xl_mean", "trust_mean", "prior"},
+    ),
+    "accelerate launch bpgo.py --model wan2.2-i2v": (
+        "videoclip-xl",
+        {"videoclip-xl_mean", "trust_mean", "prior"},
+    ),
+    "accelerate launch slas.py --model wan2.1-14b": (
+        "videoalign",
+        {"videoalign_mean", "gamma", "batch_std"},
+    ),
     "accelerate launch self_paced.py --model wan2.1-1.3b": ("judge", {"weight_judge:quality"}),
     "accelerate launch self_paced.py --model hunyuan": ("judge", {"weight_judge:alignment"}),
     "accelerate launch self_paced.py --model sd1.4": ("judge", {"weight_judge:alignment"}),
@@ -60,10 +74,13 @@ def put_videoalign(home, tmp):
 
 
 def checkout(folder, home):
-    """A copy of the code that knows the git blobs of the test's own small prompt files, which lie in the cache."""
+    """A copy of the code that knows the git blobs of the test's own small prompt files, which lie
+    in the cache."""
     for path in ROOT.glob("*.py"):
         shutil.copy(path, folder)
-    shutil.copytree(ROOT / "common", folder / "common", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(
+        ROOT / "common", folder / "common", ignore=shutil.ignore_patterns("__pycache__")
+    )
     code = folder / "common/prompts/sets.py"
     data = "\n".join(CAPTIONS * 20).encode() + b"\n"
     for name in ("dancegrpo:images", "dancegrpo:videos"):
@@ -82,19 +99,35 @@ def checkout(folder, home):
 
 
 def first_line(command, folder, home, seconds):
-    """Starts the command in the folder and ends it when metrics.jsonl has a line; returns that and the run's folder."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHONPATH"))}
+    """Starts the command in the folder and ends it when metrics.jsonl has a line; returns that and
+    the run's folder."""
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("HF_", "PYTHONPATH"))
+    }
     environment |= {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     with open(folder / "said.txt", "w") as said:
         process = subprocess.Popen(
-            command.split(), cwd=folder, env=environment, stdout=said, stderr=said, start_new_session=True
+            command.split(),
+            cwd=folder,
+            env=environment,
+            stdout=said,
+            stderr=said,
+            start_new_session=True,
         )
         try:
             started = time.monotonic()
-            while not (found := [path for path in folder.glob("runs/*/metrics.jsonl") if "\n" in path.read_text()]):
+            while not (
+                found := [
+                    path for path in folder.glob("runs/*/metrics.jsonl") if "\n" in path.read_text()
+                ]
+            ):
                 assert process.poll() is None, (folder / "said.txt").read_text()[-3000:]
-                assert time.monotonic() - started < seconds, (folder / "said.txt").read_text()[-3000:]
+                assert time.monotonic() - started < seconds, (folder / "said.txt").read_text()[
+                    -3000:
+                ]
                 time.sleep(1)
         finally:
             if process.poll() is None:
@@ -105,7 +138,11 @@ def first_line(command, folder, home, seconds):
 
 @pytest.mark.parametrize("name", hub.PIPELINES)
 def test_named_models_load_offline_from_the_cache_at_their_own_sizes(name, tmp_path, monkeypatch):
-    for constant, value in {"HF_HOME": tmp_path, "HF_HUB_CACHE": tmp_path / "hub", "HF_HUB_OFFLINE": True}.items():
+    for constant, value in {
+        "HF_HOME": tmp_path,
+        "HF_HUB_CACHE": tmp_path / "hub",
+        "HF_HUB_OFFLINE": True,
+    }.items():
         monkeypatch.setattr(constants, constant, value)
     hub.put_model(tmp_path, name, tmp_path / "model")
     for script in SCRIPTS.values():
@@ -125,7 +162,9 @@ def test_the_owners_command_trains_word_for_word(command, tmp_path):
     reward, logged = COMMANDS[command]
     hub.put_model(home, name, tmp_path / "model")
     if reward == "judge":
-        hub.put_judge(home, tmp_path / "judge", name, [files.one_line(caption) for caption in CAPTIONS])
+        hub.put_judge(
+            home, tmp_path / "judge", name, [files.one_line(caption) for caption in CAPTIONS]
+        )
     else:
         REWARDS[reward](home, tmp_path / "reward")
     checkout(folder, home)

@@ -20,11 +20,14 @@ STEPS = 12
 
 @pytest.fixture
 def made(tmp_path, monkeypatch):
-    """made(name, script, ...) -> a run's folder, with config.json as the scripts write it, and its rows of metrics."""
+    """made(name, script, ...) -> a run's folder, with config.json as the scripts write it, and its
+    rows of metrics."""
 
     def run(name, script=grpo_base, evaluations=True, lost=(), steps=STEPS, **settings):
         monkeypatch.setattr("sys.argv", [script.__file__])
-        args = cli.defaults(script.Args, **{"reward": ("verifier", "jpeg=2"), "watch": ("clip",), **settings})
+        args = cli.defaults(
+            script.Args, **{"reward": ("verifier", "jpeg=2"), "watch": ("clip",), **settings}
+        )
         folder = tmp_path / name
         run_folder.claim(folder, args)
         random = np.random.default_rng(args.seed)
@@ -33,7 +36,10 @@ def made(tmp_path, monkeypatch):
             for row in rows:
                 row[metric] = float(random.normal())
         for row in rows[::4] if evaluations else ():
-            row |= {f"eval_{name}": float(random.normal()) for name in ("reward", "verifier", "jpeg", "clip")}
+            row |= {
+                f"eval_{name}": float(random.normal())
+                for name in ("reward", "verifier", "jpeg", "clip")
+            }
         for step in lost:
             rows[step]["reward_mean"] = math.nan  # null in the file
         run_folder.write_rows(folder / "metrics.jsonl", rows)
@@ -51,25 +57,44 @@ def test_seeds_of_one_setting_are_one_line_with_mean_and_range(made, tmp_path, c
     runs = [made(f"bpgo-{seed}", bpgo, seed=seed, micro_batch=1 + seed) for seed in range(3)]
     runs += [made(f"base-{seed}", seed=seed) for seed in range(2)]
     rows = compared(tmp_path, *(folder for folder, _ in runs))
-    assert [(row["setting"], row["runs"], row["steps"]) for row in rows[::4]] == [("bpgo", 3, 12), ("grpo_base", 2, 12)]
-    shown = [("reward", "the sum"), ("verifier", "trained"), ("jpeg", "trained"), ("clip", "watched")]
+    assert [(row["setting"], row["runs"], row["steps"]) for row in rows[::4]] == [
+        ("bpgo", 3, 12),
+        ("grpo_base", 2, 12),
+    ]
+    shown = [
+        ("reward", "the sum"),
+        ("verifier", "trained"),
+        ("jpeg", "trained"),
+        ("clip", "watched"),
+    ]
     assert [(row["reward"], row["kind"]) for row in rows[:4]] == shown
     for row, name in zip(rows, ("reward", "verifier", "jpeg", "clip")):
-        evaluations = np.array([[r[f"eval_{name}"] for r in own if f"eval_{name}" in r] for _, own in runs[:3]])
-        assert row["samples"] == "held-out" and row["start"] == pytest.approx(evaluations[:, 0].mean(), abs=1e-12)
+        evaluations = np.array(
+            [[r[f"eval_{name}"] for r in own if f"eval_{name}" in r] for _, own in runs[:3]]
+        )
+        assert row["samples"] == "held-out" and row["start"] == pytest.approx(
+            evaluations[:, 0].mean(), abs=1e-12
+        )
         expected = evaluations[:, -1].mean(), evaluations[:, -1].min(), evaluations[:, -1].max()
         assert (row["end"], row["lowest"], row["highest"]) == pytest.approx(expected, abs=1e-12)
     with (tmp_path / "compare/compare.csv").open() as file:
         assert [row["end"] for row in csv.DictReader(file)] == [str(row["end"]) for row in rows]
     said = capsys.readouterr().out.splitlines()
-    assert said[0].split(" | ")[3:] == [*(f"{name} ({kind})" for name, kind in shown[:-1]), "clip (watched) |"]
+    assert said[0].split(" | ")[3:] == [
+        *(f"{name} ({kind})" for name, kind in shown[:-1]),
+        "clip (watched) |",
+    ]
     assert said[2].startswith(f"| bpgo | 3 | 12 | {rows[0]['start']:.3f} -> {rows[0]['end']:.3f} (")
     with Image.open(tmp_path / "compare/compare.png") as picture:
         assert picture.width > 1000
 
 
 def test_a_setting_that_changes_numbers_is_another_line_and_names_it(made, tmp_path):
-    runs = [made("a", bpgo, alpha=0.1)[0], made("b", bpgo, alpha=0.9)[0], made("c", bpgo, alpha=0.9, seed=7)[0]]
+    runs = [
+        made("a", bpgo, alpha=0.1)[0],
+        made("b", bpgo, alpha=0.9)[0],
+        made("c", bpgo, alpha=0.9, seed=7)[0],
+    ]
     runs.append(made("d", bpgo, alpha=0.9, learning_rate=1e-3)[0])
     rows = compared(tmp_path, *runs)
     assert [(row["setting"], row["runs"]) for row in rows[::4]] == [
@@ -90,7 +115,9 @@ def test_a_step_counts_where_all_runs_have_it(made):
 def test_of_seeds_of_different_length_the_ends_are_of_steps_that_both_have(made, tmp_path):
     (one, first), (two, second) = made("one", steps=9), made("two", seed=1, steps=6)
     (row, *_) = compared(tmp_path, one, two, f"{one}/../one")  # one that is named twice is one
-    at = [rows[4]["eval_reward"] for rows in (first, second)]  # evaluations of steps 0, 4 and 8, and of 0 and 4
+    at = [
+        rows[4]["eval_reward"] for rows in (first, second)
+    ]  # evaluations of steps 0, 4 and 8, and of 0 and 4
     assert row["runs"] == 2 and (row["lowest"], row["highest"]) == pytest.approx((min(at), max(at)))
 
 
@@ -112,15 +139,25 @@ def test_a_reward_that_a_run_does_not_have_is_none(made, tmp_path):
 
 def test_of_a_reward_that_some_runs_watch_those_count(made):
     (one, rows), (two, _) = made("one"), made("two", seed=1)
-    run_folder.write_rows(two / "metrics.jsonl", [{"step": n, "reward_mean": 0.0} for n in range(STEPS)])
+    run_folder.write_rows(
+        two / "metrics.jsonl", [{"step": n, "reward_mean": 0.0} for n in range(STEPS)]
+    )
     (group,) = compare.settings([compare.read(one), compare.read(two)])
-    assert group.series("clip_mean")[3] == (rows[3]["clip_mean"],) * 3 and len(group.series("reward_mean")) == STEPS
+    assert (
+        group.series("clip_mean")[3] == (rows[3]["clip_mean"],) * 3
+        and len(group.series("reward_mean")) == STEPS
+    )
     assert group.ends("clip")[1][0] == rows[8]["eval_clip"]
 
 
 @pytest.mark.parametrize(
     "content, said",
-    [(None, "is no run's folder"), ("{", "is no run's folder"), ("[]", "holds no run"), ("{}", "holds no run")],
+    [
+        (None, "is no run's folder"),
+        ("{", "is no run's folder"),
+        ("[]", "holds no run"),
+        ("{}", "holds no run"),
+    ],
 )
 def test_a_folder_that_is_no_run_is_one_line(content, said, tmp_path):
     if content is not None:

@@ -1,5 +1,5 @@
-"""--compile: one graph of each block for rollout and update, and everything else as without it. The quick tests take
-torch's compiler up to the point where it writes C++; the slow ones whole."""
+"""--compile: one graph of each block for rollout and update, and everything else as without it. The
+quick tests take torch's compiler up to the point where it writes C++; the slow ones whole."""
 
 import json
 from functools import partial
@@ -23,7 +23,8 @@ BLOCKS = ("FluxTransformerBlock", "FluxSingleTransformerBlock")
 
 @pytest.fixture
 def graphs(monkeypatch):
-    """Inside, compiled blocks run as torch's compiler found them, without C++; the graphs that it found."""
+    """Inside, compiled blocks run as torch's compiler found them, without C++; the graphs that it
+    found."""
     found = []
 
     def backend(graph, inputs):
@@ -51,12 +52,15 @@ def small(tmp_path):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("lora_rank, kl_coef", [pytest.param(0, 0.0, marks=pytest.mark.slow), (2, 0.1)])
+@pytest.mark.parametrize(
+    "lora_rank, kl_coef", [pytest.param(0, 0.0, marks=pytest.mark.slow), (2, 0.1)]
+)
 def test_rollout_and_update_run_the_same_graphs_and_nothing_else_changes(
     graphs, bf16, small, lora_rank, kl_coef, train
 ):
-    """Of a LoRA the first block's inputs want no gradients, the rollout's none at all; the reference of the KL has the
-    LoRA off. The evaluation's batches of 3 and 2 of 5 prompts: the last one is no batch of the run's."""
+    """Of a LoRA the first block's inputs want no gradients, the rollout's none at all; the
+    reference of the KL has the LoRA off. The evaluation's batches of 3 and 2 of 5 prompts: the last
+    one is no batch of the run's."""
     small |= dict(lora_rank=lora_rank, kl_coef=kl_coef, gradient_checkpointing=bool(lora_rank))
     plain, expected = train(**small)
     folder, rows = train(**small, compile=True, output="compiled")
@@ -72,7 +76,9 @@ def test_rollout_and_update_run_the_same_graphs_and_nothing_else_changes(
     train(**small, compile=True, output="again", steps=1)
     again, rows = train(**small, compile=True, output="again", resume="latest")
     assert rows == metrics(folder)
-    assert all(torch.equal(value, weights(again, 2)[name]) for name, value in weights(folder, 2).items())
+    assert all(
+        torch.equal(value, weights(again, 2)[name]) for name, value in weights(folder, 2).items()
+    )
     assert json.loads((again / "config.json").read_text())["compile"]
 
 
@@ -101,7 +107,10 @@ def test_without_a_compiler_it_is_one_line(small, train, monkeypatch):
     torch._dynamo.reset()
     monkeypatch.setattr(config.cpp, "cxx", ("no-such-compiler",))
     monkeypatch.setattr(config, "force_disable_caches", True)
-    with pytest.raises(InputError, match="--compile: torch cannot compile on this machine .*; install them, or leave"):
+    with pytest.raises(
+        InputError,
+        match="--compile: torch cannot compile on this machine .*; install them, or leave",
+    ):
         train(**small, compile=True)
 
 
@@ -126,9 +135,13 @@ def test_attention_takes_the_kernels_that_are_asked_for(small, train, monkeypatc
 
 
 def test_attention_that_is_not_there_is_one_line(small, train, tmp_path, picture):  # noqa: F811
-    with pytest.raises(InputError, match="--attention flash: Flash Attention backend 'flash' is not usable"):
+    with pytest.raises(
+        InputError, match="--attention flash: Flash Attention backend 'flash' is not usable"
+    ):
         train(**small, attention="flash")
-    with pytest.raises(InputError, match="--attention _native_math cannot be differentiated twice; leave it out"):
+    with pytest.raises(
+        InputError, match="--attention _native_math cannot be differentiated twice; leave it out"
+    ):
         train(slas, **small, gamma="auto", attention="_native_math")
     with pytest.raises(InputError, match="of a UNet2DConditionModel it cannot be chosen"):
         train(**folder_of("sd", tmp_path, picture), attention="_native_math", output="sd")
@@ -147,7 +160,9 @@ def test_in_bf16_the_ratio_is_one(small, train, bf16):
 @pytest.mark.slow
 @pytest.mark.parametrize("config", ["ddp", "fsdp2"])
 def test_two_compiled_processes_train_as_one_that_is_not(config, small, train, tmp_path):
-    small |= dict(prompts_per_step=2, group_size=3, sampling_steps=4, steps=2, eval_every=0, tracker="none")
+    small |= dict(
+        prompts_per_step=2, group_size=3, sampling_steps=4, steps=2, eval_every=0, tracker="none"
+    )
     alone, _ = train(**small, output="alone")
     small = {name: value for name, value in small.items() if not isinstance(value, bool)}
     two(tmp_path, [[*words(grpo_base, small, tmp_path / config), "--compile"]], config)

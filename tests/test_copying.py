@@ -1,4 +1,5 @@
-"""docs/copying.md: the files lie in an empty folder, and what the page says is done there, with torch alone."""
+"""docs/copying.md: the files lie in an empty folder, and what the page says is done there, with
+torch alone."""
 
 import math
 import re
@@ -32,20 +33,26 @@ for name in {files}:
 
 
 def files():
-    """{name: text} of the page's files: blocks of Python, and those that its patches make of them."""
+    """{name: text} of the page's files: blocks of Python, and those that its patches make of
+    them."""
     made = {}
     for block in re.findall(r"^```python\n# (\w+\.py)\n(.*?)^```", TEXT, re.M | re.S):
         made[block[0]] = block[1]
-    for old, new, patch in re.findall(r"^```diff\n--- (\S+)\n\+\+\+ (\S+)\n(.*?)^```", TEXT, re.M | re.S):
+    for old, new, patch in re.findall(
+        r"^```diff\n--- (\S+)\n\+\+\+ (\S+)\n(.*?)^```", TEXT, re.M | re.S
+    ):
         made[new] = patched(made[old], patch)
     return made
 
 
 def patched(text, patch):
-    """The text with each part of a patch, after a line of @@, in the place of the lines that it names."""
+    """The text with each part of a patch, after a line of @@, in the place of the lines that it
+    names."""
     for part in patch.split("@@\n")[1:]:
         lines = part.splitlines(keepends=True)
-        before, after = ("".join(line[1:] for line in lines if line[0] in kinds) for kinds in (" -", " +"))
+        before, after = (
+            "".join(line[1:] for line in lines if line[0] in kinds) for kinds in (" -", " +")
+        )
         assert text.count(before) == 1, part
         text = text.replace(before, after)
     return text
@@ -69,14 +76,23 @@ def test_every_method_trains_in_a_folder_of_its_own_with_torch_alone(tmp_path):
         (tmp_path / name).write_text(text)
     for path in tmp_path.iterdir():
         asked = set(re.findall(r"^\s*(?:import|from) (\w+)", path.read_text(), re.M))
-        assert asked <= {"torch", "math", "collections", *(other.stem for other in tmp_path.iterdir())}, path.name
+        assert asked <= {
+            "torch",
+            "math",
+            "collections",
+            *(other.stem for other in tmp_path.iterdir()),
+        }, path.name
     (tmp_path / "all.py").write_text(RUN.format(others=OTHERS, files=["loss.py", *loops]))
-    done = subprocess.run([sys.executable, "-E", "all.py"], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-E", "all.py"], cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     found = re.findall(r"(\w+\.py) (\d\.\d+) -> (\d\.\d+)$", done.stdout, re.M)
     assert [name for name, _, _ in found] == loops
     ends = {name: float(end) for name, start, end in found if float(end) > float(start) + 0.1}
-    assert list(ends) == loops and ends["grpo.py"] > ends["loop.py"] + 0.05  # -1 for no score costs so much
+    assert (
+        list(ends) == loops and ends["grpo.py"] > ends["loop.py"] + 0.05
+    )  # -1 for no score costs so much
 
 
 def test_the_functions_are_the_scripts_own():
@@ -84,13 +100,13 @@ def test_the_functions_are_the_scripts_own():
         text, source = lift.lifted(name), (ROOT / f"{name}.py").read_text()
         defined = re.findall(r"^def \w+\(.*?(?=^def |\Z)", text, re.M | re.S)
         assert defined and all(part.strip() in source for part in defined)
-    assert "def reliability_weights" in lift.lifted("bpgo") and "def stage_weights" in lift.lifted("self_paced")
+    assert "def reliability_weights" in lift.lifted("bpgo") and "def stage_weights" in lift.lifted(
+        "self_paced"
+    )
 
 
 def test_what_needs_more_than_torch_stays():
-    source = (
-        "import torch\nimport x\ndef f(a):\n  return g(a)\ndef g(a):\n  return x.h(a)\ndef k(x):\n  return max(x)\n"
-    )
+    source = "import torch\nimport x\ndef f(a):\n  return g(a)\ndef g(a):\n  return x.h(a)\ndef k(x):\n  return max(x)\n"
     assert lift.functions(source) == {"f": {"g"}, "g": {"x"}, "k": set()}
     assert lift.functions("def f():\n  import x\n  return x\n") == {}
 
@@ -108,7 +124,10 @@ def test_rows_become_groups_and_rows_again():
 @pytest.mark.parametrize("steps", [3, 60])
 def test_the_running_mean_is_bpgos(steps):
     args = SimpleNamespace(prior="running-mean", prior_value=0.0)
-    theirs, ours = bpgo.Prior(SimpleNamespace(args=args), None, {}, {}), module("flat.py").RunningMean()
+    theirs, ours = (
+        bpgo.Prior(SimpleNamespace(args=args), None, {}, {}),
+        module("flat.py").RunningMean(),
+    )
     generator = torch.Generator().manual_seed(0)
     for step in range(steps):
         reward = torch.rand(2, 4, generator=generator)

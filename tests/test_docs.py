@@ -1,4 +1,5 @@
-"""README and docs/: links and anchors lead somewhere, commands parse, tables that scripts write are current."""
+"""README and docs/: links and anchors lead somewhere, commands parse, tables that scripts write are
+current."""
 
 import json
 import os
@@ -51,14 +52,18 @@ def test_every_page_is_reached_from_the_readme():
         if name not in reached and name in TEXTS:
             reached.add(name)
             targets = (link.partition("#")[0] for link in links(TEXTS[name]) if ":" not in link)
-            todo += [os.path.normpath(os.path.join(os.path.dirname(name), target)) for target in targets]
+            todo += [
+                os.path.normpath(os.path.join(os.path.dirname(name), target)) for target in targets
+            ]
     assert reached == set(TEXTS)
 
 
 def test_papers_are_cited_by_one_number_each():
     """An arXiv id in the text of a link is that of its address."""
     for name, text in TEXTS.items():
-        for shown, address in re.findall(r"\[(\d{4}\.\d{5})\]\(https://arxiv\.org/abs/([^)]+)\)", text):
+        for shown, address in re.findall(
+            r"\[(\d{4}\.\d{5})\]\(https://arxiv\.org/abs/([^)]+)\)", text
+        ):
             assert shown == address, name
 
 
@@ -73,7 +78,12 @@ def test_anchors_are_named_as_github_does():
 def test_commands_are_found_in_blocks_and_in_prose():
     said = "Take `python a.py` or `slas.py --x`:"
     page = said + "\n\n    bash run.sh  # so\n\n```\naccelerate launch b.py \\\n   --y\n```\n"
-    assert commands(page) == ["bash run.sh  # so", "accelerate launch b.py     --y", "python a.py", "slas.py --x"]
+    assert commands(page) == [
+        "bash run.sh  # so",
+        "accelerate launch b.py     --y",
+        "python a.py",
+        "slas.py --x",
+    ]
     assert prose(page).split() == said.split()
 
 
@@ -84,7 +94,8 @@ def test_commands_parse(name, command, elsewhere, monkeypatch):
 
 @pytest.mark.parametrize(
     "command",
-    ["python bpgo.py --learning-rat 1", "bash run.sh --stepz 2", "accelerate launch --config bpgo.py",
+    ["python bpgo.py --learning-rat 1", "bash run.sh --stepz 2", "accelerate launch --config "
+                                                                 "bpgo.py",
      "slas.py --lam 1", "accelerate launch --config_file configs/none.yaml bpgo.py", "python bpgo.py -m",
      "python -m lab.gains --onely x", "python evaluate.py RUN --layout nothing", "python -m lab.rooms --write",
      "sbatch configs/slurm.sh bpgo.py --a"],
@@ -116,7 +127,11 @@ OURS = {name for name, (module, _) in rewards.REWARDS.items() if module.startswi
 
 def test_the_readme_names_every_model_and_every_reward():
     table = re.search(r"^\| `--model`.*?(?=^\n)", TEXTS["README.md"], re.M | re.S)[0]
-    named = {name for cell in re.findall(r"^\| (.*?) \|", table, re.M)[1:] for name in re.findall("`(.+?)`", cell)}
+    named = {
+        name
+        for cell in re.findall(r"^\| (.*?) \|", table, re.M)[1:]
+        for name in re.findall("`(.+?)`", cell)
+    }
     assert named == set(models.MODELS)
     listed = re.search(r"^Rewards: .*?(?=\.\s)", TEXTS["README.md"], re.M | re.S)[0]
     assert set(re.findall("`(.+?)`", listed)) == {name.partition(":")[0] for name in OURS}
@@ -131,21 +146,31 @@ def test_the_rewards_page_has_every_reward():
 
 
 def test_the_six_metrics_are_the_same_on_both_pages():
-    shown = re.findall(r"^\| `(\w+)` \|", TEXTS["README.md"].partition("Six metrics")[2].partition("\n\n    ")[0], re.M)
+    shown = re.findall(
+        r"^\| `(\w+)` \|",
+        TEXTS["README.md"].partition("Six metrics")[2].partition("\n\n    ")[0],
+        re.M,
+    )
     assert len(shown) == 6 and all(documented().fullmatch(name) for name in shown)
-    assert set(shown) == set(re.findall("`(.+?)`", TEXTS["docs/metrics.md"].partition("Six tell")[2].partition(".")[0]))
+    assert set(shown) == set(
+        re.findall("`(.+?)`", TEXTS["docs/metrics.md"].partition("Six tell")[2].partition(".")[0])
+    )
 
 
 def test_the_cost_of_a_step_is_the_measured_one():
     status = " ".join(TEXTS["README.md"].partition("## Status")[2].split())
-    small, large = re.search(r"a step (\S+) times .* on `tiny-flux`, (\S+) times on a 70M FLUX", status).groups()
+    small, large = re.search(
+        r"a step (\S+) times .* on `tiny-flux`, (\S+) times on a 70M FLUX", status
+    ).groups()
     for case, shown in (("tiny-flux", small), ("70M FLUX", large)):
         row = re.search(rf"^\| {case}, .*$", TEXTS["benchmarks/RESULTS.md"], re.M)[0].split(" | ")
         assert f"{float(row[3].split()[0]):.2f}" == shown, case
 
 
 def test_the_attacks_add_up():
-    rows = re.findall(r"^\| [\w' ]+ \| (\d+) \| (\d+) \| (\d+) \|$", TEXTS["docs/machines.md"], re.M)
+    rows = re.findall(
+        r"^\| [\w' ]+ \| (\d+) \| (\d+) \| (\d+) \|$", TEXTS["docs/machines.md"], re.M
+    )
     numbers = [tuple(map(int, row)) for row in rows]
     assert all(number == line + end for number, line, end in numbers)
     assert f"{sum(number for number, _, _ in numbers)} of" in TEXTS["docs/machines.md"]
@@ -154,7 +179,9 @@ def test_the_attacks_add_up():
 def test_the_version_cited_is_the_newest():
     newest = re.search(r"^## (\S+), (\d+) (\w+) (\d+)$", TEXTS["CHANGELOG.md"], re.M)
     cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
-    assert cited["version"] == newest[1] and f"{cited['date-released']:%-d %B %Y}" == " ".join(newest.groups()[1:])
+    assert cited["version"] == newest[1] and f"{cited['date-released']:%-d %B %Y}" == " ".join(
+        newest.groups()[1:]
+    )
 
 
 def test_the_readme_stays_short():

@@ -1,4 +1,5 @@
-"""What a machine, a signal or somebody's code can do to a run: one line each, and no finished step is lost."""
+"""What a machine, a signal or somebody's code can do to a run: one line each, and no finished step
+is lost."""
 
 import io
 import os
@@ -37,9 +38,18 @@ def raises(error):
     "error, words",
     [
         (MemoryError(), r"out of memory \(MemoryError\): lower --micro-batch"),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "out of memory .*--lora-rank"),
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to"), "out of memory .*CUDA out of memory"),
-        (OSError(28, "No space left on device", "metrics.jsonl"), "No space left on device: 'metrics.jsonl'"),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"),
+            "out of memory .*--lora-rank",
+        ),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to"),
+            "out of memory .*CUDA out of memory",
+        ),
+        (
+            OSError(28, "No space left on device", "metrics.jsonl"),
+            "No space left on device: 'metrics.jsonl'",
+        ),
         (RuntimeError("[gloo] connection closed"), "another process of this run is gone"),
     ],
 )
@@ -52,7 +62,11 @@ def test_what_the_machine_lacks_is_one_line(error, words, capsys):
 def test_a_line_is_no_longer_than_a_person_reads_and_moves_no_cursor(capsys):
     assert ended(lambda: raises(InputError(f"no \x1b[2J{'a' * 5000}; take another"))) == 2
     line = capsys.readouterr().err
-    assert line.startswith(r"error: no \x1b[2Jaaa") and line.endswith("aaa; take another\n") and len(line) < 1020
+    assert (
+        line.startswith(r"error: no \x1b[2Jaaa")
+        and line.endswith("aaa; take another\n")
+        and len(line) < 1020
+    )
 
 
 def test_a_bug_of_ours_keeps_its_traceback():
@@ -61,9 +75,13 @@ def test_a_bug_of_ours_keeps_its_traceback():
 
 
 @pytest.mark.parametrize("error", [MemoryError("no room"), KeyError("a bug")])
-def test_finished_steps_are_saved_whatever_ends_the_run(train, monkeypatch, capsys, tmp_path, error):
+def test_finished_steps_are_saved_whatever_ends_the_run(
+    train, monkeypatch, capsys, tmp_path, error
+):
     real = Runtime.update
-    monkeypatch.setattr(Runtime, "update", lambda run: raises(error) if run.step == 1 else real(run))
+    monkeypatch.setattr(
+        Runtime, "update", lambda run: raises(error) if run.step == 1 else real(run)
+    )
     code = 0
     try:
         code = ended(lambda: train(steps=3, save_every=0))
@@ -93,7 +111,12 @@ def test_a_run_outlives_its_output(monkeypatch, stream, name, capsys):
     done = []
     with stream() as broken:
         monkeypatch.setattr(sys, name, broken)
-        code = ended(lambda: [(print("x" * 99, flush=True), sys.stderr.write("y\n"), done.append(i)) for i in range(3)])
+        code = ended(
+            lambda: [
+                (print("x" * 99, flush=True), sys.stderr.write("y\n"), done.append(i))
+                for i in range(3)
+            ]
+        )
         monkeypatch.undo()
     assert code == 0 and done == [0, 1, 2]
     if name == "stdout":
@@ -125,15 +148,30 @@ class Silent(Exception):
 
 
 @pytest.mark.parametrize(
-    "error", [KeyboardInterrupt(), SystemExit(3), MemoryError(), Silent(), GeneratorExit(), ValueError("x" * 9999)]
+    "error",
+    [
+        KeyboardInterrupt(),
+        SystemExit(3),
+        MemoryError(),
+        Silent(),
+        GeneratorExit(),
+        ValueError("x" * 9999),
+    ],
 )
 def test_whatever_a_reward_raises_is_that_rewards_error(error):
-    scorers = {"bad": Reward(lambda media: raises(error)), "fine": Reward(lambda media: media.mean((1, 2, 3)))}
+    scorers = {
+        "bad": Reward(lambda media: raises(error)),
+        "fine": Reward(lambda media: media.mean((1, 2, 3))),
+    }
     with errors.one_line():  # where Ctrl-C has a class of its own
         scores = rewards.score(scorers, torch.zeros(2, 3, 4, 4), ["a", "b"])
     assert scores["fine"].isfinite().all()
-    with pytest.raises(RunError, match=f"^reward bad raised {type(error).__name__}: .*line \\d+") as caught:
-        rewards.check_finite({name: value[:, None] for name, value in scores.items()}, scorers, ["a", "b"])
+    with pytest.raises(
+        RunError, match=f"^reward bad raised {type(error).__name__}: .*line \\d+"
+    ) as caught:
+        rewards.check_finite(
+            {name: value[:, None] for name, value in scores.items()}, scorers, ["a", "b"]
+        )
     assert len(str(caught.value)) < 900
 
 
@@ -157,8 +195,14 @@ def test_ctrl_c_while_a_reward_computes_ends_the_run(capsys):
     ],
 )
 def test_scores_with_a_graph_of_another_type_or_no_tensors_are_taken(kind, train, monkeypatch):
-    values = rewards.score({"r": Reward(lambda m: kind(torch.tensor([0.5, 0.25])))}, torch.zeros(2, 3, 4, 4), "ab")["r"]
-    assert values.tolist() == [0.5, 0.25] and values.dtype == torch.float32 and not values.requires_grad
+    values = rewards.score(
+        {"r": Reward(lambda m: kind(torch.tensor([0.5, 0.25])))}, torch.zeros(2, 3, 4, 4), "ab"
+    )["r"]
+    assert (
+        values.tolist() == [0.5, 0.25]
+        and values.dtype == torch.float32
+        and not values.requires_grad
+    )
 
 
 @pytest.mark.parametrize(

@@ -34,8 +34,17 @@ NUMBER = 12
 
 def trained(folder, script, **settings):
     """A small run in a folder, with evaluations before, between and after its two steps."""
-    small = dict(prompts_per_step=2, group_size=4, sampling_steps=4, micro_batch=8, minibatches=1, tracker="none")
-    small |= dict(steps=2, eval_every=1, sample_every=0, eval_prompts=str(folder.parent / "few.txt"))
+    small = dict(
+        prompts_per_step=2,
+        group_size=4,
+        sampling_steps=4,
+        micro_batch=8,
+        minibatches=1,
+        tracker="none",
+    )
+    small |= dict(
+        steps=2, eval_every=1, sample_every=0, eval_prompts=str(folder.parent / "few.txt")
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [script.__file__])
         script.main(cli.defaults(script.Args, **{**small, "output": str(folder), **settings}))
@@ -74,7 +83,10 @@ def eval_rewards(folder):
 
 def answers(folder):
     """What an evaluation says, byte for byte."""
-    return {name: (folder / name).read_bytes() for name in ("results.json", "results.csv", "side_by_side.png")}
+    return {
+        name: (folder / name).read_bytes()
+        for name in ("results.json", "results.csv", "side_by_side.png")
+    }
 
 
 # --- The training's own evaluation ---
@@ -91,12 +103,19 @@ def test_a_checkpoint_gets_its_own_evaluations_reward_once_more(runs, look):
     assert (folder / "side_by_side.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_in_bf16_a_lora_is_what_it_was_and_all_weights_are_rounded_as_an_export_is(bf16, look, tmp_path):
+def test_in_bf16_a_lora_is_what_it_was_and_all_weights_are_rounded_as_an_export_is(
+    bf16, look, tmp_path
+):
     """Training keeps float32 beside what the passes see."""
     (tmp_path / "few.txt").write_text("\n".join(HELD_OUT[:4]))
     for rank, rate, off in ((4, 1e-2, 0), (0, 1e-4, 0.02)):
         folder = trained(
-            tmp_path / f"run-{rank}", grpo_base, steps=1, lora_rank=rank, learning_rate=rate, clip_range=0.05
+            tmp_path / f"run-{rank}",
+            grpo_base,
+            steps=1,
+            lora_rank=rank,
+            learning_rate=rate,
+            clip_range=0.05,
         )
         found, _ = look(folder, folder / "export", output=f"look-{rank}")
         base, run, export = (row["verifier"]["mean"] for row in found["rewards"].values())
@@ -115,8 +134,12 @@ def test_several_rewards_with_weights_and_self_paced_ones(runs, look, tmp_path):
 
 
 def test_clips_of_two_experts_and_their_moving_averages(look, tmp_path):
-    (tmp_path / "few.txt").write_text("\n".join(read_prompts(models.settings("tiny-wan-i2v")["eval_prompts"])[:3]))
-    settings = dict(model="tiny-wan-i2v", ema=0.5, prompts_per_step=1, sde_steps=0, learning_rate=1e-3)
+    (tmp_path / "few.txt").write_text(
+        "\n".join(read_prompts(models.settings("tiny-wan-i2v")["eval_prompts"])[:3])
+    )
+    settings = dict(
+        model="tiny-wan-i2v", ema=0.5, prompts_per_step=1, sde_steps=0, learning_rate=1e-3
+    )
     folder = trained(tmp_path / "run", grpo_base, **settings)
     found, place = look(folder, folder / "export_ema", shown=2)
     means = [row["motion"]["mean"] for row in found["rewards"].values()]
@@ -145,16 +168,22 @@ def share_out(folder):
     """Rewrites a checkpoint as two processes leave one whose transformer is sharded."""
     state = torch.load(folder / "transformer.pt", weights_only=True)
     for part in range(2):
-        shares = {n: {"shard": v.tensor_split(2)[part].clone()} if v.ndim else v for n, v in state.items()}
+        shares = {
+            n: {"shard": v.tensor_split(2)[part].clone()} if v.ndim else v for n, v in state.items()
+        }
         torch.save(shares, folder / f"transformer.{part}.pt")
     (folder / "transformer.pt").unlink()
     about = json.loads((folder / "checkpoint.json").read_text())
-    (folder / "checkpoint.json").write_text(json.dumps({**about, "parts": {**about["parts"], "transformer": 2}}))
+    (folder / "checkpoint.json").write_text(
+        json.dumps({**about, "parts": {**about["parts"], "transformer": 2}})
+    )
 
 
 def test_size_steps_seed_and_samples_are_its_own(runs, look):
     flags = {"--sampling-steps": 6, "--guidance": 1, "--seed": 1, "--width": 48}
-    own, _ = look("--model", "tiny-flux", "--prompts", runs.prompts, "--reward", "red", "--sampling-steps", 4)
+    own, _ = look(
+        "--model", "tiny-flux", "--prompts", runs.prompts, "--reward", "red", "--sampling-steps", 4
+    )
     found = [own["rewards"]["base"]["red"]["mean"]]
     for flag, value in flags.items():
         words = ("--reward", "red", "--prompts", runs.prompts, "--sampling-steps", 4, flag, value)
@@ -165,20 +194,31 @@ def test_size_steps_seed_and_samples_are_its_own(runs, look):
     more, place = look("--model", "tiny-flux", *words, output="more")
     assert more["rewards"]["base"]["red"]["samples"] == 2 * NUMBER
     kept = folder.Folder(place, more["settings"], more["weights"]).parts["base"][0]["red"]
-    assert np.mean(kept[:NUMBER]) == pytest.approx(found[0], abs=1e-6), "the first sample's noise stays"
+    assert np.mean(kept[:NUMBER]) == pytest.approx(found[0], abs=1e-6), (
+        "the first sample's noise stays"
+    )
 
 
 TAKEN = [("tiny-flux", 0), ("tiny-wan-i2v", 2)]
-ALL_TAKEN = [(f"tiny-{family}", rank) for family in ("flux", "sd", "wan", "wan-i2v") for rank in (0, 2)]
+ALL_TAKEN = [
+    (f"tiny-{family}", rank) for family in ("flux", "sd", "wan", "wan-i2v") for rank in (0, 2)
+]
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("exports", [TAKEN, pytest.param(ALL_TAKEN, marks=pytest.mark.slow)], ids=["some", "all"])
-def test_exports_give_the_evaluators_own_samples_in_plain_diffusers(exports, look, tmp_path, monkeypatch):
-    """Loaded by another process that knows nothing of this project: 1e-5 in float32, and not the base model's."""
+@pytest.mark.parametrize(
+    "exports", [TAKEN, pytest.param(ALL_TAKEN, marks=pytest.mark.slow)], ids=["some", "all"]
+)
+def test_exports_give_the_evaluators_own_samples_in_plain_diffusers(
+    exports, look, tmp_path, monkeypatch
+):
+    """Loaded by another process that knows nothing of this project: 1e-5 in float32, and not the
+    base model's."""
     jobs, true, made = [], heldout.sample_and_score, []
     monkeypatch.setattr(
-        heldout, "sample_and_score", lambda *words, **more: made.append(true(*words, **more)) or made[-1]
+        heldout,
+        "sample_and_score",
+        lambda *words, **more: made.append(true(*words, **more)) or made[-1],
     )
     for name, rank in exports:
         prompts = read_prompts(models.settings(name)["eval_prompts"])[:2]
@@ -194,7 +234,9 @@ def test_exports_give_the_evaluators_own_samples_in_plain_diffusers(exports, loo
         jobs.append(job_of(folder, name, rank, prompts, found["settings"]))
     (tmp_path / "jobs.json").write_text(json.dumps(jobs))
     script = ROOT / "tests/plain_pipelines.py"
-    done = subprocess.run([sys.executable, script, tmp_path / "jobs.json"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, script, tmp_path / "jobs.json"], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     for job in jobs:
         theirs = torch.load(job["out"], weights_only=True)
@@ -270,7 +312,9 @@ def test_scores_that_were_edited_count_as_not_there(tmp_path, edited):
 
     folder().begin()
     file = tmp_path / "scores/base.jsonl"
-    file.write_text(file.read_text() + edited + "\n" + '{"part": 1, "scores": {"verifier": [0.5, null]}}\n')
+    file.write_text(
+        file.read_text() + edited + "\n" + '{"part": 1, "scores": {"verifier": [0.5, null]}}\n'
+    )
     assert folder().parts == {"base": {1: {"verifier": [0.5, None]}}}
 
 
@@ -285,7 +329,9 @@ def test_parts_whose_scores_are_others_are_scored_again(look, tmp_path):
         assert look(*words)[0] == before
 
 
-def test_an_output_that_cannot_be_written_is_found_before_the_model_is_loaded(look, tmp_path, monkeypatch):
+def test_an_output_that_cannot_be_written_is_found_before_the_model_is_loaded(
+    look, tmp_path, monkeypatch
+):
     monkeypatch.setattr(models, "load", None)
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="file/look: cannot write there"):
@@ -294,7 +340,16 @@ def test_an_output_that_cannot_be_written_is_found_before_the_model_is_loaded(lo
 
 @pytest.mark.long
 def test_two_processes_give_the_table_of_one(runs, look, tmp_path):
-    words = [str(runs.full), str(runs.lora), "--samples", "2", "--micro-batch", "7", "--reward-batch", "7"]
+    words = [
+        str(runs.full),
+        str(runs.lora),
+        "--samples",
+        "2",
+        "--micro-batch",
+        "7",
+        "--reward-batch",
+        "7",
+    ]
     _, one = look(*words, output="one", shown=2)
     done = launch(2, str(ROOT / "evaluate.py"), *words, "--shown=2", f"--output={tmp_path / 'two'}")
     assert done.returncode == 0, done.stderr[-2000:]
@@ -304,7 +359,9 @@ def test_two_processes_give_the_table_of_one(runs, look, tmp_path):
 def test_more_runs_join_an_evaluation(runs, look, monkeypatch):
     look(runs.full)
     made, true = [], heldout.sample_and_score
-    monkeypatch.setattr(heldout, "sample_and_score", lambda *words, **more: made.append(1) or true(*words, **more))
+    monkeypatch.setattr(
+        heldout, "sample_and_score", lambda *words, **more: made.append(1) or true(*words, **more)
+    )
     found, _ = look(runs.full, runs.lora)
     assert list(found["rewards"]) == ["base", "full", "lora"]
     assert len(made) == 1, "the new run alone"
@@ -334,7 +391,9 @@ def test_a_95_percent_interval_holds_the_mean_in_95_of_100():
     generator = torch.Generator().manual_seed(0)
     inside = [
         low <= 0 <= high
-        for low, high in (tables.interval(torch.randn(50, generator=generator), 1000) for _ in range(300))
+        for low, high in (
+            tables.interval(torch.randn(50, generator=generator), 1000) for _ in range(300)
+        )
     ]
     assert 0.9 < np.mean(inside) < 0.98
 
@@ -348,17 +407,30 @@ def test_a_model_wins_every_second_time_against_itself():
 def test_the_six_tasks_of_the_shapes_world(runs, look):
     found, place = look(runs.lora, "--reward", "verifier:passed")
     tasks = found["tasks"]["base"]
-    known = {task: share for task, share in tasks.items() if share is not None and task != "overall"}
+    known = {
+        task: share for task, share in tasks.items() if share is not None and task != "overall"
+    }
     assert set(tasks) == {*tables.TASKS, "overall"} and "vague" not in tasks
     assert tasks["overall"] == pytest.approx(np.mean(list(known.values())))
     lines = list(csv.DictReader((place / "results.csv").open()))
-    assert {line["task"] for line in lines} == {"", *tasks} and {line["model"] for line in lines} == {"base", "lora"}
+    assert {line["task"] for line in lines} == {"", *tasks} and {
+        line["model"] for line in lines
+    } == {"base", "lora"}
 
 
 def test_samples_without_a_score_are_counted_and_left_out(runs, look, tmp_path):
     """Also where all samples of a part have none."""
     (tmp_path / "picky.txt").write_text("a red circle\ntwo shapes\na blue square\na cross")
-    words = ("--prompts", tmp_path / "picky.txt", "--reward", "picky", "--micro-batch", "1", "--reward-batch", "1")
+    words = (
+        "--prompts",
+        tmp_path / "picky.txt",
+        "--reward",
+        "picky",
+        "--micro-batch",
+        "1",
+        "--reward-batch",
+        "1",
+    )
     found, place = look(runs.lora, *words)
     row = found["rewards"]["lora"]["picky"]
     assert (row["prompts"], row["missing"]) == (2, 2) and np.isfinite(row["mean"])
@@ -376,13 +448,17 @@ def test_a_reward_that_fails_in_the_middle_is_one_line(runs, look, monkeypatch, 
         return honest(self, media, prompts) + (torch.inf if len(calls) > 1 else 0)
 
     monkeypatch.setattr(smooth._Colour, "score", broken)
-    with pytest.raises(RunError, match="reward red is inf for the prompt") as raised:  # it holds the progress bar
+    with pytest.raises(
+        RunError, match="reward red is inf for the prompt"
+    ) as raised:  # it holds the progress bar
         look(runs.lora, "--reward", "red")
     assert capsys.readouterr().err.endswith("\n"), f"no line for {raised.value}"
 
 
 @pytest.mark.parametrize("what", ["shown", "scores", "results"])
-def test_a_full_disk_is_one_line_and_the_same_command_goes_on(what, look, runs, monkeypatch, tmp_path):
+def test_a_full_disk_is_one_line_and_the_same_command_goes_on(
+    what, look, runs, monkeypatch, tmp_path
+):
     name = "write_bytes" if what == "shown" else "write_text"
     write = getattr(Path, name)
 
@@ -393,7 +469,9 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(what, look, runs, 
 
     monkeypatch.setattr(Path, name, full)
     words = ("--model", "tiny-flux", "--prompts", runs.prompts, "--sampling-steps", "2")
-    with pytest.raises(RunError, match="cannot write into .*No space left on device.*The same command goes on"):
+    with pytest.raises(
+        RunError, match="cannot write into .*No space left on device.*The same command goes on"
+    ):
         look(*words, shown=2)
     monkeypatch.setattr(Path, name, write)
     look(*words, shown=2)
@@ -420,10 +498,12 @@ def wrong(runs, tmp_path_factory):
 
 WRONG = {
     "{wrong}/missing": "is no run's folder",
-    "{wrong}/no_run": "is no run's folder, it has no config.json of one; give the --output of a training run",
+    "{wrong}/no_run": "is no run's folder, it has no config.json of one; give the --output of a "
+    "training run",
     "{wrong}/empty": "it has neither a checkpoint nor an export yet; train it first",
     "{wrong}/broken": "it has neither a checkpoint nor an export yet",
-    "{wrong}/broken/checkpoints/step_000001": "it is no checkpoint .*; name another one, or the run",
+    "{wrong}/broken/checkpoints/step_000001": "it is no checkpoint .*; name another one, or the "
+    "run",
     "{wrong}/cut": "does not fit the model, or is broken: its transformer.pt does not load",
     "{lora}/checkpoints/step_000009": "there is no such folder; .* has step_000002",
     "{lora}/export_ema": "there is no such folder",
@@ -442,8 +522,12 @@ WRONG = {
 
 
 @pytest.mark.parametrize("words", WRONG)
-def test_what_cannot_be_evaluated_is_one_line_that_says_what_to_do(words, runs, wrong, look, capsys):
-    with pytest.raises((InputError, SystemExit)) as raised:  # one of the runs' folders while the flags are read
+def test_what_cannot_be_evaluated_is_one_line_that_says_what_to_do(
+    words, runs, wrong, look, capsys
+):
+    with pytest.raises(
+        (InputError, SystemExit)
+    ) as raised:  # one of the runs' folders while the flags are read
         look(*words.format(lora=runs.lora, wrong=wrong).split())
     said = str(raised.value) if isinstance(raised.value, InputError) else capsys.readouterr().err
     assert re.search(WRONG[words], said) and len(said.splitlines()) == 1, said
@@ -458,12 +542,16 @@ def test_a_trainings_flag_is_the_parsers_to_refuse(runs, look, capsys):
 def test_a_folder_of_another_evaluation_is_left_alone(runs, look, tmp_path):
     _, place = look(runs.lora)
     before = {path: path.read_bytes() for path in place.rglob("*.json*")}
-    with pytest.raises(InputError, match="has an evaluation with seed 0, now it is 1: choose another folder"):
+    with pytest.raises(
+        InputError, match="has an evaluation with seed 0, now it is 1: choose another folder"
+    ):
         look(runs.lora, "--seed", "1")
     again = shutil.copytree(runs.lora, tmp_path / "lora")  # another run of this name
     config = json.loads((again / "config.json").read_text())
     (again / "config.json").write_text(json.dumps({**config, "run": "another"}))
-    with pytest.raises(InputError, match="has scores of other weights called lora: choose another folder"):
+    with pytest.raises(
+        InputError, match="has scores of other weights called lora: choose another folder"
+    ):
         look(again)
     assert before == {path: path.read_bytes() for path in place.rglob("*.json*")}
 
@@ -473,12 +561,24 @@ def test_an_export_that_was_written_again_is_scored_anew(runs, look, tmp_path):
     look(run / "export", "--sampling-steps", "2")
     for path in (run / "export").rglob("*.safetensors"):
         os.utime(path)
-    with pytest.raises(InputError, match="has scores of other weights called lora-export: choose another folder"):
+    with pytest.raises(
+        InputError, match="has scores of other weights called lora-export: choose another folder"
+    ):
         look(run / "export", "--sampling-steps", "2")
 
 
-def test_without_a_run_the_base_is_looked_at_and_the_folder_follows_from_the_settings(runs, monkeypatch, tmp_path):
-    words = ["evaluate.py", "--model", "tiny-flux", "--prompts", str(runs.prompts), "--sampling-steps", "2"]
+def test_without_a_run_the_base_is_looked_at_and_the_folder_follows_from_the_settings(
+    runs, monkeypatch, tmp_path
+):
+    words = [
+        "evaluate.py",
+        "--model",
+        "tiny-flux",
+        "--prompts",
+        str(runs.prompts),
+        "--sampling-steps",
+        "2",
+    ]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", words)
     for _ in range(2):

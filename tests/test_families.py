@@ -1,4 +1,5 @@
-"""Every family of models against the diffusers pipeline that it wraps, on small random weights in the real classes."""
+"""Every family of models against the diffusers pipeline that it wraps, on small random weights in
+the real classes."""
 
 import json
 import os
@@ -38,12 +39,20 @@ from common.trainer import placing
 from common.trainer.runtime import Runtime
 from evaluation import trained
 
-CAPTIONS = ["a square", "four yellow triangles", "a black cross and a blue circle"]  # 2, 3 and 7 words
+CAPTIONS = [
+    "a square",
+    "four yellow triangles",
+    "a black cross and a blue circle",
+]  # 2, 3 and 7 words
 CLIP = dict(height=32, width=32, frames=5)
 FAMILIES = {
     "sd": (pipelines.sd, StableDiffusion, dict(height=32, width=32)),
     "sd3": (pipelines.sd3, StableDiffusion3, dict(height=32, width=32)),
-    "sd3 without T5": (partial(pipelines.sd3, t5=False), StableDiffusion3, dict(height=32, width=32)),
+    "sd3 without T5": (
+        partial(pipelines.sd3, t5=False),
+        StableDiffusion3,
+        dict(height=32, width=32),
+    ),
     "qwen": (pipelines.qwen, QwenImage, dict(height=32, width=32)),
     "wan": (pipelines.wan, Wan, CLIP),
     "wan, two experts": (partial(pipelines.wan, experts=2), Wan, CLIP),
@@ -71,7 +80,9 @@ def official(model, sigmas, noise, picture, **settings):
     """The pipeline's own samples on the same latents and sigmas: [b, (F,) 3, H, W]"""
     pipe, steps = model.pipe, len(sigmas) - 1
     pipe.set_progress_bar_config(disable=True)
-    settings |= dict(height=32, width=32, num_inference_steps=steps, latents=noise, output_type="pt")
+    settings |= dict(
+        height=32, width=32, num_inference_steps=steps, latents=noise, output_type="pt"
+    )
     if isinstance(model, StableDiffusion):
         return pipe(prompt=CAPTIONS, eta=0.0, **settings).images
     if isinstance(model, StableDiffusion3):  # its scheduler shifts by 3
@@ -95,7 +106,8 @@ def official(model, sigmas, noise, picture, **settings):
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_ode_sampler_gives_the_pipelines_own_samples(family, guidance, picture):
-    # the pipeline turns guidance off for both experts if the first has none; here each goes by its own
+    # the pipeline turns guidance off for both experts if the first has none; here each goes by its
+    # own
     second = 2.0 if "two" in family and guidance > 1 else 0.0
     model, prompts = build(family, picture, guidance=guidance, guidance_2=second)
     if "two" in family:
@@ -113,7 +125,9 @@ def test_ode_sampler_gives_the_pipelines_own_samples(family, guidance, picture):
     settings = dict(guidance_scale=guidance, **({"guidance_scale_2": second} if second else {}))
     theirs = official(model, sigmas, noise, picture, **settings)
     assert ours.shape == theirs.shape == (3, *([5] if model.video else []), 3, 32, 32)
-    assert ours.std() > 0.05 and (ours[0] - ours[1]).abs().max() > 1e-3, "flat or equal samples would compare nothing"
+    assert ours.std() > 0.05 and (ours[0] - ours[1]).abs().max() > 1e-3, (
+        "flat or equal samples would compare nothing"
+    )
     assert (ours - theirs).abs().max() <= 1e-5
 
 
@@ -155,7 +169,9 @@ def test_slices_and_waiting_encoders_change_no_number(family, picture):
 
 @pytest.mark.parametrize("family", [*FAMILIES, "flux"])
 def test_a_blank_conditioning_has_the_shapes_of_a_real_one(family, picture):
-    model, prompts = (Flux(pipelines.flux()), CAPTIONS) if family == "flux" else build(family, picture)
+    model, prompts = (
+        (Flux(pipelines.flux()), CAPTIONS) if family == "flux" else build(family, picture)
+    )
     real, blank = model.encode(prompts[:1]), model.blank()
     assert real.keys() == blank.keys()
     assert all(value.shape == real[name].shape[1:] for name, value in blank.items()), family
@@ -170,7 +186,9 @@ def test_wans_clips_are_decoded_in_float32_whatever_the_passes_are_in(name):
         clips = half.decode(x)
     assert torch.equal(clips, single.decode(x))
     kinds = {name: weight.dtype for name, weight in half.pipe.transformer.named_parameters()}
-    assert kinds["scale_shift_table"] == torch.float32 and kinds["proj_out.weight"] == torch.bfloat16
+    assert (
+        kinds["scale_shift_table"] == torch.float32 and kinds["proj_out.weight"] == torch.bfloat16
+    )
 
 
 def test_in_bf16_loras_do_not_cast_what_autocast_casts_back(bf16, tmp_path):
@@ -186,13 +204,17 @@ def test_in_bf16_loras_do_not_cast_what_autocast_casts_back(bf16, tmp_path):
         for layer in layers:
             layer.cast_input_dtype_enabled = casting
             torch.nn.init.ones_(layer.lora_B["default"].weight)
-            layer.lora_A["default"].register_forward_pre_hook(lambda _, values, seen=seen: seen.append(values[0].dtype))
+            layer.lora_A["default"].register_forward_pre_hook(
+                lambda _, values, seen=seen: seen.append(values[0].dtype)
+            )
         x = sde.RowNoise(0, 0, range(2))(model.noise_shape)
         with torch.autocast("cpu", torch.bfloat16):
             velocity = model.velocity(x, 0.5, model.encode(CAPTIONS[:2]))
         velocity.square().sum().backward()
         assert (torch.bfloat16 in seen) != casting
-        results.append([velocity.detach(), *(w.grad for w in module.parameters() if w.requires_grad)])
+        results.append(
+            [velocity.detach(), *(w.grad for w in module.parameters() if w.requires_grad)]
+        )
     assert all(torch.equal(*pair) for pair in zip(*results))
 
 
@@ -212,11 +234,15 @@ def test_ddim_step_is_that_of_diffusers_and_its_log_prob_that_of_ddpo(eta, step)
     theirs = ddim.step(eps, t, z, eta=eta, variance_noise=noise).prev_sample
     std = eta * ddim._get_variance(t, t - 100).double().sqrt()
     mean = theirs - std * noise
-    ddpo = (-((theirs - mean) ** 2) / (2 * std**2) - std.log() - 0.5 * np.log(2 * np.pi)).mean((1, 2, 3))
+    ddpo = (-((theirs - mean) ** 2) / (2 * std**2) - std.log() - 0.5 * np.log(2 * np.pi)).mean(
+        (1, 2, 3)
+    )
 
     sigma, sigma_next = sigmas[step], sigmas[step + 1]
     h, h_next = torch.hypot(1 - sigma, sigma), torch.hypot(1 - sigma_next, sigma_next)
-    s = sde.diffusion_coefficients(torch.cat([sigmas, sigmas[-1:] / 2]), eta, "ddim")[step]  # so that none is the last
+    s = sde.diffusion_coefficients(torch.cat([sigmas, sigmas[-1:] / 2]), eta, "ddim")[
+        step
+    ]  # so that none is the last
     x, velocity = h * z, (eps - h * z) / (1 - sigma)
     x_next, log_prob, _ = sde.ddim_step(velocity, x, sigma, sigma_next, s, noise=noise)
     # the scheduler holds its alphas in float32
@@ -248,7 +274,9 @@ def test_every_schedule_works_on_sd(schedule):
 # --- Two experts ---
 
 
-@pytest.mark.parametrize("shift, boundary, high", [(3, 0.9, 5), (12, 0.9, 10), (3, 0.875, 5), (12, 0.875, 11)])
+@pytest.mark.parametrize(
+    "shift, boundary, high", [(3, 0.9, 5), (12, 0.9, 10), (3, 0.875, 5), (12, 0.875, 11)]
+)
 def test_the_shift_decides_how_many_of_16_steps_the_high_noise_expert_takes(shift, boundary, high):
     model = Wan(pipelines.wan(experts=2), **CLIP)
     model.pipe.register_to_config(boundary_ratio=boundary)
@@ -259,12 +287,17 @@ def test_the_shift_decides_how_many_of_16_steps_the_high_noise_expert_takes(shif
 def test_each_expert_learns_from_its_own_steps_alone(picture):
     model, prompts = build("i2v, two experts", picture, guidance=2.0)
     cond, x = model.encode(prompts), sde.RowNoise(0, 0, range(3))(model.noise_shape)
-    for sigma, learns, rests in ((0.95, "transformer", "transformer_2"), (0.5, "transformer_2", "transformer")):
+    for sigma, learns, rests in (
+        (0.95, "transformer", "transformer_2"),
+        (0.5, "transformer_2", "transformer"),
+    ):
         model.pipe.transformer.zero_grad()
         model.pipe.transformer_2.zero_grad()
         model.velocity(x, sigma, cond).square().sum().backward()
         assert all(weight.grad is None for weight in getattr(model.pipe, rests).parameters())
-        assert sum(weight.grad.abs().sum() for weight in getattr(model.pipe, learns).parameters()) > 0
+        assert (
+            sum(weight.grad.abs().sum() for weight in getattr(model.pipe, learns).parameters()) > 0
+        )
 
 
 # --- Training, from folders ---
@@ -281,8 +314,18 @@ def folder_of(family, tmp_path, picture):
     if "two" in family:
         pipe.register_to_config(boundary_ratio=0.7)
     pipe.save_pretrained(tmp_path / "model")
-    motions = ["a red circle moving left", "a blue square moving up quickly", "something green moving down"]
-    lines = [f"{picture.name}\t{line}" for line in motions] if cls.images else motions if cls.video else CAPTIONS
+    motions = [
+        "a red circle moving left",
+        "a blue square moving up quickly",
+        "something green moving down",
+    ]
+    lines = (
+        [f"{picture.name}\t{line}" for line in motions]
+        if cls.images
+        else motions
+        if cls.video
+        else CAPTIONS
+    )
     (tmp_path / "prompts.txt").write_text("\n".join(lines))
     return dict(
         model=str(tmp_path / "model"), prompts=str(tmp_path / "prompts.txt"), **size, sampling_steps=5,
@@ -301,7 +344,9 @@ def test_gradients_reach_what_is_trained_and_nothing_else(family, picture):
     for module in model.trainable.values():
         reached = {name for name, weight in module.named_parameters() if weight.grad is not None}
         assert reached == {name for name, _ in module.named_parameters() if model.learns(name)}
-        adapted = [name for name, _ in module.named_modules() if re.fullmatch(model.lora_targets, name)]
+        adapted = [
+            name for name, _ in module.named_modules() if re.fullmatch(model.lora_targets, name)
+        ]
         assert adapted and {f"{name}.weight" for name in adapted} <= reached
 
 
@@ -323,7 +368,8 @@ def test_first_ratio_is_one_and_both_ways_of_training_move_every_trained_module(
     for name in trained:
         saved = torch.load(folder / "checkpoints/step_000003" / f"{name}.pt", weights_only=True)
         if lora_rank:
-            # zero at first, as stays what asks for the text in the last block, whose answer nobody reads
+            # zero at first, as stays what asks for the text in the last block, whose answer nobody
+            # reads
             unread = "transformer_blocks.1.attn.add_q_proj" if family in ("sd3", "qwen") else "none"
             moved = [value for key, value in saved.items() if "lora_B" in key and unread not in key]
             assert moved and all(value.abs().max() > 0 for value in moved), name
@@ -422,7 +468,9 @@ def test_processes_exchange_gradients_when_told_and_not_before(tmp_path):
         ("hunyuan", dict(batched_guidance=True), "--batched-guidance has no meaning"),
     ],
 )
-def test_settings_that_a_family_cannot_take_are_one_clear_line(family, settings, line, tmp_path, picture):
+def test_settings_that_a_family_cannot_take_are_one_clear_line(
+    family, settings, line, tmp_path, picture
+):
     folder = folder_of(family, tmp_path, picture)["model"]
     with pytest.raises(InputError, match=line):
         models.load(folder, torch.float32, **{**FAMILIES[family][2], **settings})
@@ -432,7 +480,10 @@ def test_prompts_that_a_family_cannot_take_are_one_clear_line(tmp_path, picture)
     i2v = folder_of("i2v", tmp_path, picture)["model"]
     for prompts, line in (
         (["a red circle moving left"], "has no image; write lines IMAGE <tab> CAPTION"),
-        ([f"{tmp_path}/none.png\ta red circle moving left"], "there is no image .*none.png; paths count from"),
+        (
+            [f"{tmp_path}/none.png\ta red circle moving left"],
+            "there is no image .*none.png; paths count from",
+        ),
     ):
         with pytest.raises(InputError, match=line):
             models.load(i2v, torch.float32, prompts, **CLIP)
@@ -455,7 +506,9 @@ def test_of_many_images_the_first_are_read_and_the_rest_are_there(tmp_path, pict
     prompts = [f"{path}\ta red circle moving left" for path in many for _ in range(2)]
     started = time.process_time()
     WanImageToVideo.check(prompts)
-    assert time.process_time() - started < 2  # 0.3 on a slow core; all of them to their end would be 10 times that
+    assert (
+        time.process_time() - started < 2
+    )  # 0.3 on a slow core; all of them to their end would be 10 times that
     many[100].unlink()
     many[100].write_text("no picture")
     with pytest.raises(InputError, match="100.png is no picture"):
@@ -507,7 +560,9 @@ def test_lora_targets_whose_output_is_not_used_are_refused(train, tmp_path, pict
     settings = folder_of("qwen", tmp_path, picture)
     with pytest.raises(InputError, match="transformer_blocks.1.*, whose output is not used"):
         train(**settings, lora_rank=2, lora_targets=r"transformer_blocks\.\d+\." + layer)
-    folder, _ = train(**settings, lora_rank=2, lora_targets=r"transformer_blocks\.0\." + layer, steps=1)
+    folder, _ = train(
+        **settings, lora_rank=2, lora_targets=r"transformer_blocks\.0\." + layer, steps=1
+    )
     assert (folder / "export").is_dir()
 
 
@@ -520,8 +575,13 @@ def test_lora_targets_choose_the_layers(train):
 def test_pipelines_of_other_classes_are_one_clear_line(tmp_path, picture):
     folder = Path(folder_of("sd", tmp_path, picture)["model"])
     index = json.loads((folder / "model_index.json").read_text())
-    (folder / "model_index.json").write_text(json.dumps({**index, "_class_name": "StableDiffusionXLPipeline"}))
-    with pytest.raises(InputError, match="StableDiffusionXLPipeline; supported are FluxPipeline, StableDiffusionPipel"):
+    (folder / "model_index.json").write_text(
+        json.dumps({**index, "_class_name": "StableDiffusionXLPipeline"})
+    )
+    with pytest.raises(
+        InputError,
+        match="StableDiffusionXLPipeline; supported are FluxPipeline, StableDiffusionPipel",
+    ):
         models.load(str(folder), torch.float32)
 
 
@@ -531,7 +591,15 @@ def test_the_table_of_models_names_sizes_lora_layers_and_blocks():
         (line,) = (line for line in text.splitlines() if line.startswith(f"{name} "))
         assert str(values["sampling_steps"]) in line and str(values["learning_rate"]) in line
         assert values["reward"][0] in line and Path(values["prompts"]).name in line
-    for cls in (Flux, StableDiffusion, StableDiffusion3, QwenImage, Wan, WanImageToVideo, HunyuanVideo):
+    for cls in (
+        Flux,
+        StableDiffusion,
+        StableDiffusion3,
+        QwenImage,
+        Wan,
+        WanImageToVideo,
+        HunyuanVideo,
+    ):
         assert cls.lora_targets in text and ", ".join(cls.blocks) in text
     assert "image-to-video" in text and str(models.ASSETS) not in text
 
@@ -542,7 +610,11 @@ def test_a_named_model_keeps_its_settings_with_weights_from_elsewhere(train, tmp
     folder, rows = train(steps=1, source=str(tmp_path / "mine"), output="local")
     assert rows == expected and cli.defaults(grpo_base.Args, source="mine").steps == 40
     monkeypatch.setattr("sys.argv", ["grpo_base.py", "--output", str(folder), "--resume"])
-    assert cli.parse(grpo_base.Args, "").source == trained.find(folder).settings().source == str(tmp_path / "mine")
+    assert (
+        cli.parse(grpo_base.Args, "").source
+        == trained.find(folder).settings().source
+        == str(tmp_path / "mine")
+    )
     shutil.rmtree(tmp_path / "mine/vae")
     with pytest.raises(InputError, match="mine has no vae; download the whole model again"):
         train(steps=2, source=str(tmp_path / "mine"), output="local", resume="latest")
@@ -550,12 +622,23 @@ def test_a_named_model_keeps_its_settings_with_weights_from_elsewhere(train, tmp
 
 # --- Full sizes ---
 
-FULL = {  # the configurations of the released checkpoints, where they differ from the classes' defaults
+# the configurations of the released checkpoints, where they differ from the classes' defaults
+FULL = {
     "flux": (FluxTransformer2DModel, dict(guidance_embeds=True), Flux, 11.90e9),
-    "sd1.4": (UNet2DConditionModel, dict(sample_size=64, cross_attention_dim=768), StableDiffusion, 0.8595e9),
+    "sd1.4": (
+        UNet2DConditionModel,
+        dict(sample_size=64, cross_attention_dim=768),
+        StableDiffusion,
+        0.8595e9,
+    ),
     "sd3.5-medium": (SD3Transformer2DModel, SD3, StableDiffusion3, 2.24e9),
     "qwen-image": (QwenImageTransformer2DModel, dict(), QwenImage, 20.43e9),
-    "wan2.1-1.3b": (WanTransformer3DModel, dict(num_attention_heads=12, ffn_dim=8960, num_layers=30), Wan, 1.42e9),
+    "wan2.1-1.3b": (
+        WanTransformer3DModel,
+        dict(num_attention_heads=12, ffn_dim=8960, num_layers=30),
+        Wan,
+        1.42e9,
+    ),
     "wan2.1-14b": (WanTransformer3DModel, dict(), Wan, 14.29e9),
     "wan2.2-i2v": (WanTransformer3DModel, dict(in_channels=36), WanImageToVideo, 14.29e9),
     "hunyuan": (HunyuanVideoTransformer3DModel, dict(guidance_embeds=True), HunyuanVideo, 12.82e9),
@@ -568,9 +651,13 @@ def test_full_sizes_have_the_parameters_blocks_and_lora_layers_that_they_should(
     transformer, config, family, parameters = FULL[name]
     with torch.device("meta"):
         module = transformer(**config)
-    assert sum(weight.numel() for weight in module.parameters()) == pytest.approx(parameters, rel=0.02)
+    assert sum(weight.numel() for weight in module.parameters()) == pytest.approx(
+        parameters, rel=0.02
+    )
     assert set(family.blocks) <= {type(part).__name__ for part in module.modules()}
-    targets = {key for key, part in module.named_modules() if re.fullmatch(family.lora_targets, key)}
+    targets = {
+        key for key, part in module.named_modules() if re.fullmatch(family.lora_targets, key)
+    }
     assert all(isinstance(module.get_submodule(key), torch.nn.Linear) for key in targets)
     inside = sum(module.get_submodule(key).weight.numel() for key in targets)
     if family is not StableDiffusion:  # its weights are convolutions for the most part

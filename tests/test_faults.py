@@ -30,18 +30,24 @@ from common.trainer import checkpoints, export, heldout, saving
 from common.trainer.runtime import Runtime
 
 SMALL = (
-    "--prompts-per-step 2 --group-size 4 --sampling-steps 4 --minibatches 1 --tracker none --eval-every 0 "
+    "--prompts-per-step 2 --group-size 4 --sampling-steps 4 --minibatches 1 --tracker none "
+    "--eval-every 0 "
     "--sample-every 0 --steps 6 --save-every 4"
 ).split()
 
 
 def start(folder, *flags, script="grpo_base.py"):
     command = [sys.executable, script, "--output", str(folder), *SMALL, *flags]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 def wait_for_steps(folder, number, process):
-    while not (folder / "metrics.jsonl").exists() or len((folder / "metrics.jsonl").read_text().splitlines()) < number:
+    while (
+        not (folder / "metrics.jsonl").exists()
+        or len((folder / "metrics.jsonl").read_text().splitlines()) < number
+    ):
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.02)
 
@@ -96,27 +102,41 @@ def signalled(train, monkeypatch, numbers, step=1, **settings):
 
 
 @pytest.mark.long
-def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(train, monkeypatch, capfd, tmp_path, raising):
+def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(
+    train, monkeypatch, capfd, tmp_path, raising
+):
     """In any step, the last one too: what comes after it is left to the next start."""
     settings = dict(steps=3, save_every=0, learning_rate=1e-3)
     whole, rows = train(output="whole", **settings)
     for number, step in ((signal.SIGINT, 0), (signal.SIGHUP, 1), (signal.SIGTERM, 2)):
         folder = tmp_path / number.name
         capfd.readouterr()
-        assert signalled(train, monkeypatch, [number], step=step, output=number.name, steps=3) == 128 + number
+        assert (
+            signalled(train, monkeypatch, [number], step=step, output=number.name, steps=3)
+            == 128 + number
+        )
         said = capfd.readouterr()
         assert f"stopped: {number.name}: stopped after {step + 1} steps\n" in said.err
-        assert f"{step + 1} steps are saved; go on with --output {folder} --resume latest" in said.out
-        assert checkpoints.read(checkpoints.newest_first(folder)[0])[0] == len(metrics(folder)) == step + 1
+        assert (
+            f"{step + 1} steps are saved; go on with --output {folder} --resume latest" in said.out
+        )
+        assert (
+            checkpoints.read(checkpoints.newest_first(folder)[0])[0]
+            == len(metrics(folder))
+            == step + 1
+        )
         assert not (folder / "export").exists()
         assert train(output=number.name, resume="latest", **settings)[1] == rows
-        assert all(torch.equal(value, weights(folder, 3)[name]) for name, value in weights(whole, 3).items())
+        assert all(
+            torch.equal(value, weights(folder, 3)[name])
+            for name, value in weights(whole, 3).items()
+        )
         assert (folder / "export").exists()
 
 
 def assert_stops_in(room, name, number, train, monkeypatch, capfd, **settings):
-    """A SIGTERM in the call with this number of a function, in the second of three steps, ends the run there, and it
-    goes on to the same numbers and weights."""
+    """A SIGTERM in the call with this number of a function, in the second of three steps, ends the
+    run there, and it goes on to the same numbers and weights."""
     settings |= dict(script=bpgo, steps=3, save_every=0, learning_rate=1e-3)
     whole, rows = train(output="whole", **settings)
     honest, calls = getattr(room, name), []
@@ -135,18 +155,22 @@ def assert_stops_in(room, name, number, train, monkeypatch, capfd, **settings):
     monkeypatch.undo()
     folder, again = train(resume="latest", **settings)
     assert again == rows
-    assert all(torch.equal(value, weights(folder, 3)[name]) for name, value in weights(whole, 3).items())
+    assert all(
+        torch.equal(value, weights(folder, 3)[name]) for name, value in weights(whole, 3).items()
+    )
 
 
 @pytest.mark.long
 def test_a_signal_in_a_rollout_does_not_wait_for_its_end(train, monkeypatch, capfd, raising):
-    """The rows under way are finished, and the step is begun anew: with BPGO, whose prior moves in every step."""
+    """The rows under way are finished, and the step is begun anew: with BPGO, whose prior moves in
+    every step."""
     assert_stops_in(sde, "rollout", 6, train, monkeypatch, capfd, micro_batch=2)  # of four a step
 
 
 @pytest.mark.long
 def test_a_signal_in_an_evaluation_does_not_wait_for_its_end(train, monkeypatch, capfd, raising):
-    """In that of the initial weights, for a prior, when those of a LoRA are off: what is saved are the trained ones."""
+    """In that of the initial weights, for a prior, when those of a LoRA are off: what is saved are
+    the trained ones."""
     small = dict(micro_batch=4, reward_batch=4, prior="sft", lora_rank=2)
     assert_stops_in(heldout, "sample", 3, train, monkeypatch, capfd, **small)  # of two a step
 
@@ -155,7 +179,10 @@ def test_a_signal_in_an_evaluation_does_not_wait_for_its_end(train, monkeypatch,
 def test_long_steps_are_saved_more_often(train, monkeypatch):
     monkeypatch.setattr(saving, "AUTO_STEPS", 3)
     folder, _ = train(steps=4)
-    assert [path.name for path in checkpoints.newest_first(folder)] == ["step_000004", "step_000003"]
+    assert [path.name for path in checkpoints.newest_first(folder)] == [
+        "step_000004",
+        "step_000003",
+    ]
     monkeypatch.setattr(saving, "AUTO_SECONDS", 0.0)
     folder, _ = train(steps=4, output="long")
     assert len(checkpoints.newest_first(folder)) == 4
@@ -170,12 +197,17 @@ def test_long_steps_whose_checkpoints_fill_the_disk_are_warned_of(train, monkeyp
 
     def fill(*words):
         real(*words)
-        monkeypatch.setattr(preflight.shutil, "disk_usage", lambda folder: SimpleNamespace(free=60 * 2**20))
+        monkeypatch.setattr(
+            preflight.shutil, "disk_usage", lambda folder: SimpleNamespace(free=60 * 2**20)
+        )
 
     monkeypatch.setattr(checkpoints, "publish", fill)
     train(steps=3, output="filled")
     said = capsys.readouterr().out
-    assert "warning: at one every 1 steps 2 more checkpoints of 0.03 GiB come, and the disk has 0.06 GiB free" in said
+    assert (
+        "warning: at one every 1 steps 2 more checkpoints of 0.03 GiB come, and the disk has "
+        "0.06 GiB free" in said
+    )
     monkeypatch.undo()
 
 
@@ -188,7 +220,9 @@ OUT_OF_MEMORY = {
 
 
 @pytest.mark.parametrize("place", OUT_OF_MEMORY)
-def test_out_of_memory_is_one_line_with_the_flags_that_help_and_the_last_checkpoint(train, monkeypatch, capfd, place):
+def test_out_of_memory_is_one_line_with_the_flags_that_help_and_the_last_checkpoint(
+    train, monkeypatch, capfd, place
+):
     folder, _ = train(steps=1)
     owner, name, cure = OUT_OF_MEMORY[place]
     honest, calls = getattr(owner, name), []
@@ -208,7 +242,10 @@ def test_out_of_memory_is_one_line_with_the_flags_that_help_and_the_last_checkpo
     assert ended.value.code == 1 and "Traceback" not in said
     what = "CUDA out of memory. Tried to allocate 3 GiB"
     if place == "a reward":
-        assert re.match(rf"error: reward verifier raised OutOfMemoryError: {what} \(.*, line \d+\): {cure}", line)
+        assert re.match(
+            rf"error: reward verifier raised OutOfMemoryError: {what} \(.*, line \d+\): {cure}",
+            line,
+        )
     else:
         assert line.startswith(f"error: out of memory in {place} ({what}): {cure}")
     assert line.endswith(f"the last checkpoint is {folder}/checkpoints/step_000001")
@@ -221,7 +258,9 @@ def test_a_second_interrupt_ends_at_once_with_one_line(train, monkeypatch, capfd
     assert len(metrics(tmp_path / "run")) == 1
 
 
-def test_an_interrupt_in_the_export_is_one_line_and_leaves_the_export_before(train, monkeypatch, capfd):
+def test_an_interrupt_in_the_export_is_one_line_and_leaves_the_export_before(
+    train, monkeypatch, capfd
+):
     folder, _ = train(steps=1)
     before = {path: path.read_bytes() for path in (folder / "export").rglob("*") if path.is_file()}
     real = export.save
@@ -234,19 +273,32 @@ def test_an_interrupt_in_the_export_is_one_line_and_leaves_the_export_before(tra
     with pytest.raises(SystemExit) as ended:
         errors.run(lambda _: train(steps=2, learning_rate=1e-2, resume="latest"), None)
     said = capfd.readouterr().err
-    assert ended.value.code == 130 and "stopped: SIGINT: at once" in said and "Traceback" not in said
-    assert {path: path.read_bytes() for path in (folder / "export").rglob("*") if path.is_file()} == before
+    assert (
+        ended.value.code == 130 and "stopped: SIGINT: at once" in said and "Traceback" not in said
+    )
+    assert {
+        path: path.read_bytes() for path in (folder / "export").rglob("*") if path.is_file()
+    } == before
     assert not (folder / ".export.tmp").exists()
     monkeypatch.undo()
     train(steps=2, learning_rate=1e-2, resume="latest")
-    assert (folder / "export/transformer/diffusion_pytorch_model.safetensors").read_bytes() not in before.values()
+    assert (
+        folder / "export/transformer/diffusion_pytorch_model.safetensors"
+    ).read_bytes() not in before.values()
 
 
 @pytest.mark.long
 def test_a_closed_terminal_saves(tmp_path):
     """The terminal goes, and with it all that the run can write to."""
     ours, theirs = pty.openpty()
-    command = [sys.executable, "grpo_base.py", "--output", str(tmp_path / "run"), *SMALL, "--steps=1000"]
+    command = [
+        sys.executable,
+        "grpo_base.py",
+        "--output",
+        str(tmp_path / "run"),
+        *SMALL,
+        "--steps=1000",
+    ]
     streams = dict.fromkeys(("stdin", "stdout", "stderr"), theirs)
     owns = dict(start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))
     process = subprocess.Popen(command, cwd=ROOT, **streams, **owns)
@@ -257,12 +309,16 @@ def test_a_closed_terminal_saves(tmp_path):
         assert process.poll() is None
     os.close(ours)
     assert process.wait(timeout=120) == 128 + signal.SIGHUP
-    assert checkpoints.read(checkpoints.newest_first(tmp_path / "run")[0])[0] == len(metrics(tmp_path / "run"))
+    assert checkpoints.read(checkpoints.newest_first(tmp_path / "run")[0])[0] == len(
+        metrics(tmp_path / "run")
+    )
 
 
 @pytest.mark.long
 def test_a_second_signal_ends_at_once(tmp_path):
-    process = start(tmp_path / "run", "--steps", "1000", "--group-size", "64", "--micro-batch", "128")
+    process = start(
+        tmp_path / "run", "--steps", "1000", "--group-size", "64", "--micro-batch", "128"
+    )
     wait_for_steps(tmp_path / "run", 1, process)
     process.send_signal(signal.SIGTERM)
     time.sleep(0.05)
@@ -274,7 +330,9 @@ def test_nohup_is_respected(train, monkeypatch):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         real = Runtime.update
-        monkeypatch.setattr(Runtime, "update", lambda run: (os.kill(os.getpid(), signal.SIGHUP), real(run))[1])
+        monkeypatch.setattr(
+            Runtime, "update", lambda run: (os.kill(os.getpid(), signal.SIGHUP), real(run))[1]
+        )
         assert len(train(steps=2)[1]) == 2
     finally:
         signal.signal(signal.SIGHUP, before)
@@ -293,9 +351,16 @@ def test_signals_are_as_before_after_a_run(train):
 @pytest.mark.long
 def test_only_the_latest_checkpoints_are_kept(train):
     folder, _ = train(steps=5, save_every=1, keep_checkpoints=2)
-    assert [path.name for path in checkpoints.newest_first(folder)] == ["step_000005", "step_000004"]
+    assert [path.name for path in checkpoints.newest_first(folder)] == [
+        "step_000005",
+        "step_000004",
+    ]
     folder, _ = train(steps=5, save_every=2, output="all")
-    assert [path.name for path in checkpoints.newest_first(folder)] == ["step_000005", "step_000004", "step_000002"]
+    assert [path.name for path in checkpoints.newest_first(folder)] == [
+        "step_000005",
+        "step_000004",
+        "step_000002",
+    ]
 
 
 def test_a_full_disk_leaves_the_earlier_checkpoints(train, monkeypatch):
@@ -309,7 +374,9 @@ def test_a_full_disk_leaves_the_earlier_checkpoints(train, monkeypatch):
         real(state, file)
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(RunError, match="cannot save step 2 in .*No space left on device.*is the disk full"):
+    with pytest.raises(
+        RunError, match="cannot save step 2 in .*No space left on device.*is the disk full"
+    ):
         train(steps=3, save_every=1)
     monkeypatch.setattr(torch, "save", real)
     folder, rows = train(steps=3, save_every=1, resume="latest")
@@ -342,14 +409,19 @@ def with_code(tmp_path):
     index["transformer"] = ["brought", "Brought"]
     (folder / "model_index.json").write_text(json.dumps(index))
     (folder / "transformer/brought.py").write_text(
-        "from diffusers import FluxTransformer2DModel\n\n\nclass Brought(FluxTransformer2DModel):\n    pass\n"
+        "from diffusers import FluxTransformer2DModel\n\n\nclass "
+        "Brought(FluxTransformer2DModel):\n    pass\n"
     )
     return str(folder)
 
 
 def test_code_of_a_repository_runs_only_if_it_is_trusted(with_code, monkeypatch, tmp_path):
-    monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path / "cache"))
-    with pytest.raises(InputError, match="its transformer brings Python code; --trust-remote-code runs it"):
+    monkeypatch.setattr(
+        "diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path / "cache")
+    )
+    with pytest.raises(
+        InputError, match="its transformer brings Python code; --trust-remote-code runs it"
+    ):
         models.load(with_code, torch.float32)
     trusted = models.load(with_code, torch.float32, trust_remote_code=True)
     assert type(trusted.pipe.transformer).__name__ == "Brought"
@@ -369,7 +441,9 @@ def test_weights_that_are_no_numbers_are_named_and_never_saved(train, monkeypatc
         return norm
 
     monkeypatch.setattr(Runtime, "update", diverge)
-    with pytest.raises(RunError, match="the samples are no numbers: the weights have diverged. Go on"):
+    with pytest.raises(
+        RunError, match="the samples are no numbers: the weights have diverged. Go on"
+    ):
         train(steps=4, save_every=0, resume="latest")
     errors.rescues[0]()
     assert [path.name for path in checkpoints.newest_first(folder)] == ["step_000001"]
@@ -379,7 +453,8 @@ def test_weights_that_are_no_numbers_are_named_and_never_saved(train, monkeypatc
 
 @pytest.mark.long
 def test_a_gradient_that_is_no_number_costs_its_own_step(train, monkeypatch, capsys):
-    """The finished steps are saved without a word of the broken one, though the prior has seen its rewards."""
+    """The finished steps are saved without a word of the broken one, though the prior has seen its
+    rewards."""
     settings = dict(script=bpgo, steps=2, save_every=0, updates_per_step=2, learning_rate=1e-3)
     whole, rows = train(**settings, output="whole")
     real, passes = Runtime.update, []
@@ -400,13 +475,16 @@ def test_a_gradient_that_is_no_number_costs_its_own_step(train, monkeypatch, cap
 
     said = broken(1)
     assert re.search(
-        r"error: the gradient norm of step 1 is nan; the rewards are not the cause: '[a-z ]+' \(verifier 0\.\d+ to 0",
+        r"error: the gradient norm of step 1 is nan; the rewards are not the cause: '[a-z ]+' "
+        r"\(verifier 0\.\d+ to 0",
         said.err,
     )
     assert "1 steps are saved; go on with" in said.out
     folder, again = train(**settings, output="at 1", resume="latest")
     assert again == rows
-    assert all(torch.equal(value, weights(folder, 2)[name]) for name, value in weights(whole, 2).items())
+    assert all(
+        torch.equal(value, weights(folder, 2)[name]) for name, value in weights(whole, 2).items()
+    )
     said = broken(2)  # the first update has changed the weights
     assert "saved" not in said.out and not checkpoints.newest_first(folder.with_name("at 2"))
 
@@ -415,9 +493,13 @@ def test_a_gradient_that_is_no_number_costs_its_own_step(train, monkeypatch, cap
 
 
 @pytest.mark.parametrize(
-    "folder, reason", [("file/run", "Not a directory"), ("x" * 300, "File name too long")], ids=["file", "long"]
+    "folder, reason",
+    [("file/run", "Not a directory"), ("x" * 300, "File name too long")],
+    ids=["file", "long"],
 )
-def test_an_output_folder_that_cannot_be_written_is_refused_before_any_work(train, tmp_path, folder, reason):
+def test_an_output_folder_that_cannot_be_written_is_refused_before_any_work(
+    train, tmp_path, folder, reason
+):
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match=rf"--output \S*{folder}: cannot write there \({reason}"):
         train(output=folder)

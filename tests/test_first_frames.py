@@ -1,4 +1,5 @@
-"""python -m lab.first_frames: images for image to video, from a text-to-image model or from clips."""
+"""python -m lab.first_frames: images for image to video, from a text-to-image model or from
+clips."""
 
 from pathlib import Path
 
@@ -27,9 +28,17 @@ def made(tmp_path, monkeypatch):
 
 
 def test_a_model_draws_them_and_goes_on_where_it_stopped(made, tmp_path, monkeypatch):
-    drawn = dict(model="tiny-flux", prompts=models.settings("tiny-flux")["prompts"], number=3, height=32, width=32)
+    drawn = dict(
+        model="tiny-flux",
+        prompts=models.settings("tiny-flux")["prompts"],
+        number=3,
+        height=32,
+        width=32,
+    )
     lines = made(**drawn)
-    assert len(lines) == 3 and {caption_of(line) for line in lines} <= set(read_prompts(drawn["prompts"]))
+    assert len(lines) == 3 and {caption_of(line) for line in lines} <= set(
+        read_prompts(drawn["prompts"])
+    )
     pictures = [Path(image_of(line)).read_bytes() for line in lines]
     assert Image.open(image_of(lines[0])).size == (32, 32) and len(set(pictures)) == 3
     with pytest.raises(InputError, match="has its first frames already"):
@@ -38,14 +47,18 @@ def test_a_model_draws_them_and_goes_on_where_it_stopped(made, tmp_path, monkeyp
     Path(image_of(lines[1])).unlink()
     with pytest.raises(InputError, match="other settings"):
         made(**{**drawn, "seed": 1})
-    assert made(**drawn) == lines and [Path(image_of(line)).read_bytes() for line in lines] == pictures
+    assert (
+        made(**drawn) == lines and [Path(image_of(line)).read_bytes() for line in lines] == pictures
+    )
 
 
 def test_clips_give_their_first_frame_in_the_right_shape(made, tmp_path):
     clip = np.zeros((5, 96, 64, 3), np.uint8)  # tall
     clip[0, 32:64] = (200, 30, 30)  # its middle, in the first frame alone
     imageio.imwrite(tmp_path / "clip.mp4", clip, fps=5)
-    (tmp_path / "clips.txt").write_text("clip.mp4\ta red band\nclip.mp4\tthe same, called otherwise\n")
+    (tmp_path / "clips.txt").write_text(
+        "clip.mp4\ta red band\nclip.mp4\tthe same, called otherwise\n"
+    )
     lines = made(clips=str(tmp_path / "clips.txt"), number=0, height=32, width=64)
     assert [caption_of(line) for line in lines] == ["a red band", "the same, called otherwise"]
     image = np.asarray(Image.open(image_of(lines[0])), float)
@@ -55,7 +68,11 @@ def test_clips_give_their_first_frame_in_the_right_shape(made, tmp_path):
 
 def test_mistakes_are_one_line(made, tmp_path):
     (tmp_path / "clip.mp4").write_bytes(b"no clip" * 100)
-    for text, reason in {"clip.mp4\tx": "no clip that can be read", "x.mp4\tx": "x.mp4", "x": "has no clip"}.items():
+    for text, reason in {
+        "clip.mp4\tx": "no clip that can be read",
+        "x.mp4\tx": "x.mp4",
+        "x": "has no clip",
+    }.items():
         (tmp_path / "clips.txt").write_text(text)
         with pytest.raises(InputError, match=reason) as error:
             made(clips=str(tmp_path / "clips.txt"), number=0)

@@ -1,5 +1,5 @@
-"""common/trainer/fisher.py against the full Fisher matrix of a small network, the Hessian of common/loss.py's KL, finite
-steps of a small FLUX transformer, and a grid of exponents."""
+"""common/trainer/fisher.py against the full Fisher matrix of a small network, the Hessian of
+common/loss.py's KL, finite steps of a small FLUX transformer, and a grid of exponents."""
 
 import numpy as np
 import pytest
@@ -32,12 +32,16 @@ def network(flat):
 
 
 def random_weights(seed=0):
-    return torch.randn(sum(SIZES), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.randn(
+        sum(SIZES), generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
 
 
 def fisher_matrix(std):
     """Row by row, dimension by dimension."""
-    jacobian = torch.autograd.functional.jacobian(network, random_weights()).reshape(5, 6, -1).numpy()
+    jacobian = (
+        torch.autograd.functional.jacobian(network, random_weights()).reshape(5, 6, -1).numpy()
+    )
     stds = np.broadcast_to(np.asarray(std), 5)
     return np.mean([np.outer(j, j) / stds[b] ** 2 for b in range(5) for j in jacobian[b]], axis=0)
 
@@ -77,9 +81,13 @@ def test_std_of_another_length_is_refused():
 def test_matrix_is_the_hessian_of_the_average_kl(std):
     weights = random_weights()
     before, column = network(weights), torch.as_tensor(std, dtype=torch.float64).reshape(-1, 1, 1)
-    hessian = torch.autograd.functional.hessian(lambda w: loss.gaussian_kl(network(w), before, column).mean(), weights)
+    hessian = torch.autograd.functional.hessian(
+        lambda w: loss.gaussian_kl(network(w), before, column).mean(), weights
+    )
     product = fisher_product(std)
-    ours = torch.stack([flatten(product(unflatten(e))) for e in torch.eye(len(weights), dtype=torch.float64)])
+    ours = torch.stack(
+        [flatten(product(unflatten(e))) for e in torch.eye(len(weights), dtype=torch.float64)]
+    )
     np.testing.assert_allclose(ours.numpy(), hessian.numpy(), rtol=0, atol=1e-10)
 
 
@@ -87,7 +95,9 @@ def test_matrix_is_the_hessian_of_the_average_kl(std):
 def test_largest_eigenvalue(std):
     expected = np.linalg.eigvalsh(fisher_matrix(std)).max()
     generator = torch.Generator().manual_seed(3)
-    eigenvalue, residual = largest_eigenvalue(fisher_product(std), unflatten(random_weights()), 200, generator)
+    eigenvalue, residual = largest_eigenvalue(
+        fisher_product(std), unflatten(random_weights()), 200, generator
+    )
     assert eigenvalue.shape == residual.shape == () and eigenvalue.dtype == torch.float64
     assert abs(eigenvalue.item() / expected - 1) < 1e-6
     assert residual.item() < 1e-6
@@ -97,7 +107,9 @@ def test_residual_bounds_the_distance_to_the_spectrum_before_convergence():
     spectrum = np.linalg.eigvalsh(fisher_matrix(0.3))
     for iterations in (1, 2, 5):
         generator = torch.Generator().manual_seed(3)
-        found = largest_eigenvalue(fisher_product(0.3), unflatten(random_weights()), iterations, generator)
+        found = largest_eigenvalue(
+            fisher_product(0.3), unflatten(random_weights()), iterations, generator
+        )
         eigenvalue, residual = (x.item() for x in found)
         assert residual > 1e-6  # not converged yet
         assert np.abs(spectrum - eigenvalue).min() <= residual * eigenvalue
@@ -122,7 +134,9 @@ def test_eigenvalue_depends_on_the_generator_and_on_the_number_of_products_alone
 
 
 def test_matrix_of_zeros_has_eigenvalue_and_residual_zero():
-    zeros = largest_eigenvalue(lambda v: [torch.zeros(3)], [torch.empty(3)], 3, torch.Generator().manual_seed(0))
+    zeros = largest_eigenvalue(
+        lambda v: [torch.zeros(3)], [torch.empty(3)], 3, torch.Generator().manual_seed(0)
+    )
     assert [x.item() for x in zeros] == [0, 0]
 
 
@@ -142,7 +156,9 @@ def flux():
     ).double()
 
 
-@pytest.mark.parametrize("among", ["", "attn.to_", "attn.add_"], ids=["all", "attention", "text attention"])
+@pytest.mark.parametrize(
+    "among", ["", "attn.to_", "attn.add_"], ids=["all", "attention", "text attention"]
+)
 def test_product_of_a_flux_transformer_equals_small_finite_steps(flux, among):
     generator = torch.Generator().manual_seed(0)
 
@@ -150,7 +166,11 @@ def test_product_of_a_flux_transformer_equals_small_finite_steps(flux, among):
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
     x, text, pooled = randn(2, 4, 16), randn(2, 3, 32), randn(2, 32)
-    sigma, sigma_next, s = torch.tensor([0.9, 0.5]).double(), torch.tensor([0.8, 0.3]).double(), torch.tensor(0.3)
+    sigma, sigma_next, s = (
+        torch.tensor([0.9, 0.5]).double(),
+        torch.tensor([0.8, 0.3]).double(),
+        torch.tensor(0.3),
+    )
     img_ids = torch.tensor([[0.0, 0, 0], [0, 0, 1], [0, 1, 0], [0, 1, 1]])
     names, weights = zip(*[(name, w) for name, w in flux.named_parameters() if among in name])
 
@@ -185,9 +205,10 @@ def test_product_of_a_flux_transformer_equals_small_finite_steps(flux, among):
             moved = mean_with([w + step * part for w, part in zip(weights, v)])
             return loss.gaussian_kl(moved, mean, std.reshape(-1, 1, 1)).mean().item()
 
-    # 2 / eps^2 times the KL, averaged over both signs so that the order eps is gone and eps^2 remains. A smaller step
-    # drowns in rounding: this transformer's rotary embedding computes in float32 whatever the dtype. With this step
-    # both are below 1e-5 of the value; ten times that is tolerated.
+    # 2 / eps^2 times the KL, averaged over both signs so that the order eps is gone and eps^2
+    # remains. A smaller step drowns in rounding: this transformer's rotary embedding computes in
+    # float32 whatever the dtype. With this step both are below 1e-5 of the value; ten times that is
+    # tolerated.
     eps = 1e-2
     finite = (average_kl(eps) + average_kl(-eps)) / eps**2
     assert quadratic > 0
@@ -227,8 +248,13 @@ def test_exponent_where_the_moment_falls_below_the_bound_and_rises_again():
     ours = largest_exponent(deviation, bound, 3.0)
     assert type(ours) is float and 0.5 < ours < 3
     assert moment(deviation, ours) <= bound < moment(deviation, ours + 1e-9)
-    assert largest_exponent(deviation, bound, 0.5) == 0.5  # gamma_max itself is allowed though 0 is not
-    assert largest_exponent(deviation, 0.9 * min(moment(deviation, g / 100) for g in range(300)), 3.0) == 0
+    assert (
+        largest_exponent(deviation, bound, 0.5) == 0.5
+    )  # gamma_max itself is allowed though 0 is not
+    assert (
+        largest_exponent(deviation, 0.9 * min(moment(deviation, g / 100) for g in range(300)), 3.0)
+        == 0
+    )
 
 
 def test_exponent_of_edge_cases():
@@ -236,14 +262,22 @@ def test_exponent_of_edge_cases():
     assert largest_exponent(above, 0.5, 2.0) == 0  # violated at 0 already, and rising
     assert largest_exponent(below, 1e-9, 2.0) == 0  # falling, but not far enough
     assert largest_exponent(below, 1.0, 2.0) == 2
-    assert largest_exponent(above, 2.0, 0.0) == largest_exponent(above, 9.0, 0.0) == 0  # an empty range
+    assert (
+        largest_exponent(above, 2.0, 0.0) == largest_exponent(above, 9.0, 0.0) == 0
+    )  # an empty range
     assert largest_exponent(above, float("inf"), 2.0) == 2
     assert largest_exponent(above, float("nan"), 2.0) == 0
     assert largest_exponent(torch.zeros(4), 0.1, 2.0) == 2  # equal rewards allow everything
-    assert largest_exponent(torch.tensor([0.0, 1, -1, 0]), 0.4, 2.0) == 0  # the moment is 1/2 for every gamma
+    assert (
+        largest_exponent(torch.tensor([0.0, 1, -1, 0]), 0.4, 2.0) == 0
+    )  # the moment is 1/2 for every gamma
     assert largest_exponent(torch.tensor([0.0, 1, -1, 0]), 0.5, 2.0) == 2
-    assert largest_exponent(torch.tensor([0.0, 2.0]), 4.0, 500.0) == pytest.approx(0.5)  # 2^1002 is finite, barely
-    assert largest_exponent(torch.tensor([0.0, 1e3]), 5e8, 500.0) == pytest.approx(0.5)  # overflows at gamma_max
+    assert largest_exponent(torch.tensor([0.0, 2.0]), 4.0, 500.0) == pytest.approx(
+        0.5
+    )  # 2^1002 is finite, barely
+    assert largest_exponent(torch.tensor([0.0, 1e3]), 5e8, 500.0) == pytest.approx(
+        0.5
+    )  # overflows at gamma_max
 
 
 def test_exponent_is_computed_in_float64():

@@ -11,7 +11,11 @@ from common.errors import InputError
 from common.models import embeddings
 from common.prompts import prompts_ahead, prompts_of_step
 
-PROMPTS = ["a square", "four yellow triangles", "a black cross and a blue circle"]  # 2, 3 and 7 words
+PROMPTS = [
+    "a square",
+    "four yellow triangles",
+    "a black cross and a blue circle",
+]  # 2, 3 and 7 words
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +23,9 @@ def flux():
     return models.load("tiny-flux", torch.float32, height=32, width=32)
 
 
-@pytest.mark.parametrize("guidance, shift, steps, width", [(1.0, 1.0, 8, 32), (3.5, 3.0, 5, 32), (3.5, 1.0, 2, 48)])
+@pytest.mark.parametrize(
+    "guidance, shift, steps, width", [(1.0, 1.0, 8, 32), (3.5, 3.0, 5, 32), (3.5, 1.0, 2, 48)]
+)
 @torch.no_grad()
 def test_ode_sampler_gives_the_pipelines_own_images(guidance, shift, steps, width):
     flux = models.load("tiny-flux", torch.float32, height=32, width=width, guidance=guidance)
@@ -68,26 +74,38 @@ def test_of_fifty_thousand_prompts_few_embeddings_are_kept(flux, monkeypatch):
     monkeypatch.setattr(embeddings, "KEPT", 2 * sum(value[0].nbytes for value in every.values()))
     flux.encode(PROMPTS[:1])
     for i in range(40):
-        some = [PROMPTS[(i + j) % len(PROMPTS)] for j in range(1 + i % 3)] + [f"a red circle {'big ' * i}"]
-        assert torch.equal(flux.encode(some)["pooled_projections"][0], every["pooled_projections"][i % len(PROMPTS)])
+        some = [PROMPTS[(i + j) % len(PROMPTS)] for j in range(1 + i % 3)] + [
+            f"a red circle {'big ' * i}"
+        ]
+        assert torch.equal(
+            flux.encode(some)["pooled_projections"][0],
+            every["pooled_projections"][i % len(PROMPTS)],
+        )
         assert list(flux.embedded)[-len(set(some)) :] == list(dict.fromkeys(some))
         assert len(flux.embedded) <= max(2, len(some))
 
 
 @torch.no_grad()
 def test_encoders_that_wait_on_the_cpu_come_once_for_several_steps(flux, monkeypatch):
-    """And the embeddings are those that each step would have made; without --offload-encoders nothing is made ahead."""
+    """And the embeddings are those that each step would have made; without --offload-encoders
+    nothing is made ahead."""
     prompts, visits, at_hand = [f"{i} red circles" for i in range(40)], [], flux._encoders_at_hand
     rows = torch.arange(4) + 4  # of the second process: group 1 of 2
     monkeypatch.setattr(flux, "_encoders_at_hand", lambda: visits.append(step) or at_hand())
     found = []
-    for offload, ahead, expected in ((True, True, [0, 8]), (True, False, [*range(12)]), (False, True, [*range(12)])):
+    for offload, ahead, expected in (
+        (True, True, [0, 8]),
+        (True, False, [*range(12)]),
+        (False, True, [*range(12)]),
+    ):
         monkeypatch.setattr(flux, "embedded", {})
         monkeypatch.setattr(flux, "offload_encoders", offload)
         visits.clear()
         for step in range(12):
             captions = [prompts_of_step(prompts, step, 2, seed=0)[row // 4] for row in rows]
-            cond = flux.encode(captions, prompts_ahead(prompts, step, 2, 0, rows // 4) if ahead else ())
+            cond = flux.encode(
+                captions, prompts_ahead(prompts, step, 2, 0, rows // 4) if ahead else ()
+            )
             found.append(cond["pooled_projections"])
         assert visits == expected
     alone, apart, here = torch.stack(found).split(12)
@@ -107,7 +125,9 @@ def test_embeddings_wait_on_the_cpu_whatever_the_model_is_on(flux, monkeypatch):
     monkeypatch.setattr(type(flux), "device", torch.device("meta"))
     monkeypatch.setattr(type(flux), "text", lambda model, caption: text)
     cond = flux.encode(PROMPTS)
-    assert all(value.device.type == "meta" and len(value) == len(PROMPTS) for value in cond.values())
+    assert all(
+        value.device.type == "meta" and len(value) == len(PROMPTS) for value in cond.values()
+    )
     kept = [value for embedding in flux.embedded.values() for value in embedding.values()]
     assert len(kept) == 2 * len(PROMPTS) and all(value.device.type == "cpu" for value in kept)
     flux.embedded.clear()
@@ -130,7 +150,9 @@ def test_lora_targets_are_every_linear_layer_of_the_blocks():
         for name, module in transformer.named_modules()
         if isinstance(module, torch.nn.Linear) and "blocks" in name and ".norm" not in name
     }
-    transformer.add_adapter(LoraConfig(r=2, target_modules=models.load("tiny-flux", torch.float32).lora_targets))
+    transformer.add_adapter(
+        LoraConfig(r=2, target_modules=models.load("tiny-flux", torch.float32).lora_targets)
+    )
     adapted = {
         name.removesuffix(".lora_A.default")
         for name, _ in transformer.named_modules()
@@ -153,4 +175,6 @@ def test_asset_is_small_and_stored_in_half_precision():
     for file in files:
         if file.suffix == ".safetensors":
             with safe_open(file, "pt") as tensors:
-                assert {tensors.get_tensor(name).dtype for name in tensors.keys()} == {torch.float16}, file
+                assert {tensors.get_tensor(name).dtype for name in tensors.keys()} == {
+                    torch.float16
+                }, file

@@ -1,5 +1,5 @@
-"""Folders of models as half a download, a wrong copy or a hostile hand leaves them: one line that names folder, file
-and cure, and never a weight that started at random."""
+"""Folders of models as half a download, a wrong copy or a hostile hand leaves them: one line that
+names folder, file and cure, and never a weight that started at random."""
 
 import json
 import os
@@ -43,7 +43,9 @@ def cut(file, length):
 
 
 def without(file):
-    return lambda model: shutil.rmtree(model / file) if (model / file).is_dir() else (model / file).unlink()
+    return lambda model: (
+        shutil.rmtree(model / file) if (model / file).is_dir() else (model / file).unlink()
+    )
 
 
 def setting(file, **values):
@@ -77,14 +79,16 @@ def code(part, file):
 
 INDEX = "model_index.json"
 WRONG = {
-    "weights cut short": (cut(T5, 5000), r"broken text_encoder_2/model.safetensors \(5000 of \d+ bytes\)"),
+    "weights cut short": (cut(T5, 5000), r"broken text_encoder_2/model.safetensors \(5000 of \d+ "
+                                         r"bytes\)"),
     "weights of no length": (cut(CLIP, 0), r"broken text_encoder/model.safetensors \(0 bytes"),
     "weights with a broken head": (write(CLIP, "\x10" + "\0" * 7 + "{" * 40), "text_encoder/model.safetensors .*head"),
     "a head of many parts": (write(CLIP, "\x40" + "\0" * 7 + "[" * 64), "text_encoder/model.safetensors .*head"),
     "a pointer": (write(FLUX, "version https://git-lfs.github.com/spec/v1\n"), f"{FLUX} .*git lfs pull"),
     "no weights": (without(FLUX), f"has no {FLUX}"),
     "a shard that is missing": (
-        lambda model: (without(FLUX)(model), write(f"{FLUX}.index.json", '{"weight_map": {"a": "1.st"}}')(model)),
+        lambda model: (without(FLUX)(model), write(f"{FLUX}.index.json", '{"weight_map": {"a": '
+                                                                         '"1.st"}}')(model)),
         "has no transformer/1.st",
     ),
     "no part": (without("vae"), "has no vae"),
@@ -92,14 +96,16 @@ WRONG = {
     "half a config": (write("vae/config.json", '{"_class'), "broken vae/config.json"),
     "a config that is a list": (write("scheduler/scheduler_config.json", "[]"), "broken scheduler/scheduler_config"),
     "a tokenizer without its config": (without("tokenizer/tokenizer_config.json"), "no tokenizer/tokenizer_config"),
-    "a tokenizer without words": (without("tokenizer_2/tokenizer.json"), "tokenizer_2 without a vocabulary"),
+    "a tokenizer without words": (without("tokenizer_2/tokenizer.json"), "tokenizer_2 without a "
+                                                                         "vocabulary"),
     "a tokenizer of few words": (
         lambda model: (without("tokenizer/tokenizer.json")(model), write("tokenizer/merges.txt", "")(model)),
         "tokenizer of .* words|tokenizer that does not load",
     ),
     "fewer layers than weights": (setting("transformer/config.json", num_layers=1), "transformer that do not fit"),
     "fewer layers than an encoder's": (
-        setting("text_encoder/config.json", num_hidden_layers=1), "text_encoder that do not fit: .* also has",
+        setting("text_encoder/config.json", num_hidden_layers=1), "text_encoder that do not fit: "
+                                                                  ".* also has",
     ),
     "more layers than weights": (setting("transformer/config.json", num_layers=3), "lacks transformer_blocks.2"),
     "a billion layers": (setting("transformer/config.json", num_layers=10**9), "num_layers is 1000000000, with"),
@@ -107,12 +113,14 @@ WRONG = {
     "a word for a number": (setting("transformer/config.json", num_layers="two"), "a transformer that does not load"),
     "a scale that is none": (setting("vae/config.json", scaling_factor=None), "does not work: .*NoneType"),
     "an endless schedule": (setting("scheduler/scheduler_config.json", num_train_timesteps=10**10), "num_train_time"),
-    "a weight too few": (weights(CLIP, lambda state, key: state.pop(key)), "text_encoder that do not fit: .* lacks"),
+    "a weight too few": (weights(CLIP, lambda state, key: state.pop(key)), "text_encoder that do "
+                                                                           "not fit: .* lacks"),
     "a weight of another shape": (
         weights(FLUX, lambda state, key: state.update({key: state[key][:-1].clone()})), "transformer that does not",
     ),
     "weights that are no numbers": (
-        weights(FLUX, lambda state, key: state[key].fill_(torch.nan)), "computes no numbers, as .* of its transformer",
+        weights(FLUX, lambda state, key: state[key].fill_(torch.nan)), "computes no numbers, as "
+                                                                       ".* of its transformer",
     ),
     "weights that hold code": (code("transformer", "diffusion_pytorch_model.bin"), "run code, which is refused"),
     "an encoder that holds code": (code("text_encoder", "pytorch_model.bin"), "run code, which is refused"),
@@ -124,17 +132,20 @@ WRONG = {
     "an index with a part of nothing": (setting(INDEX, vae=["_objects", "x"]), "its vae brings Python code"),
     "an index with an unknown part": (setting(INDEX, vae=["diffusers", "Nope"]), "diffusers.Nope, which does not"),
     "an index with a wrong part": (
-        setting(INDEX, vae=["diffusers", "UNet2DConditionModel"]), "is UNet2DConditionModel, not AutoencoderKL",
+        setting(INDEX, vae=["diffusers", "UNet2DConditionModel"]), "is UNet2DConditionModel, not "
+                                                                   "AutoencoderKL",
     ),
     "an index with a model as a tokenizer": (
-        setting(INDEX, tokenizer=["diffusers", "AutoencoderKL"]), "whose tokenizer is AutoencoderKL",
+        setting(INDEX, tokenizer=["diffusers", "AutoencoderKL"]), "whose tokenizer is "
+                                                                  "AutoencoderKL",
     ),
     "an index without a part": (setting(INDEX, transformer=[None, None]), "without a transformer"),
     "another model's transformer": (
         lambda model: shutil.copy(models.ASSETS / "tiny-wan/transformer/config.json", model / "transformer"),
         "config.json of WanTransformer3DModel, not FluxTransformer2DModel",
     ),
-    "a module of the machine": (setting(INDEX, scheduler=["os", "system"]), "brings Python code; --trust-remote-code"),
+    "a module of the machine": (setting(INDEX, scheduler=["os", "system"]), "brings Python code; "
+                                                                            "--trust-remote-code"),
 }  # fmt: skip
 
 
@@ -147,7 +158,12 @@ def test_a_broken_folder_is_one_line_with_folder_file_and_cure(what, copy, monke
     with pytest.raises(InputError) as error:
         models.load(str(model), torch.float32).try_out("a red circle")
     line = str(error.value)
-    assert re.search(words, line) and line.startswith(f"model: {model}") and "\n" not in line and len(line) < 1000
+    assert (
+        re.search(words, line)
+        and line.startswith(f"model: {model}")
+        and "\n" not in line
+        and len(line) < 1000
+    )
     assert "download" in line or "--trust-remote-code" in line
     assert not (tmp_path / "RAN").exists()
 
@@ -174,7 +190,10 @@ def test_experts_that_the_index_promises_and_lacks(copy):
 def test_whole_folders_pass_and_load_as_diffusers_loads_them(name):
     family = models.family_of(name)
     folder.check(family, models.ASSETS / name)
-    ours, theirs = models.load(name, torch.float32).pipe, family.pipeline.from_pretrained(models.ASSETS / name)
+    ours, theirs = (
+        models.load(name, torch.float32).pipe,
+        family.pipeline.from_pretrained(models.ASSETS / name),
+    )
     assert ours.config == theirs.config
     for part, module in theirs.components.items():
         assert type(getattr(ours, part)) is type(module)
@@ -191,10 +210,16 @@ def test_stable_diffusions_safety_checker_comes_from_a_pipelines_module(copy):
     config = CLIPConfig(text_config=small, vision_config=vision, projection_dim=8)
     StableDiffusionSafetyChecker(config).save_pretrained(model / "safety_checker")
     CLIPImageProcessor().save_pretrained(model / "feature_extractor")
-    index = {"safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"], "requires_safety_checker": True}
+    index = {
+        "safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"],
+        "requires_safety_checker": True,
+    }
     setting(INDEX, feature_extractor=["transformers", "CLIPImageProcessor"], **index)(model)
     pipe = models.load(str(model), torch.float32).pipe
-    assert type(pipe.safety_checker) is StableDiffusionSafetyChecker and pipe.feature_extractor is not None
+    assert (
+        type(pipe.safety_checker) is StableDiffusionSafetyChecker
+        and pipe.feature_extractor is not None
+    )
     cut("safety_checker/model.safetensors", 100)(model)
     with pytest.raises(InputError, match="broken safety_checker/model.safetensors"):
         models.load(str(model), torch.float32)
@@ -213,7 +238,9 @@ def test_a_machine_without_a_network_is_asked_for_the_hub_once(monkeypatch):
     hub.settle.cache_clear()
     try:
         for name in ("nobody/nothing", "nobody/else"):
-            with pytest.raises(InputError, match="not in the Hugging Face cache, and the hub does not give it"):
+            with pytest.raises(
+                InputError, match="not in the Hugging Face cache, and the hub does not give it"
+            ):
                 models.load(name, torch.float32)
     finally:
         hub.settle.cache_clear()

@@ -1,4 +1,5 @@
-"""benchmarks/full_size.py in small: what it says, phase by phase, before anybody has paid for a GPU."""
+"""benchmarks/full_size.py in small: what it says, phase by phase, before anybody has paid for a
+GPU."""
 
 import json
 
@@ -17,7 +18,9 @@ def said(capfd):
     return [json.loads(line[line.index("{") :]) for line in lines if '{"phase"' in line]
 
 
-def test_every_phase_ends_with_a_line_and_the_pipeline_never_touches_the_disk(bf16, monkeypatch, capfd):
+def test_every_phase_ends_with_a_line_and_the_pipeline_never_touches_the_disk(
+    bf16, monkeypatch, capfd
+):
     """The way of a full size, from a pipeline made in memory, with a small one."""
     monkeypatch.setitem(models.MODELS, "flux", {**models.MODELS["flux"], "height": 32, "width": 32})
     monkeypatch.setattr(full_size, "flux", pipelines.flux)
@@ -31,7 +34,9 @@ def test_every_phase_ends_with_a_line_and_the_pipeline_never_touches_the_disk(bf
     assert [row["phase"] for row in rows] == ["built", "matmul", "floor", *steps, *steps, "total"]
     floor, total = rows[2], rows[-1]
     assert floor["rows"] == 1 and floor["tokens"] == 4 and total["ratio error"] == "0.0e+00"
-    assert 1.8 < floor["forward_backward_tflop"] / floor["forward_tflop"] < 3.2  # with what checkpointing repeats
+    assert (
+        1.8 < floor["forward_backward_tflop"] / floor["forward_tflop"] < 3.2
+    )  # with what checkpointing repeats
     assert 0 < floor["forward_mfu"] < 1 and "2 trained" in total["model"]  # 0.6 of 3
 
 

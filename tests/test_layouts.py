@@ -1,4 +1,5 @@
-"""Folders of the public benchmarks: their own tools' names, counts and metadata, written, interrupted, and checked."""
+"""Folders of the public benchmarks: their own tools' names, counts and metadata, written,
+interrupted, and checked."""
 
 import json
 import os
@@ -20,14 +21,29 @@ from common.trainer import heldout
 from evaluation import layouts
 
 GENEVAL = [
-    {"tag": "single_object", "include": [{"class": "bench", "count": 1}], "prompt": "a photo of a bench"},
-    {"tag": "colors", "include": [{"class": "cow", "count": 1, "color": "red"}], "prompt": "a photo of a red cow"},
+    {
+        "tag": "single_object",
+        "include": [{"class": "bench", "count": 1}],
+        "prompt": "a photo of a bench",
+    },
+    {
+        "tag": "colors",
+        "include": [{"class": "cow", "count": 1, "color": "red"}],
+        "prompt": "a photo of a red cow",
+    },
 ]
 VBENCH = [
     {"prompt_en": "In a still frame, a stop sign", "dimension": ["temporal_flickering"]},
-    {"prompt_en": "A person's dance: 50% off?", "dimension": ["human_action"], "auxiliary_info": {}},
+    {
+        "prompt_en": "A person's dance: 50% off?",
+        "dimension": ["human_action"],
+        "auxiliary_info": {},
+    },
     {"prompt_en": "The bund Shanghai, oil painting", "dimension": ["color"]},
-    {"prompt_en": "The bund Shanghai, oil painting", "dimension": ["appearance_style"]},  # two are there twice
+    {
+        "prompt_en": "The bund Shanghai, oil painting",
+        "dimension": ["appearance_style"],
+    },  # two are there twice
 ]
 UNIGENBENCH = 'index,prompt_en,sub_dims_en\n0,"In ink, two\npandas.","{""Subjects"": ""Animal""}"\n7,Another.,{}\n'
 HPSV2 = {"anime": ["a girl", "a boy"], "photo": ["a street"]}
@@ -41,7 +57,9 @@ def official(tmp_path, monkeypatch):
     (tmp_path / "unigenbench.csv").write_text(UNIGENBENCH)
     monkeypatch.setattr(sets, "HPSV2", tuple(HPSV2))
     monkeypatch.setattr(sets, "_hpsv2", HPSV2.get)
-    files = {name: str(next(tmp_path.glob(f"{name}.*"))) for name in ("geneval", "vbench", "unigenbench")}
+    files = {
+        name: str(next(tmp_path.glob(f"{name}.*"))) for name in ("geneval", "vbench", "unigenbench")
+    }
     return {**files, "hpsv2": "hpsv2:all"}
 
 
@@ -50,8 +68,24 @@ def write(official, tmp_path, monkeypatch):
     """evaluate.py --layout of a tiny model, here: the model's own folder."""
 
     def run(layout, *flags, model="tiny-flux"):
-        words = ["--model", model, "--layout", layout, "--prompts", official[layout], "--sampling-steps", "2"]
-        words += ["--micro-batch", "3", "--reward-batch", "3", f"--output={tmp_path / 'look'}", *flags]
+        words = [
+            "--model",
+            model,
+            "--layout",
+            layout,
+            "--prompts",
+            official[layout],
+            "--sampling-steps",
+            "2",
+        ]
+        words += [
+            "--micro-batch",
+            "3",
+            "--reward-batch",
+            "3",
+            f"--output={tmp_path / 'look'}",
+            *flags,
+        ]
         monkeypatch.setattr(sys, "argv", ["evaluate.py", *words])
         evaluate.main(cli.parse(evaluate.Args, evaluate.__doc__, evaluate.defaults))
         return layouts.plan(layout, official[layout]).root(tmp_path / "look", "base")
@@ -69,9 +103,13 @@ def test_geneval_finds_each_prompts_metadata_and_images(write, capsys):
         metadata = json.loads((folder / name / "metadata.jsonl").read_text())
         images = sorted(os.listdir(folder / name / "samples"))
         assert all(re.match(r"\d+\.png", image) for image in images)
-        assert metadata == GENEVAL[int(name)] and images == [f"{number:05d}.png" for number in range(4)]
+        assert metadata == GENEVAL[int(name)] and images == [
+            f"{number:05d}.png" for number in range(4)
+        ]
         found += [np.array(Image.open(folder / name / "samples" / image)) for image in images]
-    assert all(image.shape == (32, 32, 3) and image.std() > 1 for image in found) and len(found) == 8
+    assert (
+        all(image.shape == (32, 32, 3) and image.std() > 1 for image in found) and len(found) == 8
+    )
     assert len({image.tobytes() for image in found}) == 8, "each from noise of its own"
     assert f"python evaluation/evaluate_images.py {folder}" in capsys.readouterr().out
 
@@ -92,8 +130,13 @@ def test_vbench_finds_five_clips_of_each_prompt_and_25_for_flickering(write, cap
 def test_unigenbench_finds_four_images_of_each_index(write, capsys):
     folder = write("unigenbench")
     assert folder.parts[-4:] == ("unigenbench", "eval_data", "en", "base")
-    assert sorted(os.listdir(folder)) == sorted(f"{index}_{j}.png" for index in (0, 7) for j in range(4))
-    assert layouts.plan("unigenbench", str(folder.parents[4] / "unigenbench.csv")).prompts[0] == "In ink, two pandas."
+    assert sorted(os.listdir(folder)) == sorted(
+        f"{index}_{j}.png" for index in (0, 7) for j in range(4)
+    )
+    assert (
+        layouts.plan("unigenbench", str(folder.parents[4] / "unigenbench.csv")).prompts[0]
+        == "In ink, two pandas."
+    )
     assert f"eval/qwenvl_72b_en_eval.py --data_path {folder} " in capsys.readouterr().out
 
 
@@ -106,11 +149,16 @@ def test_hpsv2_finds_a_jpeg_of_each_prompt_below_its_style(write, capsys):
     image = Image.open(folder / "anime/00001.jpg")
     assert image.format == "JPEG" and image.size == (32, 32)
     said = capsys.readouterr().out
-    assert f'hpsv2.evaluate(sys.argv[1])" {folder}' in said and "jpeg\nbase" in re.sub(" +", "", said)
+    assert f'hpsv2.evaluate(sys.argv[1])" {folder}' in said and "jpeg\nbase" in re.sub(
+        " +", "", said
+    )
 
 
 def test_the_long_and_the_chinese_prompts_of_unigenbench_have_folders_of_their_own(tmp_path):
-    for name, column in {"test_prompts_en_long": "prompt_en", "test_prompts_zh": "prompt_zh"}.items():
+    for name, column in {
+        "test_prompts_en_long": "prompt_en",
+        "test_prompts_zh": "prompt_zh",
+    }.items():
         (tmp_path / f"{name}.csv").write_text(f"index,{column}\n0,a\n")
         layout = layouts.plan("unigenbench", str(tmp_path / f"{name}.csv"))
         assert layout.place == f"eval_data/{name.removeprefix('test_prompts_')}"
@@ -144,7 +192,9 @@ def test_an_interrupted_layout_goes_on_with_what_is_missing(write, monkeypatch, 
     with pytest.raises(errors.Stopped):
         write("geneval")
     monkeypatch.setattr(layouts, "write", honest)
-    monkeypatch.setattr(heldout, "sample_and_score", lambda *words: made.append(len(words[2])) or true(*words))
+    monkeypatch.setattr(
+        heldout, "sample_and_score", lambda *words: made.append(len(words[2])) or true(*words)
+    )
     folder = write("geneval")
     assert sum(made) == 5, "of 8 three, a part, were finished"
     assert len(list(folder.rglob("*"))) == 2 * (1 + 1 + 1 + 4)
@@ -159,14 +209,16 @@ def test_files_too_much_and_missing_ones_are_one_line(write, official):
     folder = write("geneval")
     (folder / "00000/samples/00004.png").write_bytes(b"")
     with pytest.raises(
-        InputError, match="geneval has 10 files; 1 others are there, '00000/samples/00004.png' among them"
+        InputError,
+        match="geneval has 10 files; 1 others are there, '00000/samples/00004.png' among them",
     ):
         write("geneval")
     (folder / "00000/samples/00004.png").unlink()
     (folder / "00001/metadata.jsonl").unlink()
     layout = layouts.plan("geneval", official["geneval"])
     with pytest.raises(
-        InputError, match="1 are missing, '00001/metadata.jsonl' among them; the same command makes them"
+        InputError,
+        match="1 are missing, '00001/metadata.jsonl' among them; the same command makes them",
     ):
         layout.check(folder.parents[1], "base")
 
@@ -176,7 +228,11 @@ WRONG = {
     ("geneval", "--model", "tiny-wan"): "it takes images",
     ("vbench",): "it takes clips",
     ("geneval", "--prompts", "missing.jsonl"): "is no file of the benchmark that can be read",
-    ("geneval", "--prompts", "{unigenbench}"): "row 1 of .* has no 'prompt': it is not the benchmark's file",
+    (
+        "geneval",
+        "--prompts",
+        "{unigenbench}",
+    ): "row 1 of .* has no 'prompt': it is not the benchmark's file",
     ("unigenbench", "--prompts", "{vbench}"): "row 1 of .* has no 'index'",
     ("hpsv2", "--prompts", "{geneval}"): "takes its own prompts, --prompts hpsv2:STYLE",
 }
@@ -189,10 +245,18 @@ def test_what_is_no_layout_is_one_line(words, write, official):
 
 
 ROWS = [  # a layout, a row of its file that is none, and what is said of it
-    ("geneval", {"prompt": 5, "tag": "a"}, "row 2 of .* has '5' as 'prompt': it is not the benchmark's file"),
+    (
+        "geneval",
+        {"prompt": 5, "tag": "a"},
+        "row 2 of .* has '5' as 'prompt': it is not the benchmark's file",
+    ),
     ("geneval", {"prompt": " ", "tag": "a"}, "has ' ' as 'prompt'"),
     ("vbench", {"prompt_en": None, "dimension": []}, "has 'None' as 'prompt_en'"),
-    ("vbench", {"prompt_en": "a", "dimension": "temporal_flickering"}, "has 'temporal_flickering' as 'dimension'"),
+    (
+        "vbench",
+        {"prompt_en": "a", "dimension": "temporal_flickering"},
+        "has 'temporal_flickering' as 'dimension'",
+    ),
     ("unigenbench", {"index": "x", "prompt_en": "a"}, "has 'x' as 'index'"),
     ("unigenbench", {"index": "1"}, "has 'None' as 'prompt_en'"),
     ("unigenbench", {"index": "00", "prompt_en": "a"}, "has an index twice"),
@@ -201,9 +265,17 @@ ROWS = [  # a layout, a row of its file that is none, and what is said of it
 
 @pytest.mark.parametrize("name, row, said", ROWS)
 def test_a_row_that_is_none_of_the_benchmarks_is_one_line(name, row, said, tmp_path):
-    first = {"geneval": GENEVAL, "vbench": VBENCH, "unigenbench": [{"index": "0", "prompt_en": "b"}]}[name][0]
+    first = {
+        "geneval": GENEVAL,
+        "vbench": VBENCH,
+        "unigenbench": [{"index": "0", "prompt_en": "b"}],
+    }[name][0]
     path = tmp_path / f"{name}{'.csv' if name == 'unigenbench' else '.json'}"
-    lines = [",".join(values) for values in (first, first.values(), row.values())] if path.suffix == ".csv" else ()
+    lines = (
+        [",".join(values) for values in (first, first.values(), row.values())]
+        if path.suffix == ".csv"
+        else ()
+    )
     path.write_text("\n".join(lines) if lines else json.dumps([first, row]))
     with pytest.raises(InputError, match=said):
         layouts.plan(name, str(path))

@@ -25,14 +25,22 @@ def test_weights_of_the_runs_dtype_are_mapped_and_others_copied(tmp_path):
     pipe.transformer.to(torch.bfloat16)
     pipe.save_pretrained(tmp_path)
     copies = loading.copied(models.outline(str(tmp_path), torch.float32, 0))
-    assert copies == {"vae": 0, "text_encoder": 0, "text_encoder_2": 0, "transformer": 4 * size(pipe.transformer)}
+    assert copies == {
+        "vae": 0,
+        "text_encoder": 0,
+        "text_encoder_2": 0,
+        "transformer": 4 * size(pipe.transformer),
+    }
     copies = loading.copied(models.outline(str(tmp_path), torch.bfloat16, 0))
-    assert copies == {name: 2 * size(getattr(pipe, name)) * (name != "transformer") for name in copies}
+    assert copies == {
+        name: 2 * size(getattr(pipe, name)) * (name != "transformer") for name in copies
+    }
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_process_that_loads_takes_as_much_as_was_counted(tmp_path, dtype):
-    """Pages of files that are mapped are no process's own: Linux counts those that it wrote to or made."""
+    """Pages of files that are mapped are no process's own: Linux counts those that it wrote to or
+    made."""
     if not os.path.exists("/proc/self/smaps_rollup"):
         pytest.skip("this system does not say what a process has of its own")
     pipe = pipelines.flux()
@@ -42,9 +50,13 @@ def test_a_process_that_loads_takes_as_much_as_was_counted(tmp_path, dtype):
 
     def private():
         gc.collect()
-        getattr(ctypes.CDLL(None), "malloc_trim", int)(0)  # what was freed before would be taken again, and not counted
+        getattr(ctypes.CDLL(None), "malloc_trim", int)(
+            0
+        )  # what was freed before would be taken again, and not counted
         lines = open("/proc/self/smaps_rollup").read().splitlines()
-        return sum(int(line.split()[1]) for line in lines if line.startswith(("Private_Dirty", "Swap:")))
+        return sum(
+            int(line.split()[1]) for line in lines if line.startswith(("Private_Dirty", "Swap:"))
+        )
 
     models.load(str(tmp_path), dtype)  # what is loaded besides, once
     before = private()
@@ -58,10 +70,16 @@ def test_a_process_that_loads_takes_as_much_as_was_counted(tmp_path, dtype):
 def test_processes_load_by_turns_where_all_at_once_do_not_fit(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     for have, turns in ((800, False), (799, True), (100 + 7 * 20, True)):
-        monkeypatch.setattr(psutil, "virtual_memory", lambda have=have: SimpleNamespace(available=have))
+        monkeypatch.setattr(
+            psutil, "virtual_memory", lambda have=have: SimpleNamespace(available=have)
+        )
         assert loading.by_turns("flux", 100, 20) == turns
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=100 + 7 * 20 - 1))
-    with pytest.raises(InputError, match="8 processes on this machine keep 0.0 GiB of its memory each"):
+    monkeypatch.setattr(
+        psutil, "virtual_memory", lambda: SimpleNamespace(available=100 + 7 * 20 - 1)
+    )
+    with pytest.raises(
+        InputError, match="8 processes on this machine keep 0.0 GiB of its memory each"
+    ):
         loading.by_turns("flux", 100, 20)
 
 
@@ -70,7 +88,11 @@ def test_what_stays_on_the_host_is_counted(monkeypatch):
     found = []
     monkeypatch.setattr(loading, "by_turns", lambda name, each, stays: found.append((each, stays)))
     plan = plan_of(monkeypatch, 10**12)
-    plan.run.dtype, plan.run.device, trained = torch.bfloat16, torch.device("cuda"), plan.model.pipe.transformer
+    plan.run.dtype, plan.run.device, trained = (
+        torch.bfloat16,
+        torch.device("cuda"),
+        plan.model.pipe.transformer,
+    )
     plan.model = models.outline("tiny-flux", torch.bfloat16, 0)
     parts = loading.copied(plan.model)
     each, waiting = sum(parts.values()), sum(parts[name] for name in plan.model.encoders)

@@ -19,12 +19,14 @@ def surrogate_of(ratio, advantages, c):
 
 
 def active_clip(rho, a, c):
-    """Where the minimum is the constant: the ratio has moved far enough in the direction the advantage asks for."""
+    """Where the minimum is the constant: the ratio has moved far enough in the direction the
+    advantage asks for."""
     return ((a > 0) & (rho > 1 + c)) | ((a < 0) & (rho < 1 - c))
 
 
 def random_rows(c, count=2000):
-    """Log-ratios around the clip range, so that every case occurs, and advantages of both signs and 0."""
+    """Log-ratios around the clip range, so that every case occurs, and advantages of both signs and
+    0."""
     rng = np.random.default_rng(0)
     log_ratio, advantages = 2 * c * rng.standard_normal(count), rng.standard_normal(count)
     advantages[:20] = 0
@@ -34,9 +36,13 @@ def random_rows(c, count=2000):
 @pytest.mark.parametrize("c", CLIPS)
 def test_surrogate_equals_the_transcription(c):
     log_ratio, advantages = random_rows(c)
-    ours = loss.clipped_surrogate(torch.as_tensor(np.exp(log_ratio)), torch.as_tensor(advantages), c)
+    ours = loss.clipped_surrogate(
+        torch.as_tensor(np.exp(log_ratio)), torch.as_tensor(advantages), c
+    )
     assert ours.shape == (2000,)
-    np.testing.assert_allclose(ours.numpy(), surrogate_of(np.exp(log_ratio), advantages, c), rtol=0, atol=1e-12)
+    np.testing.assert_allclose(
+        ours.numpy(), surrogate_of(np.exp(log_ratio), advantages, c), rtol=0, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("c", CLIPS)
@@ -49,7 +55,9 @@ def test_gradient_is_zero_where_actively_clipped_and_minus_a_rho_elsewhere(c):
     outside_but_unclipped = ((rho > 1 + c) | (rho < 1 - c)) & ~clipped
     assert clipped.sum() > 100 and outside_but_unclipped.sum() > 100  # both cases are exercised
     np.testing.assert_array_equal(log_prob.grad.numpy()[clipped], 0)
-    np.testing.assert_allclose(log_prob.grad.numpy(), np.where(clipped, 0, -advantages * rho), rtol=0, atol=1e-12)
+    np.testing.assert_allclose(
+        log_prob.grad.numpy(), np.where(clipped, 0, -advantages * rho), rtol=0, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("c", CLIPS)
@@ -71,9 +79,15 @@ def test_surrogate_refuses_shapes_that_would_broadcast(shape):
 def test_kl_equals_torch_distributions_averaged_over_dimensions(shape, per_row):
     rng = np.random.default_rng(0)
     mean, reference = torch.as_tensor(rng.standard_normal((2, *shape)))
-    std = torch.as_tensor(rng.uniform(0.2, 2, (shape[0], *[1] * (len(shape) - 1)) if per_row else ()))
+    std = torch.as_tensor(
+        rng.uniform(0.2, 2, (shape[0], *[1] * (len(shape) - 1)) if per_row else ())
+    )
     normal = torch.distributions.Normal
-    expected = torch.distributions.kl_divergence(normal(mean, std), normal(reference, std)).flatten(1).mean(1)
+    expected = (
+        torch.distributions.kl_divergence(normal(mean, std), normal(reference, std))
+        .flatten(1)
+        .mean(1)
+    )
     ours = loss.gaussian_kl(mean, reference, std)
     assert ours.shape == shape[:1]
     np.testing.assert_allclose(ours.numpy(), expected.numpy(), rtol=1e-12, atol=1e-12)
@@ -100,11 +114,16 @@ def test_diagnostics_leave_out_rows_without_weight():
     assert got["ratio_error"].item() == pytest.approx(0.4, abs=1e-12)
     assert got["approx_kl"].item() == pytest.approx(sum(rho - 1 - np.log(rho)), abs=1e-12)
     alone = loss.diagnostics(RATIO[:4], 0.1, WEIGHT[:4], torch.tensor(0.5), update=0)
-    assert {name: value.item() for name, value in alone.items()} == {name: value.item() for name, value in got.items()}
+    assert {name: value.item() for name, value in alone.items()} == {
+        name: value.item() for name, value in got.items()
+    }
 
 
 def test_diagnostics_count_rows_not_weights():
-    got = [loss.diagnostics(RATIO, 0.1, scale * WEIGHT, torch.tensor(0.0), update=0) for scale in (1.0, 1e-3)]
+    got = [
+        loss.diagnostics(RATIO, 0.1, scale * WEIGHT, torch.tensor(0.0), update=0)
+        for scale in (1.0, 1e-3)
+    ]
     assert got[0] == got[1]
 
 

@@ -1,4 +1,5 @@
-"""Samples that a reward could not judge (NaN): they have advantage 0 and count nowhere, in every method."""
+"""Samples that a reward could not judge (NaN): they have advantage 0 and count nowhere, in every
+method."""
 
 import math
 
@@ -17,7 +18,8 @@ METHODS = (grpo_base, bpgo, slas, self_paced)
 
 
 class Flaky:
-    """Reward: the mean of the red channel; NaN where the first pixel's green level is divisible by four."""
+    """Reward: the mean of the red channel; NaN where the first pixel's green level is divisible by
+    four."""
 
     video, masks, scale, range = False, True, 0.1, (0.0, 1.0)
 
@@ -39,7 +41,9 @@ class Evens(Flaky):
     first = 0
 
     def score(self, media, prompts):
-        return torch.where(torch.arange(len(media)) % 2 == self.first, media[:, 0].mean((1, 2)), NAN)
+        return torch.where(
+            torch.arange(len(media)) % 2 == self.first, media[:, 0].mean((1, 2)), NAN
+        )
 
 
 class Odds(Evens):
@@ -53,7 +57,11 @@ def flaky(monkeypatch):
 
 
 def advantages(method, reward):
-    return method.compute_advantages(reward, 0.5, 5.0) if method is slas else method.compute_advantages(reward, 5.0)
+    return (
+        method.compute_advantages(reward, 0.5, 5.0)
+        if method is slas
+        else method.compute_advantages(reward, 5.0)
+    )
 
 
 def scores(p=3, g=6, seed=0):
@@ -70,7 +78,9 @@ def test_a_masked_sample_changes_nothing_else_in_its_group(method):
     masked[0, 2] = NAN
     others = [0, 1, 3, 4, 5]
     found = advantages(method, masked)
-    torch.testing.assert_close(found[:, others], advantages(method, reward[:, others]), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(
+        found[:, others], advantages(method, reward[:, others]), atol=1e-6, rtol=1e-6
+    )
     assert found[0, 2] == 0 and torch.isfinite(found).all()
 
 
@@ -81,13 +91,17 @@ def test_a_masked_sample_leaves_the_other_groups_alone(method):
     masked[1, 0] = NAN
     found, before = advantages(method, masked), advantages(method, reward)
     if method is slas:  # whose unit is the spread of the whole batch, here of one sample less
-        std = [values[values.isfinite()].double().std(unbiased=False) for values in (reward, masked)]
+        std = [
+            values[values.isfinite()].double().std(unbiased=False) for values in (reward, masked)
+        ]
         before = before * (std[0] / std[1]) ** 1.5
     torch.testing.assert_close(found[[0, 2]], before[[0, 2]].float(), atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("group", [[NAN, NAN, NAN, NAN], [NAN, 0.4, NAN, NAN], [0.4, 0.4, NAN, 0.4]])
+@pytest.mark.parametrize(
+    "group", [[NAN, NAN, NAN, NAN], [NAN, 0.4, NAN, NAN], [0.4, 0.4, NAN, 0.4]]
+)
 def test_groups_without_two_different_scores_have_no_advantage(method, group):
     reward = torch.tensor([group, [0.1, 0.2, 0.3, 0.4]])
     assert method.zero_variance(reward).flatten().tolist() == [True, False]
@@ -120,8 +134,12 @@ def test_hoyer_index_and_stage_weights_are_those_of_the_samples_with_scores():
     masked[:, 1, 4] = NAN
     less = stages[:, 1:2, [0, 1, 2, 3, 5]]
     pace = ((0.5, 0.6), 4.0, 0.5, 10.0)
-    torch.testing.assert_close(self_paced.hoyer_sparsity(masked)[:, 1:2], self_paced.hoyer_sparsity(less))
-    torch.testing.assert_close(self_paced.stage_weights(masked, *pace)[:, 1:2], self_paced.stage_weights(less, *pace))
+    torch.testing.assert_close(
+        self_paced.hoyer_sparsity(masked)[:, 1:2], self_paced.hoyer_sparsity(less)
+    )
+    torch.testing.assert_close(
+        self_paced.stage_weights(masked, *pace)[:, 1:2], self_paced.stage_weights(less, *pace)
+    )
     whole = self_paced.stage_weights(stages, *pace)
     torch.testing.assert_close(self_paced.stage_weights(masked, *pace)[:, [0, 2]], whole[:, [0, 2]])
 
@@ -141,7 +159,9 @@ def test_a_sample_without_one_of_the_stages_has_none():
 
 def test_a_reward_without_weight_takes_no_score_away():
     found = {"a": torch.tensor([[0.2, 0.4]]), "b": torch.tensor([[NAN, 0.1]])}
-    assert rewards.weighted_sum(found, {"a": 2.0, "b": 0.0}).tolist()[0] == pytest.approx([0.4, 0.8])
+    assert rewards.weighted_sum(found, {"a": 2.0, "b": 0.0}).tolist()[0] == pytest.approx(
+        [0.4, 0.8]
+    )
     assert rewards.weighted_sum(found, {"a": 2.0, "b": 1.0}).isnan().tolist() == [[True, False]]
 
 
@@ -154,7 +174,9 @@ def test_a_masked_sample_stretches_no_other_reward_around_the_prior():
 
 
 def test_a_group_without_a_score_is_trusted_as_any_other():
-    found = bpgo.reliability_weights(torch.tensor([[NAN], [0.5]]), torch.tensor([[0.5], [0.5]]), 0.5, 1.0)
+    found = bpgo.reliability_weights(
+        torch.tensor([[NAN], [0.5]]), torch.tensor([[0.5], [0.5]]), 0.5, 1.0
+    )
     assert found.tolist() == [[1.0], [1.0]]
 
 
@@ -189,36 +211,65 @@ def test_only_a_reward_that_masks_may_be_nan():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_runs_go_on_with_masked_samples_and_count_them(train, flaky, method):
-    stages = dict(reward=("flaky", "verifier"), thresholds=(0.5,)) if method is self_paced else dict(reward=("flaky",))
-    _, rows = train(method, prompts_per_step=2, group_size=4, steps=3, eval_every=3, watch=("jpeg",), **stages)
+    stages = (
+        dict(reward=("flaky", "verifier"), thresholds=(0.5,))
+        if method is self_paced
+        else dict(reward=("flaky",))
+    )
+    _, rows = train(
+        method, prompts_per_step=2, group_size=4, steps=3, eval_every=3, watch=("jpeg",), **stages
+    )
     trained = [row for row in rows if "reward_mean" in row]
     assert sum(row["masked_samples"] for row in trained) > 0
     assert all(0 <= row["skipped_groups"] <= 2 for row in trained)
     for row in trained:
-        for name in ("reward_mean", "reward_std", "grad_norm", "ratio_error", "flaky_mean", "jpeg_mean"):
+        for name in (
+            "reward_mean",
+            "reward_std",
+            "grad_norm",
+            "ratio_error",
+            "flaky_mean",
+            "jpeg_mean",
+        ):
             assert math.isfinite(row[name]), name
     assert math.isfinite(rows[-1]["eval_reward"])
 
 
 def test_a_skipped_group_trains_nothing(train, flaky, monkeypatch):
-    """Groups of two with one masked sample each: nothing is left to learn from, with the KL term or without."""
+    """Groups of two with one masked sample each: nothing is left to learn from, with the KL term or
+    without."""
     every_other = torch.tensor([0.5, NAN]).repeat(2)
     monkeypatch.setattr(Flaky, "score", lambda self, media, prompts: every_other[: len(media)])
     for kl in (0.0, 0.1):
-        _, rows = train(prompts_per_step=2, group_size=2, steps=1, reward=("flaky",), kl_coef=kl, output=f"kl{kl}")
+        _, rows = train(
+            prompts_per_step=2,
+            group_size=2,
+            steps=1,
+            reward=("flaky",),
+            kl_coef=kl,
+            output=f"kl{kl}",
+        )
         assert rows[0]["skipped_groups"] == 2 and rows[0]["masked_samples"] == 2
         assert rows[0]["grad_norm"] == 0 and rows[0]["loss"] == 0
 
 
 @pytest.mark.parametrize("method", [grpo_base, slas])
-def test_a_group_with_less_spread_than_asked_for_is_left_out_as_one_without_scores(train, flaky, monkeypatch, method):
+def test_a_group_with_less_spread_than_asked_for_is_left_out_as_one_without_scores(
+    train, flaky, monkeypatch, method
+):
     narrow, wide, none = [0.4, 0.5, 0.4, 0.5], [0.1, 0.9, 0.1, 0.9], [NAN] * 4
-    settings = dict(prompts_per_step=2, group_size=4, steps=1, reward=("flaky",), lora_rank=2, sampling_steps=2)
-    settings |= dict(normalize="none") if method is slas else {}  # the batch's spread is that of other groups
+    settings = dict(
+        prompts_per_step=2, group_size=4, steps=1, reward=("flaky",), lora_rank=2, sampling_steps=2
+    )
+    settings |= (
+        dict(normalize="none") if method is slas else {}
+    )  # the batch's spread is that of other groups
     found = []
     for name, first in (("spread", narrow), ("masked", none)):
         scores_ = torch.tensor(first + wide)
-        monkeypatch.setattr(Flaky, "score", lambda self, media, prompts, s=scores_: s[-len(media) :])
+        monkeypatch.setattr(
+            Flaky, "score", lambda self, media, prompts, s=scores_: s[-len(media) :]
+        )
         output, spread = f"{method.__name__}-{name}", 0.2 if name == "spread" else 0.0
         _, (row, *_) = train(method, min_spread=spread, output=output, **settings)
         found.append([row[key] for key in ("skipped_groups", "grad_norm", "advantage_abs_mean")])
@@ -229,7 +280,9 @@ def test_a_group_with_less_spread_than_asked_for_is_left_out_as_one_without_scor
 def test_what_is_no_number_is_null_in_the_metrics_and_no_number_again_after_a_resume(train, flaky):
     """Each of two rewards has scores, their sum has none."""
     for script in METHODS:
-        settings = dict(reward=("evens", "odds"), output=script.__name__, sampling_steps=2, lora_rank=2)
+        settings = dict(
+            reward=("evens", "odds"), output=script.__name__, sampling_steps=2, lora_rank=2
+        )
         settings |= dict(thresholds=(0.5,)) if script is self_paced else {}
         _, rows = train(script, steps=1, **settings)
         assert rows[0]["reward_mean"] is None and rows[0]["grad_norm"] == 0

@@ -1,5 +1,5 @@
-"""bpgo, slas and self_paced: their equations against NumPy in float64, what they are when they are neutral, their state
-in checkpoints, and how little they differ from grpo_base."""
+"""bpgo, slas and self_paced: their equations against NumPy in float64, what they are when they are
+neutral, their state in checkpoints, and how little they differ from grpo_base."""
 
 import dataclasses
 import difflib
@@ -64,12 +64,17 @@ def test_the_diff_to_the_baseline_stays_small(name, budget):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_same_sections_in_the_same_order(name):
-    sections = [re.findall(r"# --- .* ---", (ROOT / f"{file}.py").read_text()) for file in ("grpo_base", name)]
+    sections = [
+        re.findall(r"# --- .* ---", (ROOT / f"{file}.py").read_text())
+        for file in ("grpo_base", name)
+    ]
     assert sections[0] == sections[1] and len(sections[0]) == 7
 
 
 def own_flags(script):
-    return {f.name for f in dataclasses.fields(script.Args)} - {f.name for f in dataclasses.fields(grpo_base.Args)}
+    return {f.name for f in dataclasses.fields(script.Args)} - {
+        f.name for f in dataclasses.fields(grpo_base.Args)
+    }
 
 
 def test_no_room_knows_a_method():
@@ -103,7 +108,9 @@ def test_reliability_weights_of_known_deviations():
 @pytest.mark.parametrize("lam", [0.0, 1.0, 3.0])
 def test_contrastive_rewards(R, lam):
     prior = RNG.normal(0.5, 1, (len(R), 1))
-    expected = np.array([[(lam * (r - p) + float(r > p)) * np.exp(r) for r in row] for row, (p,) in zip(R, prior)])
+    expected = np.array(
+        [[(lam * (r - p) + float(r > p)) * np.exp(r) for r in row] for row, (p,) in zip(R, prior)]
+    )
     close(bpgo.contrastive_rewards(tensor(R), tensor(prior), lam), expected)
 
 
@@ -121,22 +128,29 @@ def test_the_exponent_may_be_taken_of_the_deviation(R):
 
 
 def test_contrastive_advantages_of_a_group_far_below_its_prior():
-    R = tensor([[0.262, 0.270, 0.275, 0.280, 0.284, 0.290, 0.300]])  # 1.7 or more of HPSv2's units of 0.01
+    R = tensor(
+        [[0.262, 0.270, 0.275, 0.280, 0.284, 0.290, 0.300]]
+    )  # 1.7 or more of HPSv2's units of 0.01
     found = bpgo.compute_advantages(bpgo.contrastive_rewards(R - 0.305, 0, 1.0 / 0.01), 5.0)
     close(found[0], [-1.53, -0.87, -0.45, -0.02, 0.32, 0.83, 1.71], 0.0051)
 
 
 @pytest.mark.parametrize("lam_per_unit", [0.0, 1.0, 4.0, 100.0])
-def test_contrastive_rewards_rise_with_the_reward_where_it_is_less_than_1_below_its_prior(lam_per_unit):
+def test_contrastive_rewards_rise_with_the_reward_where_it_is_less_than_1_below_its_prior(
+    lam_per_unit,
+):
     deviation = torch.linspace(-1, 12, 2000, dtype=torch.float64)[None, 1:]
     rise = bpgo.contrastive_rewards(deviation, 0, lam_per_unit).diff(dim=1)
     assert (rise >= 0).all() and (lam_per_unit == 0 or (rise > 0).all())
 
 
 def test_the_scale_of_the_reward_stays_out_of_the_exponent(train, monkeypatch):
-    """eq 4 in float64 on a step's own rewards, all some units of the verifier's 0.25 below their prior."""
+    """eq 4 in float64 on a step's own rewards, all some units of the verifier's 0.25 below their
+    prior."""
     seen, honest = [], bpgo.compute_advantages
-    monkeypatch.setattr(bpgo, "compute_advantages", lambda r, top: seen.append(r.double().numpy()) or honest(r, top))
+    monkeypatch.setattr(
+        bpgo, "compute_advantages", lambda r, top: seen.append(r.double().numpy()) or honest(r, top)
+    )
     train(bpgo, steps=1, group_size=8, prior="constant", prior_value=1.0, lam=1.5)
     R, contrast = seen
     assert R.mean() < 1 - 2 * 0.25
@@ -156,12 +170,20 @@ def test_the_exponent_is_bounded():
 def test_super_linear_advantages(R, gamma, normalize):
     deviation, std = R - R.mean(1, keepdims=True), R.std()
     shaped = np.sign(deviation) * np.abs(deviation) ** (1 + gamma)
-    unit = {"before": std ** (1 + gamma), "after": std, "shaped": shaped.std(), "none": 1.0}[normalize]
+    unit = {"before": std ** (1 + gamma), "after": std, "shaped": shaped.std(), "none": 1.0}[
+        normalize
+    ]
     expected = shaped / unit
     ours = slas.compute_advantages(tensor(R), gamma, 1e9, normalize)
-    close(ours / np.abs(expected).max(), expected / np.abs(expected).max(), 1e-5)  # eps against deviations of 0.003
+    close(
+        ours / np.abs(expected).max(), expected / np.abs(expected).max(), 1e-5
+    )  # eps against deviations of 0.003
     top = np.abs(expected).max() / 2
-    close(slas.compute_advantages(tensor(R), gamma, top, normalize) / top, (expected / top).clip(-1, 1), 1e-5)
+    close(
+        slas.compute_advantages(tensor(R), gamma, top, normalize) / top,
+        (expected / top).clip(-1, 1),
+        1e-5,
+    )
 
 
 def test_prompts_keep_their_own_spread():
@@ -182,7 +204,9 @@ def test_equal_rewards_have_advantage_zero_exactly():
 @pytest.mark.parametrize("G, bias", [(8, -0.035), (16, -0.017)])
 def test_bias_of_the_sample_standard_deviation(G, bias):
     """Lemma 2: why one standard deviation of the whole batch is the better estimate."""
-    samples = torch.randn(400_000, G, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    samples = torch.randn(
+        400_000, G, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
     assert samples.std(1).mean().item() - 1 == pytest.approx(bias, abs=0.001)
 
 
@@ -200,7 +224,9 @@ def test_hoyer_sparsity_of_known_groups():
 
 @pytest.mark.parametrize("gate", ["previous", "own"])
 @pytest.mark.parametrize("saturation", ["hoyer", "one-minus-hoyer"])
-@pytest.mark.parametrize("alpha, beta, slope", [(4.0, 0.5, 10.0), (1.0, 0.0, 3.0), (0.0, 0.5, 10.0)])
+@pytest.mark.parametrize(
+    "alpha, beta, slope", [(4.0, 0.5, 10.0), (1.0, 0.0, 3.0), (0.0, 0.5, 10.0)]
+)
 def test_stage_weights(alpha, beta, slope, saturation, gate):
     K, P, G = 4, 3, 6
     r, tau = RNG.uniform(0, 1, (K, P, G)), [0.4, 0.5, 0.6]
@@ -212,7 +238,9 @@ def test_stage_weights(alpha, beta, slope, saturation, gate):
         g = [0.5]
         for j in range(1, K):
             mean = r[j - 1, p].mean() if gate == "previous" else r[j, p].mean()
-            g.append(1 / (1 + np.exp(-slope * (mean - tau[j - 1]))) + beta * (S[j - 1][p] - S[j][p]))
+            g.append(
+                1 / (1 + np.exp(-slope * (mean - tau[j - 1]))) + beta * (S[j - 1][p] - S[j][p])
+            )
         e = np.exp(alpha * np.array(g))
         expected[:, p] = e / e.sum()
     ours = self_paced.stage_weights(tensor(r), tau, alpha, beta, slope, saturation, gate=gate)
@@ -223,7 +251,8 @@ def test_stage_weights(alpha, beta, slope, saturation, gate):
 
 
 def weights_at(*means, tau=(0.75, 0.75), **settings):
-    """The stages' weights of a prompt whose samples all have these mean rewards, one for each stage."""
+    """The stages' weights of a prompt whose samples all have these mean rewards, one for each
+    stage."""
     samples = tensor(means)[:, None, None].repeat(1, 1, 16)
     return self_paced.stage_weights(samples, tau, 4.0, 0.0, 10.0, **settings)[:, 0]
 
@@ -284,7 +313,11 @@ NEUTRAL = {
 @pytest.mark.parametrize("name", METHODS)
 def test_neutral_settings_are_the_baseline_bit_for_bit(train, name):
     shared = dict(steps=4, reward=("verifier",), learning_rate=1e-3, save_every=0)
-    both = {key: value for key, value in NEUTRAL[name].items() if key in ("prompts_per_step", "group_size")}
+    both = {
+        key: value
+        for key, value in NEUTRAL[name].items()
+        if key in ("prompts_per_step", "group_size")
+    }
     base, expected = train(**shared, **both)
     folder, rows = train(METHODS[name], "method", **shared, **NEUTRAL[name])
     assert sum(row["grad_norm"] > 0 for row in expected) >= 3  # at least three real updates
@@ -298,7 +331,9 @@ def test_default_settings_are_not_the_baseline(train, name):
     shared = dict(steps=2, reward=STAGES, learning_rate=1e-3, save_every=0)
     base, _ = train(**shared)
     folder, _ = train(METHODS[name], "method", **shared)
-    assert any(not torch.equal(weights(folder, 2)[key], value) for key, value in weights(base, 2).items())
+    assert any(
+        not torch.equal(weights(folder, 2)[key], value) for key, value in weights(base, 2).items()
+    )
 
 
 # --- State ---
@@ -320,8 +355,13 @@ def test_resumed_run_equals_the_uninterrupted_one(train, case):
     train(script, "parts", steps=2, **settings)
     parts, resumed = train(script, "parts", steps=4, resume="latest", **settings)
     assert resumed == rows
-    for name in sorted(json.loads((whole / "checkpoints/step_000004/checkpoint.json").read_text())["parts"]):
-        saved = [(folder / f"checkpoints/step_000004/{name}.pt").read_bytes() for folder in (whole, parts)]
+    for name in sorted(
+        json.loads((whole / "checkpoints/step_000004/checkpoint.json").read_text())["parts"]
+    ):
+        saved = [
+            (folder / f"checkpoints/step_000004/{name}.pt").read_bytes()
+            for folder in (whole, parts)
+        ]
         assert saved[0] == saved[1], name
 
 
@@ -330,7 +370,11 @@ def test_a_checkpoint_without_the_methods_state_is_refused_by_name(train, script
     folder, _ = train(script, steps=1)
     about = folder / "checkpoints/step_000001/checkpoint.json"
     kept = json.loads(about.read_text())
-    about.write_text(json.dumps({**kept, "parts": {name: n for name, n in kept["parts"].items() if name != state}}))
+    about.write_text(
+        json.dumps(
+            {**kept, "parts": {name: n for name, n in kept["parts"].items() if name != state}}
+        )
+    )
     with pytest.raises(errors.InputError, match=f"lacks {state}"):
         train(script, steps=2, resume="latest")
 
@@ -366,20 +410,31 @@ def test_running_mean_forgets(monkeypatch):
 def test_sft_prior_is_what_the_initial_weights_get_even_after_updates(train, tmp_path, lora_rank):
     prompts = ["a red circle", "a blue square", "two shapes", "a cross above a circle"]
     (tmp_path / "prompts.txt").write_text("\n".join(prompts))
-    settings = dict(prompts=str(tmp_path / "prompts.txt"), learning_rate=1e-2, lora_rank=lora_rank, sampling_steps=8)
+    settings = dict(
+        prompts=str(tmp_path / "prompts.txt"),
+        learning_rate=1e-2,
+        lora_rank=lora_rank,
+        sampling_steps=8,
+    )
     folder, rows = train(bpgo, steps=3, prior="sft", **settings)
     known = weights(folder, 3, "prior")["known"]
     assert set(known) == set(prompts)
 
     class OneProcess:  # heldout.scores_of asks a run for its share of rows, and whether to stop
         world, device, score_batch = 1, torch.device("cpu"), 8
-        rows, gather, check_signals = staticmethod(torch.arange), staticmethod(lambda x: x), staticmethod(lambda: None)
+        rows, gather, check_signals = (
+            staticmethod(torch.arange),
+            staticmethod(lambda x: x),
+            staticmethod(lambda: None),
+        )
         args = cli.defaults(bpgo.Args, group_size=4, sampling_steps=8, micro_batch=8)
 
     scorers, untrained = rewards.load(["verifier"], prompts), plain_model()
     for step in (0, 1):  # the second step's prompts are asked for after an update
         batch = prompts_of_step(read_prompts(settings["prompts"]), step, 2, 0)
-        scores, _ = heldout.scores_of(OneProcess, untrained, scorers, [p for p in batch for _ in range(4)])
+        scores, _ = heldout.scores_of(
+            OneProcess, untrained, scorers, [p for p in batch for _ in range(4)]
+        )
         expected = scores["verifier"].view(2, 4).mean(1)
         assert [known[p] for p in batch] == pytest.approx(expected.tolist(), abs=1e-5)
         assert rows[step]["prior"] == pytest.approx(expected.mean().item(), abs=1e-5)
@@ -405,7 +460,9 @@ def test_first_frame_prior_is_the_score_of_the_image_held_still(train, monkeypat
     folder, rows = train(bpgo, steps=3, prior="first-frame")
     known = weights(folder, 3, "prior")["known"]
     assert len(asked) == len(set(asked)) == len(known)  # once a prompt
-    assert all(value == pytest.approx(len(prompt) / 100, abs=1e-6) for prompt, value in known.items())
+    assert all(
+        value == pytest.approx(len(prompt) / 100, abs=1e-6) for prompt, value in known.items()
+    )
 
 
 def test_constant_prior(train):
@@ -418,7 +475,8 @@ def test_constant_prior(train):
 
 
 def test_gradient_of_both_terms_is_theirs_added(train):
-    """L = w L(A) + beta L(A of Rt): at the first update, where the ratio is 1, the gradients add up."""
+    """L = w L(A) + beta L(A of Rt): at the first update, where the ratio is 1, the gradients add
+    up."""
 
     def gradient(output, **settings):
         seen = []
@@ -456,7 +514,9 @@ def test_auto_gamma_keeps_the_moment_within_the_limit(train, monkeypatch):
 
     seen, largest = [], fisher.largest_exponent
     monkeypatch.setattr(fisher.TrustRegion, "measure", measure)
-    monkeypatch.setattr(fisher, "largest_exponent", lambda *a: seen.append((a[0], largest(*a))) or seen[-1][1])
+    monkeypatch.setattr(
+        fisher, "largest_exponent", lambda *a: seen.append((a[0], largest(*a))) or seen[-1][1]
+    )
     folder, rows = train(slas, steps=4, gamma="auto", kl_limit=1e-5, learning_rate=1e-4)
     size = sum(value.numel() for value in weights(folder, 4).values())
     assert rows[0]["gamma"] == 0 and "limit" not in rows[0]
@@ -464,7 +524,9 @@ def test_auto_gamma_keeps_the_moment_within_the_limit(train, monkeypatch):
         power, norm = zip(*calls[:n])
         g_max = max(g**2 / p for g, p in zip(norm, power) if p)
         tau = 1e-4 * size**0.5 / norm[-1]
-        assert row["limit"] == pytest.approx(2e-5 / (tau**2 * rows[n - 1]["eigenvalue"] * g_max), rel=1e-5)
+        assert row["limit"] == pytest.approx(
+            2e-5 / (tau**2 * rows[n - 1]["eigenvalue"] * g_max), rel=1e-5
+        )
     assert [row["gamma"] for row in rows[1:]] == [gamma for _, gamma in seen]
     for (z, gamma), row in zip(seen, rows[1:]):
         moment = (z.double().abs() ** (2 * (1 + gamma))).mean().item()
@@ -484,7 +546,9 @@ def test_a_wider_limit_allows_a_larger_gamma(train):
 
 @pytest.mark.parametrize("normalize", ["after", "shaped"])
 def test_auto_gamma_bounds_the_moment_that_the_update_takes_or_refuses(train, normalize):
-    with pytest.raises(errors.InputError, match=f"--gamma auto --normalize {normalize}: it bounds the powers"):
+    with pytest.raises(
+        errors.InputError, match=f"--gamma auto --normalize {normalize}: it bounds the powers"
+    ):
         train(slas, gamma="auto", normalize=normalize)
 
 
@@ -497,8 +561,13 @@ def test_stages_of_tiny_flux_and_the_picture_of_the_curriculum(train):
     assert cli.defaults(self_paced.Args).reward == STAGES
     for row in rows[:-1]:
         assert sum(row[f"weight_{name}"] for name in STAGES) == pytest.approx(1, abs=1e-6)
-        assert all(row[f"competence_{name}"] == pytest.approx(row[f"{name}_mean"], abs=1e-6) for name in STAGES)
-    assert rows[0]["eval_reward"] == rows[0]["eval_verifier"]  # the evaluation asks for the last stage
+        assert all(
+            row[f"competence_{name}"] == pytest.approx(row[f"{name}_mean"], abs=1e-6)
+            for name in STAGES
+        )
+    assert (
+        rows[0]["eval_reward"] == rows[0]["eval_verifier"]
+    )  # the evaluation asks for the last stage
     for picture in ("weight.png", "competence.png", "reward.png"):
         assert (folder / picture).stat().st_size > 5000
 
@@ -517,8 +586,12 @@ def test_layout_stage_does_not_ask_what_the_objects_are():
 
 @pytest.mark.long
 @pytest.mark.parametrize("gate, opener", [("previous", "verifier:quality"), ("own", "verifier")])
-def test_calibrate_trains_alone_the_stage_that_opens_a_gate_and_only_once(train, capsys, monkeypatch, gate, opener):
-    settings = dict(prompts_per_step=1, group_size=2, sampling_steps=2, learning_rate=1e-3, save_every=10)
+def test_calibrate_trains_alone_the_stage_that_opens_a_gate_and_only_once(
+    train, capsys, monkeypatch, gate, opener
+):
+    settings = dict(
+        prompts_per_step=1, group_size=2, sampling_steps=2, learning_rate=1e-3, save_every=10
+    )
     settings |= dict(reward=("verifier:quality", "verifier"), calibrate=True, gate=gate)
     settings |= dict(only_stage=2 * (gate == "own"))  # of the run alone
     alive, settle = [], preflight.settle
@@ -529,17 +602,25 @@ def test_calibrate_trains_alone_the_stage_that_opens_a_gate_and_only_once(train,
 
     monkeypatch.setattr(preflight, "settle", counting)
     folder, rows = train(self_paced, steps=2, **settings)
-    assert len(alive) == 2 and alive[0] == alive[1]  # the stage's model is gone when the next one's is to be loaded
+    assert (
+        len(alive) == 2 and alive[0] == alive[1]
+    )  # the stage's model is gone when the next one's is to be loaded
     (calibration,) = folder.glob("calibrate-*")
     means = [row["reward_mean"] for row in metrics(calibration)]
     assert len(means) == 50 and means == [row[f"{opener}_mean"] for row in metrics(calibration)]
     tau = 0.3 * sum(means[:5]) / 5 + 0.7 * sum(means[-5:]) / 5
-    assert json.loads((folder / "config.json").read_text())["thresholds"] == pytest.approx([tau], abs=1e-9)
+    assert json.loads((folder / "config.json").read_text())["thresholds"] == pytest.approx(
+        [tau], abs=1e-9
+    )
     assert f"measured: --thresholds {tau:.3f}" in capsys.readouterr().out
     if gate == "own":
         return
     # stopped in the calibration: it goes on
-    for lost in (folder / "config.json", folder / "checkpoints", calibration / "checkpoints/step_000050"):
+    for lost in (
+        folder / "config.json",
+        folder / "checkpoints",
+        calibration / "checkpoints/step_000050",
+    ):
         lost.unlink() if lost.is_file() else shutil.rmtree(lost)
     assert train(self_paced, steps=2, resume="latest", **settings)[1] == rows
     # stopped later: the thresholds are the run's
@@ -552,12 +633,16 @@ def test_calibrate_of_one_stage_and_of_another_scripts_run(train):
     folder, rows = train(self_paced, reward=("verifier",), thresholds=(), calibrate=True)
     assert len(rows) == 2 and not json.loads((folder / "config.json").read_text())["thresholds"]
     train(output="other")
-    with pytest.raises(errors.InputError, match="was started with script 'grpo_base', now it is 'self_paced'"):
+    with pytest.raises(
+        errors.InputError, match="was started with script 'grpo_base', now it is 'self_paced'"
+    ):
         train(self_paced, output="other", resume="latest", calibrate=True)
 
 
 def test_every_process_knows_the_rows_of_a_run_that_goes_on(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text("".join(f'{{"step": {n}, "reward_mean": {n / 10}}}\n' for n in range(9)))
+    (tmp_path / "metrics.jsonl").write_text(
+        "".join(f'{{"step": {n}, "reward_mean": {n / 10}}}\n' for n in range(9))
+    )
     other = SimpleNamespace(output=tmp_path, args=self_paced.Args(), is_main=False, name="")
     other.accelerator = SimpleNamespace(init_trackers=lambda *_: None)
     assert report.Report(other, 8).ends("reward_mean", 2) == pytest.approx((0.05, 0.65))
@@ -604,7 +689,9 @@ def test_every_flag_is_read(name):
 def test_a_methods_page_has_the_hunks_and_the_numbers_of_today(name):
     text = page(name).read_text()
     assert with_diff(text, name) == text, "run python -m lab.method_diffs"
-    equation = dict(bpgo="reliability_weights", slas="compute_advantages", self_paced="stage_weights")[name]
+    equation = dict(
+        bpgo="reliability_weights", slas="compute_advantages", self_paced="stage_weights"
+    )[name]
     assert f"\n+def {equation}(" in text
     options = doctest.NORMALIZE_WHITESPACE
     failed, tried = doctest.testfile(str(page(name)), module_relative=False, optionflags=options)

@@ -1,5 +1,5 @@
-"""The motion verifier against the renderer: it accepts what a caption says and rejects what it does not; blur, noise,
-a path that jumps and an object that changes cost."""
+"""The motion verifier against the renderer: it accepts what a caption says and rejects what it does
+not; blur, noise, a path that jumps and an object that changes cost."""
 
 import random
 from dataclasses import replace
@@ -11,7 +11,16 @@ from PIL import Image
 
 from worlds import motion, moving
 from worlds.motion import DIRECTIONS, SPEEDS, TASKS, follow, judge, parse, verify
-from worlds.moving import ATTRIBUTES, change_one, corrupt, render, sample_captions, sample_scenes, split_captions, write
+from worlds.moving import (
+    ATTRIBUTES,
+    change_one,
+    corrupt,
+    render,
+    sample_captions,
+    sample_scenes,
+    split_captions,
+    write,
+)
 from worlds.scene import ANY, BACKGROUND, COLOURS, SHAPES, draw
 from worlds.verifier import read
 
@@ -25,7 +34,9 @@ MIRRORED = {"left": "right", "right": "left", "up": "down", "down": "up"}
 def follow_all(clips, size=16):
     """follow() in batches that fit a cache."""
     parts = [follow(part) for part in clips.split(size)]
-    return replace(parts[0], **{name: torch.cat([getattr(p, name) for p in parts]) for name in vars(parts[0])})
+    return replace(
+        parts[0], **{name: torch.cat([getattr(p, name) for p in parts]) for name in vars(parts[0])}
+    )
 
 
 def verify_all(clips, captions):
@@ -37,13 +48,18 @@ def smoothness_of(clips):
 
 
 def drawn(x, y, shape=0, colour=0, radius=4.5):
-    """Clips [B, F, 3, 32, 32] of one object at the places x and y [B, F]; the rest broadcast to [B, F]."""
-    fields = (torch.as_tensor(field).expand_as(x).reshape(-1, 1) for field in (shape, colour, x, y, radius))
+    """Clips [B, F, 3, 32, 32] of one object at the places x and y [B, F]; the rest broadcast to [B,
+    F]."""
+    fields = (
+        torch.as_tensor(field).expand_as(x).reshape(-1, 1)
+        for field in (shape, colour, x, y, radius)
+    )
     return draw(*fields, 32).unflatten(0, x.shape)
 
 
 def straight(path_x, path_y, frames=5, **rest):
-    """Clips of an object that crosses the middle; path_x and path_y [B] pixels from the first frame to the last."""
+    """Clips of an object that crosses the middle; path_x and path_y [B] pixels from the first frame
+    to the last."""
     time = torch.linspace(-0.5, 0.5, frames)
     return drawn(16 + path_x[:, None] * time, 16 + path_y[:, None] * time, **rest)
 
@@ -67,9 +83,13 @@ def changed(before, after):
 
 @pytest.fixture(scope="module")
 def world():
-    """2,000 captions, their renders and verdicts, and the verdicts on captions with one attribute changed."""
+    """2,000 captions, their renders and verdicts, and the verdicts on captions with one attribute
+    changed."""
     captions, rng = sample_captions(2000, seed=0), random.Random(0)
-    clips, wrong = render(sample_scenes(captions, seed=1)), [change_one(caption, rng) for caption in captions]
+    clips, wrong = (
+        render(sample_scenes(captions, seed=1)),
+        [change_one(caption, rng) for caption in captions],
+    )
     track = follow_all(clips)
     return captions, clips, judge(track, captions), wrong, judge(track, wrong)
 
@@ -84,7 +104,10 @@ def test_agrees_with_the_caption_and_rejects_a_changed_one(world):
     for name in TASKS:
         of_task = torch.tensor([t == name for t in task])
         yes, no = accepted[of_task].mean().item(), rejected[of_task].mean().item()
-        print(f"{name:10} {of_task.sum():4} renders: {yes:.4f} accepted, {no:.4f} rejected with one attribute changed")
+        print(
+            f"{name:10} {of_task.sum():4} renders: {yes:.4f} accepted, {no:.4f} rejected with "
+            "one attribute changed"
+        )
         assert of_task.sum() > 400 and yes >= 0.99 and no >= 0.99, name
 
 
@@ -100,7 +123,9 @@ def test_a_wrong_attribute_costs(world):
     loss = right["score"] - wrong["score"]
     for name in ATTRIBUTES:
         of_kind = torch.tensor([k == [name] for k in kind])
-        print(f"wrong {name}: {of_kind.sum()} renders, the score falls by {loss[of_kind].mean():.3f}")
+        print(
+            f"wrong {name}: {of_kind.sum()} renders, the score falls by {loss[of_kind].mean():.3f}"
+        )
         assert of_kind.sum() > 200 and loss[of_kind].mean() >= 0.25, name
         assert (loss[of_kind] > 0.15).all(), name
 
@@ -166,7 +191,11 @@ def test_blur_lowers_the_score(world):
 def test_noise_lowers_the_score(world):
     captions, clips = world[0][:200], world[1][:200, ::2]
     noise = noise_like(clips)
-    assert falls([(clips + level * noise).clamp(0, 1) for level in (0.02, 0.05, 0.1, 0.2, 0.4)], captions, world[2])
+    assert falls(
+        [(clips + level * noise).clamp(0, 1) for level in (0.02, 0.05, 0.1, 0.2, 0.4)],
+        captions,
+        world[2],
+    )
 
 
 def test_a_small_change_changes_the_score_by_little(world):
@@ -191,13 +220,17 @@ def test_each_wrong_word_costs_its_share():
     print("alignment:", [round(value, 3) for value in result["alignment"].tolist()])
     torch.testing.assert_close(result["alignment"], torch.linspace(1, 0, 5), atol=0.02, rtol=0)
     assert result["passed"].tolist() == [True, False, False, False, False]
-    fewer = verify(clip.expand(2, -1, -1, -1, -1), ["a shape moving right", "something red moving right"])["score"]
+    fewer = verify(
+        clip.expand(2, -1, -1, -1, -1), ["a shape moving right", "something red moving right"]
+    )["score"]
     assert fewer[0] < 0.01 and fewer[1] == pytest.approx(0.5, abs=0.01)
 
 
 def test_direction_is_graded_by_the_angle():
     angle = torch.linspace(0, torch.pi, 37)
-    result = verify_all(straight(12 * angle.cos(), 12 * angle.sin(), frames=3), ["a shape moving right"] * 37)
+    result = verify_all(
+        straight(12 * angle.cos(), 12 * angle.sin(), frames=3), ["a shape moving right"] * 37
+    )
     score = result["alignment"]
     assert (score.diff() < 1e-4).all() and score[0] > 0.98 and score[-1] < 0.02
     assert -score.diff().min() < 0.45  # five degrees are two pixels at most: no step
@@ -207,7 +240,9 @@ def test_direction_is_graded_by_the_angle():
 def test_speed_is_graded_by_the_length_of_the_path():
     path = torch.linspace(5, 17, 49)
     clips = straight(path, torch.zeros(49), frames=3)
-    slow, quick = (verify_all(clips, [f"a red circle moving right {speed}"] * 49) for speed in SPEEDS)
+    slow, quick = (
+        verify_all(clips, [f"a red circle moving right {speed}"] * 49) for speed in SPEEDS
+    )
     speed = 4 * slow["alignment"] - 3  # one attribute of four
     assert (slow["alignment"][8:].diff() < 1e-3).all() and (quick["alignment"].diff() > -1e-3).all()
     assert slow["alignment"].diff().abs().max() < 0.03
@@ -219,7 +254,10 @@ def test_speed_is_graded_by_the_length_of_the_path():
 def test_standing_still_is_between_the_right_and_the_wrong_direction():
     path = torch.tensor([-6.0, 0.0, 1.0, 6.0])
     result = verify(straight(path, torch.zeros(4)), ["a red circle moving right slowly"] * 4)
-    print("backwards, still, a pixel, forwards:", [round(value, 3) for value in result["score"].tolist()])
+    print(
+        "backwards, still, a pixel, forwards:",
+        [round(value, 3) for value in result["score"].tolist()],
+    )
     assert (result["score"].diff() > 0).all()
     assert result["passed"].tolist() == [False, False, False, True]
     assert (result["smooth"] > 0.99).all()
@@ -235,7 +273,10 @@ def test_shuffled_frames_cost_smoothness_alone(world):
     torch.testing.assert_close(result["quality"], clean["quality"], atol=1e-5, rtol=0)
     slow = torch.tensor(["slowly" in caption for caption in world[0][:100]])
     for name, of_kind in (("slowly", slow), ("others", ~slow)):
-        print(f"{name}: smooth {clean['smooth'][of_kind].mean():.3f} -> {result['smooth'][of_kind].mean():.3f}")
+        print(
+            f"{name}: smooth {clean['smooth'][of_kind].mean():.3f} -> "
+            f"{result['smooth'][of_kind].mean():.3f}"
+        )
     assert result["smooth"].max() < 0.25 and result["smooth"].mean() < 0.05
     assert not result["passed"].any()
 
@@ -244,8 +285,13 @@ def test_a_jittering_path_costs_smoothness_alone():
     generator = torch.Generator().manual_seed(0)
     x, y = 16 + 12 * torch.linspace(-0.5, 0.5, 5).expand(40, 5), torch.full((40, 5), 16.0)
     dx, dy = torch.randn(2, 40, 5, generator=generator)
-    results = [verify_all(drawn(x + a * dx, y + a * dy), ["a shape moving right"] * 40) for a in (0, 0.25, 0.5, 1, 2)]
-    quality, smooth = (torch.stack([result[name].mean() for result in results]) for name in ("quality", "smooth"))
+    results = [
+        verify_all(drawn(x + a * dx, y + a * dy), ["a shape moving right"] * 40)
+        for a in (0, 0.25, 0.5, 1, 2)
+    ]
+    quality, smooth = (
+        torch.stack([result[name].mean() for result in results]) for name in ("quality", "smooth")
+    )
     print("smooth:", [round(value, 3) for value in smooth.tolist()])
     assert (smooth.diff() < -0.05).all() and smooth[0] > 0.99 and smooth[-1] < 0.15
     assert quality.min() > 0.99
@@ -253,20 +299,32 @@ def test_a_jittering_path_costs_smoothness_alone():
 
 @pytest.mark.parametrize(
     "changes",
-    [{"shape": [0, 0, 1, 1, 1]}, {"colour": [0, 0, 0, 2, 2]}, {"radius": [4.0, 6.0, 4.0, 6.0, 4.0]}],
+    [
+        {"shape": [0, 0, 1, 1, 1]},
+        {"colour": [0, 0, 0, 2, 2]},
+        {"radius": [4.0, 6.0, 4.0, 6.0, 4.0]},
+    ],
     ids=["shape", "colour", "radius"],
 )
 def test_an_object_that_changes_costs_smoothness(changes):
     path = torch.tensor([-14.0, -6.0, 6.0, 14.0])
     same = smoothness_of(straight(path, torch.zeros(4)))
-    other = smoothness_of(straight(path, torch.zeros(4), **{k: torch.tensor(v) for k, v in changes.items()}))
+    other = smoothness_of(
+        straight(path, torch.zeros(4), **{k: torch.tensor(v) for k, v in changes.items()})
+    )
     assert same.min() > 0.98 and other.max() < 0.5
 
 
 def test_shape_and_colour_hold_in_every_frame():
     path = torch.full((1,), 14.0)
-    for change in ({}, {"colour": torch.tensor([0, 0, 0, 0, 2])}, {"shape": torch.tensor([0, 0, 0, 0, 1])}):
-        _, passed = motion.compare(follow(straight(path, 0 * path, **change)), ["a red circle moving right"])
+    for change in (
+        {},
+        {"colour": torch.tensor([0, 0, 0, 0, 2])},
+        {"shape": torch.tensor([0, 0, 0, 0, 1])},
+    ):
+        _, passed = motion.compare(
+            follow(straight(path, 0 * path, **change)), ["a red circle moving right"]
+        )
         assert passed.item() == (not change)  # already without a look at smoothness
 
 
@@ -310,7 +368,9 @@ def test_batched_equals_one_by_one_in_any_order(world):
     permuted = verify(clips[order], [captions[i] for i in order])
     assert 0.2 < together["passed"].float().mean() < 0.8
     for name in PARTS:
-        torch.testing.assert_close(torch.cat([a[name] for a in alone]), together[name], atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            torch.cat([a[name] for a in alone]), together[name], atol=1e-5, rtol=0
+        )
         torch.testing.assert_close(permuted[name], together[name][order], atol=1e-5, rtol=0)
     assert torch.equal(torch.cat([a["passed"] for a in alone]), together["passed"])
     assert torch.equal(permuted["passed"], together["passed"][order])
@@ -319,9 +379,15 @@ def test_batched_equals_one_by_one_in_any_order(world):
 def test_rewards_are_the_parts_and_read_a_batch_once(world, monkeypatch):
     captions, clips, calls = world[0][:12], world[1][:12].clone(), []
     monkeypatch.setattr(motion, "follow", lambda clips: calls.append(len(clips)) or follow(clips))
-    rewards = {"score": motion.Motion(), "quality": motion.MotionQuality(), "smooth": motion.MotionSmooth()}
+    rewards = {
+        "score": motion.Motion(),
+        "quality": motion.MotionQuality(),
+        "smooth": motion.MotionSmooth(),
+    }
     for part, reward in rewards.items():
-        torch.testing.assert_close(reward.score(clips, captions), world[2][part][:12], atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            reward.score(clips, captions), world[2][part][:12], atol=1e-5, rtol=0
+        )
         assert reward.range == (0.0, 1.0) and 0 < reward.scale < 1
         reward.check(CAPTIONS)
         with pytest.raises(ValueError, match="a red circle'"):
@@ -351,8 +417,15 @@ def test_parse_and_write_are_inverse():
 
 
 def test_parse_reads_the_words():
-    cross, blue, up, quickly = SHAPES.index("cross"), list(COLOURS).index("blue"), list(DIRECTIONS).index("up"), 1
-    assert parse("a blue cross moving up quickly") == motion.Wanted("full", cross, blue, up, quickly)
+    cross, blue, up, quickly = (
+        SHAPES.index("cross"),
+        list(COLOURS).index("blue"),
+        list(DIRECTIONS).index("up"),
+        1,
+    )
+    assert parse("a blue cross moving up quickly") == motion.Wanted(
+        "full", cross, blue, up, quickly
+    )
     assert parse("  A cross\tmoving up. ") == motion.Wanted("shape", cross, ANY, up, ANY)
     assert parse("a blue shape moving up") == parse("something blue moving up")
     assert parse("a shape moving up quickly") == motion.Wanted("vague", ANY, ANY, up, quickly)
@@ -360,8 +433,20 @@ def test_parse_reads_the_words():
 
 @pytest.mark.parametrize(
     "caption",
-    ["", "a cat", "a red circle", "a red circle moving", "a red circle moving slowly", "a circle moving north"]
-    + ["two circles moving left", "something moving left", "a pink circle moving left", "a circle moving left slow"]
+    [
+        "",
+        "a cat",
+        "a red circle",
+        "a red circle moving",
+        "a red circle moving slowly",
+        "a circle moving north",
+    ]
+    + [
+        "two circles moving left",
+        "something moving left",
+        "a pink circle moving left",
+        "a circle moving left slow",
+    ]
     + ["a circle moving left slowly quickly", "a circle left of a square", "🙂"],
 )
 def test_other_captions_are_refused_with_the_grammar(caption):
@@ -381,13 +466,17 @@ def test_corrupt_changes_all_or_nothing_at_the_ends():
     for caption in CAPTIONS * 2:
         after = corrupt(caption, 1.0, rng)
         assert after in CAPTIONS and parse(after).task == parse(caption).task
-        assert changed(caption, after) == [kind for kind in ATTRIBUTES if getattr(parse(caption), kind) != ANY]
+        assert changed(caption, after) == [
+            kind for kind in ATTRIBUTES if getattr(parse(caption), kind) != ANY
+        ]
 
 
 @pytest.mark.parametrize("only", [tuple(ATTRIBUTES), ("direction", "speed"), ("colour",), ()])
 def test_corrupt_changes_each_attribute_of_only_that_often(only):
     captions, rng, probability = moving.captions()["full"] * 20, random.Random(0), 0.3
-    differ = [changed(caption, corrupt(caption, probability, rng, only=only)) for caption in captions]
+    differ = [
+        changed(caption, corrupt(caption, probability, rng, only=only)) for caption in captions
+    ]
     for kind in ATTRIBUTES:
         share = sum(kind in d for d in differ) / len(captions)
         if kind in only:
@@ -407,14 +496,20 @@ def test_change_one_changes_exactly_one_attribute():
 def test_seeds_reproduce():
     for make in (
         lambda seed: sample_captions(50, seed),
-        lambda seed: [corrupt(caption, 0.5, random.Random(f"{seed} {caption}")) for caption in CAPTIONS],
-        lambda seed: [change_one(caption, random.Random(f"{seed} {caption}")) for caption in CAPTIONS],
+        lambda seed: [
+            corrupt(caption, 0.5, random.Random(f"{seed} {caption}")) for caption in CAPTIONS
+        ],
+        lambda seed: [
+            change_one(caption, random.Random(f"{seed} {caption}")) for caption in CAPTIONS
+        ],
         lambda seed: sample_scenes(CAPTIONS, seed).x.tolist(),
         lambda seed: render(sample_scenes(CAPTIONS[::40], seed)).tolist(),
         split_captions,
     ):
         assert make(1) == make(1) != make(2)
-    assert {parse(c).task for c in sample_captions(50, 1, {t: t == "vague" for t in TASKS})} == {"vague"}
+    assert {parse(c).task for c in sample_captions(50, 1, {t: t == "vague" for t in TASKS})} == {
+        "vague"
+    }
 
 
 # --- Scenes and prompt files ---
@@ -424,7 +519,10 @@ def test_scenes_show_what_the_captions_name():
     scenes = sample_scenes(CAPTIONS * 3, seed=8)
     quick = scenes.path_x.abs() + scenes.path_y.abs() > 10.5
     for row, wanted in enumerate(map(parse, CAPTIONS * 3)):
-        assert wanted.shape in (ANY, scenes.shape[row]) and wanted.colour in (ANY, scenes.colour[row])
+        assert wanted.shape in (ANY, scenes.shape[row]) and wanted.colour in (
+            ANY,
+            scenes.colour[row],
+        )
         path = torch.stack([scenes.path_x[row], scenes.path_y[row]])
         axis = torch.tensor(list(DIRECTIONS.values())[wanted.direction])
         assert torch.equal(path, path.norm() * axis)  # along the axis, exactly
@@ -460,7 +558,9 @@ def written(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("name", ["motion.txt", "motion_heldout.txt", "motion_i2v.txt", "motion_i2v_heldout.txt"])
+@pytest.mark.parametrize(
+    "name", ["motion.txt", "motion_heldout.txt", "motion_i2v.txt", "motion_i2v_heldout.txt"]
+)
 def test_prompt_files_are_not_stale(written, name):
     lines = (PROMPTS / name).read_text(encoding="utf-8").splitlines()
     assert lines == (written / name).read_text().splitlines(), "run `python -m worlds.moving`"
@@ -484,8 +584,12 @@ def test_first_frames_are_not_stale_and_show_their_captions(written):
         for line in (PROMPTS / name).read_text().splitlines()
     ]
     names = [path for path, _ in lines]
-    assert sorted(names) == sorted(f"motion_frames/{p.name}" for p in (PROMPTS / "motion_frames").iterdir())
-    frames, again = (torch.stack([pixels(folder / name) for name in names]) for folder in (PROMPTS, written))
+    assert sorted(names) == sorted(
+        f"motion_frames/{p.name}" for p in (PROMPTS / "motion_frames").iterdir()
+    )
+    frames, again = (
+        torch.stack([pixels(folder / name) for name in names]) for folder in (PROMPTS, written)
+    )
     assert (frames - again).abs().max() < 1.5 / 255, "run `python -m worlds.moving`"
     reading = read(frames)
     assert (reading.count == 1).all() and reading.quality.min() > 0.98

@@ -1,4 +1,5 @@
-"""docs/new_method.md, new_model.md, new_reward.md: their patches apply and train, their code runs, or is the file's."""
+"""docs/new_method.md, new_model.md, new_reward.md: their patches apply and train, their code runs,
+or is the file's."""
 
 import importlib.util
 import inspect
@@ -15,11 +16,14 @@ from common.models.sd3 import StableDiffusion3
 
 
 def blocks(page, language):
-    return re.findall(rf"^```{language}\n(.*?)^```$", (ROOT / f"docs/{page}.md").read_text(), re.M | re.S)
+    return re.findall(
+        rf"^```{language}\n(.*?)^```$", (ROOT / f"docs/{page}.md").read_text(), re.M | re.S
+    )
 
 
 def patched(source, diff):
-    """The source with each hunk's lines (" " and "-") found once, and replaced by its " " and "+"."""
+    """The source with each hunk's lines (" " and "-") found once, and replaced by its " " and
+    "+"."""
     for hunk in re.split(r"^@@.*\n", diff, flags=re.M)[1:]:
         lines = hunk.splitlines(keepends=True)
         old, new = ("".join(line[1:] for line in lines if line[0] != sign) for sign in "+-")
@@ -87,12 +91,19 @@ def test_the_normalised_ratio_has_lost_its_shift_and_the_steps_spread(tmp_path, 
     file = tmp_path / "guard.py"
     file.write_text(patched((ROOT / "grpo_base.py").read_text(), blocks("new_method", "diff")[1]))
     guard, generator = module_of(file, monkeypatch), torch.Generator().manual_seed(0)
-    old, distance, z = (torch.randn(5, 3, 4, generator=generator, dtype=torch.float64) for _ in range(3))
+    old, distance, z = (
+        torch.randn(5, 3, 4, generator=generator, dtype=torch.float64) for _ in range(3)
+    )
     for std in (0.05, 0.5):
         x = old + std * z
-        of_new, of_old = (sde.gaussian_log_prob(x, mean, torch.tensor(std)) for mean in (old + 0.01 * distance, old))
+        of_new, of_old = (
+            sde.gaussian_log_prob(x, mean, torch.tensor(std))
+            for mean in (old + 0.01 * distance, old)
+        )
         ratio = guard.normalised_ratio(of_new - of_old, old + 0.01 * distance, old, std)
-        assert torch.allclose(ratio.log(), (z * 0.01 * distance).flatten(1).mean(1), rtol=1e-6, atol=1e-12)
+        assert torch.allclose(
+            ratio.log(), (z * 0.01 * distance).flatten(1).mean(1), rtol=1e-6, atol=1e-12
+        )
         assert (loss.gaussian_kl(old + 0.01 * distance, old, std) > 0).all()
 
 
@@ -109,7 +120,9 @@ def test_the_pages_class_is_the_files():
 
 
 def test_the_tests_that_the_page_names_are_there():
-    text = "".join((ROOT / f"tests/{name}.py").read_text() for name in ("test_families", "test_processes"))
+    text = "".join(
+        (ROOT / f"tests/{name}.py").read_text() for name in ("test_families", "test_processes")
+    )
     named = re.findall(r"`(test_\w+)`", (ROOT / "docs/new_model.md").read_text())
     assert len(named) == 10 and all(f"def {name}(" in text for name in named)
 
@@ -134,7 +147,10 @@ def test_the_pages_rewards_train_and_mask(own, train, tmp_path):
     scorers = rewards.load([f"{own}:Legible"], [])
     assert scorers["rewards.py:Legible"].masks
     media = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    assert scorers["rewards.py:Legible"].score(media, ["", ""], ["GO", ""]).isnan().tolist() == [False, True]
+    assert scorers["rewards.py:Legible"].score(media, ["", ""], ["GO", ""]).isnan().tolist() == [
+        False,
+        True,
+    ]
 
 
 def test_the_pages_line_is_what_a_misspelt_class_gets(own, monkeypatch):

@@ -1,4 +1,5 @@
-"""What is refused before the first rollout, and the count of memory behind docs/train.md's table."""
+"""What is refused before the first rollout, and the count of memory behind docs/train.md's
+table."""
 
 import contextlib
 import functools
@@ -41,14 +42,24 @@ def test_memory_of_full_weights_and_of_a_lora(tiny):
     n, others = size(tiny.pipe.transformer), sum(map(size, (tiny.pipe.vae, tiny.pipe.text_encoder)))
     others += size(tiny.pipe.text_encoder_2)
     args = cli.defaults(grpo_base.Args, ema=0.9)
-    full = {"trained weights": 4 * n, "frozen weights": 0, "gradients": 4 * n, "optimizer": 8 * n, "average": 4 * n}
+    full = {
+        "trained weights": 4 * n,
+        "frozen weights": 0,
+        "gradients": 4 * n,
+        "optimizer": 8 * n,
+        "average": 4 * n,
+    }
     rest = {"encoders, VAE": 2 * others, "rewards": 0, "activations": 100}
     found = counting.memory(tiny, args, 2, activations=100)
     assert found == {**full, **rest, "weights of a pass": 2 * n}  # autocast's copies
     split = {name: value / 4 for name, value in full.items()}
     block = max(map(size, tiny.pipe.transformer.transformer_blocks))
     rest["weights of a pass"] = 8 * block  # in bfloat16 two blocks, in float32 the gradients of one
-    assert counting.memory(tiny, args, 2, 4, activations=100) == {**split, **rest, "gradients": 4 * n}
+    assert counting.memory(tiny, args, 2, 4, activations=100) == {
+        **split,
+        **rest,
+        "gradients": 4 * n,
+    }
     assert counting.memory(tiny, args, 2, 4, initial=True)["frozen weights"] == 2 * n / 4
     args.exchange_often = args.offload_encoders = True
     rest["encoders, VAE"] = 2 * size(tiny.pipe.vae)
@@ -56,10 +67,16 @@ def test_memory_of_full_weights_and_of_a_lora(tiny):
     assert counting.memory(tiny, args, 2, 4, activations=100) == {**split, **rest}
 
     tiny.pipe.transformer.requires_grad_(False)
-    tiny.pipe.transformer.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=tiny.lora_targets))
+    tiny.pipe.transformer.add_adapter(
+        LoraConfig(r=4, lora_alpha=4, target_modules=tiny.lora_targets)
+    )
     lora = size(tiny.pipe.transformer) - n
     found = counting.memory(tiny, cli.defaults(grpo_base.Args, lora_rank=4), 2)
-    assert found["trained weights"] == 4 * lora and found["frozen weights"] == 2 * n and not found["average"]
+    assert (
+        found["trained weights"] == 4 * lora
+        and found["frozen weights"] == 2 * n
+        and not found["average"]
+    )
 
 
 def test_disk_of_checkpoints_and_export(tiny):
@@ -82,16 +99,21 @@ def test_a_checkpoint_is_as_large_as_estimated(train, tiny):
 
 
 def test_too_little_disk_is_one_line_before_the_first_rollout(train, monkeypatch, tmp_path):
-    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: SimpleNamespace(free=int(0.05 * GIB)))
+    monkeypatch.setattr(
+        preflight.shutil, "disk_usage", lambda path: SimpleNamespace(free=int(0.05 * GIB))
+    )
     with pytest.raises(
-        InputError, match=r"2 checkpoints of 0.03 GiB and the export's 0.\d\d GiB do not fit .* 0.05 GiB"
+        InputError,
+        match=r"2 checkpoints of 0.03 GiB and the export's 0.\d\d GiB do not fit .* 0.05 GiB",
     ):
         train(save_every=1)
     assert not (tmp_path / "run").exists()
 
 
 def test_too_little_memory_is_one_line_before_the_first_rollout(train, monkeypatch):
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=int(0.001 * GIB)))
+    monkeypatch.setattr(
+        psutil, "virtual_memory", lambda: SimpleNamespace(available=int(0.001 * GIB))
+    )
     with pytest.raises(InputError, match=r"each process would hold 0.0 GiB \(trained weights"):
         train()
 
@@ -105,10 +127,17 @@ def test_activations_without_contents_are_those_of_a_real_pass(name, lora):
             module.requires_grad_(not lora)
             if lora:
                 module.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=model.lora_targets))
-    counted = [counting.activations(outline, torch.float32, checkpointing) for checkpointing in (False, True)]
-    assert counted == [counting.count(real, torch.float32, checkpointing) for checkpointing in (False, True)]
+    counted = [
+        counting.activations(outline, torch.float32, checkpointing)
+        for checkpointing in (False, True)
+    ]
+    assert counted == [
+        counting.count(real, torch.float32, checkpointing) for checkpointing in (False, True)
+    ]
     assert 0 < counted[1] < counted[0]
-    assert real.unwanted == {}  # nothing of the counting stays: guidance takes what is here for the empty prompt
+    assert (
+        real.unwanted == {}
+    )  # nothing of the counting stays: guidance takes what is here for the empty prompt
     assert all(weight.device.type == "meta" for weight in outline.pipe.vae.parameters())
 
 
@@ -121,12 +150,16 @@ def test_attention_that_is_differentiated_twice_is_refused_where_its_scores_do_n
     tokens = large.noise_shape[0] + large.blank()["encoder_hidden_states"].shape[0]
     blocks = len(module.transformer_blocks) + len(module.single_transformer_blocks)
     assert scores - plain >= 0.9 * blocks * module.config.num_attention_heads * tokens**2 * 4
-    run = SimpleNamespace(args=SimpleNamespace(model="tiny-flux"), batch=3, dtype=torch.float32, world=1)
+    run = SimpleNamespace(
+        args=SimpleNamespace(model="tiny-flux"), batch=3, dtype=torch.float32, world=1
+    )
     run.device, run.plain_modules = torch.device("cpu"), contextlib.nullcontext
     monkeypatch.setattr(preflight, "SMALL", 0)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=6 * scores - 1))
     fisher.TrustRegion(run, 1e-4)
-    with pytest.raises(InputError, match="attention scores of every block are kept: .* for 3 rows, .* --gamma"):
+    with pytest.raises(
+        InputError, match="attention scores of every block are kept: .* for 3 rows, .* --gamma"
+    ):
         fisher.TrustRegion(run, 1e-4, large)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=6 * scores))
     fisher.TrustRegion(run, 1e-4, large)
@@ -138,7 +171,9 @@ def test_rewards_are_counted_once_and_a_judge_in_this_process_too():
             self.model, self.name = module, "judge"
 
     module = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
-    scorer = SimpleNamespace(module=module, head=module[0], judge=Judge(torch.nn.Linear(2, 2)), words=["a"])
+    scorer = SimpleNamespace(
+        module=module, head=module[0], judge=Judge(torch.nn.Linear(2, 2)), words=["a"]
+    )
     other = SimpleNamespace(client=scorer.judge)
     assert sum(map(size, counting.reward_modules([scorer, other]))) == 40 + 6
 
@@ -155,7 +190,8 @@ def plan_of(monkeypatch, available, **settings):
     monkeypatch.setattr(preflight, "SMALL", 0)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=available))
     args = cli.defaults(
-        grpo_base.Args, **{**dict(prompts_per_step=2, group_size=4, sampling_steps=4, micro_batch=8), **settings}
+        grpo_base.Args,
+        **{**dict(prompts_per_step=2, group_size=4, sampling_steps=4, micro_batch=8), **settings},
     )
     run = SimpleNamespace(
         args=args, world=1, shards=1, sharding=None, dtype=torch.float32, device=torch.device("cpu"),
@@ -170,7 +206,10 @@ def test_what_decides_is_chosen_from_the_memory_that_is_free(train, monkeypatch,
     monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF")
     plan = plan_of(monkeypatch, 0)
     args = plan.run.args
-    sizes = [sum(plan.kinds(replace(args, **dict.fromkeys(way, True)), 1).values()) for way in plan.ways()]
+    sizes = [
+        sum(plan.kinds(replace(args, **dict.fromkeys(way, True)), 1).values())
+        for way in plan.ways()
+    ]
     assert sizes == sorted(sizes, reverse=True) and len(sizes) == 3
     alone, plan.run.world = plan.kinds(args, 1)["gradients"], 2
     assert plan.kinds(args, 1)["gradients"] == 2 * alone  # buckets of data parallelism
@@ -179,21 +218,35 @@ def test_what_decides_is_chosen_from_the_memory_that_is_free(train, monkeypatch,
         plan_of(monkeypatch, size_ / preflight.ROOM + 1000)
         monkeypatch.setattr(preflight, "check", lambda run, model: loaded.append(run.args))
         folder, _ = train(output=f"{len(way)}", steps=1)
-        assert [name for name in ("offload_encoders", "gradient_checkpointing") if getattr(loaded[-1], name)] == [*way]
+        assert [
+            name
+            for name in ("offload_encoders", "gradient_checkpointing")
+            if getattr(loaded[-1], name)
+        ] == [*way]
         assert ("--offload-encoders" in capsys.readouterr().out) == ("offload_encoders" in way)
         plan_of(monkeypatch, 2**40)  # a larger machine goes on: nothing has to be chosen
         train(output=f"{len(way)}", steps=2, resume="latest")
-        assert not loaded[-1].offload_encoders and "from here on with" not in capsys.readouterr().out
+        assert (
+            not loaded[-1].offload_encoders and "from here on with" not in capsys.readouterr().out
+        )
         config = json.loads((folder / "config.json").read_text())
-        assert not any(config[name] for name in ("offload_encoders", "gradient_checkpointing", "exchange_often"))
+        assert not any(
+            config[name]
+            for name in ("offload_encoders", "gradient_checkpointing", "exchange_often")
+        )
     assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
     plan_of(monkeypatch, sizes[-1] / preflight.ROOM - 1000)
     monkeypatch.setattr(models, "load", None)
-    with pytest.raises(InputError, match=r"each process would hold 0.0 GiB .*; what fits: .* --micro-batch 1"):
+    with pytest.raises(
+        InputError, match=r"each process would hold 0.0 GiB .*; what fits: .* --micro-batch 1"
+    ):
         train(output="none")
 
 
-full_size, activations = functools.cache(memory.full_size), functools.cache(counting.activations)  # seconds each
+full_size, activations = (
+    functools.cache(memory.full_size),
+    functools.cache(counting.activations),
+)  # seconds each
 
 
 @pytest.mark.parametrize(
@@ -204,11 +257,20 @@ full_size, activations = functools.cache(memory.full_size), functools.cache(coun
         ("flux", 64, 1, 48, (), []),
         ("flux", 0, 8, 80, ("offload_encoders", "sharded", "exchange_often"), []),
         ("flux", 0, 16, 80, ("offload_encoders", "sharded", "exchange_often"), []),
-        ("flux", 0, 16, 30, ("offload_encoders", "sharded", "exchange_often", "sharded over all machines"), []),
+        (
+            "flux",
+            0,
+            16,
+            30,
+            ("offload_encoders", "sharded", "exchange_often", "sharded over all machines"),
+            [],
+        ),
         ("wan2.1-1.3b", 0, 8, 80, (), []),
     ],
 )
-def test_full_sizes_fit_or_are_told_a_command_that_does(name, lora, world, gib, ways, offers, monkeypatch, capsys):
+def test_full_sizes_fit_or_are_told_a_command_that_does(
+    name, lora, world, gib, ways, offers, monkeypatch, capsys
+):
     monkeypatch.setattr(preflight.Plan, "outline", lambda plan, rank: full_size(name, rank))
     monkeypatch.setattr(counting, "activations", activations)
     monkeypatch.setattr(preflight, "free", lambda run: gib * 10**9)
@@ -227,9 +289,13 @@ def test_full_sizes_fit_or_are_told_a_command_that_does(name, lora, world, gib, 
         assert str(refused.value).count("bpgo.py --model flux") == len(offers)
     else:
         preflight.settle(run, [])
-        assert [name for name in ways if name not in preflight.SHARDED and not getattr(args, name)] == []
+        assert [
+            name for name in ways if name not in preflight.SHARDED and not getattr(args, name)
+        ] == []
         assert run.shards == (world if "sharded over all machines" in ways else min(world, 8))
-        assert bool(run.sharding) == ("sharded" in ways) and args.exchange_often == ("exchange_often" in ways)
+        assert bool(run.sharding) == ("sharded" in ways) and args.exchange_often == (
+            "exchange_often" in ways
+        )
         assert run.activations > GIB
         words = r"(\d+) rows a pass would fit, too, .* --micro-batch \1 --decode-batch 1"
         said = re.search(words, capsys.readouterr().out)
@@ -238,15 +304,21 @@ def test_full_sizes_fit_or_are_told_a_command_that_does(name, lora, world, gib, 
 
 def assert_most_rows(run, rows):
     """They fit into three quarters of the memory, and twice as many do not, or are not there."""
-    plan, share = preflight.Plan(run, []), run.args.prompts_per_step * run.args.group_size // run.world
+    plan, share = (
+        preflight.Plan(run, []),
+        run.args.prompts_per_step * run.args.group_size // run.world,
+    )
     now, more = (
-        sum(plan.kinds(replace(run.args, micro_batch=n), plan.shards(()), batch=n).values()) <= 0.75 / 0.9 * plan.have
+        sum(plan.kinds(replace(run.args, micro_batch=n), plan.shards(()), batch=n).values())
+        <= 0.75 / 0.9 * plan.have
         for n in (rows, 2 * rows)
     )
     assert rows == 1 or now and (not more or 2 * rows > share)
 
 
-@pytest.mark.parametrize("asked, gib, least", [("auto", 80, 8), ("auto", 60, 2), ("auto", 48, 1), (1, 80, 1)])
+@pytest.mark.parametrize(
+    "asked, gib, least", [("auto", 80, 8), ("auto", 60, 2), ("auto", 48, 1), (1, 80, 1)]
+)
 def test_on_a_gpu_a_pass_takes_the_rows_that_fit(asked, gib, least, monkeypatch, capsys):
     monkeypatch.setattr(preflight.Plan, "outline", lambda plan, rank: full_size("flux", rank))
     monkeypatch.setattr(counting, "activations", activations)
@@ -262,7 +334,9 @@ def test_on_a_gpu_a_pass_takes_the_rows_that_fit(asked, gib, least, monkeypatch,
     preflight.settle(run, [])
     rows, said = args.micro_batch, capsys.readouterr().out
     assert rows >= least and (f"--micro-batch {rows}, for" in said) == (rows > 1)
-    assert args.decode_batch == (1 if rows > 1 else 0) and ("would fit, too" in said) == (asked == 1)
+    assert args.decode_batch == (1 if rows > 1 else 0) and ("would fit, too" in said) == (
+        asked == 1
+    )
     kinds = preflight.Plan(run, []).kinds(args, 1, batch=rows)
     assert kinds["activations"] == run.activations
     if asked == "auto":
@@ -279,7 +353,11 @@ def test_sharding_by_itself_is_that_of_the_shipped_configuration(name, monkeypat
     shipped, own = sharding.take_plugin(), sharding.own_plugin()
     assert sharding.take_plugin()  # of the run after a calibration
     for what in ("fsdp_version", "reshard_after_forward", "activation_checkpointing"):
-        assert getattr(shipped, what) == getattr(own, what) == flags[f"fsdp_{what.removeprefix('fsdp_')}"], what
+        assert (
+            getattr(shipped, what)
+            == getattr(own, what)
+            == flags[f"fsdp_{what.removeprefix('fsdp_')}"]
+        ), what
     offloaded = name == "fsdp2_offload"
     assert sharding.offloads(shipped, "cuda") == offloaded and not sharding.offloads(own, "cuda")
     assert not sharding.offloads(shipped, "cpu")

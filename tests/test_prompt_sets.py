@@ -1,4 +1,5 @@
-"""Prompt sets by name: downloaded once, told by their git blob, from a cache without a network, or one clear line."""
+"""Prompt sets by name: downloaded once, told by their git blob, from a cache without a network, or
+one clear line."""
 
 import json
 import os
@@ -18,18 +19,25 @@ from tests.conftest import ROOT
 
 IMAGES = "a red circle\n\nan image of\ta tab\n  a blue square  \n"  # as strangers write them
 COMMIT = "1" * 40  # of the hub's data set
-HPDV2 = [{"prompt": prompt, "human_preference": [0, 1]} for prompt in ("a cat", "a dog", "a cat", "a bird")]
+HPDV2 = [
+    {"prompt": prompt, "human_preference": [0, 1]}
+    for prompt in ("a cat", "a dog", "a cat", "a bird")
+]
 ROWS = {  # in the formats of the benchmarks
-    "geneval": '{"tag": "single_object", "include": [{"class": "bench", "count": 1}], "prompt": "a photo of a bench"}',
-    "unigenbench": 'index,prompt_en,sub_dims_en\n0,"In ink, two pandas.","{""Subjects"": ""Animal""}"\n',
+    "geneval": '{"tag": "single_object", "include": [{"class": "bench", "count": 1}], "prompt": '
+    '"a photo of a bench"}',
+    "unigenbench": 'index,prompt_en,sub_dims_en\n0,"In ink, two pandas.","{""Subjects"": '
+    '""Animal""}"\n',
     "unigenbench:long": 'index,prompt_en,sub_dims_en\n0,"A ""long"" one.",{}\n1,Another.,{}\n',
-    "vbench": '[{"prompt_en": "In a still frame, a stop sign", "dimension": ["temporal_flickering"]}]',
+    "vbench": '[{"prompt_en": "In a still frame, a stop sign", "dimension": '
+    '["temporal_flickering"]}]',
 }
 
 
 @pytest.fixture
 def server():
-    """A server on localhost: `files` {path: bytes}, `asked` the paths of its requests, `cut` those that break off."""
+    """A server on localhost: `files` {path: bytes}, `asked` the paths of its requests, `cut` those
+    that break off."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
@@ -58,7 +66,8 @@ def server():
 
 @pytest.fixture
 def github(server, tmp_path, monkeypatch):
-    """That server as the mirror, an empty cache, and a small file under each set's name with its own blob."""
+    """That server as the mirror, an empty cache, and a small file under each set's name with its
+    own blob."""
     monkeypatch.setenv("VGRPO_GITHUB", server.url + "/")
     monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
@@ -78,7 +87,9 @@ def refused(name):
 
 def test_blob_ids_are_gits(tmp_path):
     (tmp_path / "file").write_bytes(b"one\ntwo\n\x00\xff")
-    said = subprocess.run(["git", "hash-object", str(tmp_path / "file")], capture_output=True, text=True, check=True)
+    said = subprocess.run(
+        ["git", "hash-object", str(tmp_path / "file")], capture_output=True, text=True, check=True
+    )
     assert sets.blob_id((tmp_path / "file").read_bytes()) == said.stdout.strip()
 
 
@@ -115,7 +126,10 @@ def test_a_set_is_downloaded_once(github, monkeypatch, name, prompts):
 
 def test_many_processes_at_once(github):
     with ThreadPoolExecutor(8) as pool:
-        assert len({tuple(prompts) for prompts in pool.map(read_prompts, ["dancegrpo:images"] * 24)}) == 1
+        assert (
+            len({tuple(prompts) for prompts in pool.map(read_prompts, ["dancegrpo:images"] * 24)})
+            == 1
+        )
 
 
 def test_what_is_broken_in_the_cache_is_fetched_again(github):
@@ -125,7 +139,9 @@ def test_what_is_broken_in_the_cache_is_fetched_again(github):
     assert read_prompts("geneval") == ["a photo of a bench"]
 
 
-@pytest.mark.parametrize("why", ["another file", "no such file", "it breaks off", "no server", "offline", "no address"])
+@pytest.mark.parametrize(
+    "why", ["another file", "no such file", "it breaks off", "no server", "offline", "no address"]
+)
 def test_without_the_file_one_line_says_where_it_belongs(github, monkeypatch, why):
     item = sets.PUBLISHED["dancegrpo:videos"]
     path = f"/{item.repository}/{item.commit}/{item.path}"
@@ -142,20 +158,38 @@ def test_without_the_file_one_line_says_where_it_belongs(github, monkeypatch, wh
     if why == "no address":
         monkeypatch.setenv("VGRPO_GITHUB", "nowhere")
     said = refused("dancegrpo:videos")
-    for mention in ("dancegrpo:videos", str(item.place()), item.url(), "--prompts", "--eval-prompts"):
+    for mention in (
+        "dancegrpo:videos",
+        str(item.place()),
+        item.url(),
+        "--prompts",
+        "--eval-prompts",
+    ):
         assert mention in said
-    assert {"another file": "git blob", "no such file": "404", "offline": "HF_HUB_OFFLINE"}.get(why, "") in said
+    assert {"another file": "git blob", "no such file": "404", "offline": "HF_HUB_OFFLINE"}.get(
+        why, ""
+    ) in said
     assert not item.place().exists()
     assert bool(github.asked) == (why in ("another file", "no such file", "it breaks off"))
 
 
-@pytest.mark.parametrize("name", ["dancegrpo", "dancegrpo:pictures", "geneval:long", "vbench:x", "hpdv2:test", "hub:x"])
+@pytest.mark.parametrize(
+    "name", ["dancegrpo", "dancegrpo:pictures", "geneval:long", "vbench:x", "hpdv2:test", "hub:x"]
+)
 def test_names_that_there_are_not(name):
     assert name in refused(name)
 
 
 def test_benchmarks_are_told_from_what_one_trains_on():
-    names = [*sets.PUBLISHED, "hpdv2", "hpsv2:all", "first-frames", "hub:a/b/c.csv", "captions.csv:text", "vbench.txt"]
+    names = [
+        *sets.PUBLISHED,
+        "hpdv2",
+        "hpsv2:all",
+        "first-frames",
+        "hub:a/b/c.csv",
+        "captions.csv:text",
+        "vbench.txt",
+    ]
     benchmarks = {"geneval", "unigenbench", "unigenbench:long", "vbench", "hpsv2:all"}
     assert {name for name in names if sets.is_benchmark(name)} == benchmarks
     assert {name for name in names if not sets.is_name(name)} == {"captions.csv:text", "vbench.txt"}
@@ -183,14 +217,19 @@ print(read_prompts("hpdv2"), read_prompts("hub:somebody/captions/data/train.json
 
 
 def test_data_sets_of_the_hub_come_once_and_then_from_the_cache(server, tmp_path, monkeypatch):
-    """By $HF_ENDPOINT and $HF_HOME, as people set them: in a process of its own, as they are read once."""
+    """By $HF_ENDPOINT and $HF_HOME, as people set them: in a process of its own, as they are read
+    once."""
     server.files["/datasets/ymhao/HPDv2/resolve/main/train.json"] = json.dumps(HPDV2).encode()
-    server.files["/datasets/somebody/captions/resolve/main/data/train.jsonl"] = b'{"text": "one"}\n{"text": "two"}\n'
+    server.files["/datasets/somebody/captions/resolve/main/data/train.jsonl"] = (
+        b'{"text": "one"}\n{"text": "two"}\n'
+    )
     expected = "['a cat', 'a dog', 'a bird']\n['one', 'two']\n"
     variables = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     variables |= {"HF_HUB_DISABLE_XET": "1", "HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path)}
     words = [sys.executable, "-c", HUB]
-    first = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=variables, timeout=300)
+    first = subprocess.run(
+        words, capture_output=True, text=True, cwd=ROOT, env=variables, timeout=300
+    )
     assert first.stdout == expected, first.stderr
     (text,) = tmp_path.glob("vgrpo/*/hpdv2.txt")
     assert text.parent.name == COMMIT and text.read_text() == "a cat\na dog\na bird"
@@ -218,7 +257,11 @@ def test_without_the_hub_one_line_says_which_file(tmp_path, monkeypatch):
         ("hub:somebody/captions/train.csv:text", "somebody/captions", "train.csv"),
     ):
         said = refused(name)
-        assert name in said and f"hf download --repo-type dataset {repository} {file}" in said and "--prompts" in said
+        assert (
+            name in said
+            and f"hf download --repo-type dataset {repository} {file}" in said
+            and "--prompts" in said
+        )
     assert "write hub:OWNER/NAME/FILE" in refused("hub:somebody/captions")
     assert "hub:some body/a b/c.csv" in refused("hub:some body/a b/c.csv")
 

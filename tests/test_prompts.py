@@ -43,10 +43,20 @@ def test_lines(tmp_path, content, prompts):
 
 @pytest.mark.parametrize(
     "prompt",
-    ["a 🦊 and a 👩‍🚀 at 5 °C", "חתול על מחצלת", "قطة \u200fتجلس على\u200e الأريكة", "一只猫坐在垫子上", "x" * 10_000],
+    [
+        "a 🦊 and a 👩‍🚀 at 5 °C",
+        "חתול על מחצלת",
+        "قطة \u200fتجلس على\u200e الأريكة",
+        "一只猫坐在垫子上",
+        "x" * 10_000,
+    ],
 )
 def test_any_text_comes_back_unchanged(tmp_path, prompt):
-    assert read_prompts(written(tmp_path, f"first\n{prompt}\nlast\n".encode())) == ["first", prompt, "last"]
+    assert read_prompts(written(tmp_path, f"first\n{prompt}\nlast\n".encode())) == [
+        "first",
+        prompt,
+        "last",
+    ]
 
 
 def test_bad_files_are_refused_in_one_line(tmp_path):
@@ -83,7 +93,11 @@ PROMPTS = [f"prompt {i}" for i in range(12)]
 def test_each_epoch_visits_each_prompt_once(number, seed):
     steps = 12 // number
     epochs = [
-        [p for step in range(e * steps, (e + 1) * steps) for p in prompts_of_step(PROMPTS, step, number, seed)]
+        [
+            p
+            for step in range(e * steps, (e + 1) * steps)
+            for p in prompts_of_step(PROMPTS, step, number, seed)
+        ]
         for e in range(5)
     ]
     assert all(sorted(epoch) == sorted(PROMPTS) for epoch in epochs)
@@ -93,7 +107,9 @@ def test_each_epoch_visits_each_prompt_once(number, seed):
 @pytest.mark.parametrize("number", [5, 7])
 def test_epochs_run_across_steps(number):
     visited = [p for step in range(12) for p in prompts_of_step(PROMPTS, step, number, seed=0)]
-    assert set(Counter(visited).values()) == {number}  # 12 steps of `number` prompts are `number` epochs
+    assert set(Counter(visited).values()) == {
+        number
+    }  # 12 steps of `number` prompts are `number` epochs
     for epoch in range(number):
         assert sorted(visited[12 * epoch : 12 * epoch + 12]) == sorted(PROMPTS)
     one_by_one = [p for i in range(12 * number) for p in prompts_of_step(PROMPTS, i, 1, seed=0)]
@@ -102,20 +118,33 @@ def test_epochs_run_across_steps(number):
 
 def test_order_depends_on_the_step_and_seed_alone():
     forward = [prompts_of_step(PROMPTS, step, 5, seed=3) for step in range(20)]
-    assert [prompts_of_step(PROMPTS, step, 5, seed=3) for step in reversed(range(20))] == forward[::-1]
+    assert [prompts_of_step(PROMPTS, step, 5, seed=3) for step in reversed(range(20))] == forward[
+        ::-1
+    ]
     assert prompts_of_step(PROMPTS, 17, 5, seed=3) == forward[17]
-    orders = {tuple(p for step in range(12) for p in prompts_of_step(PROMPTS, step, 5, s)) for s in range(50)}
+    orders = {
+        tuple(p for step in range(12) for p in prompts_of_step(PROMPTS, step, 5, s))
+        for s in range(50)
+    }
     assert len(orders) == 50
 
 
 def test_what_comes_next_is_what_the_next_steps_ask_for():
     ahead = prompts_ahead(PROMPTS, 3, 5, 3, torch.tensor([4, 1, 1, 4]))
-    asked = [prompts_of_step(PROMPTS, step, 5, seed=3)[group] for step in range(4, 3 + AHEAD) for group in (1, 4)]
+    asked = [
+        prompts_of_step(PROMPTS, step, 5, seed=3)[group]
+        for step in range(4, 3 + AHEAD)
+        for group in (1, 4)
+    ]
     assert ahead == list(dict.fromkeys(asked)) and 5 < len(ahead) < len(asked)
 
 
 def test_seeds_do_not_share_epochs():
-    orders = {(tuple(prompts_of_step(PROMPTS, epoch, 12, seed))) for seed in range(30) for epoch in range(30)}
+    orders = {
+        (tuple(prompts_of_step(PROMPTS, epoch, 12, seed)))
+        for seed in range(30)
+        for epoch in range(30)
+    }
     assert len(orders) == 900
 
 
@@ -123,7 +152,9 @@ def test_more_prompts_a_step_than_there_are():
     step = prompts_of_step(PROMPTS, 0, 30, seed=0)
     assert sorted(step[:12]) == sorted(step[12:24]) == sorted(PROMPTS)
     assert len(step) == 30 and len(set(step[24:])) == 6
-    assert step[24:] + prompts_of_step(PROMPTS, 1, 30, seed=0)[:6] == prompts_of_step(PROMPTS, 2, 12, seed=0)
+    assert step[24:] + prompts_of_step(PROMPTS, 1, 30, seed=0)[:6] == prompts_of_step(
+        PROMPTS, 2, 12, seed=0
+    )
 
 
 def test_a_single_prompt():
@@ -131,7 +162,9 @@ def test_a_single_prompt():
 
 
 def test_duplicates_are_visited_as_often_as_they_stand():
-    visited = [p for step in range(4) for p in prompts_of_step(["a", "b", "a", "c"], step, 1, seed=0)]
+    visited = [
+        p for step in range(4) for p in prompts_of_step(["a", "b", "a", "c"], step, 1, seed=0)
+    ]
     assert Counter(visited) == {"a": 2, "b": 1, "c": 1}
 
 
@@ -147,7 +180,9 @@ def table(path, column="prompt"):
     kind = path.suffix[1:].lower()
     if kind in ("csv", "tsv"):
         with open(path, "w", encoding="utf-8-sig", newline="") as file:
-            writer = csv.DictWriter(file, ["index", column], delimiter="," if kind == "csv" else "\t")
+            writer = csv.DictWriter(
+                file, ["index", column], delimiter="," if kind == "csv" else "\t"
+            )
             writer.writeheader()
             writer.writerows(records)
     elif kind == "parquet":
@@ -164,19 +199,28 @@ def test_tables_with_a_column(tmp_path, kind):
     assert read_prompts(table(tmp_path / f"prompts.{kind}")) == READ
     other = table(tmp_path / f"other:{kind}.{kind}", "what a person says")
     assert read_prompts(f"{other}:what a person says") == READ
-    with pytest.raises(InputError, match=r"row 1 of .* has no column 'prompt'; it has 'index', 'what a person says'"):
+    with pytest.raises(
+        InputError,
+        match=r"row 1 of .* has no column 'prompt'; it has 'index', 'what a person says'",
+    ):
         read_prompts(other)
     if kind.lower() in ("csv", "tsv"):  # there all is text
         assert read_prompts(f"{other}:index") == ["0", "1", "2", "3", "4"]
     else:
-        with pytest.raises(InputError, match="row 1 of .* has '0' in column 'index', which is no text"):
+        with pytest.raises(
+            InputError, match="row 1 of .* has '0' in column 'index', which is no text"
+        ):
             read_prompts(f"{other}:index")
 
 
 def test_strings_without_columns(tmp_path):
     (tmp_path / "plain.json").write_text('["one", "two", null]')
     (tmp_path / "plain.jsonl").write_text('"one"\n"two"\n')
-    assert read_prompts(tmp_path / "plain.json") == read_prompts(tmp_path / "plain.jsonl") == ["one", "two"]
+    assert (
+        read_prompts(tmp_path / "plain.json")
+        == read_prompts(tmp_path / "plain.jsonl")
+        == ["one", "two"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -185,7 +229,11 @@ def test_strings_without_columns(tmp_path):
         ("a.json", b"{", "is no JSON (Expecting"),
         ("a.json", b'{"prompt": "one"}', "is no JSON (it is no list of rows)"),
         ("a.jsonl", b'{"prompt": "one"}\n{"prompt"', "is no JSONL (line 2: "),
-        ("a.jsonl", b'{"prompt": "one"}\n"a red \\ud83d"', r"a.jsonl has '\ud83d', half of a letter"),
+        (
+            "a.jsonl",
+            b'{"prompt": "one"}\n"a red \\ud83d"',
+            r"a.jsonl has '\ud83d', half of a letter",
+        ),
         ("a.jsonl", b'{"prompt": "one"}\n{"prompt": ["two"]}', "row 2 of "),
         ("a.jsonl", b"[1]", "row 1 of "),
         ("a.jsonl", b"caf\xe9", "is not UTF-8 text (byte 3)"),
@@ -208,7 +256,9 @@ def test_bad_tables_are_refused_in_one_line(tmp_path, name, content, reason):
 def test_fifty_thousand_prompts_are_read_and_dealt_out_at_once(tmp_path):
     from common.models.flux import Flux
 
-    (tmp_path / "many.txt").write_text("\n".join(f"a photo of {i} red circles in a row" for i in range(50_000)))
+    (tmp_path / "many.txt").write_text(
+        "\n".join(f"a photo of {i} red circles in a row" for i in range(50_000))
+    )
     started = time.process_time()
     prompts = read_prompts(tmp_path / "many.txt")
     Flux.check(prompts)
@@ -225,5 +275,8 @@ def test_a_file_without_end_is_refused(monkeypatch):
 
 def test_a_file_of_one_endless_line_is_refused(tmp_path):
     (tmp_path / "line.txt").write_text("a red circle " * 10_000)
-    with pytest.raises(InputError, match="line.txt has a prompt of more than 100000 letters; write one prompt a line"):
+    with pytest.raises(
+        InputError,
+        match="line.txt has a prompt of more than 100000 letters; write one prompt a line",
+    ):
         read_prompts(tmp_path / "line.txt")

@@ -1,4 +1,5 @@
-"""docs/reading.md: its output is what comes out, its functions are where it says, and its exercises are answered."""
+"""docs/reading.md: its output is what comes out, its functions are where it says, and its exercises
+are answered."""
 
 import ast
 import doctest
@@ -22,7 +23,9 @@ PAGE = ROOT / "docs/reading.md"
 
 
 def test_the_output_is_what_comes_out():
-    failed, tried = doctest.testfile(str(PAGE), module_relative=False, optionflags=doctest.NORMALIZE_WHITESPACE)
+    failed, tried = doctest.testfile(
+        str(PAGE), module_relative=False, optionflags=doctest.NORMALIZE_WHITESPACE
+    )
     torch.set_printoptions(profile="default")
     assert tried > 30 and failed == 0
 
@@ -38,7 +41,9 @@ def test_functions_are_where_it_says():
     assert len(named) > 15
     for path, name in named:
         nodes = ast.walk(ast.parse((ROOT / path).read_text()))
-        assert name in {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}, (path, name)
+        assert name in {
+            node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)
+        }, (path, name)
     for owner, cls in (("run", Runtime), ("model", Flux)):
         methods = re.findall(rf"`{owner}\.(\w+)`", "\n".join(cells))
         assert len(methods) >= 3 and all(callable(getattr(cls, name)) for name in methods)
@@ -60,7 +65,9 @@ def test_exercise_1_rounded_latents_move_the_ratio_by_more_than_the_clip_range()
     x_next, sampled, _ = sde.sde_step(velocity, x, *at, noise=noise)
     _, again, _ = sde.sde_step(velocity, x, *at, x_next=x_next)
     assert torch.equal(sampled, again)
-    _, rounded, _ = sde.sde_step(velocity, x.bfloat16().float(), *at, x_next=x_next.bfloat16().float())
+    _, rounded, _ = sde.sde_step(
+        velocity, x.bfloat16().float(), *at, x_next=x_next.bfloat16().float()
+    )
     assert ((rounded - sampled).exp() - 1).abs().max() > 1e-4
 
 
@@ -68,8 +75,12 @@ def test_exercise_2_the_sum_is_as_many_times_the_mean_as_there_are_dimensions():
     D = 45 * 45 * 64  # 720 / 16 = 45
     x = sde.RowNoise(0, 0, [0])((45 * 45, 64))
     summed = Normal(0.01, 0.1).log_prob(x).sum()
-    assert torch.allclose(sde.gaussian_log_prob(x, torch.tensor(0.01), torch.tensor(0.1)) * D, summed)
-    assert D == 129600 and D * 1e-4 == pytest.approx(12.96)  # exp(13): the range would be gone, at both ends
+    assert torch.allclose(
+        sde.gaussian_log_prob(x, torch.tensor(0.01), torch.tensor(0.1)) * D, summed
+    )
+    assert D == 129600 and D * 1e-4 == pytest.approx(
+        12.96
+    )  # exp(13): the range would be gone, at both ends
 
 
 def test_exercise_3_grpo_sees_no_scale_and_slas_none_that_all_prompts_share():
@@ -92,7 +103,9 @@ def test_exercise_4_at_the_pole_the_standard_deviation_is_eta():
 def test_exercise_5_clipping_acts_in_later_updates_alone():
     def slope(ratio, advantage, clip_range):
         ratio = torch.tensor([ratio], requires_grad=True)
-        return torch.autograd.grad(loss.clipped_surrogate(ratio, torch.tensor([advantage]), clip_range).sum(), ratio)[0]
+        return torch.autograd.grad(
+            loss.clipped_surrogate(ratio, torch.tensor([advantage]), clip_range).sum(), ratio
+        )[0]
 
     for advantage in (1.0, -1.0):  # the first update: the ratio is 1, inside of any range
         assert slope(1.0, advantage, 1e-4) == slope(1.0, advantage, 0.9) == -advantage
@@ -101,9 +114,13 @@ def test_exercise_5_clipping_acts_in_later_updates_alone():
 
 
 def test_exercise_6_trust_is_1_at_the_prior_and_1_plus_alpha_at_most():
-    trust = bpgo.reliability_weights(torch.tensor([[0.5], [math.inf], [-math.inf]]), 0.5, alpha=0.3, k=1.0)
+    trust = bpgo.reliability_weights(
+        torch.tensor([[0.5], [math.inf], [-math.inf]]), 0.5, alpha=0.3, k=1.0
+    )
     assert torch.allclose(trust, torch.tensor([[1.0], [1.3], [0.7]]))
-    assert (bpgo.reliability_weights(torch.rand(5, 1), 0.5, alpha=0.0, k=1.0) == 1).all()  # and beta 0: no second term
+    assert (
+        bpgo.reliability_weights(torch.rand(5, 1), 0.5, alpha=0.0, k=1.0) == 1
+    ).all()  # and beta 0: no second term
 
 
 def test_exercise_7_four_of_sixteen_are_two_thirds_on_the_way_to_one_alone():
@@ -121,9 +138,9 @@ def test_exercise_8_noise_changes_the_path_and_not_what_comes_out(eta):
     sigmas = sde.shifted_sigmas(200, 1.0)
     s = sde.diffusion_coefficients(sigmas, eta, "dance")
     x = torch.randn(4000, 1, generator=generator)
-    samples = sde.rollout(velocity, x, sigmas, s, lambda shape: torch.randn(4000, *shape, generator=generator))[0][
-        :, -1
-    ]
+    samples = sde.rollout(
+        velocity, x, sigmas, s, lambda shape: torch.randn(4000, *shape, generator=generator)
+    )[0][:, -1]
     assert samples.std().item() == pytest.approx(0.5, rel=0.05)
 
 
@@ -140,4 +157,8 @@ def test_exercise_10_equal_or_missing_scores_teach_nothing():
     reward = torch.tensor([[0.4, 0.4, 0.4, 0.4], [nan, 0.9, nan, nan], [0.1, nan, 0.3, 0.2]])
     assert grpo_base.compute_advantages(reward, 5.0)[:2].abs().max() == 0
     kept = grpo_base.keep_rows(reward, best_of=0)
-    assert kept.tolist() == [[True] * 4, [False] * 4, [True, False, True, True]]  # the first is kept, with advantage 0
+    assert kept.tolist() == [
+        [True] * 4,
+        [False] * 4,
+        [True, False, True, True],
+    ]  # the first is kept, with advantage 0

@@ -1,7 +1,8 @@
-"""docs/reproduce.md: every command parses, names files that there are, and has the settings that its paper prints.
+"""docs/reproduce.md: every command parses, names files that there are, and has the settings that
+its paper prints.
 
-The numbers below were read in the papers, not in this code. What stands in none of them is not compared.
-"""
+The numbers below were read in the papers, not in this code. What stands in none of them is not
+compared."""
 
 import re
 import shlex
@@ -14,9 +15,20 @@ from conftest import ROOT
 from common.prompts import sets
 
 # 2511.18919, section 4.1 (group sizes, rewards, priors), table 3 (alpha), appendix B.1 (batch, GPUs, steps, prompts)
-T2V = dict(gpus=32, prompts_per_step=32, group_size=8, steps=200, reward=("videoclip-xl",), best_of=0)
-I2V = dict(gpus=16, prompts_per_step=16, group_size=8, steps=200, reward=("videoclip-xl",), best_of=0)
-T2I = dict(gpus=8, prompts_per_step=8, group_size=12, steps=200, reward=("hpsv2",), prompts="dancegrpo:images")
+T2V = dict(
+    gpus=32, prompts_per_step=32, group_size=8, steps=200, reward=("videoclip-xl",), best_of=0
+)
+I2V = dict(
+    gpus=16, prompts_per_step=16, group_size=8, steps=200, reward=("videoclip-xl",), best_of=0
+)
+T2I = dict(
+    gpus=8,
+    prompts_per_step=8,
+    group_size=12,
+    steps=200,
+    reward=("hpsv2",),
+    prompts="dancegrpo:images",
+)
 SFT, FRAME, MEAN = dict(prior="sft"), dict(prior="first-frame"), dict(prior="running-mean")
 BPGO = {
     "BPGO, table 1, text to video, GRPO": T2V,
@@ -24,8 +36,16 @@ BPGO = {
     "BPGO, table 1, image to video, GRPO": I2V,
     "BPGO, table 1, image to video, ours": {**I2V, **FRAME, "alpha": 0.5},
     "BPGO, table 1, text to image, GRPO": {**T2I, "eval_prompts": "hpsv2:all"},
-    "BPGO, table 1, text to image, ours": {**T2I, **MEAN, "alpha": 0.5, "eval_prompts": "hpsv2:all"},
-    **{f"BPGO, table 3, alpha {alpha}": {**T2V, **SFT, "alpha": alpha} for alpha in (0.1, 0.5, 0.7, 0.9)},
+    "BPGO, table 1, text to image, ours": {
+        **T2I,
+        **MEAN,
+        "alpha": 0.5,
+        "eval_prompts": "hpsv2:all",
+    },
+    **{
+        f"BPGO, table 3, alpha {alpha}": {**T2V, **SFT, "alpha": alpha}
+        for alpha in (0.1, 0.5, 0.7, 0.9)
+    },
 }
 for task, settings in {"text to video": {**T2V, **SFT}, "image to video": {**I2V, **FRAME}}.items():
     BPGO[f"BPGO, table 2, {task}, RAS"] = {**settings, "beta": 0, "alpha": 0.5}
@@ -53,8 +73,12 @@ PACED = dict(
     prompts="dancegrpo:videos", gradient_checkpointing=True, batched_guidance=False,
     minibatches=2,  # of the 8 samples that are kept, the gradients of 4 are accumulated
 )  # fmt: skip
-SMALL = dict(PACED, height=480, width=832, learning_rate=5e-6, steps=150, gpus=8, prompts_per_step=8)
-LARGE = dict(PACED, height=240, width=416, learning_rate=5e-6, steps=220, gpus=16, prompts_per_step=16)
+SMALL = dict(
+    PACED, height=480, width=832, learning_rate=5e-6, steps=150, gpus=8, prompts_per_step=8
+)
+LARGE = dict(
+    PACED, height=240, width=416, learning_rate=5e-6, steps=220, gpus=16, prompts_per_step=16
+)
 HUNYUAN = dict(PACED, height=240, width=416, learning_rate=2e-6, steps=100, gpus=16)
 THREE = dict(reward=("judge:quality", "judge:smoothness", "judge:alignment"))
 J7, J72 = (dict(judge_model=f"Qwen/Qwen2.5-VL-{size}B-Instruct") for size in (7, 72))
@@ -77,9 +101,15 @@ PRINTED = {**BPGO, **SLAS, **SELF_PACED}
 def commands():
     """{what stands above it: command} of docs/reproduce.md."""
     text = (ROOT / "docs/reproduce.md").read_text().replace("\\\n", " ")
-    found = [line for block in re.findall(r"```\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
+    found = [
+        line
+        for block in re.findall(r"```\n(.*?)```", text, re.DOTALL)
+        for line in block.splitlines()
+    ]
     titles, lines = found[::2], found[1::2]
-    assert all(title.startswith("# ") for title in titles) and not any(line.startswith("#") for line in lines)
+    assert all(title.startswith("# ") for title in titles) and not any(
+        line.startswith("#") for line in lines
+    )
     return dict(zip((title[2:] for title in titles), lines, strict=True))
 
 
@@ -87,14 +117,19 @@ COMMANDS = commands()
 
 
 def parsed(command, monkeypatch):
-    """(the script's name, its arguments, GPUs) of a command, every file that it names being there."""
+    """(the script's name, its arguments, GPUs) of a command, every file that it names being
+    there."""
     words = shlex.split(command)
     at = next(i for i, word in enumerate(words) if word.endswith(".py"))
     launcher, script = words[:at], words[at]
     if launcher[0] == "sbatch":
         assert launcher[-1] == "configs/slurm.sh" and (ROOT / launcher[-1]).is_file()
         lines = (ROOT / launcher[-1]).read_text()
-        nodes = int(launcher[2]) if launcher[1] == "--nodes" else int(re.search(r"#SBATCH --nodes=(\d+)", lines)[1])
+        nodes = (
+            int(launcher[2])
+            if launcher[1] == "--nodes"
+            else int(re.search(r"#SBATCH --nodes=(\d+)", lines)[1])
+        )
         gpus = nodes * int(re.search(r"#SBATCH --gpus-per-node=(\d+)", lines)[1])
         sharded = "fsdp" in lines
     else:
@@ -103,7 +138,9 @@ def parsed(command, monkeypatch):
         gpus, sharded = config["num_processes"], config["distributed_type"] == "FSDP"
     args = printed.parsed(words[at:], monkeypatch)
     assert sharded or not args.exchange_often
-    assert launcher[0] != "sbatch" or args.output  # slurm.sh resumes, and what has no name yet cannot be resumed
+    assert (
+        launcher[0] != "sbatch" or args.output
+    )  # slurm.sh resumes, and what has no name yet cannot be resumed
     return script.removesuffix(".py"), args, gpus
 
 
@@ -128,10 +165,22 @@ def test_the_settings_are_the_printed_ones(title, monkeypatch):
 @pytest.mark.parametrize(
     "title, other",
     [
-        *((f"BPGO, table 2, text to video, {term}", "BPGO, table 1, text to video, ours") for term in TERMS),
-        *((f"BPGO, table 2, image to video, {term}", "BPGO, table 1, image to video, ours") for term in TERMS),
-        *((f"BPGO, table 2, text to image, {term}", "BPGO, table 1, text to image, ours") for term in TERMS),
-        *((f"BPGO, table 3, alpha {alpha}", "BPGO, table 1, text to video, ours") for alpha in (0.1, 0.5, 0.7, 0.9)),
+        *(
+            (f"BPGO, table 2, text to video, {term}", "BPGO, table 1, text to video, ours")
+            for term in TERMS
+        ),
+        *(
+            (f"BPGO, table 2, image to video, {term}", "BPGO, table 1, image to video, ours")
+            for term in TERMS
+        ),
+        *(
+            (f"BPGO, table 2, text to image, {term}", "BPGO, table 1, text to image, ours")
+            for term in TERMS
+        ),
+        *(
+            (f"BPGO, table 3, alpha {alpha}", "BPGO, table 1, text to video, ours")
+            for alpha in (0.1, 0.5, 0.7, 0.9)
+        ),
         *(
             (f"Self-Paced, table 3, {kind}", "Self-Paced, table 3, ours")
             for kind in ("joint", "one stage", "two stages")

@@ -1,4 +1,5 @@
-"""--resume: in which folder, with which settings, from which checkpoint, and what becomes of the rest."""
+"""--resume: in which folder, with which settings, from which checkpoint, and what becomes of the
+rest."""
 
 import json
 import os
@@ -22,7 +23,8 @@ from common.trainer import checkpoints, export, run_folder
 from common.trainer.runtime import Runtime
 
 SMALL = (
-    "--prompts-per-step=1 --group-size=4 --sampling-steps=3 --micro-batch=4 --minibatches=1 --tracker=none "
+    "--prompts-per-step=1 --group-size=4 --sampling-steps=3 --micro-batch=4 --minibatches=1 "
+    "--tracker=none "
     "--eval-every=0 --sample-every=0 --learning-rate=1e-3 --save-every=1"
 ).split()
 SCRIPTS = {script.__name__: script for script in (grpo_base, bpgo, slas, self_paced)}
@@ -30,11 +32,14 @@ SCRIPTS = {script.__name__: script for script in (grpo_base, bpgo, slas, self_pa
 
 @pytest.fixture
 def command(tmp_path, monkeypatch, capfd):
-    """A script's command line, run here in an empty folder; returns what it said. A mistake raises SystemExit."""
+    """A script's command line, run here in an empty folder; returns what it said. A mistake raises
+    SystemExit."""
     monkeypatch.chdir(tmp_path)
 
     def run(words, script=grpo_base):
-        monkeypatch.setattr(sys, "argv", [script.__file__, *(words.split() if isinstance(words, str) else words)])
+        monkeypatch.setattr(
+            sys, "argv", [script.__file__, *(words.split() if isinstance(words, str) else words)]
+        )
         capfd.readouterr()
         errors.run(script.main, cli.parse(script.Args, script.__doc__))
         return capfd.readouterr().out
@@ -42,7 +47,9 @@ def command(tmp_path, monkeypatch, capfd):
     def refused(words, script=grpo_base):
         with pytest.raises(SystemExit) as ended:
             run(words, script)
-        (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+        (line,) = [
+            line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")
+        ]
         assert ended.value.code == 2
         return line
 
@@ -59,7 +66,11 @@ def finished(tmp_path_factory):
         if script not in folders:
             folders[script] = tmp_path_factory.mktemp(script.__name__) / "run"
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(sys, "argv", [script.__file__, *SMALL, "--steps=3", f"--output={folders[script]}"])
+                patch.setattr(
+                    sys,
+                    "argv",
+                    [script.__file__, *SMALL, "--steps=3", f"--output={folders[script]}"],
+                )
                 script.main(cli.parse(script.Args, ""))
         return folders[script]
 
@@ -78,7 +89,9 @@ def copied(finished, tmp_path):
 
 
 def contents(folder):
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+    }
 
 
 def moved(folder, before, after, other=None):
@@ -89,7 +102,9 @@ def moved(folder, before, after, other=None):
 
 def same_weights(left, right, step):
     old, new = weights(left, step), weights(right, step)
-    return old.keys() == new.keys() and all(torch.equal(new[name], value) for name, value in old.items())
+    return old.keys() == new.keys() and all(
+        torch.equal(new[name], value) for name, value in old.items()
+    )
 
 
 # --- The folder ---
@@ -98,7 +113,10 @@ def same_weights(left, right, step):
 @pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS)
 def test_a_checkpoint_goes_on_in_its_own_run(command, copied, script):
     """Not in the newest one of that name."""
-    run, newest = copied(f"{script.__name__}-tiny-flux-1", script), copied(f"{script.__name__}-tiny-flux-2", script)
+    run, newest = (
+        copied(f"{script.__name__}-tiny-flux-1", script),
+        copied(f"{script.__name__}-tiny-flux-2", script),
+    )
     shutil.rmtree(run / "checkpoints/step_000003")
     before = contents(newest)
     said = command(f"--resume runs/{run.name}/checkpoints/step_000002", script)
@@ -138,8 +156,13 @@ def test_a_checkpoint_from_elsewhere_needs_a_folder_to_go_on_in(command, copied,
 @pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS)
 def test_a_new_learning_rate_and_weight_decay_are_those_of_the_next_step(command, copied, script):
     run = copied("one", script)
-    said = command("--output runs/one --resume --steps 4 --learning-rate 1e-12 --weight-decay 0.9", script)
-    assert "from here on with learning_rate 1e-12 instead of 0.001, weight_decay 0.9 instead of 0.0001" in said
+    said = command(
+        "--output runs/one --resume --steps 4 --learning-rate 1e-12 --weight-decay 0.9", script
+    )
+    assert (
+        "from here on with learning_rate 1e-12 instead of 0.001, weight_decay 0.9 instead of 0.0001"
+        in said
+    )
     assert 0 < moved(run, 3, 4) < 1e-9
     (group,) = weights(run, 4, "optimizer")["param_groups"]
     assert (group["lr"], group["weight_decay"]) == (1e-12, 0.9)
@@ -156,11 +179,17 @@ def test_the_settings_of_a_run_are_the_defaults_of_its_command_line(command, cop
     before = json.loads((run / "config.json").read_text())
     shutil.rmtree(run / "checkpoints/step_000003")
     with (run / "metrics.jsonl").open("a") as file:
-        file.write('[3]\n{"step": "two"}\n{"step": null, "x": 1}\n{}\n{"step": 2')  # of a killed process
+        file.write(
+            '[3]\n{"step": "two"}\n{"step": null, "x": 1}\n{}\n{"step": 2'
+        )  # of a killed process
     command("--output runs/one --resume latest --save-every 2")
     assert [row["step"] for row in metrics(run)] == [0, 1, 2]
     after = json.loads((run / "config.json").read_text())
-    assert {name for name in before if before[name] != after[name]} == {"resume", "save_every", "output"}
+    assert {name for name in before if before[name] != after[name]} == {
+        "resume",
+        "save_every",
+        "output",
+    }
     assert after["group_size"] == 4 and after["save_every"] == 2 and after["steps"] == 3
 
 
@@ -194,7 +223,9 @@ def test_what_may_not_change_is_one_line(command, copied, flags):
 
 def test_every_setting_that_may_change_is_one():
     names = set(vars(cli.Args()))
-    assert set(run_folder.FREE + run_folder.FREE_IN_A_NEW_FOLDER + run_folder.NOT_INHERITED) <= names
+    assert (
+        set(run_folder.FREE + run_folder.FREE_IN_A_NEW_FOLDER + run_folder.NOT_INHERITED) <= names
+    )
     assert not set(run_folder.FREE) & set(run_folder.FREE_IN_A_NEW_FOLDER)
 
 
@@ -205,13 +236,16 @@ def test_other_micro_batches_go_on_with_the_same_numbers_up_to_rounding(command,
     command("--output runs/one --resume --micro-batch 2 --gradient-checkpointing --decode-batch 1")
     for row, other in zip(metrics(run), metrics(whole), strict=True):
         assert row["reward_mean"] == pytest.approx(other["reward_mean"], abs=1e-5)
-    # AdamW's first steps turn rounding of gradients near 0 into steps of any size up to the learning rate
+    # AdamW's first steps turn rounding of gradients near 0 into steps of any size up to the
+    # learning rate
     assert moved(whole, 3, 3, other=run) < 2e-4
 
 
 def test_code_is_trusted_by_a_flag_and_by_no_file(command, copied, monkeypatch):
     config = copied() / "config.json"
-    config.write_text(config.read_text().replace('"trust_remote_code": false', '"trust_remote_code": true'))
+    config.write_text(
+        config.read_text().replace('"trust_remote_code": false', '"trust_remote_code": true')
+    )
     monkeypatch.setattr(sys, "argv", ["grpo_base.py", "--output", "runs/one", "--resume"])
     assert not cli.parse(grpo_base.Args, "").trust_remote_code
 
@@ -224,7 +258,10 @@ ODD = {
     "a number for a list": ({"reward": 3}, "reward 3, now it is ['verifier']"),
     "another script's": ({"script": "bpgo", "alpha": 0.5}, "script 'bpgo', now it is 'grpo_base'"),
     "a setting more": ({"temperature": 1}, "another version: its config.json has temperature"),
-    "a setting less": ({"seed": None}, "another version: its config.json lacks seed, and this version takes 0"),
+    "a setting less": (
+        {"seed": None},
+        "another version: its config.json lacks seed, and this version takes 0",
+    ),
 }
 
 
@@ -243,17 +280,22 @@ def test_an_odd_config_is_one_line(command, copied, what):
 
 
 def test_an_earlier_checkpoint_becomes_a_new_run(command, copied):
-    """With what may change there; the old run stays as it is; the same command once more goes on with the new one."""
+    """With what may change there; the old run stays as it is; the same command once more goes on
+    with the new one."""
     run = copied()
     before = contents(run)
-    line = "--resume runs/one/checkpoints/step_000001 --output runs/new --learning-rate 1e-4 --seed 5"
+    line = (
+        "--resume runs/one/checkpoints/step_000001 --output runs/new --learning-rate 1e-4 --seed 5"
+    )
     assert "runs/new begins with runs/one/checkpoints/step_000001" in command(line)
     new = run.with_name("new")
     assert contents(run) == before
     assert [row["step"] for row in metrics(new)] == [0, 1, 2]
     assert metrics(new)[0] == metrics(run)[0] and metrics(new)[1] != metrics(run)[1]
     assert same_weights(run, new, 1) and 0 < moved(new, 1, 2) < 2e-4
-    assert (new / "checkpoints/step_000001/optimizer.pt").samefile(run / "checkpoints/step_000001/optimizer.pt")
+    assert (new / "checkpoints/step_000001/optimizer.pt").samefile(
+        run / "checkpoints/step_000001/optimizer.pt"
+    )
 
     shutil.rmtree(new / "checkpoints/step_000003")
     rows, kept = metrics(new), (new / "config.json").read_text()
@@ -280,7 +322,9 @@ def test_a_killed_beginning_is_begun_again(command, copied, monkeypatch):
     monkeypatch.undo()
     monkeypatch.chdir(run.parents[1])
     command(line)
-    assert metrics(run.with_name("new")) == metrics(run) and same_weights(run, run.with_name("new"), 3)
+    assert metrics(run.with_name("new")) == metrics(run) and same_weights(
+        run, run.with_name("new"), 3
+    )
 
 
 def test_an_earlier_step_is_exported_by_a_command(command, copied):
@@ -300,7 +344,10 @@ def test_what_comes_after_an_earlier_checkpoint_is_set_aside(command, copied):
     run, whole = copied(), copied("whole")
     said = command("--resume runs/one/checkpoints/step_000001 --learning-rate 1e-4")
     aside = run / "after_step_000001_1"
-    assert f"runs/one has after step 1 is set aside: --output {aside.relative_to(run.parents[1])} --resume" in said
+    assert (
+        f"runs/one has after step 1 is set aside: --output {aside.relative_to(run.parents[1])} "
+        "--resume" in said
+    )
     assert [path.name for path in checkpoints.newest_first(aside)] == ["step_000003", "step_000002"]
     assert metrics(aside) == metrics(whole)
     assert metrics(run)[0] == metrics(whole)[0] and not same_weights(run, aside, 3)
@@ -323,20 +370,32 @@ def test_the_latest_is_that_of_the_highest_number(command, copied):
         folder = (run / "checkpoints" / name).rename(run / f"checkpoints/step_{step}")
         about = json.loads((folder / "checkpoint.json").read_text())
         (folder / "checkpoint.json").write_text(json.dumps({**about, "step": step}))
-    assert [path.name for path in checkpoints.newest_first(run)] == ["step_1000002", "step_999999", "step_000001"]
-    assert "resuming runs/one at step 1000002" in command("--output runs/one --resume --steps 1000002")
+    assert [path.name for path in checkpoints.newest_first(run)] == [
+        "step_1000002",
+        "step_999999",
+        "step_000001",
+    ]
+    assert "resuming runs/one at step 1000002" in command(
+        "--output runs/one --resume --steps 1000002"
+    )
 
 
 def test_only_what_the_run_wrote_is_removed(command, copied):
     run, other = copied(), copied("other")
-    for name in ("step_000001_best", "step_000000", "step_old"):  # copies of its own under other names
+    for name in (
+        "step_000001_best",
+        "step_000000",
+        "step_old",
+    ):  # copies of its own under other names
         shutil.copytree(run / "checkpoints/step_000001", run / "checkpoints" / name)
     config = other / "config.json"
     config.write_text(config.read_text().replace(json.loads(config.read_text())["run"], "another"))
     command("--output runs/other --resume --steps 4")
     shutil.copytree(other / "checkpoints/step_000004", run / "checkpoints/step_000005")
     shutil.move(other / "checkpoints/step_000004", run / "checkpoints/step_000004")
-    command("--output runs/one --resume runs/one/checkpoints/step_000003 --steps 5 --keep-checkpoints 1")
+    command(
+        "--output runs/one --resume runs/one/checkpoints/step_000003 --steps 5 --keep-checkpoints 1"
+    )
     names = sorted(path.name for path in (run / "checkpoints").iterdir())
     assert names == ["step_000000", "step_000001_best", "step_000005", "step_old"]
     assert (run / "after_step_000003_1/checkpoints/step_000004").exists()
@@ -348,8 +407,15 @@ def test_a_checkpoint_of_another_run_in_the_way_is_kept(tmp_path):
         checkpoints.begin(tmp_path, 7)
         checkpoints.put(tmp_path, 7, state)
         checkpoints.publish(tmp_path, 7, {"x": 0}, run)
-    names = {path.name: json.loads((path / "checkpoint.json").read_text())["run"] for path in tmp_path.glob("*/*")}
-    assert names == {"step_000007": "mine", "step_000007_other_1": "mine", "step_000007_other_2": "theirs"}
+    names = {
+        path.name: json.loads((path / "checkpoint.json").read_text())["run"]
+        for path in tmp_path.glob("*/*")
+    }
+    assert names == {
+        "step_000007": "mine",
+        "step_000007_other_1": "mine",
+        "step_000007_other_2": "theirs",
+    }
 
 
 # --- Checkpoints that are none ---
@@ -384,10 +450,22 @@ def infinite(state):
 LISTLESS = "it has no checkpoint.json that can be read"
 NAMELESS = "its checkpoint.json names no step, or no parts"
 SPOILT = {  # how, and what is said of it
-    "weights that are no numbers": (rewrite("transformer", not_a_number), "its transformer holds values that are no"),
-    "moments that are infinite": (rewrite("optimizer", infinite), "its optimizer holds values that are no numbers"),
-    "None for weights": (rewrite("transformer", lambda state: None), "its transformer.pt holds a NoneType, no state"),
-    "a list for a state": (rewrite("optimizer", lambda state: [1]), "its optimizer.pt holds a list, no state"),
+    "weights that are no numbers": (
+        rewrite("transformer", not_a_number),
+        "its transformer holds values that are no",
+    ),
+    "moments that are infinite": (
+        rewrite("optimizer", infinite),
+        "its optimizer holds values that are no numbers",
+    ),
+    "None for weights": (
+        rewrite("transformer", lambda state: None),
+        "its transformer.pt holds a NoneType, no state",
+    ),
+    "a list for a state": (
+        rewrite("optimizer", lambda state: [1]),
+        "its optimizer.pt holds a list, no state",
+    ),
     "a step that is text": (listed(step="3"), NAMELESS),
     "a step that is true": (listed(step=True), NAMELESS),
     "a step below 0": (listed(step=-3), NAMELESS),
@@ -400,15 +478,24 @@ SPOILT = {  # how, and what is said of it
         lambda folder: os.truncate(folder / "transformer.pt", 5000),
         "its transformer.pt does not load",
     ),
-    "an empty file": (lambda folder: os.truncate(folder / "optimizer.pt", 0), "its optimizer.pt does not"),
+    "an empty file": (
+        lambda folder: os.truncate(folder / "optimizer.pt", 0),
+        "its optimizer.pt does not",
+    ),
     "nonsense": (
         lambda folder: (folder / "optimizer.pt").write_bytes(b"nonsense" * 9),
         "its optimizer.pt does not load",
     ),
     "a file less": (lambda folder: (folder / "optimizer.pt").unlink(), "its optimizer.pt does not"),
     "without a list": (lambda folder: (folder / "checkpoint.json").unlink(), LISTLESS),
-    "a broken list": (lambda folder: (folder / "checkpoint.json").write_text('{"step": 4, '), LISTLESS),
-    "a list nested deep": (lambda folder: (folder / "checkpoint.json").write_text("[" * 100_000), LISTLESS),
+    "a broken list": (
+        lambda folder: (folder / "checkpoint.json").write_text('{"step": 4, '),
+        LISTLESS,
+    ),
+    "a list nested deep": (
+        lambda folder: (folder / "checkpoint.json").write_text("[" * 100_000),
+        LISTLESS,
+    ),
 }
 
 
@@ -431,15 +518,23 @@ def test_a_run_without_a_good_checkpoint_is_one_line(command, copied):
     run = copied()
     for name in ("step_000001", "step_000002", "step_000003"):
         SPOILT["weights that are no numbers"][0](run / "checkpoints" / name)
-    assert "none of the 3 checkpoints in runs/one can be read" in command.refused("--output runs/one --resume")
+    assert "none of the 3 checkpoints in runs/one can be read" in command.refused(
+        "--output runs/one --resume"
+    )
     line = command.refused("--output runs/one --resume runs/one/checkpoints/step_000002")
     assert "step_000002 is no checkpoint (its transformer holds values that are no numbers)" in line
 
 
 MISFITS = {
-    "moments of other weights": ("optimizer", lambda state: {**state, "state": {0: {"step": torch.ones(())}}}),
+    "moments of other weights": (
+        "optimizer",
+        lambda state: {**state, "state": {0: {"step": torch.ones(())}}},
+    ),
     "no groups": ("optimizer", lambda state: {**state, "param_groups": None}),
-    "weights of another shape": ("transformer", lambda state: {name: torch.ones(3) for name in state}),
+    "weights of another shape": (
+        "transformer",
+        lambda state: {name: torch.ones(3) for name in state},
+    ),
     "texts for weights": ("transformer", lambda state: dict.fromkeys(state, "one")),
     "numbers for weights": ("transformer", lambda state: dict(enumerate(state.values()))),
 }
@@ -454,23 +549,32 @@ def test_a_state_that_does_not_fit_is_one_line(command, copied, what):
     assert f"step_000003/{name}.pt does not fit: " in line and len(line) < 400
 
 
-@pytest.mark.parametrize("change", [{"mean": None}, {"steps": "3"}, {"known": []}, {"more": 1}], ids=str)
+@pytest.mark.parametrize(
+    "change", [{"mean": None}, {"steps": "3"}, {"known": []}, {"more": 1}], ids=str
+)
 def test_a_methods_state_that_does_not_fit_is_one_line(command, copied, change):
     run = copied("one", bpgo)
     rewrite("prior", lambda state: {**state, **change})(run / "checkpoints/step_000003")
-    assert "step_000003/prior.pt does not fit: " in command.refused("--output runs/one --resume --steps 4", bpgo)
+    assert "step_000003/prior.pt does not fit: " in command.refused(
+        "--output runs/one --resume --steps 4", bpgo
+    )
 
 
 # --- A run that cannot go on as it is ---
 
 
 def broken(command, capfd, words, script=grpo_base):
-    """(the error's line, the command that is printed to get past it) of a run that ends with an error."""
+    """(the error's line, the command that is printed to get past it) of a run that ends with an
+    error."""
     with pytest.raises(SystemExit) as ended:
         command(words, script)
     said = capfd.readouterr()
     (line,) = [line for line in said.err.splitlines() if "error: " in line]
-    (advice,) = [line for line in said.out.splitlines() if line.startswith("to get past this, in a new run: ")]
+    (advice,) = [
+        line
+        for line in said.out.splitlines()
+        if line.startswith("to get past this, in a new run: ")
+    ]
     assert ended.value.code == 1 and "Traceback" not in said.err
     return line, said.out, shlex.split(advice.removeprefix("to get past this, in a new run: "))
 
@@ -485,21 +589,30 @@ def test_the_command_that_is_printed_after_divergence_works(command, copied, mon
         return norm
 
     monkeypatch.setattr(Runtime, "update", diverge)
-    line, said, advice = broken(command, capfd, ["--output", "runs/a run", "--resume", "--steps", "4"])
+    line, said, advice = broken(
+        command, capfd, ["--output", "runs/a run", "--resume", "--steps", "4"]
+    )
     assert "the weights after step 4 are no numbers" in line and "go on with" not in said
     assert [path.name for path in checkpoints.newest_first(run)][0] == "step_000003"
     assert advice[1:] == [
-        "--resume", "runs/a run/checkpoints/step_000003", "--output", "runs/a run_from_3", "--learning-rate", "0.0001",
+        "--resume", "runs/a run/checkpoints/step_000003", "--output", "runs/a "
+                                                                      "run_from_3", "--learning-rate", "0.0001",
     ]  # fmt: skip
     assert "learning_rate 0.0001 instead of 0.001" in command(advice[1:])
     assert 0 < moved(run, 3, 4, other=run.with_name("a run_from_3")) < 2e-4
 
 
-def test_samples_that_are_no_numbers_save_nothing_and_a_lower_rate_is_advised(command, copied, monkeypatch, capfd):
+def test_samples_that_are_no_numbers_save_nothing_and_a_lower_rate_is_advised(
+    command, copied, monkeypatch, capfd
+):
     run, real = copied(), Flux.decode
-    monkeypatch.setattr(Flux, "decode", lambda model, x: real(model, x) * (torch.nan if len(x) > 1 else 1))
+    monkeypatch.setattr(
+        Flux, "decode", lambda model, x: real(model, x) * (torch.nan if len(x) > 1 else 1)
+    )
     line, said, advice = broken(command, capfd, "--output runs/one --resume --steps 4")
-    assert "the samples are no numbers: the weights have diverged" in line and "go on with" not in said
+    assert (
+        "the samples are no numbers: the weights have diverged" in line and "go on with" not in said
+    )
     assert advice[-2:] == ["--learning-rate", "0.0001"]
     monkeypatch.undo()
     monkeypatch.chdir(run.parents[1])
@@ -518,18 +631,32 @@ class Poisoned:
 
 
 @pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS)
-def test_a_reward_that_poisons_a_step_is_named_with_its_prompt(command, monkeypatch, capfd, tmp_path, script):
+def test_a_reward_that_poisons_a_step_is_named_with_its_prompt(
+    command, monkeypatch, capfd, tmp_path, script
+):
     monkeypatch.setitem(rewards.REWARDS, "poisoned", ("poisoned", "Poisoned"))
     monkeypatch.setitem(sys.modules, "poisoned", type("poisoned", (), {"Poisoned": Poisoned}))
     Poisoned.range = (0.0, 1.0) if script is self_paced else (None, None)
     (tmp_path / "prompts.txt").write_text("a red circle\na blue square\na green triangle\n")
     prompts = read_prompts(tmp_path / "prompts.txt")
     Poisoned.caption = prompts_of_step(prompts, 1, 1, 0)[0]
-    words = [*SMALL, "--prompts=prompts.txt", "--eval-prompts=", "--steps=3", "--save-every=0", "--output=run"]
+    words = [
+        *SMALL,
+        "--prompts=prompts.txt",
+        "--eval-prompts=",
+        "--steps=3",
+        "--save-every=0",
+        "--output=run",
+    ]
     words += ["--reward", "poisoned"]
-    words += ["verifier", "--thresholds", "0.5", "--only-stage", "1"] if script is self_paced else []
+    words += (
+        ["verifier", "--thresholds", "0.5", "--only-stage", "1"] if script is self_paced else []
+    )
     line, said, advice = broken(command, capfd, words, script)
-    assert "the gradient norm of step 1 is nan; no advantages follow from the rewards of 1 prompts: " in line
+    assert (
+        "the gradient norm of step 1 is nan; no advantages follow from the rewards of 1 prompts: "
+        in line
+    )
     assert f"{Poisoned.caption!r} (" in line and "poisoned -3.4e+38 to 3.4e+38" in line
     assert "1 steps are saved; go on with --output run --resume latest" in said
     assert advice[-2:] == ["--seed", "1"]
@@ -557,7 +684,9 @@ def test_exported_files_can_be_read_by_whom_the_run_can(command, flags, tmp_path
     assert not list((tmp_path / "run").glob(".*"))
 
 
-def test_an_export_that_does_not_fit_is_one_line_and_can_be_done_again(command, copied, monkeypatch, capfd):
+def test_an_export_that_does_not_fit_is_one_line_and_can_be_done_again(
+    command, copied, monkeypatch, capfd
+):
     run = copied()
     before = contents(run / "export")
     real = export.save
@@ -571,18 +700,26 @@ def test_an_export_that_does_not_fit_is_one_line_and_can_be_done_again(command, 
         command("--output runs/one --resume")
     monkeypatch.undo()
     assert ended.value.code == 1
-    assert "error: cannot write runs/one/export ([Errno 28] No space left on device); is the" in capfd.readouterr().err
+    assert (
+        "error: cannot write runs/one/export ([Errno 28] No space left on device); is the"
+        in capfd.readouterr().err
+    )
     assert contents(run / "export") == before and not (run / ".export.tmp").exists()
 
 
 def test_the_last_line_names_what_there_is(command, tmp_path):
     said = command([*SMALL, "--steps=1", "--output=run"])
-    assert "look at run/report.html; the trained model: " in said and not (tmp_path / "run/samples").exists()
+    assert (
+        "look at run/report.html; the trained model: " in said
+        and not (tmp_path / "run/samples").exists()
+    )
     said = command("--output=run --resume --sample-every=1")
     assert "look at run/report.html and run/samples; the trained model: " in said
 
 
-@pytest.mark.parametrize("words, last", [([], ["--resume", "latest"]), (["--resume", "x/step_1"], [])])
+@pytest.mark.parametrize(
+    "words, last", [([], ["--resume", "latest"]), (["--resume", "x/step_1"], [])]
+)
 def test_the_cluster_job_keeps_the_words_as_they_are(tmp_path, words, last):
     commands = {
         "srun": 'exec "$@"', "scontrol": "echo first; echo second", "accelerate": """printf '%s\n' "$@" > words""",
@@ -590,9 +727,25 @@ def test_the_cluster_job_keeps_the_words_as_they_are(tmp_path, words, last):
     for name, text in commands.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
         (tmp_path / name).chmod(0o755)
-    given = ["bpgo.py", "--output", "a folder/x", "--lora-targets", r"(^|\.)to_[qkv]*$ $HOME `ls`", "*", *words]
-    job = dict(SLURM_JOB_NODELIST="x", SLURM_NNODES="2", SLURM_NODEID="1", PATH=f"{tmp_path}:{os.environ['PATH']}")
+    given = [
+        "bpgo.py",
+        "--output",
+        "a folder/x",
+        "--lora-targets",
+        r"(^|\.)to_[qkv]*$ $HOME `ls`",
+        "*",
+        *words,
+    ]
+    job = dict(
+        SLURM_JOB_NODELIST="x",
+        SLURM_NNODES="2",
+        SLURM_NODEID="1",
+        PATH=f"{tmp_path}:{os.environ['PATH']}",
+    )
     subprocess.run(["bash", ROOT / "configs/slurm.sh", *given], cwd=tmp_path, env=job, check=True)
     came = (tmp_path / "words").read_text().splitlines()
     assert came[came.index("bpgo.py") :] == [*given, *last]
-    assert came[came.index("--main_process_ip") + 1] == "first" and came[came.index("--num_processes") + 1] == "16"
+    assert (
+        came[came.index("--main_process_ip") + 1] == "first"
+        and came[came.index("--num_processes") + 1] == "16"
+    )

@@ -1,4 +1,5 @@
-"""The reward table: names and weights, each sample with its own prompt, every score a number; JPEG size against PIL."""
+"""The reward table: names and weights, each sample with its own prompt, every score a number; JPEG
+size against PIL."""
 
 import io
 import re
@@ -38,15 +39,21 @@ def test_bad_weight_is_refused(weight):
 
 
 def test_no_reward_is_refused():
-    with pytest.raises(InputError, match="at least one of verifier, verifier:quality, .*, motion, .*jpeg"):
+    with pytest.raises(
+        InputError, match="at least one of verifier, verifier:quality, .*, motion, .*jpeg"
+    ):
         rewards.parse([])
 
 
-@pytest.mark.parametrize("typo, near", [("verifer", "verifier"), ("Verifier", "verifier"), ("jpg", "jpeg")])
+@pytest.mark.parametrize(
+    "typo, near", [("verifer", "verifier"), ("Verifier", "verifier"), ("jpg", "jpeg")]
+)
 def test_unknown_reward_names_the_nearest(typo, near):
     with pytest.raises(InputError) as error:
         rewards.load([typo], ["a circle"])
-    assert re.search(f"there is no '{typo}'; did you mean {near}( or [a-z:]+)?\\?", str(error.value))
+    assert re.search(
+        f"there is no '{typo}'; did you mean {near}( or [a-z:]+)?\\?", str(error.value)
+    )
 
 
 def test_hopeless_name_lists_all():
@@ -67,7 +74,11 @@ def test_prompt_that_a_reward_cannot_score_is_refused():
     with pytest.raises(InputError) as error:
         rewards.load({"verifier": 1.0}, prompts)
     message = str(error.value)
-    assert "reward verifier" in message and "'an astronaut on a horse'" in message and "\n" not in message
+    assert (
+        "reward verifier" in message
+        and "'an astronaut on a horse'" in message
+        and "\n" not in message
+    )
     assert "red circle'" not in message  # that one is fine
     assert list(rewards.load(["jpeg"], prompts)) == ["jpeg"]
 
@@ -93,7 +104,9 @@ def test_each_sample_is_scored_with_its_own_prompt(pairs, scorers, shift):
     captions = captions[shift:] + captions[:shift]
     together = rewards.score(scorers, images, captions)
     for name in scorers:
-        alone = [rewards.score(scorers, images[i : i + 1], captions[i : i + 1])[name] for i in range(24)]
+        alone = [
+            rewards.score(scorers, images[i : i + 1], captions[i : i + 1])[name] for i in range(24)
+        ]
         assert together[name].shape == (24,) and together[name].dtype == torch.float32
         torch.testing.assert_close(together[name], torch.cat(alone), atol=1e-6, rtol=0)
     if shift:
@@ -118,9 +131,14 @@ def test_scores_do_not_depend_on_the_split_into_batches(pairs, scorers, size):
     images, captions = pairs
     captions = captions[12:] + captions[:12]
     together = rewards.score(scorers, images, captions)
-    parts = [rewards.score(scorers, images[i : i + size], captions[i : i + size]) for i in range(0, 24, size)]
+    parts = [
+        rewards.score(scorers, images[i : i + size], captions[i : i + size])
+        for i in range(0, 24, size)
+    ]
     for name in scorers:
-        torch.testing.assert_close(torch.cat([p[name] for p in parts]), together[name], atol=1e-6, rtol=0)
+        torch.testing.assert_close(
+            torch.cat([p[name] for p in parts]), together[name], atol=1e-6, rtol=0
+        )
 
 
 def test_permuted_pairs_give_permuted_scores(pairs, scorers):
@@ -140,7 +158,9 @@ def test_a_score_per_pair_is_required():
         def score(self, media, prompts):
             return torch.zeros(len(media), len(prompts))
 
-    with pytest.raises(RunError, match=r"reward square raised ValueError: it returned \(2, 2\) for 2 samples"):
+    with pytest.raises(
+        RunError, match=r"reward square raised ValueError: it returned \(2, 2\) for 2 samples"
+    ):
         check({"square": Square()}, torch.zeros(2, 3, 8, 8), ["a", "b"])
 
 
@@ -155,9 +175,14 @@ def test_a_reward_that_raises_is_named_with_the_place_once_all_processes_have_me
             raise KeyError("no such thing")
 
     scorers = {"broken": Broken(), "fine": JpegSize()}
-    scores = rewards.score(scorers, torch.zeros(2, 3, 8, 8), ["a", "b"])  # no error yet: other processes wait
+    scores = rewards.score(
+        scorers, torch.zeros(2, 3, 8, 8), ["a", "b"]
+    )  # no error yet: other processes wait
     assert scores["fine"].isfinite().all() and scores["broken"].isinf().all()
-    with pytest.raises(RunError, match=r"reward broken raised KeyError: 'no such thing' .*test_rewards.py, line \d+"):
+    with pytest.raises(
+        RunError,
+        match=r"reward broken raised KeyError: 'no such thing' .*test_rewards.py, line \d+",
+    ):
         check(scorers, torch.zeros(2, 3, 8, 8), ["a", "b"])
 
 
@@ -171,11 +196,16 @@ def test_a_score_that_is_no_number_stops_the_run(bad, text):
     with pytest.raises(RunError) as error:
         rewards.check_finite(scores, dict.fromkeys(scores), ["a circle", "a square", "a cross"])
     message = str(error.value)
-    assert f"reward verifier is {text} for the prompt 'a square' (2 of 12 samples" in message and "\n" not in message
+    assert (
+        f"reward verifier is {text} for the prompt 'a square' (2 of 12 samples" in message
+        and "\n" not in message
+    )
 
 
 def test_finite_scores_pass():
-    assert rewards.check_finite({"a": torch.tensor([[-1e30, 0.0, 1e30]])}, {"a": None}, ["p"]) is None
+    assert (
+        rewards.check_finite({"a": torch.tensor([[-1e30, 0.0, 1e30]])}, {"a": None}, ["p"]) is None
+    )
 
 
 def test_an_image_of_nan_never_gets_a_number(pairs):
@@ -200,7 +230,9 @@ def test_weighted_sum():
 def pil_bytes(pixels):
     """Bytes of [3, H, W] uint8 as a JPEG of quality 95."""
     file = io.BytesIO()
-    Image.fromarray(pixels.movedim(0, -1).contiguous().numpy()).save(file, format="JPEG", quality=95)
+    Image.fromarray(pixels.movedim(0, -1).contiguous().numpy()).save(
+        file, format="JPEG", quality=95
+    )
     return len(file.getvalue())
 
 
@@ -246,4 +278,6 @@ def test_a_negative_weight_rewards_incompressibility(pixels):
 
 def test_jpeg_takes_values_out_of_range(pixels):
     wild = pixels.float() / 255 * 3 - 1
-    assert torch.equal(JpegSize().score(wild, [""] * 8), JpegSize().score(wild.clamp(0, 1), [""] * 8))
+    assert torch.equal(
+        JpegSize().score(wild, [""] * 8), JpegSize().score(wild.clamp(0, 1), [""] * 8)
+    )

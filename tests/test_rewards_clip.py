@@ -1,4 +1,5 @@
-"""CLIP scores, HPSv2, LAION aesthetic: against open_clip's own transforms, the official hpsv2 scorer, and formulas."""
+"""CLIP scores, HPSv2, LAION aesthetic: against open_clip's own transforms, the official hpsv2
+scorer, and formulas."""
 
 import gzip
 import importlib
@@ -38,7 +39,9 @@ from common.rewards.clip import Clip, ClipH, HPSv2, HPSv21
 @pytest.mark.parametrize("shape", [*SHAPES, (720, 720), (480, 832)])
 def test_resize_is_pils(shape, size, mode):
     image = photo(*shape, seed=0)
-    expected = as_pil(image).resize(size[::-1], {"bicubic": Image.BICUBIC, "bilinear": Image.BILINEAR}[mode])
+    expected = as_pil(image).resize(
+        size[::-1], {"bicubic": Image.BICUBIC, "bilinear": Image.BILINEAR}[mode]
+    )
     expected = torch.from_numpy(np.array(expected)).movedim(-1, 0).float()
     ours = pixels.resize_as_pil(pixels.levels(image[None]), *size, mode)[0]
     assert torch.equal(ours, expected)
@@ -59,12 +62,15 @@ def test_transform_is_open_clips(shape, mode):
 
 
 def open_clip_score(folder, image, prompt):
-    """With open_clip's own factory, transform, tokenizer and forward pass, of one picture and one prompt."""
+    """With open_clip's own factory, transform, tokenizer and forward pass, of one picture and one
+    prompt."""
     model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{folder}")
     model.eval()
     with torch.no_grad():
         seen = model.encode_image(transform(as_pil(image))[None], normalize=True)
-        told = model.encode_text(open_clip.get_tokenizer(f"local-dir:{folder}")([prompt]), normalize=True)
+        told = model.encode_text(
+            open_clip.get_tokenizer(f"local-dir:{folder}")([prompt]), normalize=True
+        )
     return (seen @ told.T).item()
 
 
@@ -85,7 +91,10 @@ def test_weights_of_a_named_architecture(tmp_path, monkeypatch):
     monkeypatch.setattr(Clip, "architecture", "small-clip")
     folder = clip_folder(tmp_path / "clip", mean=pixels.OPENAI[0], std=pixels.OPENAI[1])
     model = open_clip.create_model(f"local-dir:{folder}")
-    torch.save({"state_dict": {f"module.{k}": v for k, v in model.state_dict().items()}}, tmp_path / "clip.pt")
+    torch.save(
+        {"state_dict": {f"module.{k}": v for k, v in model.state_dict().items()}},
+        tmp_path / "clip.pt",
+    )
     media = photos(3)
     ours = loaded(Clip, "clip", tmp_path / "clip.pt").score(media, PROMPTS[:3])
     assert torch.equal(ours, loaded(Clip, "clip", folder).score(media, PROMPTS[:3]))
@@ -119,7 +128,9 @@ def test_memory_of_prompts_is_bounded(tmp_path, monkeypatch):
 
 def test_half_precision_is_close(tmp_path, monkeypatch):
     folder = clip_folder(tmp_path / "clip")
-    check_half_precision(monkeypatch, lambda batch: loaded(Clip, "clip", folder, batch), photos(6), PROMPTS, 3e-3)
+    check_half_precision(
+        monkeypatch, lambda batch: loaded(Clip, "clip", folder, batch), photos(6), PROMPTS, 3e-3
+    )
 
 
 # --- HPSv2 against the official scorer ---
@@ -131,14 +142,19 @@ def official(monkeypatch):
     ours = os.path.join(os.path.dirname(open_clip.__file__), "bpe_simple_vocab_16e6.txt.gz")
     real = gzip.open
     lacks = "bpe_simple_vocab_16e6.txt.gz"
-    monkeypatch.setattr(gzip, "open", lambda path, *a: real(ours if str(path).endswith(lacks) else path, *a))
+    monkeypatch.setattr(
+        gzip, "open", lambda path, *a: real(ours if str(path).endswith(lacks) else path, *a)
+    )
     return importlib.import_module("hpsv2.img_score")
 
 
 def official_model(img_score, monkeypatch):
-    """What its initialize_model makes, but with random weights in place of 4 GB from the hub: score() fills it."""
+    """What its initialize_model makes, but with random weights in place of 4 GB from the hub:
+    score() fills it."""
     make = img_score.create_model_and_transforms
-    model, _, transform = make("ViT-H-14", None, precision="amp", light_augmentation=True, output_dict=True)
+    model, _, transform = make(
+        "ViT-H-14", None, precision="amp", light_augmentation=True, output_dict=True
+    )
     monkeypatch.setattr(img_score, "model_dict", {"model": model, "preprocess_val": transform})
     return model
 
@@ -149,7 +165,9 @@ def test_hpsv2_is_the_official_scorer(tmp_path, monkeypatch, official):
     factory = importlib.import_module("hpsv2.src.open_clip.factory")
     monkeypatch.setitem(factory._MODEL_CONFIGS, "ViT-H-14", small)
     model = randomised(official_model(official, monkeypatch), seed=3)
-    torch.save({"state_dict": {k: v.half() for k, v in model.state_dict().items()}}, tmp_path / "hps.pt")
+    torch.save(
+        {"state_dict": {k: v.half() for k, v in model.state_dict().items()}}, tmp_path / "hps.pt"
+    )
     (tmp_path / "small-hps.json").write_text(json.dumps(small))
     open_clip.add_model_config(tmp_path / "small-hps.json")
     monkeypatch.setattr(HPSv2, "architecture", "small-hps")
@@ -157,33 +175,50 @@ def test_hpsv2_is_the_official_scorer(tmp_path, monkeypatch, official):
 
     shapes = [(224, 224), (300, 417), (512, 128), (64, 96), (101, 99), (720, 720)]
     images = [photo(*shape, seed=i) for i, shape in enumerate(shapes)]
-    expected = [official.score(as_pil(x), p, cp=tmp_path / "hps.pt")[0] for x, p in zip(images, PROMPTS)]
+    expected = [
+        official.score(as_pil(x), p, cp=tmp_path / "hps.pt")[0] for x, p in zip(images, PROMPTS)
+    ]
     ours = [scorer.score(image[None], [prompt]).item() for image, prompt in zip(images, PROMPTS)]
     assert ours == pytest.approx(expected, abs=1e-4) and max(ours) - min(ours) > 0.02
     batch = torch.stack([images[0]] * 6)
-    expected = [official.score(as_pil(images[0]), prompt, cp=tmp_path / "hps.pt")[0] for prompt in PROMPTS]
+    expected = [
+        official.score(as_pil(images[0]), prompt, cp=tmp_path / "hps.pt")[0] for prompt in PROMPTS
+    ]
     assert scorer.score(batch, PROMPTS).tolist() == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.slow
 def test_hpsv2_at_full_size_is_the_official_scorer(tmp_path, monkeypatch, official):
-    """ViT-H-14 with random weights: 12 GB of memory, and minutes on a CPU. Prints the seconds of both."""
+    """ViT-H-14 with random weights: 12 GB of memory, and minutes on a CPU. Prints the seconds of
+    both."""
     torch.manual_seed(0)
     model = official_model(official, monkeypatch)
-    torch.save({"state_dict": {k: v.half() for k, v in model.state_dict().items()}}, tmp_path / "hps.pt")
+    torch.save(
+        {"state_dict": {k: v.half() for k, v in model.state_dict().items()}}, tmp_path / "hps.pt"
+    )
     scorer = loaded(HPSv2, "hpsv2", tmp_path / "hps.pt", batch=16)
     on_gpu = torch.cuda.is_available()
     shapes = [(224, 224), (300, 417), (512, 128)]
     images = [photo(*shape, seed=i) for i, shape in enumerate(shapes)]
     place = "cuda" if on_gpu else "cpu"
-    expected = [official.score(as_pil(x), p, cp=tmp_path / "hps.pt")[0] for x, p in zip(images, PROMPTS)]
-    ours = [scorer.score(image[None].to(place), [prompt]).item() for image, prompt in zip(images, PROMPTS)]
+    expected = [
+        official.score(as_pil(x), p, cp=tmp_path / "hps.pt")[0] for x, p in zip(images, PROMPTS)
+    ]
+    ours = [
+        scorer.score(image[None].to(place), [prompt]).item()
+        for image, prompt in zip(images, PROMPTS)
+    ]
     assert ours == pytest.approx(expected, abs=1e-3 if on_gpu else 1e-4)
-    many, prompts = torch.stack([photo(224, 224, seed=i) for i in range(16)]), [PROMPTS[i // 4] for i in range(16)]
+    many, prompts = (
+        torch.stack([photo(224, 224, seed=i) for i in range(16)]),
+        [PROMPTS[i // 4] for i in range(16)],
+    )
     seconds = []
     for job in (
         lambda: scorer.score(many.to(place), prompts).cpu(),
-        lambda: [official.score(as_pil(many[i]), prompts[i], cp=tmp_path / "hps.pt") for i in range(16)],
+        lambda: [
+            official.score(as_pil(many[i]), prompts[i], cp=tmp_path / "hps.pt") for i in range(16)
+        ],
     ):
         scorer.known, started = {}, time.perf_counter()
         job()
@@ -228,7 +263,10 @@ def test_aesthetic_is_the_published_formula(aesthetic):
 def test_aesthetic_contract(aesthetic):
     folder, head, _ = aesthetic
     check_contract(
-        lambda batch: loaded(Aesthetic, "aesthetic", head, batch, clip=folder), photos(6), PROMPTS, reads_prompts=False
+        lambda batch: loaded(Aesthetic, "aesthetic", head, batch, clip=folder),
+        photos(6),
+        PROMPTS,
+        reads_prompts=False,
     )
 
 

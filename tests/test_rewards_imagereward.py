@@ -1,20 +1,79 @@
-"""ImageReward: against a float32 transcription of the official model, layer by layer on the official names."""
+"""ImageReward: against a float32 transcription of the official model, layer by layer on the
+official names."""
 
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
-from learned import PROMPTS, SHAPES, as_pil, check_contract, check_half_precision, loaded, photo, photos
-from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, Resize, ToTensor
+from learned import (
+    PROMPTS,
+    SHAPES,
+    as_pil,
+    check_contract,
+    check_half_precision,
+    loaded,
+    photo,
+    photos,
+)
+from torchvision.transforms import (
+    CenterCrop,
+    Compose,
+    InterpolationMode,
+    Normalize,
+    Resize,
+    ToTensor,
+)
 from transformers import BertTokenizer
 
 from common.rewards.imagereward import ImageReward
 
 WIDTH, LAYERS, HEADS, SIZE, PATCH = 32, 2, 4, 56, 14
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "circle", "photo", "of", "an", "astronaut", "riding"]
-WORDS += ["horse", "two", "cats", "dog", "snow", "on", "the", "matterhorn", "x", "very", "long", "prompt", "about"]
-WORDS += ["many", "things", "that", "nobody", "can", "count", "and", "goes", ",", "!", "&", "##s", "cat"]
+WORDS = [
+    "[PAD]",
+    "[UNK]",
+    "[CLS]",
+    "[SEP]",
+    "[MASK]",
+    "a",
+    "red",
+    "circle",
+    "photo",
+    "of",
+    "an",
+    "astronaut",
+    "riding",
+]
+WORDS += [
+    "horse",
+    "two",
+    "cats",
+    "dog",
+    "snow",
+    "on",
+    "the",
+    "matterhorn",
+    "x",
+    "very",
+    "long",
+    "prompt",
+    "about",
+]
+WORDS += [
+    "many",
+    "things",
+    "that",
+    "nobody",
+    "can",
+    "count",
+    "and",
+    "goes",
+    ",",
+    "!",
+    "&",
+    "##s",
+    "cat",
+]
 
 
 class Small(ImageReward):
@@ -31,24 +90,44 @@ class Small(ImageReward):
 def official_names():
     """{name: shape} of ImageReward.pt, by the sizes above."""
     names = {"cls_token": [1, 1, WIDTH], "pos_embed": [1, (SIZE // PATCH) ** 2 + 1, WIDTH]}
-    names |= {"patch_embed.proj.weight": [WIDTH, 3, PATCH, PATCH], "patch_embed.proj.bias": [WIDTH], "norm": WIDTH}
+    names |= {
+        "patch_embed.proj.weight": [WIDTH, 3, PATCH, PATCH],
+        "patch_embed.proj.bias": [WIDTH],
+        "norm": WIDTH,
+    }
     for i in range(LAYERS):
         names |= {f"blocks.{i}.norm1": WIDTH, f"blocks.{i}.norm2": WIDTH}
-        names |= {f"blocks.{i}.attn.qkv": (3 * WIDTH, WIDTH), f"blocks.{i}.attn.proj": (WIDTH, WIDTH)}
-        names |= {f"blocks.{i}.mlp.fc1": (4 * WIDTH, WIDTH), f"blocks.{i}.mlp.fc2": (WIDTH, 4 * WIDTH)}
+        names |= {
+            f"blocks.{i}.attn.qkv": (3 * WIDTH, WIDTH),
+            f"blocks.{i}.attn.proj": (WIDTH, WIDTH),
+        }
+        names |= {
+            f"blocks.{i}.mlp.fc1": (4 * WIDTH, WIDTH),
+            f"blocks.{i}.mlp.fc2": (WIDTH, 4 * WIDTH),
+        }
     names = {f"blip.visual_encoder.{name}": shape for name, shape in names.items()}
-    text = {"embeddings.word_embeddings.weight": [60, 24], "embeddings.position_embeddings.weight": [40, 24]}
+    text = {
+        "embeddings.word_embeddings.weight": [60, 24],
+        "embeddings.position_embeddings.weight": [40, 24],
+    }
     text |= {"embeddings.position_ids": [1, 40], "embeddings.LayerNorm": 24}
     for i in range(LAYERS):
         for part, key in (("attention", 24), ("crossattention", WIDTH)):
             layer = f"encoder.layer.{i}.{part}"
-            text |= {f"{layer}.self.query": (24, 24), f"{layer}.self.key": (24, key), f"{layer}.self.value": (24, key)}
+            text |= {
+                f"{layer}.self.query": (24, 24),
+                f"{layer}.self.key": (24, key),
+                f"{layer}.self.value": (24, key),
+            }
             text |= {f"{layer}.output.dense": (24, 24), f"{layer}.output.LayerNorm": 24}
         layer = f"encoder.layer.{i}"
         text |= {f"{layer}.intermediate.dense": (96, 24), f"{layer}.output.dense": (24, 96)}
         text |= {f"{layer}.output.LayerNorm": 24}
     names |= {f"blip.text_encoder.{name}": shape for name, shape in text.items()}
-    names |= {"blip.vision_proj": (16, WIDTH), "blip.text_proj": (16, 24)}  # for retrieval, not read
+    names |= {
+        "blip.vision_proj": (16, WIDTH),
+        "blip.text_proj": (16, 24),
+    }  # for retrieval, not read
     widths = (24, 1024, 128, 64, 16, 1)
     names |= {f"mlp.layers.{i}": (b, a) for i, a, b in zip((0, 2, 4, 6, 7), widths, widths[1:])}
     return names
@@ -63,7 +142,9 @@ def checkpoint(tmp_path_factory):
             state[f"{name}.weight"] = 1 + 0.2 * torch.randn(shape, generator=generator)
             state[f"{name}.bias"] = 0.2 * torch.randn(shape, generator=generator)
         elif isinstance(shape, tuple):  # a linear layer
-            state[f"{name}.weight"] = torch.randn(shape, generator=generator) * 1.5 / shape[1] ** 0.5
+            state[f"{name}.weight"] = (
+                torch.randn(shape, generator=generator) * 1.5 / shape[1] ** 0.5
+            )
             state[f"{name}.bias"] = 0.2 * torch.randn(shape[0], generator=generator)
         else:
             state[name] = torch.randn(shape, generator=generator) / math.prod(shape[1:]) ** 0.5
@@ -101,7 +182,9 @@ def norm(w, name, x, eps):
 def official_vision(w, image):
     """[3, SIZE, SIZE] -> [1, N + 1, WIDTH]"""
     w = {key.removeprefix("blip.visual_encoder."): value for key, value in w.items()}
-    x = F.conv2d(image[None], w["patch_embed.proj.weight"], w["patch_embed.proj.bias"], stride=PATCH)
+    x = F.conv2d(
+        image[None], w["patch_embed.proj.weight"], w["patch_embed.proj.bias"], stride=PATCH
+    )
     x = torch.cat([w["cls_token"], x.flatten(2).transpose(1, 2)], dim=1) + w["pos_embed"]
     for i in range(LAYERS):
         qkv = linear(w, f"blocks.{i}.attn.qkv", norm(w, f"blocks.{i}.norm1", x, 1e-6))
@@ -116,17 +199,29 @@ def official_vision(w, image):
 def official_score(w, tokenizer, image, prompt):
     bicubic, mean = InterpolationMode.BICUBIC, (0.48145466, 0.4578275, 0.40821073)
     transform = [Resize(SIZE, bicubic), CenterCrop(SIZE), ToTensor()]
-    seen = official_vision(w, Compose([*transform, Normalize(mean, (0.26862954, 0.26130258, 0.27577711))])(image))
-    words = tokenizer(prompt, padding="max_length", truncation=True, max_length=35, return_tensors="pt")
+    seen = official_vision(
+        w, Compose([*transform, Normalize(mean, (0.26862954, 0.26130258, 0.27577711))])(image)
+    )
+    words = tokenizer(
+        prompt, padding="max_length", truncation=True, max_length=35, return_tensors="pt"
+    )
     t = {key.removeprefix("blip.text_encoder."): value for key, value in w.items()}
-    x = t["embeddings.word_embeddings.weight"][words.input_ids] + t["embeddings.position_embeddings.weight"][:35]
+    x = (
+        t["embeddings.word_embeddings.weight"][words.input_ids]
+        + t["embeddings.position_embeddings.weight"][:35]
+    )
     x = norm(t, "embeddings.LayerNorm", x, 1e-12)
     mask = (1.0 - words.attention_mask[:, None, None].float()) * -10000.0
     for i in range(LAYERS):
         x = attention(t, f"encoder.layer.{i}.attention", x, x, mask)
         x = attention(t, f"encoder.layer.{i}.crossattention", x, seen)
         y = F.gelu(linear(t, f"encoder.layer.{i}.intermediate.dense", x))
-        x = norm(t, f"encoder.layer.{i}.output.LayerNorm", linear(t, f"encoder.layer.{i}.output.dense", y) + x, 1e-12)
+        x = norm(
+            t,
+            f"encoder.layer.{i}.output.LayerNorm",
+            linear(t, f"encoder.layer.{i}.output.dense", y) + x,
+            1e-12,
+        )
     x = x[:, 0]
     for i in (0, 2, 4, 6, 7):
         x = linear(w, f"mlp.layers.{i}", x)
@@ -135,21 +230,35 @@ def official_score(w, tokenizer, image, prompt):
 
 def test_imagereward_is_the_official_model(checkpoint):
     path, state = checkpoint
-    scorer, tokenizer = loaded(Small, "imagereward", path), BertTokenizer(str(path.parent / "vocab.txt"))
+    scorer, tokenizer = (
+        loaded(Small, "imagereward", path),
+        BertTokenizer(str(path.parent / "vocab.txt")),
+    )
     assert len(tokenizer(PROMPTS[-1]).input_ids) > 35  # one is cut
     images = [photo(*shape, seed=i) for i, shape in enumerate([*SHAPES, (56, 57)])]
     ours = [scorer.score(image[None], [prompt]).item() for image, prompt in zip(images, PROMPTS)]
-    expected = [official_score(state, tokenizer, as_pil(image), prompt) for image, prompt in zip(images, PROMPTS)]
+    expected = [
+        official_score(state, tokenizer, as_pil(image), prompt)
+        for image, prompt in zip(images, PROMPTS)
+    ]
     assert ours == pytest.approx(expected, abs=2e-4, rel=1e-4) and max(ours) - min(ours) > 0.2
-    other = [scorer.score(image[None], [PROMPTS[0]]).item() for image in images]  # the image matters too
+    other = [
+        scorer.score(image[None], [PROMPTS[0]]).item() for image in images
+    ]  # the image matters too
     assert max(other) - min(other) > 0.05
 
 
 def test_contract(checkpoint):
-    check_contract(lambda batch: loaded(Small, "imagereward", checkpoint[0], batch), photos(6), PROMPTS)
+    check_contract(
+        lambda batch: loaded(Small, "imagereward", checkpoint[0], batch), photos(6), PROMPTS
+    )
 
 
 def test_half_precision_is_close(checkpoint, monkeypatch):
     check_half_precision(
-        monkeypatch, lambda batch: loaded(Small, "imagereward", checkpoint[0], batch), photos(6), PROMPTS, 0.02
+        monkeypatch,
+        lambda batch: loaded(Small, "imagereward", checkpoint[0], batch),
+        photos(6),
+        PROMPTS,
+        0.02,
     )

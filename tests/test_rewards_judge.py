@@ -1,4 +1,5 @@
-"""The judge: what it is told and how its answers are read, in this process and by real servers on localhost."""
+"""The judge: what it is told and how its answers are read, in this process and by real servers on
+localhost."""
 
 import base64
 import io
@@ -27,12 +28,22 @@ from common.errors import InputError, RunError
 from common.rewards import judge, judge_local
 
 in_this_process = pytest.mark.skipif(
-    Version(transformers.__version__) < Version("5.23"), reason="a judge in this process takes transformers 5.23"
+    Version(transformers.__version__) < Version("5.23"),
+    reason="a judge in this process takes transformers 5.23",
 )
 
 STAGES = ("judge:quality", "judge:smoothness", "judge:alignment")
 PROMPTS = ["a red circle", 'a "quoted" prompt, with {braces} and <|im_end|>', "🦊 ثعلب", "x " * 500]
-SETTINGS = dict(url="", model="m", fps=2.0, expected=False, timeout=10.0, retries=3, concurrency=4, trusted=False)
+SETTINGS = dict(
+    url="",
+    model="m",
+    fps=2.0,
+    expected=False,
+    timeout=10.0,
+    retries=3,
+    concurrency=4,
+    trusted=False,
+)
 
 
 def scorer(name="judge:alignment", fps=4.0, **settings):
@@ -45,7 +56,8 @@ def scorer(name="judge:alignment", fps=4.0, **settings):
 
 @pytest.fixture
 def serve():
-    """serve(behave) -> (url, server); behave(handler, number of the request, its body) answers a request."""
+    """serve(behave) -> (url, server); behave(handler, number of the request, its body) answers a
+    request."""
     started = []
 
     def start(behave):
@@ -72,12 +84,20 @@ def words_of(body):
 
 
 def pictures_of(body):
-    urls = [part["image_url"]["url"] for part in body["messages"][0]["content"] if part["type"] == "image_url"]
-    return [Image.open(io.BytesIO(base64.b64decode(url.removeprefix("data:image/jpeg;base64,")))) for url in urls]
+    urls = [
+        part["image_url"]["url"]
+        for part in body["messages"][0]["content"]
+        if part["type"] == "image_url"
+    ]
+    return [
+        Image.open(io.BytesIO(base64.b64decode(url.removeprefix("data:image/jpeg;base64,"))))
+        for url in urls
+    ]
 
 
 def colour_score(body):
-    """A number from 1 to 10 out of the first frame's red level, as a server that looked would give."""
+    """A number from 1 to 10 out of the first frame's red level, as a server that looked would
+    give."""
     return f"{1 + 9 * pictures_of(body)[0].getpixel((5, 5))[0] / 255:.2f}"
 
 
@@ -86,7 +106,16 @@ def colour_score(body):
 
 @pytest.mark.parametrize(
     "answer, score",
-    [("5.80", 5.8), ("10", 10), ("10.00", 10), ("1", 1), (" 7.25\n", 7.25), ("**8.5**", 8.5), ('"9"', 9), ("6.", 6)],
+    [
+        ("5.80", 5.8),
+        ("10", 10),
+        ("10.00", 10),
+        ("1", 1),
+        (" 7.25\n", 7.25),
+        ("**8.5**", 8.5),
+        ('"9"', 9),
+        ("6.", 6),
+    ],
 )
 def test_a_number_from_1_to_10_is_a_score(answer, score):
     assert judge.score_of(answer, expected=False) == score
@@ -94,7 +123,8 @@ def test_a_number_from_1_to_10_is_a_score(answer, score):
 
 @pytest.mark.parametrize(
     "answer",
-    ["", None, "0.99", "10.01", "11", "-3", "8/10", "8.5 out of 10", "I cannot rate this.", "Score: good", "5 6", "nan",
+    ["", None, "0.99", "10.01", "11", "-3", "8/10", "8.5 out of 10", "I cannot rate "
+                                                                     "this.", "Score: good", "5 6", "nan",
      "inf", "1e1", "5,8", "7.2.1", "٧"],
 )  # fmt: skip
 def test_anything_else_is_none(answer):
@@ -104,9 +134,14 @@ def test_anything_else_is_none(answer):
 def test_the_expected_score_is_that_of_the_digits():
     likely = {0: 0.1, 4: 0.2, 9: 0.5}
     assert judge.score_of(likely, expected=True) == pytest.approx(1 + (4 * 0.2 + 9 * 0.5) / 0.8)
-    assert judge.score_of({9: 1.0}, expected=True) == 10 and judge.score_of({0: 0.6}, expected=True) == 1
+    assert (
+        judge.score_of({9: 1.0}, expected=True) == 10
+        and judge.score_of({0: 0.6}, expected=True) == 1
+    )
     assert math.isnan(judge.score_of({}, expected=True))
-    assert judge.digits([("7", 0.5), (" 7", 0.2), ("no", 0.1), ("10", 0.1)]) == {7: pytest.approx(0.7)}
+    assert judge.digits([("7", 0.5), (" 7", 0.2), ("no", 0.1), ("10", 0.1)]) == {
+        7: pytest.approx(0.7)
+    }
     assert judge.digits([("I", 0.6), ("7", 0.4)]) == {}
 
 
@@ -119,7 +154,11 @@ def test_questions_are_cumulative_and_carry_the_prompt():
         (message,) = question(name, clips(1)[0], PROMPTS[1])
         told[name] = message["content"][-1]["text"]
         assert PROMPTS[1] in told[name] and told[name].endswith("5.80.")
-    for part, names in ((judge.QUALITY, STAGES), (judge.SMOOTHNESS, STAGES[1:]), (judge.ALIGNMENT, STAGES[2:])):
+    for part, names in (
+        (judge.QUALITY, STAGES),
+        (judge.SMOOTHNESS, STAGES[1:]),
+        (judge.ALIGNMENT, STAGES[2:]),
+    ):
         assert all((part in told[name]) == (name in names) for name in STAGES)
 
 
@@ -133,13 +172,23 @@ def question(name, sample, prompt, fps=4.0, **settings):
 def test_an_image_is_not_asked_about_smoothness():
     (message,) = question("judge:alignment", clips(1)[0, 0], "p")
     *pictures, words = message["content"]
-    assert len(pictures) == 1 and judge.SMOOTHNESS not in words["text"] and "This image" in words["text"]
+    assert (
+        len(pictures) == 1
+        and judge.SMOOTHNESS not in words["text"]
+        and "This image" in words["text"]
+    )
     assert judge.ALIGNMENT in words["text"] and judge.QUALITY in words["text"]
 
 
 @pytest.mark.parametrize(
     "rate, fps, number, at",
-    [(2, 4, 8, [0, 2, 5, 7]), (4, 4, 8, list(range(8))), (100, 4, 3, [0, 1, 2]), (0.1, 4, 8, [0, 7]), (2, 16, 53, 7)],
+    [
+        (2, 4, 8, [0, 2, 5, 7]),
+        (4, 4, 8, list(range(8))),
+        (100, 4, 3, [0, 1, 2]),
+        (0.1, 4, 8, [0, 7]),
+        (2, 16, 53, 7),
+    ],
 )
 def test_frames_are_sampled_at_the_rate(rate, fps, number, at):
     found = judge.frames_at(rate, fps, number)
@@ -169,19 +218,30 @@ def test_the_happy_path(serve):
         torch.testing.assert_close(score, expected, atol=0.06, rtol=0)  # JPEG, and two decimals
         assert score.dtype == torch.float32 and len(server.asked) == 6
         for _, body in server.asked:
-            assert body["model"] == "m" and body["temperature"] == 0 and body["max_tokens"] == judge.TOKENS
+            assert (
+                body["model"] == "m"
+                and body["temperature"] == 0
+                and body["max_tokens"] == judge.TOKENS
+            )
             assert len(pictures_of(body)) == 4 and pictures_of(body)[0].size == (64, 64)
             assert sum(prompt in words_of(body)[0] for prompt in prompts[:4]) >= 1
 
 
 def test_scores_do_not_depend_on_order_or_company(serve):
-    url, _ = serve(lambda handler, number, body: (time.sleep(0.01 * (number % 3)), handler.say(colour_score(body))))
+    url, _ = serve(
+        lambda handler, number, body: (
+            time.sleep(0.01 * (number % 3)),
+            handler.say(colour_score(body)),
+        )
+    )
     media, prompts = clips(6), [f"prompt {i}" for i in range(6)]
     made = scorer(url=url)
     together = made.score(media, prompts)
     order = [3, 1, 5, 0, 2, 4]
     assert torch.equal(made.score(media[order], [prompts[i] for i in order]), together[order])
-    assert torch.equal(torch.cat([made.score(media[i : i + 1], prompts[i : i + 1]) for i in range(6)]), together)
+    assert torch.equal(
+        torch.cat([made.score(media[i : i + 1], prompts[i : i + 1]) for i in range(6)]), together
+    )
 
 
 def test_requests_run_concurrently_but_no_more_than_allowed(serve):
@@ -192,10 +252,20 @@ def test_requests_run_concurrently_but_no_more_than_allowed(serve):
 
 
 def test_a_slow_answer_is_waited_for_and_one_too_slow_is_asked_again(serve):
-    url, server = serve(lambda handler, number, body: (time.sleep(0.2 if number == 1 else 0), handler.say("7.5")))
-    assert scorer(url=url, timeout=5.0).score(clips(1), ["p"]).tolist() == [7.5] and len(server.asked) == 1
-    url, server = serve(lambda handler, number, body: (time.sleep(1.5 if number == 1 else 0), handler.say("7.5")))
-    assert scorer(url=url, timeout=0.5).score(clips(1), ["p"]).tolist() == [7.5] and len(server.asked) == 2
+    url, server = serve(
+        lambda handler, number, body: (time.sleep(0.2 if number == 1 else 0), handler.say("7.5"))
+    )
+    assert (
+        scorer(url=url, timeout=5.0).score(clips(1), ["p"]).tolist() == [7.5]
+        and len(server.asked) == 1
+    )
+    url, server = serve(
+        lambda handler, number, body: (time.sleep(1.5 if number == 1 else 0), handler.say("7.5"))
+    )
+    assert (
+        scorer(url=url, timeout=0.5).score(clips(1), ["p"]).tolist() == [7.5]
+        and len(server.asked) == 2
+    )
 
 
 @pytest.mark.parametrize("trouble", ["fail", "hang_up", "busy"])
@@ -228,7 +298,13 @@ def test_garbage_is_asked_again_with_what_was_said(serve):
     url, server = serve(lambda handler, number, body: handler.say(said[number - 1]))
     assert scorer(url=url).score(clips(1), ["p"]).tolist() == [8.0]
     messages = server.asked[-1][1]["messages"]
-    assert [message["role"] for message in messages] == ["user", "assistant", "user", "assistant", "user"]
+    assert [message["role"] for message in messages] == [
+        "user",
+        "assistant",
+        "user",
+        "assistant",
+        "user",
+    ]
     assert [m["content"][0]["text"] for m in messages[1::2]] == said[:2]
     assert messages[2]["content"][0]["text"] == judge.AGAIN + judge.NUMBER
     assert len(pictures_of(server.asked[-1][1])) == 4
@@ -242,7 +318,9 @@ def test_a_sample_that_gets_no_number_is_masked_and_no_other(serve):
     score = scorer(url=url).score(clips(4), ["p", "p", "the third", "p"])
     assert score.isnan().tolist() == [False, False, True, False]
     assert len(server.asked) == 3 + judge.ASKED
-    rewards.check_finite({"judge:alignment": score[None]}, {"judge:alignment": judge.JudgeAlignment()}, ["p"])
+    rewards.check_finite(
+        {"judge:alignment": score[None]}, {"judge:alignment": judge.JudgeAlignment()}, ["p"]
+    )
 
 
 def test_a_sample_whose_requests_fail_is_masked_as_long_as_the_server_lives(serve):
@@ -258,7 +336,9 @@ def test_a_server_that_goes_away_stops_the_run_with_one_line(serve):
     url, server = serve(lambda handler, number, body: handler.say("5"))
     made = scorer(url=url, retries=2)
     server.shutdown(), server.server_close()
-    with pytest.raises(RunError, match=r"judge:alignment: the server at http\S+ is gone .*--resume latest") as error:
+    with pytest.raises(
+        RunError, match=r"judge:alignment: the server at http\S+ is gone .*--resume latest"
+    ) as error:
         made.score(clips(5), ["p"] * 5)
     assert "\n" not in str(error.value)
 
@@ -279,7 +359,9 @@ def test_the_key_is_sent(serve, monkeypatch):
 
 
 def test_expected_scores_of_a_server(serve):
-    url, server = serve(lambda handler, number, body: handler.say("7", {"7": 0.5, "8": 0.3, "no": 0.1}))
+    url, server = serve(
+        lambda handler, number, body: handler.say("7", {"7": 0.5, "8": 0.3, "no": 0.1})
+    )
     score = scorer(url=url, expected=True).score(clips(2), ["p", "q"])
     assert score.tolist() == pytest.approx([1 + (7 * 0.5 + 8 * 0.3) / 0.8] * 2)
     body = server.asked[0][1]
@@ -321,7 +403,11 @@ def test_an_answer_that_does_harm_costs_its_sample_a_moment_and_little_memory(se
     """Every other request is answered: so the sample is masked, and the run goes on."""
 
     def behave(handler, number, body):
-        return servers.HARM[harm](handler) if "poison" in words_of(body)[0] else handler.say("5", {"5": 0.9, "6": 0.1})
+        return (
+            servers.HARM[harm](handler)
+            if "poison" in words_of(body)[0]
+            else handler.say("5", {"5": 0.9, "6": 0.1})
+        )
 
     url, server = serve(behave)
     made = scorer(url=url, timeout=0.5, retries=0, expected="chances" in harm)
@@ -340,7 +426,9 @@ def test_a_server_that_does_nothing_else_is_refused_before_any_rollout(serve, ha
     assert "\n" not in str(error.value) and len(str(error.value)) < 1000
 
 
-@pytest.mark.parametrize("url", ["http://[::1/v1", "http://a\x00b/v1", "ftp://localhost/v1", "http://é:99999/v1", "//"])
+@pytest.mark.parametrize(
+    "url", ["http://[::1/v1", "http://a\x00b/v1", "ftp://localhost/v1", "http://é:99999/v1", "//"]
+)
 def test_an_odd_url_is_one_line(url):
     with pytest.raises(InputError, match="no server answers at --judge-url"):
         scorer(url=url, retries=0)
@@ -364,9 +452,13 @@ def folder(tmp_path_factory):
     judge_local.local.cache_clear()
     folder = str(save_judge(tmp_path_factory.mktemp("judge")))
     model = AutoModelForImageTextToText.from_pretrained(folder)
-    talks = [question("judge:alignment", clip, prompt) for clip, prompt in zip(clips(9), PROMPTS * 3)]
+    talks = [
+        question("judge:alignment", clip, prompt) for clip, prompt in zip(clips(9), PROMPTS * 3)
+    ]
     states = torch.cat([by_hand(folder, talk, model, states=True) for talk in talks])  # [9, D]
-    digits = AutoProcessor.from_pretrained(folder).tokenizer.convert_tokens_to_ids(list("123456789"))
+    digits = AutoProcessor.from_pretrained(folder).tokenizer.convert_tokens_to_ids(
+        list("123456789")
+    )
     model.lm_head.weight.data[digits] = torch.linalg.pinv(states.double()).T.float()
     model.save_pretrained(folder)
     return folder
@@ -388,7 +480,9 @@ def test_expected_scores_of_a_model_in_this_process(folder):
     judge_local.local.cache_clear()
     try:
         made = scorer(model=folder, expected=True)
-        head = made.backend.model.lm_head.weight.data  # a random model seldom answers with a digit, this one often
+        head = (
+            made.backend.model.lm_head.weight.data
+        )  # a random model seldom answers with a digit, this one often
         digits = made.backend.processor.tokenizer.convert_tokens_to_ids(list("0123456789"))
         head.zero_()
         head[digits] = torch.randn(10, head.shape[1], generator=torch.Generator().manual_seed(0))
@@ -405,17 +499,25 @@ def test_expected_scores_of_a_model_in_this_process(folder):
 
 
 def by_hand(folder, talk, model=None, digits="123456789", states=False):
-    """Logits of the digits after a conversation, [len(digits)]: the text written out, the pictures put in one by one.
-    states: the last hidden state instead, [1, D]."""
+    """Logits of the digits after a conversation, [len(digits)]: the text written out, the pictures
+    put in one by one. states: the last hidden state instead, [1, D]."""
     processor = AutoProcessor.from_pretrained(folder)
     model = model or AutoModelForImageTextToText.from_pretrained(folder)
     *pictures, words = talk[0]["content"]
     text = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
-    text += "<|vision_start|><|image_pad|><|vision_end|>" * len(pictures) + "{}<|im_end|>\n<|im_start|>assistant\n"
-    inputs = processor(text=[text.format("")], images=[part["image"] for part in pictures], return_tensors="pt")
+    text += (
+        "<|vision_start|><|image_pad|><|vision_end|>" * len(pictures)
+        + "{}<|im_end|>\n<|im_start|>assistant\n"
+    )
+    inputs = processor(
+        text=[text.format("")], images=[part["image"] for part in pictures], return_tensors="pt"
+    )
     # the words as plain letters, whatever control tokens they spell
     plain = torch.tensor([processor.tokenizer.convert_tokens_to_ids(letters(words["text"]))])
-    ids, end = inputs["input_ids"], len(processor.tokenizer("<|im_end|>\n<|im_start|>assistant\n").input_ids)
+    ids, end = (
+        inputs["input_ids"],
+        len(processor.tokenizer("<|im_end|>\n<|im_start|>assistant\n").input_ids),
+    )
     ids = torch.cat([ids[:, :-end], plain, ids[:, -end:]], 1)
     with torch.no_grad():
         output = model(
@@ -453,9 +555,17 @@ def test_a_release_whose_prompts_can_spell_control_tokens_is_refused(folder):
 @pytest.mark.long
 @in_this_process
 def test_transformers_own_server(folder):
-    """`transformers serve` with the small model: what it answers is what the model in this process says."""
+    """`transformers serve` with the small model: what it answers is what the model in this process
+    says."""
     port = free_url().rpartition(":")[2].removesuffix("/v1")
-    command = ["-c", "from transformers.cli.transformers import main; main()", "serve", folder, "--port", port]
+    command = [
+        "-c",
+        "from transformers.cli.transformers import main; main()",
+        "serve",
+        folder,
+        "--port",
+        port,
+    ]
     process = subprocess.Popen(
         [sys.executable, *command, "--device", "cpu"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         env={**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"},
@@ -472,7 +582,10 @@ def test_transformers_own_server(folder):
                 time.sleep(0.5)
         score = served.score(media, prompts)
         judge_local.local.cache_clear()
-        assert torch.equal(score, scorer(model=folder).score(media, prompts)) and score.isfinite().all()
+        assert (
+            torch.equal(score, scorer(model=folder).score(media, prompts))
+            and score.isfinite().all()
+        )
     finally:
         process.kill()
         process.wait()
@@ -482,13 +595,17 @@ def test_transformers_own_server(folder):
 
 
 RUN = (
-    "--steps 4 --save-every 100 --reward judge:quality judge:alignment --thresholds 0.5 --prompts-per-step 2 "
-    "--group-size 3 --sampling-steps 3 --tracker none --eval-every 0 --sample-every 0 --judge-model m"
+    "--steps 4 --save-every 100 --reward judge:quality judge:alignment --thresholds 0.5 "
+    "--prompts-per-step 2 "
+    "--group-size 3 --sampling-steps 3 --tracker none --eval-every 0 --sample-every 0 "
+    "--judge-model m"
 ).split()
 
 
 @pytest.mark.long
-def test_a_run_whose_server_dies_ends_with_one_line_and_a_checkpoint_and_goes_on(serve, tmp_path, monkeypatch):
+def test_a_run_whose_server_dies_ends_with_one_line_and_a_checkpoint_and_goes_on(
+    serve, tmp_path, monkeypatch
+):
     def words(name, *flags):
         return ["self_paced.py", *RUN, "--output", str(tmp_path / name), *flags]
 
@@ -497,7 +614,9 @@ def test_a_run_whose_server_dies_ends_with_one_line_and_a_checkpoint_and_goes_on
         self_paced.main(cli.parse(self_paced.Args, ""))
 
     def behave(handler, number, body):
-        return handler.say(colour_score(body)) if number <= 30 else handler.fail(503)  # the third step of 12 requests
+        return (
+            handler.say(colour_score(body)) if number <= 30 else handler.fail(503)
+        )  # the third step of 12 requests
 
     url, server = serve(behave)
     server.alive = lambda: len(server.asked) <= 30
@@ -512,7 +631,10 @@ def test_a_run_whose_server_dies_ends_with_one_line_and_a_checkpoint_and_goes_on
     train("run", "--judge-url", url, "--resume", "latest")
     train("whole", "--judge-url", url)
     rows = [
-        [{k: v for k, v in json.loads(line).items() if "second" not in k} for line in text.splitlines()]
+        [
+            {k: v for k, v in json.loads(line).items() if "second" not in k}
+            for line in text.splitlines()
+        ]
         for text in ((tmp_path / name / "metrics.jsonl").read_text() for name in ("run", "whole"))
     ]
     assert rows[0] == rows[1] and len(rows[0]) == 4
@@ -520,13 +642,19 @@ def test_a_run_whose_server_dies_ends_with_one_line_and_a_checkpoint_and_goes_on
 
 @pytest.mark.long
 def test_an_error_of_one_process_ends_both_with_a_checkpoint(serve, tmp_path):
-    def behave(handler, number, body):  # each process tries the rewards out, then has six requests a step
+    def behave(
+        handler, number, body
+    ):  # each process tries the rewards out, then has six requests a step
         return handler.fail(400) if number == 20 else handler.say(colour_score(body))
 
     url, _ = serve(behave)
     started = time.time()
-    died = launch(2, str(ROOT / "self_paced.py"), *RUN, "--output", str(tmp_path / "run"), "--judge-url", url)
+    died = launch(
+        2, str(ROOT / "self_paced.py"), *RUN, "--output", str(tmp_path / "run"), "--judge-url", url
+    )
     assert died.returncode != 0 and time.time() - started < 60
     lines = [line for line in died.stderr.splitlines() if "error: reward judge" in line]
-    assert any("refuses to judge" in line for line in lines) and any("in another process" in line for line in lines)
+    assert any("refuses to judge" in line for line in lines) and any(
+        "in another process" in line for line in lines
+    )
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_000001"]

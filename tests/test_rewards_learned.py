@@ -1,4 +1,5 @@
-"""Learned rewards in a run: where weights are found, the frames of clips, what is only watched, every bad input."""
+"""Learned rewards in a run: where weights are found, the frames of clips, what is only watched,
+every bad input."""
 
 import importlib
 import json
@@ -25,12 +26,22 @@ from common.rewards.weights import Source
 from worlds import build_tiny_clip
 from worlds.building import clip_tokenizer
 
-LEARNED = ("hpsv2", "hpsv2.1", "clip", "clip-h", "pickscore", "aesthetic", "imagereward", "videoclip-xl")
+LEARNED = (
+    "hpsv2",
+    "hpsv2.1",
+    "clip",
+    "clip-h",
+    "pickscore",
+    "aesthetic",
+    "imagereward",
+    "videoclip-xl",
+)
 
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """An empty Hugging Face cache and no network; put(repo, file, path) fills it, as a download would have."""
+    """An empty Hugging Face cache and no network; put(repo, file, path) fills it, as a download
+    would have."""
     cache = tmp_path / "hub"
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
@@ -63,8 +74,12 @@ def test_missing_weights_name_the_file_the_hub_and_the_flag(hub, name):
     name = "clip" if name == "aesthetic" else name  # which asks for the CLIP below it first
     module, attribute = rewards.REWARDS[name]
     cls = getattr(importlib.import_module(module), attribute)
-    assert message.startswith(f"reward {name}: {cls.file} of {cls.repo} is not in the Hugging Face cache")
-    assert f"hf download {cls.repo} {cls.file}" in message and f"--reward-path {name}=FILE" in message
+    assert message.startswith(
+        f"reward {name}: {cls.file} of {cls.repo} is not in the Hugging Face cache"
+    )
+    assert (
+        f"hf download {cls.repo} {cls.file}" in message and f"--reward-path {name}=FILE" in message
+    )
 
 
 def test_weights_of_the_cache_are_found(tmp_path, hub, monkeypatch):
@@ -111,19 +126,29 @@ def test_a_folder_without_the_weights_is_refused(tmp_path):
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
-    folder, other = clip_folder(tmp_path / "one"), clip_folder(tmp_path / "two", config={**CONFIG, "embed_dim": 40})
+    folder, other = (
+        clip_folder(tmp_path / "one"),
+        clip_folder(tmp_path / "two", config={**CONFIG, "embed_dim": 40}),
+    )
     file = "open_clip_model.safetensors"
     shutil.copy(other / file, folder / file)
     message = refused(["clip"], [], [f"clip={folder}"])
-    assert f"reward clip: {folder}/{file} is the checkpoint of another model" in message and "not [" in message
+    assert (
+        f"reward clip: {folder}/{file} is the checkpoint of another model" in message
+        and "not [" in message
+    )
     deeper = {**CONFIG, "vision_cfg": {**CONFIG["vision_cfg"], "layers": 3}}
     shutil.copy(clip_folder(tmp_path / "three", config=deeper) / file, folder / file)
     assert "it also has visual.transformer.resblocks.2" in refused(["clip"], [], [f"clip={folder}"])
     shutil.copy(clip_folder(tmp_path / "four") / file, tmp_path / "three" / file)
-    assert "it lacks visual.transformer.resblocks.2" in refused(["clip"], [], [f"clip={tmp_path / 'three'}"])
+    assert "it lacks visual.transformer.resblocks.2" in refused(
+        ["clip"], [], [f"clip={tmp_path / 'three'}"]
+    )
 
 
-@pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"version https://git-lfs.github.com/spec/v1\n"])
+@pytest.mark.parametrize(
+    "content", [b"", b"not a checkpoint", b"version https://git-lfs.github.com/spec/v1\n"]
+)
 @pytest.mark.parametrize("file", ["w.pt", "w.safetensors"])
 def test_a_file_that_is_no_checkpoint_is_refused(tmp_path, content, file):
     (tmp_path / file).write_bytes(content)
@@ -149,7 +174,9 @@ def test_names_are_looked_at_before_weights(hub):
 
 
 def test_a_reward_for_clips_on_an_image_model():
-    assert "reward motion scores clips, and this --model makes images" in refused(["motion"], [], clips=False)
+    assert "reward motion scores clips, and this --model makes images" in refused(
+        ["motion"], [], clips=False
+    )
     assert list(rewards.load(["motion"], [], clips=True)) == ["motion"]
     for script in (grpo_base, bpgo, slas, self_paced):
         with pytest.raises(InputError, match="motion:quality scores clips"):
@@ -180,10 +207,18 @@ def test_chosen_frames(which, number, chosen):
 
 @pytest.mark.parametrize("which", ["first", "middle", "all", 1, 2, 3])
 def test_a_clip_scores_the_mean_of_its_chosen_frames(tmp_path, which):
-    path, clips, prompts = f"clip={clip_folder(tmp_path / 'clip')}", photos(15).view(3, 5, 3, 60, 80), PROMPTS[:3]
-    ours = rewards.score(rewards.load(["clip"], [], [path], reward_frames=which), clips, prompts)["clip"]
+    path, clips, prompts = (
+        f"clip={clip_folder(tmp_path / 'clip')}",
+        photos(15).view(3, 5, 3, 60, 80),
+        PROMPTS[:3],
+    )
+    ours = rewards.score(rewards.load(["clip"], [], [path], reward_frames=which), clips, prompts)[
+        "clip"
+    ]
     image = rewards.load(["clip"], [], [path])
-    frames = [rewards.score(image, clips[:, i], prompts)["clip"] for i in asking.chosen_frames(which, 5)]
+    frames = [
+        rewards.score(image, clips[:, i], prompts)["clip"] for i in asking.chosen_frames(which, 5)
+    ]
     torch.testing.assert_close(ours, torch.stack(frames).mean(0), atol=1e-6, rtol=0)
 
 
@@ -191,10 +226,15 @@ def test_a_clip_scores_the_mean_of_its_chosen_frames(tmp_path, which):
 
 
 def test_a_learned_reward_trains_with_its_flags(train, tmp_path):
-    """With weights of one's own, beside a verifier that is only watched; trained, logged and evaluated."""
+    """With weights of one's own, beside a verifier that is only watched; trained, logged and
+    evaluated."""
     (tmp_path / "held.txt").write_text("a red circle\na blue square\n")
-    settings = dict(reward=("clip=2",), reward_path=(f"clip={clip_folder(tmp_path / 'clip')}",), reward_batch=3)
-    settings |= dict(watch=("verifier", "jpeg"), eval_prompts=str(tmp_path / "held.txt"), eval_every=1)
+    settings = dict(
+        reward=("clip=2",), reward_path=(f"clip={clip_folder(tmp_path / 'clip')}",), reward_batch=3
+    )
+    settings |= dict(
+        watch=("verifier", "jpeg"), eval_prompts=str(tmp_path / "held.txt"), eval_every=1
+    )
     _, (row, final) = train(steps=1, learning_rate=1e-3, **settings)
     assert row["reward_mean"] == pytest.approx(2 * row["clip_mean"], abs=1e-5)
     for one in (row, final):
@@ -237,7 +277,8 @@ def test_a_resumed_run_may_watch_something_else(train):
 
 @pytest.fixture
 def official_prompts(tmp_path, monkeypatch, hub):
-    """Three prompts of each style in the cache, as the hpsv2 package downloads them: {style: prompts}"""
+    """Three prompts of each style in the cache, as the hpsv2 package downloads them: {style:
+    prompts}"""
     import hpsv2
 
     monkeypatch.setattr(hpsv2, "root_path", str(tmp_path / "hps"))
@@ -259,7 +300,10 @@ def test_official_prompts_without_a_network_or_style(tmp_path, hub, monkeypatch)
     import hpsv2
 
     monkeypatch.setattr(hpsv2.utils, "root_path", str(tmp_path / "hps"))
-    for name, words in (("hpsv2:photo", "hpsv2:photo is not in the Hugging Face cache"), ("hpsv2:cats", "no 'cats'")):
+    for name, words in (
+        ("hpsv2:photo", "hpsv2:photo is not in the Hugging Face cache"),
+        ("hpsv2:cats", "no 'cats'"),
+    ):
         with pytest.raises(InputError, match=words) as error:
             read_prompts(name)
         assert "\n" not in str(error.value)
@@ -269,7 +313,8 @@ def test_official_prompts_without_a_network_or_style(tmp_path, hub, monkeypatch)
 
 
 def test_tiny_clip_is_built_and_reached_as_clip(tmp_path):
-    """Its builder at a few steps: the folder's layout, its size, and its score by open_clip's own factory."""
+    """Its builder at a few steps: the folder's layout, its size, and its score by open_clip's own
+    factory."""
     folder = tmp_path / "tiny-clip"
     tokenizer = clip_tokenizer(build_tiny_clip.every_caption(), build_tiny_clip.TOKENS)
     config = build_tiny_clip.configuration(len(tokenizer))
@@ -284,10 +329,14 @@ def test_tiny_clip_is_built_and_reached_as_clip(tmp_path):
     with torch.no_grad():
         seen = model.eval().encode_image(transform(as_pil(image[0]))[None], normalize=True)
         expected = (seen @ model.encode_text(words, normalize=True).T).item()
-    assert rewards.score(scorers, image, [caption])["clip"].item() == pytest.approx(expected, abs=1e-5)
+    assert rewards.score(scorers, image, [caption])["clip"].item() == pytest.approx(
+        expected, abs=1e-5
+    )
 
 
-@pytest.mark.skipif(not (ROOT / "assets/tiny-clip").is_dir(), reason="assets/tiny-clip is not built")
+@pytest.mark.skipif(
+    not (ROOT / "assets/tiny-clip").is_dir(), reason="assets/tiny-clip is not built"
+)
 def test_tiny_clip_agrees_with_the_verifier_but_not_quite():
     correlation = build_tiny_clip.check(ROOT / "assets/tiny-clip", seed=1, number=32)
     assert 0.4 < correlation["within a group"] < 0.95

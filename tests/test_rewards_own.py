@@ -1,5 +1,5 @@
-"""A reward of one's own from a file, the fields of JSONL that reach it, each reward's share of the sum, and weights in
-units of the spread."""
+"""A reward of one's own from a file, the fields of JSONL that reach it, each reward's share of the
+sum, and weights in units of the spread."""
 
 import json
 import sys
@@ -35,7 +35,12 @@ class Bright:
         return media.flatten(1).mean(1)
 '''
 LINES = [
-    {"prompt": "a red circle", "text": "STOP", "tag": "single", "include": [{"class": "circle", "count": 1}]},
+    {
+        "prompt": "a red circle",
+        "text": "STOP",
+        "tag": "single",
+        "include": [{"class": "circle", "count": 1}],
+    },
     {"prompt": "two blue squares", "text": "GO NOW"},
 ]
 
@@ -58,7 +63,9 @@ def test_fields_of_jsonl_come_with_the_prompt_which_stays_a_string(folder):
     assert fields_of(first) == {name: value for name, value in LINES[0].items() if name != "prompt"}
     assert fields_of(second) == {"text": "GO NOW"} and fields_of("plain") == {}
     assert type(caption_of(first)) is str
-    assert fields_of(read_prompts(f"{folder / 'prompts.jsonl'}:text")[0])["prompt"] == "a red circle"
+    assert (
+        fields_of(read_prompts(f"{folder / 'prompts.jsonl'}:text")[0])["prompt"] == "a red circle"
+    )
 
 
 def test_each_sample_is_scored_with_its_own_fields(folder):
@@ -66,13 +73,20 @@ def test_each_sample_is_scored_with_its_own_fields(folder):
     scorers = rewards.load([f"{folder}/mine/own.py:Long"], prompts)
     scores = rewards.score(scorers, torch.zeros(3, 3, 8, 8), [prompts[1], prompts[0], prompts[1]])
     assert scores["own.py:Long"].tolist() == [6, 4, 6]
-    clips = torch.zeros(2, 5, 3, 8, 8)  # of a clip, by a reward for images: the mean over its frames
+    clips = torch.zeros(
+        2, 5, 3, 8, 8
+    )  # of a clip, by a reward for images: the mean over its frames
     assert rewards.score(scorers, clips, prompts)["own.py:Long"].tolist() == [4, 6]
 
 
 def test_a_prompt_without_the_field_is_named(folder):
-    with pytest.raises(InputError, match="needs the field 'text', which 'a plain prompt' lacks; .*[.]jsonl"):
-        rewards.load([f"{folder}/mine/own.py:Long"], [*read_prompts(folder / "prompts.jsonl"), "a plain prompt"])
+    with pytest.raises(
+        InputError, match="needs the field 'text', which 'a plain prompt' lacks; .*[.]jsonl"
+    ):
+        rewards.load(
+            [f"{folder}/mine/own.py:Long"],
+            [*read_prompts(folder / "prompts.jsonl"), "a plain prompt"],
+        )
 
 
 # --- A file ---
@@ -94,23 +108,42 @@ def test_split(spec, source, name, weight):
 
 
 def body(**changes):
-    lines = dict(video="False", scale="0.1", range="(0, 1)", score="lambda self, m, p: m.flatten(1).mean(1)") | changes
-    return "class R:\n" + "".join(f"    {name} = {value}\n" for name, value in lines.items() if value)
+    lines = (
+        dict(
+            video="False",
+            scale="0.1",
+            range="(0, 1)",
+            score="lambda self, m, p: m.flatten(1).mean(1)",
+        )
+        | changes
+    )
+    return "class R:\n" + "".join(
+        f"    {name} = {value}\n" for name, value in lines.items() if value
+    )
 
 
 BROKEN = {  # what the file holds, what the line has to say
     "no class": ("x = 1\nclass S:\n    pass\n", "has no class 'R'; it has S"),
     "not a class": ("def R():\n    pass\n", "has no class 'R'; it has none"),
     "no Python": ("class R(:\n", "does not load (SyntaxError: "),
-    "an import": ("import no_such_package\n", "does not load (ModuleNotFoundError: No module named 'no_such_package')"),
+    "an import": (
+        "import no_such_package\n",
+        "does not load (ModuleNotFoundError: No module named 'no_such_package')",
+    ),
     "an exit": ("raise SystemExit(0)\n", "does not load (SystemExit: 0)"),
-    "arguments": ("class R:\n    def __init__(self, size):\n        pass\n", "R() fails (TypeError: "),
+    "arguments": (
+        "class R:\n    def __init__(self, size):\n        pass\n",
+        "R() fails (TypeError: ",
+    ),
     "construction": (
         "class R:\n    def __init__(self):\n        raise OSError('no\\nkey')\n",
         "R() fails (OSError: no key)",
     ),
     "no score": (body(score=""), "it has no score(media, prompts)"),
-    "a check that breaks": (body(check="lambda self, prompts: prompts.no"), "'list' object has no attribute 'no'"),
+    "a check that breaks": (
+        body(check="lambda self, prompts: prompts.no"),
+        "'list' object has no attribute 'no'",
+    ),
     "no video": (body(video=""), "video must be True"),
     "video a word": (body(video="'yes'"), "video must be True"),
     "no scale": (body(scale=""), "scale must be a number above 0"),
@@ -122,10 +155,19 @@ BROKEN = {  # what the file holds, what the line has to say
     "fields a word": (body(fields="'text'"), "fields must be names"),
     # these on a sample, before the first rollout
     "shape": (body(score="lambda self, m, p: m.flatten(1)"), "it returned (1, 192) for 1 samples"),
-    "complex": (body(score="lambda self, m, p: m.flatten(1).mean(1) * 1j"), "it returned torch.complex64"),
-    "yes and no": (body(score="lambda self, m, p: m.flatten(1).mean(1) > 0"), "it returned torch.bool"),
+    "complex": (
+        body(score="lambda self, m, p: m.flatten(1).mean(1) * 1j"),
+        "it returned torch.complex64",
+    ),
+    "yes and no": (
+        body(score="lambda self, m, p: m.flatten(1).mean(1) > 0"),
+        "it returned torch.bool",
+    ),
     "words": (body(score="lambda self, m, p: ['good'] * len(m)"), "raised "),
-    "above its range": (body(score="lambda self, m, p: m.flatten(1).sum(1)"), "outside of the range (0, 1)"),
+    "above its range": (
+        body(score="lambda self, m, p: m.flatten(1).sum(1)"),
+        "outside of the range (0, 1)",
+    ),
     "below its range": (
         body(score="lambda self, m, p: [-0.5]", range="(0, None)"),
         "gives -0.5, outside of the range (0,",
@@ -140,7 +182,11 @@ def test_what_is_wrong_with_a_file_is_one_line(content, said, tmp_path):
     model = SimpleNamespace(try_out=lambda prompt: torch.full((1, 3, 8, 8), 0.5))
     with pytest.raises(InputError) as caught:
         rewards.try_out(rewards.load([f"{tmp_path}/own.py:R"], ["a"]), model, "a")
-    assert said in str(caught.value) and "own.py:R" in str(caught.value) and "\n" not in str(caught.value)
+    assert (
+        said in str(caught.value)
+        and "own.py:R" in str(caught.value)
+        and "\n" not in str(caught.value)
+    )
 
 
 def test_a_file_that_is_not_there(tmp_path):
@@ -159,24 +205,37 @@ def test_two_files_called_alike_are_two(folder):
     ]  # fmt: skip
 
 
-def test_a_run_trains_on_one_and_watches_another_and_goes_on_when_both_are_given_again(folder, train, monkeypatch):
-    own = dict(prompts=str(folder / "prompts.jsonl"), eval_prompts="", reward=(f"{folder}/mine/own.py:Long=2", "jpeg"))
+def test_a_run_trains_on_one_and_watches_another_and_goes_on_when_both_are_given_again(
+    folder, train, monkeypatch
+):
+    own = dict(
+        prompts=str(folder / "prompts.jsonl"),
+        eval_prompts="",
+        reward=(f"{folder}/mine/own.py:Long=2", "jpeg"),
+    )
     own |= dict(watch=(f"{folder}/mine/own.py:Bright",), learning_rate=1e-5)
     run, rows = train(**own, steps=2, script=bpgo, prior="sft")
-    assert {"own.py:Long_mean", "own.py:Bright_mean", "share_own.py:Long", "share_jpeg"} <= rows[0].keys()
+    assert {"own.py:Long_mean", "own.py:Bright_mean", "share_own.py:Long", "share_jpeg"} <= rows[
+        0
+    ].keys()
     assert rows[0]["own.py:Long_mean"] > 4 and 0 < rows[0]["own.py:Bright_mean"] < 1
     assert "share_own.py:Bright" not in rows[0]
     assert rows[0]["share_own.py:Long"] + rows[0]["share_jpeg"] == pytest.approx(1)
     assert json.loads((run / "config.json").read_text())["reward"] == list(own["reward"])
     state = checkpoints.read(checkpoints.newest_first(run)[0])[1]["prior"]
-    assert {type(prompt) for prompt in state["known"]} == {str}  # a checkpoint holds no class of ours
+    assert {type(prompt) for prompt in state["known"]} == {
+        str
+    }  # a checkpoint holds no class of ours
 
     # a folder alone makes no code run
-    monkeypatch.setattr(sys, "argv", ["bpgo.py", "--resume", "latest", "--output", str(run), "--steps", "3"])
+    monkeypatch.setattr(
+        sys, "argv", ["bpgo.py", "--resume", "latest", "--output", str(run), "--steps", "3"]
+    )
     args = cli.parse(bpgo.Args, "")
     assert args.prior == "sft" and args.reward == ("verifier",) and args.watch == ()
     with pytest.raises(
-        InputError, match="now it is .'verifier'.; give it again: a run's folder alone makes no code run"
+        InputError,
+        match="now it is .'verifier'.; give it again: a run's folder alone makes no code run",
     ):
         run_folder.check(run, args)
     _, rows = train(**own, steps=3, script=bpgo, prior="sft", resume="latest")
@@ -187,12 +246,17 @@ def test_a_run_trains_on_one_and_watches_another_and_goes_on_when_both_are_given
 
 
 def share_in_numpy(scores, weights):
-    """{name: [P, G]} in float64, by the definition: mean over groups of |weight| * the population's deviation."""
-    spread = {n: np.mean([abs(weights[n]) * np.nanstd(group) for group in s]) for n, s in scores.items()}
+    """{name: [P, G]} in float64, by the definition: mean over groups of |weight| * the population's
+    deviation."""
+    spread = {
+        n: np.mean([abs(weights[n]) * np.nanstd(group) for group in s]) for n, s in scores.items()
+    }
     return {f"share_{name}": value / sum(spread.values()) for name, value in spread.items()}
 
 
-@pytest.mark.parametrize("weights", [{"a": 1.0, "b": 1.0}, {"a": 1.0, "b": -0.3}, {"a": 60.0, "b": 1.0}], ids=str)
+@pytest.mark.parametrize(
+    "weights", [{"a": 1.0, "b": 1.0}, {"a": 1.0, "b": -0.3}, {"a": 60.0, "b": 1.0}], ids=str
+)
 def test_shares_are_numpys(weights):
     random = np.random.default_rng(0)
     scores = {"a": random.normal(0, 0.01, (5, 6)), "b": random.normal(20, 0.6, (5, 6))}
@@ -219,7 +283,10 @@ def test_hpsv21_and_pickscore_are_seen_to_be_60_to_1_and_in_units_of_their_sprea
 
 
 def test_shares_of_advantages_are_those_of_what_is_added_up():
-    scores = {"a": torch.rand(4, 6, dtype=torch.float64), "b": 60 * torch.rand(4, 6, dtype=torch.float64)}
+    scores = {
+        "a": torch.rand(4, 6, dtype=torch.float64),
+        "b": 60 * torch.rand(4, 6, dtype=torch.float64),
+    }
     terms = rewards.terms("advantages", sum(scores.values()), scores, {"a": 2.0, "b": 1.0})
     parts = [w * grpo_base.compute_advantages(r, 5.0) for r, w in terms]
     found = rewards.shares(scores, {"a": 2.0, "b": 1.0}, parts)
@@ -241,7 +308,9 @@ def test_a_step_in_units_of_the_spread_is_one_with_those_weights(train):
 
 
 def test_stages_have_shares_by_their_weights_in_each_group(train):
-    _, (row,) = train(self_paced, steps=1, reward=("verifier:quality", "verifier"), thresholds=(0.5,))
+    _, (row,) = train(
+        self_paced, steps=1, reward=("verifier:quality", "verifier"), thresholds=(0.5,)
+    )
     assert row["share_verifier:quality"] + row["share_verifier"] == pytest.approx(1)
 
 
@@ -249,7 +318,10 @@ def test_stages_have_shares_by_their_weights_in_each_group(train):
     "flags, said",
     [
         (dict(watch=("jpeg=2",)), "--watch jpeg=2: nothing is trained on it"),
-        (dict(reward_units="spread", aggregate="advantages"), "--reward-units spread: --aggregate advantages has"),
+        (
+            dict(reward_units="spread", aggregate="advantages"),
+            "--reward-units spread: --aggregate advantages has",
+        ),
     ],
 )
 def test_flags_that_make_no_sense(flags, said):

@@ -1,11 +1,22 @@
-"""PickScore: against the formula of its model card, with transformers' own processor and tokenizer."""
+"""PickScore: against the formula of its model card, with transformers' own processor and
+tokenizer."""
 
 import json
 
 import open_clip
 import pytest
 import torch
-from learned import PROMPTS, SHAPES, as_pil, check_contract, check_half_precision, loaded, photo, photos, randomised
+from learned import (
+    PROMPTS,
+    SHAPES,
+    as_pil,
+    check_contract,
+    check_half_precision,
+    loaded,
+    photo,
+    photos,
+    randomised,
+)
 from safetensors.torch import save_file
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -18,10 +29,13 @@ SMALL = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_atte
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A checkpoint in the layout of the hub: config.json and model.safetensors, old numbers of positions included."""
+    """A checkpoint in the layout of the hub: config.json and model.safetensors, old numbers of
+    positions included."""
     folder = tmp_path_factory.mktemp("pickscore")
     vision = dict(SMALL, image_size=56, patch_size=14)
-    config = CLIPConfig(text_config=dict(SMALL, eos_token_id=2), vision_config=vision, projection_dim=48)
+    config = CLIPConfig(
+        text_config=dict(SMALL, eos_token_id=2), vision_config=vision, projection_dim=48
+    )
     model = randomised(CLIPModel(config), seed=1)
     model.logit_scale.data.fill_(4.6)
     config.save_pretrained(folder)
@@ -41,10 +55,16 @@ def clip_tokenizer():
 def model_card(folder, image, prompt):
     """Of one picture and one prompt."""
     model = CLIPModel.from_pretrained(folder).eval()
-    processor = CLIPImageProcessorPil(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56})
-    words = clip_tokenizer()([prompt], padding=True, truncation=True, max_length=77, return_tensors="pt")
+    processor = CLIPImageProcessorPil(
+        size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}
+    )
+    words = clip_tokenizer()(
+        [prompt], padding=True, truncation=True, max_length=77, return_tensors="pt"
+    )
     with torch.no_grad():
-        image_embs = model.get_image_features(**processor([as_pil(image)], return_tensors="pt")).pooler_output
+        image_embs = model.get_image_features(
+            **processor([as_pil(image)], return_tensors="pt")
+        ).pooler_output
         image_embs = image_embs / torch.norm(image_embs, dim=-1, keepdim=True)
         text_embs = model.get_text_features(**words).pooler_output
         text_embs = text_embs / torch.norm(text_embs, dim=-1, keepdim=True)
@@ -61,12 +81,20 @@ def test_pickscore_is_the_model_cards(folder):
 
 
 def test_contract(folder):
-    check_contract(lambda batch: loaded(PickScore, "pickscore", folder, batch), photos(6), PROMPTS, tolerance=1e-3)
+    check_contract(
+        lambda batch: loaded(PickScore, "pickscore", folder, batch),
+        photos(6),
+        PROMPTS,
+        tolerance=1e-3,
+    )
 
 
 def test_the_configuration_is_found_beside_a_file(folder):
     media = photos(2)
-    whole, file = loaded(PickScore, "pickscore", folder), loaded(PickScore, "pickscore", folder / "model.safetensors")
+    whole, file = (
+        loaded(PickScore, "pickscore", folder),
+        loaded(PickScore, "pickscore", folder / "model.safetensors"),
+    )
     assert torch.equal(whole.score(media, PROMPTS[:2]), file.score(media, PROMPTS[:2]))
 
 
@@ -79,11 +107,17 @@ def test_a_broken_configuration_is_one_line(folder, tmp_path):
     about = json.loads((folder / "config.json").read_text())
     about["projection_dim"] = 40
     (tmp_path / "config.json").write_text(json.dumps(about))
-    with pytest.raises(InputError, match=r"its \w+_projection.weight is \[48, 32\], not \[40, 32\]"):
+    with pytest.raises(
+        InputError, match=r"its \w+_projection.weight is \[48, 32\], not \[40, 32\]"
+    ):
         loaded(PickScore, "pickscore", tmp_path)
 
 
 def test_half_precision_is_close(folder, monkeypatch):
     check_half_precision(
-        monkeypatch, lambda batch: loaded(PickScore, "pickscore", folder, batch), photos(6), PROMPTS, 0.3
+        monkeypatch,
+        lambda batch: loaded(PickScore, "pickscore", folder, batch),
+        photos(6),
+        PROMPTS,
+        0.3,
     )

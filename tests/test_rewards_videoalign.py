@@ -1,4 +1,5 @@
-"""VideoAlign: against a transcription of the official model, adapters unmerged, on a checkpoint with its own names."""
+"""VideoAlign: against a transcription of the official model, adapters unmerged, on a checkpoint
+with its own names."""
 
 import hashlib
 import json
@@ -11,19 +12,30 @@ from learned import PROMPTS, check_contract, loaded, photo, randomised
 from peft import LoraConfig, get_peft_model
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import resize
-from transformers import Qwen2VLForConditionalGeneration, Qwen2VLImageProcessor, Qwen2VLProcessor, Qwen2VLVideoProcessor
+from transformers import (
+    Qwen2VLForConditionalGeneration,
+    Qwen2VLImageProcessor,
+    Qwen2VLProcessor,
+    Qwen2VLVideoProcessor,
+)
 from vlm import qwen2_vl_config, tokenizer
 
 from common import rewards
 from common.errors import InputError
 from common.rewards import videoalign
 
-NAMES = {"videoalign": (0, 1, 2), "videoalign:vq": (0,), "videoalign:mq": (1,), "videoalign:ta": (2,)}
+NAMES = {
+    "videoalign": (0, 1, 2),
+    "videoalign:vq": (0,),
+    "videoalign:mq": (1,),
+    "videoalign:ta": (2,),
+}
 FPS = 4.0
 
 
 def official_model(tokens, ratings, seed=0):
-    """Qwen2-VL with the head and, on every linear layer of the language model, an adapter of rank 64 and alpha 128."""
+    """Qwen2-VL with the head and, on every linear layer of the language model, an adapter of rank
+    64 and alpha 128."""
     config = qwen2_vl_config(tokens)
     base = Qwen2VLForConditionalGeneration(config)
     base.rm_head = torch.nn.Linear(config.text_config.hidden_size, ratings, bias=False)
@@ -31,9 +43,12 @@ def official_model(tokens, ratings, seed=0):
     targets = [
         name
         for name, module in base.named_modules()
-        if isinstance(module, (torch.nn.Linear, torch.nn.Embedding)) and not any(part in name for part in excluded)
+        if isinstance(module, (torch.nn.Linear, torch.nn.Embedding))
+        and not any(part in name for part in excluded)
     ]
-    return randomised(get_peft_model(base, LoraConfig(target_modules=targets, r=64, lora_alpha=128)), seed)
+    return randomised(
+        get_peft_model(base, LoraConfig(target_modules=targets, r=64, lora_alpha=128)), seed
+    )
 
 
 def official_names(state):
@@ -73,7 +88,10 @@ def alone():
 
 def clips(number, frames=8, height=36, width=48):
     return torch.stack(
-        [torch.stack([photo(height, width, 100 * i + j // 2) for j in range(frames)]) for i in range(number)]
+        [
+            torch.stack([photo(height, width, 100 * i + j // 2) for j in range(frames)])
+            for i in range(number)
+        ]
     )
 
 
@@ -100,17 +118,28 @@ def official_frames(clip, fps):
 def official_ratings(model, tokens, clip, prompt, fps=FPS):
     frames = official_frames(clip, fps)
     processor = Qwen2VLProcessor(
-        Qwen2VLImageProcessor(), tokens, Qwen2VLVideoProcessor(do_sample_frames=False, do_resize=False)
+        Qwen2VLImageProcessor(),
+        tokens,
+        Qwen2VLVideoProcessor(do_sample_frames=False, do_resize=False),
     )
     text = (
-        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|><|video_pad|>"
-        "<|vision_end|>" + videoalign.QUESTION.replace("{text_prompt}", prompt) + "<|im_end|>\n<|im_start|>assistant\n"
+        "<|im_start|>system\nYou are a helpful "
+        "assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|><|video_pad|>"
+        "<|vision_end|>"
+        + videoalign.QUESTION.replace("{text_prompt}", prompt)
+        + "<|im_end|>\n<|im_start|>assistant\n"
     )
-    batch = processor(text=[text], videos=[frames], padding=True, return_tensors="pt", do_rescale=True)
+    batch = processor(
+        text=[text], videos=[frames], padding=True, return_tensors="pt", do_rescale=True
+    )
     whole, ids = model.base_model.model, batch["input_ids"]
     embeds = whole.get_input_embeddings()(ids)
-    seen = whole.model.visual(batch["pixel_values_videos"], grid_thw=batch["video_grid_thw"]).pooler_output
-    embeds = embeds.masked_scatter((ids == whole.config.video_token_id).unsqueeze(-1).expand_as(embeds), seen)
+    seen = whole.model.visual(
+        batch["pixel_values_videos"], grid_thw=batch["video_grid_thw"]
+    ).pooler_output
+    embeds = embeds.masked_scatter(
+        (ids == whole.config.video_token_id).unsqueeze(-1).expand_as(embeds), seen
+    )
     states = whole.model.language_model(input_ids=None, position_ids=None, inputs_embeds=embeds)[0]
     logits = whole.rm_head(states)
     mask = torch.zeros_like(ids, dtype=torch.bool)
@@ -133,7 +162,9 @@ def test_scores_equal_the_official_formula(official, name):
     folder, model, tokens = official
     media, prompts = clips(4), PROMPTS[:4]
     scorer = rewards.load([name], prompts, [f"{name}={folder}"], 3, fps=FPS)[name]
-    expected = torch.stack([official_ratings(model, tokens, clip, prompt) for clip, prompt in zip(media, prompts)])
+    expected = torch.stack(
+        [official_ratings(model, tokens, clip, prompt) for clip, prompt in zip(media, prompts)]
+    )
     expected = expected[:, NAMES[name]].sum(1)
     torch.testing.assert_close(scorer.score(media, prompts), expected, atol=1e-4, rtol=1e-4)
     assert expected.std() > 1e-2
@@ -143,12 +174,20 @@ def test_adapters_matter(official):
     folder, model, tokens = official
     with_adapters = official_ratings(model, tokens, clips(1)[0], "p")
     with model.disable_adapter():
-        assert (official_ratings(model, tokens, clips(1)[0], "p") - with_adapters).abs().max() > 0.01
+        assert (
+            official_ratings(model, tokens, clips(1)[0], "p") - with_adapters
+        ).abs().max() > 0.01
 
 
 @pytest.mark.parametrize(
     "shape, fps",
-    [((8, 36, 48), 4.0), ((53, 48, 64), 16.0), ((5, 300, 520), 4.0), ((9, 20, 100), 1.0), ((2, 448, 448), 8.0)],
+    [
+        ((8, 36, 48), 4.0),
+        ((53, 48, 64), 16.0),
+        ((5, 300, 520), 4.0),
+        ((9, 20, 100), 1.0),
+        ((2, 448, 448), 8.0),
+    ],
 )
 def test_frames_are_those_of_the_official_code(shape, fps):
     clip = torch.stack([photo(*shape[1:], i) for i in range(shape[0])])
@@ -174,11 +213,14 @@ def test_four_rewards_share_one_model_and_one_pass(official, monkeypatch):
     assert len({id(scorer.ratings) for scorer in scorers.values()}) == 1
     calls = []
     forward = videoalign.Rated.forward
-    monkeypatch.setattr(videoalign.Rated, "forward", lambda *args: calls.append(1) or forward(*args))
+    monkeypatch.setattr(
+        videoalign.Rated, "forward", lambda *args: calls.append(1) or forward(*args)
+    )
     found = rewards.score(scorers, clips(3), PROMPTS[:3])
     assert len(calls) == 1
     torch.testing.assert_close(
-        found["videoalign"], found["videoalign:vq"] + found["videoalign:mq"] + found["videoalign:ta"]
+        found["videoalign"],
+        found["videoalign:vq"] + found["videoalign:mq"] + found["videoalign:ta"],
     )
     rewards.score(scorers, clips(3), PROMPTS[1:4])  # other prompts, other media
     assert len(calls) == 2
@@ -187,7 +229,9 @@ def test_four_rewards_share_one_model_and_one_pass(official, monkeypatch):
 def test_the_question_is_the_one_of_the_training():
     digest = hashlib.sha256(videoalign.QUESTION.encode()).hexdigest()
     assert digest == "fdb6309bac618dd0c8b1b589d3a0970a974f7856eecbb355a190b2dce54af700"
-    assert all(videoalign.QUESTION.count(token) == 1 for token in (*videoalign.RATED, "{text_prompt}"))
+    assert all(
+        videoalign.QUESTION.count(token) == 1 for token in (*videoalign.RATED, "{text_prompt}")
+    )
 
 
 # --- Bad input ---

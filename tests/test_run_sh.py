@@ -28,7 +28,9 @@ def clone(tmp_path):
 
 def start(clone, *words, **environment):
     words = ["bash", str(clone / "run.sh"), *words]
-    around = {name: value for name, value in os.environ.items() if name not in ("VENV", "VERSIONS")}  # the suite's own
+    around = {
+        name: value for name, value in os.environ.items() if name not in ("VENV", "VERSIONS")
+    }  # the suite's own
     environment = {**around, "PYTHON": sys.executable, **environment}
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     return subprocess.Popen(words, env=environment, start_new_session=True, **pipes)
@@ -52,10 +54,16 @@ def test_whatever_happens_to_an_installation_the_next_run_works(clone):
     together = [start(clone, "--steps", "2"), start(clone, "--steps", "3")]
     (out, other), errors = zip(*(process.communicate(timeout=120) for process in together))
     assert [process.returncode for process in together] == [0, 0], errors
-    assert (out + other).count("installing requirements.txt") == 1, "one installed, the other waited for it"
+    assert (out + other).count("installing requirements.txt") == 1, (
+        "one installed, the other waited for it"
+    )
     assert "--steps 2" in out and "--steps 3" in other
 
-    assert run(clone) == (0, f"the job runs on {sys.version_info[:2]}\n", "")  # installed is installed
+    assert run(clone) == (
+        0,
+        f"the job runs on {sys.version_info[:2]}\n",
+        "",
+    )  # installed is installed
 
     (clone / "requirements.txt").write_text("# another\n")
     code, out, _ = run(clone)
@@ -64,7 +72,9 @@ def test_whatever_happens_to_an_installation_the_next_run_works(clone):
 
     (clone / "requirements.txt").write_text("./nowhere\n")
     code, _, error = run(clone)
-    assert code == 1 and error.endswith("error: the installation failed (see above); start again to retry\n")
+    assert code == 1 and error.endswith(
+        "error: the installation failed (see above); start again to retry\n"
+    )
     (clone / "requirements.txt").write_text("# another\n")
     assert run(clone)[0] == 0
 
@@ -72,7 +82,10 @@ def test_whatever_happens_to_an_installation_the_next_run_works(clone):
 @pytest.mark.parametrize(
     "environment, line",
     [
-        (dict(PYTHON="python2.7"), "error: no Python 3.10 to 3.13 (python2.7); install one and start again"),
+        (
+            dict(PYTHON="python2.7"),
+            "error: no Python 3.10 to 3.13 (python2.7); install one and start again",
+        ),
         (dict(VERSIONS="new"), "error: VERSIONS=new: newest, exact or oldest"),
     ],
 )

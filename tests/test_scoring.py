@@ -1,4 +1,5 @@
-"""Scoring of samples while the next ones are sampled: a real server on localhost judges, and waits."""
+"""Scoring of samples while the next ones are sampled: a real server on localhost judges, and
+waits."""
 
 import os
 import signal
@@ -15,7 +16,12 @@ from common.rewards.scoring import Scoring
 from common.trainer import checkpoints
 
 SETTINGS = dict(
-    micro_batch=2, reward_batch=2, steps=2, learning_rate=1e-3, judge_model="m", reward=("judge:alignment",)
+    micro_batch=2,
+    reward_batch=2,
+    steps=2,
+    learning_rate=1e-3,
+    judge_model="m",
+    reward=("judge:alignment",),
 )
 
 
@@ -29,7 +35,8 @@ def test_scores_are_those_of_all_samples_at_once_in_their_order(size, away):
     """Eleven samples that come by four, the twelfth a filler."""
     model = models.load("tiny-flux", torch.float32, decode_batch=1)
     scorers = rewards.load(
-        ["verifier", "jpeg"], captions := ["a red circle", "two blue squares"] * 5 + ["a green cross"]
+        ["verifier", "jpeg"],
+        captions := ["a red circle", "two blue squares"] * 5 + ["a green cross"],
     )
     x0 = torch.randn(12, *model.noise_shape, generator=torch.Generator().manual_seed(0))
     expected = asking.of_samples(scorers, model, x0[:11], captions)
@@ -38,12 +45,15 @@ def test_scores_are_those_of_all_samples_at_once_in_their_order(size, away):
     for part in x0.split(4):
         scoring.add(part)
     found = scoring.result()
-    assert [*found] == [*scorers] and all(torch.equal(found[name], expected[name]) for name in scorers)
+    assert [*found] == [*scorers] and all(
+        torch.equal(found[name], expected[name]) for name in scorers
+    )
 
 
 @pytest.mark.long
 def test_a_server_judges_while_the_next_samples_are_drawn(train, serve, monkeypatch):  # noqa: F811
-    """The first answer of each step waits for the second rollout, which no run that scores afterwards begins."""
+    """The first answer of each step waits for the second rollout, which no run that scores
+    afterwards begins."""
     honest, begun, waited = sde.rollout, threading.Semaphore(0), []
 
     def rollout(*words):
@@ -64,10 +74,14 @@ def test_a_server_judges_while_the_next_samples_are_drawn(train, serve, monkeypa
     monkeypatch.setattr(Scoring, "add", lambda scoring, x0: scoring.latents.extend(x0))
     after, expected = train(judge_url=url, output="afterwards", **SETTINGS)
     assert rows == expected
-    assert all(torch.equal(value, weights(after, 2)[name]) for name, value in weights(folder, 2).items())
+    assert all(
+        torch.equal(value, weights(after, 2)[name]) for name, value in weights(folder, 2).items()
+    )
 
 
-def test_a_server_that_goes_in_the_middle_of_a_rollout_ends_the_run_in_one_line(train, serve, capfd):  # noqa: F811
+def test_a_server_that_goes_in_the_middle_of_a_rollout_ends_the_run_in_one_line(
+    train, serve, capfd
+):  # noqa: F811
     url, server = serve(judged)
     honest = server.behave
 
@@ -79,7 +93,9 @@ def test_a_server_that_goes_in_the_middle_of_a_rollout_ends_the_run_in_one_line(
 
     server.behave = behave
     with pytest.raises(SystemExit) as ended:
-        errors.run(lambda _: train(judge_url=url, judge_retries=1, **{**SETTINGS, "steps": 5}), None)
+        errors.run(
+            lambda _: train(judge_url=url, judge_retries=1, **{**SETTINGS, "steps": 5}), None
+        )
     said = capfd.readouterr()
     assert ended.value.code == 1 and "Traceback" not in said.err
     assert f"error: reward judge:alignment: the server at {url} is gone" in said.err
@@ -99,7 +115,9 @@ def test_a_signal_does_not_wait_for_the_server(train, serve, capfd, tmp_path):  
     url, _ = serve(behave)
     try:
         with pytest.raises(SystemExit) as ended:
-            errors.run(lambda _: train(judge_url=url, **{**SETTINGS, "steps": 5, "save_every": 0}), None)
+            errors.run(
+                lambda _: train(judge_url=url, **{**SETTINGS, "steps": 5, "save_every": 0}), None
+            )
         assert ended.value.code == 128 + signal.SIGTERM and not done.is_set()
     finally:
         done.set()

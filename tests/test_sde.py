@@ -39,7 +39,8 @@ def sigmas_of(steps, shift):
 
 
 def coefficients_of(sigmas, eta, schedule):
-    """s of each step; at a first sigma of 1 flow's denominator takes the next sigma; the last step is an ODE step."""
+    """s of each step; at a first sigma of 1 flow's denominator takes the next sigma; the last step
+    is an ODE step."""
     s = []
     for i in range(len(sigmas) - 1):
         safe = sigmas[i + 1] if abs(sigmas[i] - 1) < 1e-5 else sigmas[i]
@@ -47,12 +48,15 @@ def coefficients_of(sigmas, eta, schedule):
     return s[:-1] + [0.0]
 
 
-# Flow-GRPO's noise as three public codes have it, each in another form: x, v [B, D], step i of sigmas [T+1] ->
-# mean [B, D], std.
+# Flow-GRPO's noise as three public codes have it, each in another form: x, v [B, D], step i of
+# sigmas [T+1] -> mean [B, D], std.
 def flow_grpo_transition(x, v, sigmas, i, noise_level):
     sigma, sigma_max, dt = sigmas[i], sigmas[1], sigmas[i + 1] - sigmas[i]
     std_dev_t = np.sqrt(sigma / (1 - np.where(sigma == 1, sigma_max, sigma))) * noise_level
-    drift_x, drift_v = 1 + std_dev_t**2 / (2 * sigma) * dt, 1 + std_dev_t**2 * (1 - sigma) / (2 * sigma)
+    drift_x, drift_v = (
+        1 + std_dev_t**2 / (2 * sigma) * dt,
+        1 + std_dev_t**2 * (1 - sigma) / (2 * sigma),
+    )
     return x * drift_x + v * drift_v * dt, std_dev_t * np.sqrt(-dt)
 
 
@@ -71,7 +75,8 @@ def flow_factory_transition(x, v, sigmas, i, noise_level):
 
 
 def exact_velocity(x, sigma, m, c):
-    """E[eps | x] - E[x0 | x] for data N(m, c^2), where x_sigma ~ N((1 - sigma) m, (1 - sigma)^2 c^2 + sigma^2)."""
+    """E[eps | x] - E[x0 | x] for data N(m, c^2), where x_sigma ~ N((1 - sigma) m, (1 - sigma)^2 c^2
+    + sigma^2)."""
     deviation = (x - (1 - sigma) * m) / ((1 - sigma) ** 2 * c**2 + sigma**2)
     return sigma * deviation - (m + (1 - sigma) * c**2 * deviation)
 
@@ -83,7 +88,8 @@ ETAS = [0.05, 0.3, 1.2]
 
 
 def transitions(shape, schedule, eta, per_row, steps=8, shift=3.0):
-    """Random float64 (v, x, z) with every noisy (sigma, sigma_next, s), as scalars or with another step in each row."""
+    """Random float64 (v, x, z) with every noisy (sigma, sigma_next, s), as scalars or with another
+    step in each row."""
     rng = np.random.default_rng(0)
     sigmas = np.array(sigmas_of(steps, shift))
     s = np.array(coefficients_of(sigmas, eta, schedule))
@@ -94,7 +100,9 @@ def transitions(shape, schedule, eta, per_row, steps=8, shift=3.0):
 
 def columns(transition, x):
     """Scalars, or [B] as [B, 1, ...]."""
-    return [value.reshape(-1, *[1] * (x.ndim - 1)) if np.ndim(value) else value for value in transition]
+    return [
+        value.reshape(-1, *[1] * (x.ndim - 1)) if np.ndim(value) else value for value in transition
+    ]
 
 
 def tensors(*arrays):
@@ -102,7 +110,12 @@ def tensors(*arrays):
 
 
 def every_transition(test):
-    for name, values in (("shape", SHAPES), ("schedule", SCHEDULES), ("eta", ETAS), ("per_row", [False, True])):
+    for name, values in (
+        ("shape", SHAPES),
+        ("schedule", SCHEDULES),
+        ("eta", ETAS),
+        ("per_row", [False, True]),
+    ):
         test = pytest.mark.parametrize(name, values, ids=str if name == "shape" else None)(test)
     return test
 
@@ -110,15 +123,21 @@ def every_transition(test):
 @every_transition
 def test_mean_equals_slas_dancegrpo_and_flowgrpo_forms(shape, schedule, eta, per_row):
     for v, x, z, transition in transitions(shape, schedule, eta, per_row):
-        mean = sde.sde_step(*tensors(v, x), *tensors(*transition), noise=torch.as_tensor(z))[2].numpy()
+        mean = sde.sde_step(*tensors(v, x), *tensors(*transition), noise=torch.as_tensor(z))[
+            2
+        ].numpy()
         for form in (slas_mean, dance_mean, flow_mean):
-            np.testing.assert_allclose(mean, form(x, v, *columns(transition, x)), rtol=0, atol=1e-10)
+            np.testing.assert_allclose(
+                mean, form(x, v, *columns(transition, x)), rtol=0, atol=1e-10
+            )
 
 
 @every_transition
 def test_sampled_latent_is_mean_plus_s_sqrt_dt_times_noise(shape, schedule, eta, per_row):
     for v, x, z, transition in transitions(shape, schedule, eta, per_row):
-        x_next = sde.sde_step(*tensors(v, x), *tensors(*transition), noise=torch.as_tensor(z))[0].numpy()
+        x_next = sde.sde_step(*tensors(v, x), *tensors(*transition), noise=torch.as_tensor(z))[
+            0
+        ].numpy()
         sigma, sigma_next, s = columns(transition, x)
         expected = slas_mean(x, v, sigma, sigma_next, s) + s * np.sqrt(sigma - sigma_next) * z
         np.testing.assert_allclose(x_next, expected, rtol=0, atol=1e-10)
@@ -130,18 +149,24 @@ def test_log_prob_equals_torch_normal_and_the_transcription(shape, schedule, eta
         sigma, sigma_next, s = columns(transition, x)
         mean, std = slas_mean(x, v, sigma, sigma_next, s), s * np.sqrt(sigma - sigma_next)
         x_next = mean + 1.7 * std * z
-        x_next_given, log_prob, _ = sde.sde_step(*tensors(v, x), *tensors(*transition), x_next=torch.as_tensor(x_next))
+        x_next_given, log_prob, _ = sde.sde_step(
+            *tensors(v, x), *tensors(*transition), x_next=torch.as_tensor(x_next)
+        )
         normal = torch.distributions.Normal(torch.as_tensor(mean), torch.as_tensor(std))
         expected = normal.log_prob(torch.as_tensor(x_next)).flatten(1).mean(1).numpy()
         np.testing.assert_allclose(log_prob.numpy(), expected, rtol=0, atol=1e-10)
-        np.testing.assert_allclose(log_prob.numpy(), log_prob_of(x_next, mean, std), rtol=0, atol=1e-10)
+        np.testing.assert_allclose(
+            log_prob.numpy(), log_prob_of(x_next, mean, std), rtol=0, atol=1e-10
+        )
         np.testing.assert_array_equal(x_next_given.numpy(), x_next)
 
 
 def test_transition_std_is_s_sqrt_dt_in_the_callers_shape():
     sigma, sigma_next, s = torch.tensor([[0.9, 0.5], [0.4, 0.1], [0.3, 1.5]], dtype=torch.float64)
     expected = [0.3 * 0.5**0.5, 1.5 * 0.4**0.5]
-    np.testing.assert_allclose(sde.transition_std(sigma, sigma_next, s).numpy(), expected, rtol=1e-12)
+    np.testing.assert_allclose(
+        sde.transition_std(sigma, sigma_next, s).numpy(), expected, rtol=1e-12
+    )
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -159,40 +184,56 @@ def test_rescoring_with_the_same_velocity_gives_ratio_exactly_one_in_float32(sha
 def test_rescoring_a_rollout_in_other_micro_batches_gives_ratio_exactly_one():
     sigmas = sde.shifted_sigmas(6, 3.0)
     s = sde.diffusion_coefficients(sigmas, 0.3, "dance")
-    velocity = lambda x, sigma: torch.sin(3 * x) * sigma - x  # elementwise: the same bits in any batch  # noqa: E731
+    velocity = lambda x, sigma: (
+        torch.sin(3 * x) * sigma - x
+    )  # elementwise: the same bits in any batch  # noqa: E731
     noise = sde.RowNoise(0, 0, range(7))
     latents, log_probs = sde.rollout(velocity, noise((16, 12)), sigmas, s, noise)
     for mb in (torch.tensor([4, 1]), torch.tensor([6]), torch.tensor([5, 0, 3, 2])):
         for t in range(5):
             x, x_next = latents[mb, t], latents[mb, t + 1]
-            _, log_prob, _ = sde.sde_step(velocity(x, sigmas[t]), x, sigmas[t], sigmas[t + 1], s[t], x_next=x_next)
+            _, log_prob, _ = sde.sde_step(
+                velocity(x, sigmas[t]), x, sigmas[t], sigmas[t + 1], s[t], x_next=x_next
+            )
             assert torch.equal(log_prob, log_probs[mb, t])
 
 
 def test_without_diffusion_the_step_is_euler_and_log_prob_is_zero():
-    v, x, z = torch.randn(3, 2, 4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    v, x, z = torch.randn(
+        3, 2, 4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
     euler = x + v * (0.4 - 0.7)
     for given in ({}, {"noise": z}, {"x_next": z}):
         x_next, log_prob, mean = sde.sde_step(v, x, 0.7, 0.4, 0.0, **given)
-        assert torch.equal(mean, euler) and torch.equal(log_prob, torch.zeros(2, dtype=torch.float64))
+        assert torch.equal(mean, euler) and torch.equal(
+            log_prob, torch.zeros(2, dtype=torch.float64)
+        )
         assert torch.equal(x_next, given.get("x_next", euler))
 
 
 def test_a_row_without_diffusion_leaves_other_rows_and_gradients_finite():
-    v, x, x_next = torch.randn(3, 2, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    v, x, x_next = torch.randn(
+        3, 2, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
     v.requires_grad_()
     _, log_prob, _ = sde.sde_step(v, x, 0.7, 0.4, torch.tensor([0.0, 0.5]), x_next=x_next)
     alone = sde.sde_step(v[1:], x[1:], 0.7, 0.4, 0.5, x_next=x_next[1:])[1]
     log_prob.sum().backward()
     assert log_prob[0] == 0 and log_prob[1] == alone[0]
-    assert torch.equal(v.grad[0], torch.zeros(6)) and v.grad.isfinite().all() and (v.grad[1] != 0).all()
+    assert (
+        torch.equal(v.grad[0], torch.zeros(6))
+        and v.grad.isfinite().all()
+        and (v.grad[1] != 0).all()
+    )
 
 
 def test_without_noise_or_sample_the_step_returns_its_mean():
     v, x = torch.randn(2, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     x_next, _, mean = sde.sde_step(v, x, 0.7, 0.4, 0.5)
     assert torch.equal(x_next, mean)
-    np.testing.assert_allclose(mean.numpy(), slas_mean(x.numpy(), v.numpy(), 0.7, 0.4, 0.5), atol=1e-10)
+    np.testing.assert_allclose(
+        mean.numpy(), slas_mean(x.numpy(), v.numpy(), 0.7, 0.4, 0.5), atol=1e-10
+    )
 
 
 def test_noise_and_sample_together_and_wrong_row_counts_are_refused():
@@ -204,8 +245,11 @@ def test_noise_and_sample_together_and_wrong_row_counts_are_refused():
 
 
 def test_rounding_stored_latents_to_bf16_moves_log_prob_by_more_than_a_clip_range_of_1e_4():
-    """The rounding error d has rms near 2^-8 |x| / sqrt(12), so log_prob falls by about mean(d^2) / (2 std^2)."""
-    sigma, sigma_next = sigmas_of(16, 3.0)[:2]  # DanceGRPO's first step: std = 0.3 * sqrt(0.0217) = 0.044
+    """The rounding error d has rms near 2^-8 |x| / sqrt(12), so log_prob falls by about mean(d^2) /
+    (2 std^2)."""
+    sigma, sigma_next = sigmas_of(16, 3.0)[
+        :2
+    ]  # DanceGRPO's first step: std = 0.3 * sqrt(0.0217) = 0.044
     v, x, z = torch.randn(3, 8, 1024, 16, generator=torch.Generator().manual_seed(0))
     x_next, old, _ = sde.sde_step(v, x, sigma, sigma_next, 0.3, noise=z)
     _, new, _ = sde.sde_step(v, x, sigma, sigma_next, 0.3, x_next=x_next.bfloat16().float())
@@ -223,23 +267,34 @@ def test_shifted_sigmas_follow_the_formula_from_exactly_1_to_exactly_0(steps, sh
 
 
 def test_shift_1_is_linspace():
-    assert torch.equal(sde.shifted_sigmas(10, 1.0), torch.linspace(1, 0, 11, dtype=torch.float64).float())
+    assert torch.equal(
+        sde.shifted_sigmas(10, 1.0), torch.linspace(1, 0, 11, dtype=torch.float64).float()
+    )
 
 
-@pytest.mark.parametrize("shift,boundary,high", [(3, 0.9, 5), (3, 0.875, 5), (12, 0.9, 10), (12, 0.875, 11)])
+@pytest.mark.parametrize(
+    "shift,boundary,high", [(3, 0.9, 5), (3, 0.875, 5), (12, 0.9, 10), (12, 0.875, 11)]
+)
 def test_shift_decides_how_many_of_16_steps_go_to_the_high_noise_expert(shift, boundary, high):
     """shift u / (1 + (shift - 1) u) >= b  <=>  u >= b / (shift - (shift - 1) b), u = 1 - k / 16."""
     assert (sde.shifted_sigmas(16, shift)[:-1] >= boundary).sum() == high
-    assert sum(1 - k / 16 >= boundary / (shift - (shift - 1) * boundary) - 1e-12 for k in range(16)) == high
+    assert (
+        sum(1 - k / 16 >= boundary / (shift - (shift - 1) * boundary) - 1e-12 for k in range(16))
+        == high
+    )
 
 
 def test_dance_coefficient_is_eta_until_the_last_step():
     expected = torch.tensor([0.3, 0.3, 0.3, 0.0])
-    assert torch.equal(sde.diffusion_coefficients(sde.shifted_sigmas(4, 3.0), 0.3, "dance"), expected)
+    assert torch.equal(
+        sde.diffusion_coefficients(sde.shifted_sigmas(4, 3.0), 0.3, "dance"), expected
+    )
 
 
 @pytest.mark.parametrize("first", [1.0, 0.999999])
-def test_flow_coefficient_follows_the_formula_and_its_denominator_takes_the_next_sigma_at_the_pole(first):
+def test_flow_coefficient_follows_the_formula_and_its_denominator_takes_the_next_sigma_at_the_pole(
+    first,
+):
     sigmas = [first, 0.9, 0.5, 0.2, 0.1, 0.0]
     s = sde.diffusion_coefficients(torch.tensor(sigmas), 0.7, "flow")
     np.testing.assert_allclose(s.numpy(), [0.7 * 10**0.5, 0.7 * 3, 0.7, 0.7 * 0.5, 0], rtol=1e-6)
@@ -248,15 +303,21 @@ def test_flow_coefficient_follows_the_formula_and_its_denominator_takes_the_next
 
 
 @pytest.mark.parametrize("steps, shift", [(8, 1.0), (6, 3.0), (16, 5.0)])
-@pytest.mark.parametrize("theirs", [flow_grpo_transition, mix_grpo_transition, flow_factory_transition])
-def test_flow_transitions_are_those_of_three_public_codes_from_the_first_step_on(theirs, steps, shift):
+@pytest.mark.parametrize(
+    "theirs", [flow_grpo_transition, mix_grpo_transition, flow_factory_transition]
+)
+def test_flow_transitions_are_those_of_three_public_codes_from_the_first_step_on(
+    theirs, steps, shift
+):
     sigmas = np.array(sigmas_of(steps, shift))
     s = sde.diffusion_coefficients(torch.as_tensor(sigmas), 0.7, "flow")
     x, v = np.random.default_rng(steps).standard_normal((2, 3, 7))
     for i in range(steps - 1):
         at = sigmas[i], sigmas[i + 1], s[i]
         mean, std = theirs(x, v, sigmas, i, 0.7)
-        np.testing.assert_allclose(sde.sde_step(*tensors(v, x), *at)[2].numpy(), mean, rtol=0, atol=1e-12)
+        np.testing.assert_allclose(
+            sde.sde_step(*tensors(v, x), *at)[2].numpy(), mean, rtol=0, atol=1e-12
+        )
         np.testing.assert_allclose(sde.transition_std(*at).numpy(), std, rtol=1e-12)
 
 
@@ -271,7 +332,11 @@ def test_window_keeps_its_own_steps_and_zeroes_the_rest_without_touching_its_inp
     before = sigmas.clone()
     full = sde.diffusion_coefficients(sigmas, 0.3, schedule)
     windowed = sde.diffusion_coefficients(sigmas, 0.3, schedule, window=(2, 3))
-    assert torch.equal(windowed[2:5], full[2:5]) and windowed[:2].sum() == 0 and windowed[5:].sum() == 0
+    assert (
+        torch.equal(windowed[2:5], full[2:5])
+        and windowed[:2].sum() == 0
+        and windowed[5:].sum() == 0
+    )
     assert sde.diffusion_coefficients(sigmas, 0.3, schedule, window=(6, 2))[-1] == 0
     assert torch.equal(sigmas, before)
 
@@ -286,7 +351,9 @@ def test_random_window_covers_every_position_within_its_steps(length):
     generator = torch.Generator().manual_seed(0)
     windows = [sde.random_window(7, length, generator) for _ in range(400)]
     assert {kept for _, kept in windows} == {length}
-    assert {start for start, _ in windows} == set(range(8 - length))  # the last start ends at step 6 of 0..6
+    assert {start for start, _ in windows} == set(
+        range(8 - length)
+    )  # the last start ends at step 6 of 0..6
     assert sde.random_window(7, 0, generator) == (0, 7)
 
 
@@ -338,7 +405,8 @@ def test_no_two_seeds_steps_or_rows_share_a_stream():
 
 @pytest.mark.parametrize("axis", ["seed", "step", "row"])
 def test_noise_is_standard_normal_and_uncorrelated_between_neighbours(axis):
-    """Standard errors: mean 1/sqrt(N), std 1/sqrt(2N), a correlation of n pairs 1/sqrt(n); five of each are allowed."""
+    """Standard errors: mean 1/sqrt(N), std 1/sqrt(2N), a correlation of n pairs 1/sqrt(n); five of
+    each are allowed."""
     count, n = 64, 4096
     draws = {
         "seed": lambda i: sde.RowNoise(i, 0, [0]),
@@ -348,7 +416,9 @@ def test_noise_is_standard_normal_and_uncorrelated_between_neighbours(axis):
     z = torch.cat([draws[axis](i)((n,)) for i in range(count)]).double()
     assert abs(z.mean()) < 5 / (count * n) ** 0.5
     assert abs(z.std() - 1) < 5 / (2 * count * n) ** 0.5
-    assert abs((z.mean(1) * n**0.5).std() - 1) < 5 / (2 * count) ** 0.5  # the means of independent streams scatter
+    assert (
+        abs((z.mean(1) * n**0.5).std() - 1) < 5 / (2 * count) ** 0.5
+    )  # the means of independent streams scatter
     correlation = torch.corrcoef(z) - torch.eye(count)
     assert correlation.abs().max() < 5 / n**0.5
 
@@ -359,7 +429,8 @@ def test_noise_is_standard_normal_and_uncorrelated_between_neighbours(axis):
 @pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])
 @pytest.mark.parametrize("steps, close", [(200, 0.02), (2000, 0.002)])
 def test_ddim_keeps_the_marginals_of_a_gaussian(eta, steps, close):
-    """Data N(m, c^2), whose posterior means of x0 and eps are known: followed in closed form, without samples."""
+    """Data N(m, c^2), whose posterior means of x0 and eps are known: followed in closed form,
+    without samples."""
     m, c = 0.7, 0.5
     sigmas = sde.shifted_sigmas(steps, 1.0).double()
     s = sde.diffusion_coefficients(sigmas, eta, "ddim").double()
@@ -376,7 +447,10 @@ def test_ddim_keeps_the_marginals_of_a_gaussian(eta, steps, close):
             return sde.ddim_step(eps - x0, x, sigma, sigmas[t + 1], s[t])[2].item()
 
         gain = step(1.0) - step(0.0)
-        mean, variance = step(0.0) + gain * mean, gain**2 * variance + sde.transition_std(sigma, sigma_next, s[t]) ** 2
+        mean, variance = (
+            step(0.0) + gain * mean,
+            gain**2 * variance + sde.transition_std(sigma, sigma_next, s[t]) ** 2,
+        )
     assert mean == pytest.approx(m, abs=1e-6)
     # a posterior's mean is narrower than its samples; what is lost shrinks with the steps
     assert variance**0.5 == pytest.approx(c, rel=close)
@@ -389,20 +463,32 @@ def test_rollout_stores_float32_and_ends_at_the_last_x0_hat(dtype):
     s = sde.diffusion_coefficients(sigmas, 0.3, "dance", window=(1, 2))
     x, drawn = torch.randn(3, 4, 6, generator=torch.Generator().manual_seed(0)).to(dtype), []
     noise = sde.RowNoise(0, 0, range(3))
-    velocity = lambda x, sigma: (torch.sin(x) * sigma).bfloat16()  # a half-precision model  # noqa: E731
-    latents, log_probs = sde.rollout(velocity, x, sigmas, s, lambda shape: drawn.append(shape) or noise(shape))
+    # a half-precision model  # noqa: E731
+    velocity = lambda x, sigma: (torch.sin(x) * sigma).bfloat16()
+    latents, log_probs = sde.rollout(
+        velocity, x, sigmas, s, lambda shape: drawn.append(shape) or noise(shape)
+    )
     assert latents.shape == (3, 6, 4, 6) and log_probs.shape == (3, 5)
     assert latents.dtype == log_probs.dtype == torch.float32
     assert torch.equal(latents[:, 0], x.float())
-    assert torch.equal(latents[:, -1], latents[:, -2] - sigmas[-2] * velocity(latents[:, -2], sigmas[-2]).float())
+    assert torch.equal(
+        latents[:, -1], latents[:, -2] - sigmas[-2] * velocity(latents[:, -2], sigmas[-2]).float()
+    )
     assert drawn == [(4, 6)] * 2  # noise is drawn for the two steps of the window alone
     assert torch.equal(log_probs == 0, torch.tensor([[True, False, False, True, True]] * 3))
 
 
 def test_rollout_equals_the_transcription_step_by_step():
-    sigmas, s = sde.shifted_sigmas(6, 3.0), sde.diffusion_coefficients(sde.shifted_sigmas(6, 3.0), 0.7, "flow")
+    sigmas, s = (
+        sde.shifted_sigmas(6, 3.0),
+        sde.diffusion_coefficients(sde.shifted_sigmas(6, 3.0), 0.7, "flow"),
+    )
     latents, log_probs = sde.rollout(
-        lambda x, sigma: exact_velocity(x, sigma, 0.7, 0.4), torch.ones(2, 9), sigmas, s, sde.RowNoise(0, 0, [0, 1])
+        lambda x, sigma: exact_velocity(x, sigma, 0.7, 0.4),
+        torch.ones(2, 9),
+        sigmas,
+        s,
+        sde.RowNoise(0, 0, [0, 1]),
     )
     noise = sde.RowNoise(0, 0, [0, 1])
     x, exact_sigmas = np.ones((2, 9)), sigmas_of(6, 3.0)
@@ -413,7 +499,9 @@ def test_rollout_equals_the_transcription_step_by_step():
         std = exact_s[t] * (sigma - sigma_next) ** 0.5
         x = mean + std * noise((9,)).double().numpy() if std else mean
         np.testing.assert_allclose(latents[:, t + 1].numpy(), x, atol=3e-6)
-        np.testing.assert_allclose(log_probs[:, t].numpy(), log_prob_of(x, mean, std) if std else 0, atol=1e-5)
+        np.testing.assert_allclose(
+            log_probs[:, t].numpy(), log_prob_of(x, mean, std) if std else 0, atol=1e-5
+        )
 
 
 def test_means_of_a_rollout_are_those_that_re_scoring_finds_and_change_no_number():
@@ -421,42 +509,59 @@ def test_means_of_a_rollout_are_those_that_re_scoring_finds_and_change_no_number
     s = sde.diffusion_coefficients(sigmas, 0.7, "flow")
     x, velocity = torch.randn(3, 4, 6), lambda x, sigma: torch.sin(x) * sigma
     two, three = (
-        sde.rollout(velocity, x, sigmas, s, sde.RowNoise(0, 0, range(3)), means=means) for means in (False, True)
+        sde.rollout(velocity, x, sigmas, s, sde.RowNoise(0, 0, range(3)), means=means)
+        for means in (False, True)
     )
     latents, log_probs, means = three
     assert len(two) == 2 and torch.equal(latents, two[0]) and torch.equal(log_probs, two[1])
     assert means.shape == (3, 5, 4, 6) and means.dtype == torch.float32
     for t in range(5):
         x, at = latents[:, t], (sigmas[t], sigmas[t + 1], s[t])
-        assert torch.equal(means[:, t], sde.sde_step(velocity(x, sigmas[t]), x, *at, x_next=latents[:, t + 1])[2])
+        assert torch.equal(
+            means[:, t], sde.sde_step(velocity(x, sigmas[t]), x, *at, x_next=latents[:, t + 1])[2]
+        )
     assert torch.equal(means[:, -1], latents[:, -1])  # the last step draws no noise
 
 
 # --- Marginals: every eta must end at the data's N(m, c^2), from the exact velocity of that data ---
 M, C = 0.7, 0.4
-MARGINALS = [("dance", 0.0), ("dance", 0.3), ("dance", 0.7), ("flow", 0.0), ("flow", 0.3), ("flow", 0.7)]
+MARGINALS = [
+    ("dance", 0.0),
+    ("dance", 0.3),
+    ("dance", 0.7),
+    ("flow", 0.0),
+    ("flow", 0.3),
+    ("flow", 0.7),
+]
 
 
 def chain_moments(steps, schedule, eta):
-    """Exact mean and std of x at every sigma: a step is x -> a x + b + std z, read off at x = 0 and 1."""
+    """Exact mean and std of x at every sigma: a step is x -> a x + b + std z, read off at x = 0 and
+    1."""
     sigmas = sde.shifted_sigmas(steps, 1.0).double()
     s = sde.diffusion_coefficients(sigmas, eta, schedule)
     probes = torch.tensor([[0.0], [1.0]], dtype=torch.float64)
     mean, variance, moments = 0.0, 1.0, []
     for t in range(steps):
         transition = sigmas[t], sigmas[t + 1], s[t]
-        b, a_plus_b = sde.sde_step(exact_velocity(probes, sigmas[t], M, C), probes, *transition)[2].flatten().tolist()
+        b, a_plus_b = (
+            sde.sde_step(exact_velocity(probes, sigmas[t], M, C), probes, *transition)[2]
+            .flatten()
+            .tolist()
+        )
         a, std = a_plus_b - b, sde.transition_std(*transition).item()
         mean, variance = a * mean + b, a**2 * variance + std**2
         sigma = sigmas[t + 1].item()
-        moments.append((mean, variance**0.5, (1 - sigma) * M, ((1 - sigma) ** 2 * C**2 + sigma**2) ** 0.5))
+        moments.append(
+            (mean, variance**0.5, (1 - sigma) * M, ((1 - sigma) ** 2 * C**2 + sigma**2) ** 0.5)
+        )
     return np.array(moments).T
 
 
 @pytest.mark.parametrize("schedule,eta", MARGINALS)
 def test_chain_without_sampling_error_ends_at_the_data_distribution(schedule, eta):
-    """Euler-Maruyama is of first order: for this data the std is off by less than 2/T. The mean has no error,
-    because the mean of x_sigma is a straight line in sigma."""
+    """Euler-Maruyama is of first order: for this data the std is off by less than 2/T. The mean has
+    no error, because the mean of x_sigma is a straight line in sigma."""
     mean, std, true_mean, true_std = chain_moments(400, schedule, eta)
     np.testing.assert_allclose(mean, true_mean, atol=1e-12)
     assert abs(std[-1] / C - 1) < 2 / 400
@@ -464,13 +569,17 @@ def test_chain_without_sampling_error_ends_at_the_data_distribution(schedule, et
 
 @pytest.mark.parametrize("eta", [0.0, 0.3, 0.7])
 def test_dance_chain_has_the_right_marginal_at_every_sigma_and_its_error_halves_with_the_step(eta):
-    errors = [np.abs(std / true - 1).max() for _, std, _, true in (chain_moments(T, "dance", eta) for T in (200, 400))]
+    errors = [
+        np.abs(std / true - 1).max()
+        for _, std, _, true in (chain_moments(T, "dance", eta) for T in (200, 400))
+    ]
     assert errors[0] < 2 / 200 and abs(errors[0] / errors[1] - 2) < 0.1
 
 
 def test_flow_chain_starts_too_wide_for_any_number_of_steps_and_then_forgets_it():
-    """At the pole s^2 dt is eta^2 for every T: the first step multiplies by 1 - eta^2/2 and adds eta^2, so the
-    variance is 1 + eta^4/4 instead of 1. This is the published schedule; the later steps contract the excess."""
+    """At the pole s^2 dt is eta^2 for every T: the first step multiplies by 1 - eta^2/2 and adds
+    eta^2, so the variance is 1 + eta^4/4 instead of 1. This is the published schedule; the later
+    steps contract the excess."""
     for steps in (400, 1600):
         _, std, _, true = chain_moments(steps, "flow", 0.7)
         assert abs((std[0] / true[0]) ** 2 - (1 + 0.7**4 / 4)) < 5 / steps
@@ -479,8 +588,8 @@ def test_flow_chain_starts_too_wide_for_any_number_of_steps_and_then_forgets_it(
 
 @pytest.mark.parametrize("schedule,eta", MARGINALS)
 def test_sampled_rollout_ends_at_the_data_distribution(schedule, eta):
-    """N independent rows: standard errors c/sqrt(N) of the mean and c/sqrt(2N) of the std; five of each are allowed,
-    and for the std also the discretisation error 2/T of the exact chain above."""
+    """N independent rows: standard errors c/sqrt(N) of the mean and c/sqrt(2N) of the std; five of
+    each are allowed, and for the std also the discretisation error 2/T of the exact chain above."""
     rows, steps = 20_000, 200
     generator = torch.Generator().manual_seed(0)
     sigmas = sde.shifted_sigmas(steps, 1.0)

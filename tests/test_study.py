@@ -1,5 +1,6 @@
-"""lab.study: intervals against scipy and an enumeration, verdicts, the plan and its budget, the search, a run that goes
-on, a method of one's own, and the table of lab/README.md, which is that of the committed results."""
+"""lab.study: intervals against scipy and an enumeration, verdicts, the plan and its budget, the
+search, a run that goes on, a method of one's own, and the table of lab/README.md, which is that of
+the committed results."""
 
 import dataclasses
 import itertools
@@ -31,34 +32,43 @@ SMALL = dict(steps=1, eval_every=1, prompts_per_step=2, group_size=4, minibatche
 # --- Statistics ---
 
 
-@pytest.mark.parametrize("values", [[0.1, -0.2, 0.3, 0.35, 0.02], [1.0, 2.0, 4.0, 8.0], [-0.3, -0.1, -0.12]])
+@pytest.mark.parametrize(
+    "values", [[0.1, -0.2, 0.3, 0.35, 0.02], [1.0, 2.0, 4.0, 8.0], [-0.3, -0.1, -0.12]]
+)
 def test_the_interval_is_that_of_all_resamples(values):
-    """Enumerated: every way to draw n of n, each as likely. Its percentiles are Hesterberg's, by scipy."""
+    """Enumerated: every way to draw n of n, each as likely. Its percentiles are Hesterberg's, by
+    scipy."""
     stats = pytest.importorskip("scipy.stats")
     n = len(values)
     means = np.array(list(itertools.product(values, repeat=n))).mean(1)
     outside = stats.norm.cdf(-math.sqrt(n / (n - 1)) * stats.t.ppf(0.975, n - 1))
     expected = np.quantile(means, [outside, 1 - outside])
-    assert verdicts.interval(values) == pytest.approx(expected, abs=0.02 * (max(values) - min(values)))
+    assert verdicts.interval(values) == pytest.approx(
+        expected, abs=0.02 * (max(values) - min(values))
+    )
 
 
 def test_the_interval_is_scipys_at_these_percentiles():
     stats = pytest.importorskip("scipy.stats")
     values = np.random.default_rng(3).normal(0.01, 0.02, 8)
     outside = stats.norm.cdf(-math.sqrt(8 / 7) * stats.t.ppf(0.975, 7))
-    settings = dict(method="percentile", n_resamples=100_000, random_state=1, confidence_level=1 - 2 * outside)
+    settings = dict(
+        method="percentile", n_resamples=100_000, random_state=1, confidence_level=1 - 2 * outside
+    )
     found = stats.bootstrap((values,), np.mean, **settings).confidence_interval
     assert verdicts.interval(values) == pytest.approx((found.low, found.high), abs=4e-4)
 
 
 def test_students_quantiles_are_scipys():
     stats = pytest.importorskip("scipy.stats")
-    assert verdicts.T == pytest.approx(stats.t.ppf(0.975, np.arange(1, len(verdicts.T) + 1)), abs=5e-5)
+    assert verdicts.T == pytest.approx(
+        stats.t.ppf(0.975, np.arange(1, len(verdicts.T) + 1)), abs=5e-5
+    )
 
 
 def test_five_seeds_are_covered_more_often_than_by_plain_percentiles():
-    """The mean of five normal numbers: in 93% of cases (2000 of them gave .926), and never in more than 15 of 16, as no
-    resample is above the largest number; plain percentiles in 85%."""
+    """The mean of five normal numbers: in 93% of cases (2000 of them gave .926), and never in more
+    than 15 of 16, as no resample is above the largest number; plain percentiles in 85%."""
     samples, index = (
         np.random.default_rng(0).normal(size=(400, 5)),
         np.random.default_rng(1).integers(5, size=(4000, 5)),
@@ -82,20 +92,31 @@ def test_the_verdict_comes_from_the_interval_alone(low, high, lower, said):
 
 
 def made(truth, reward=None, steps=(0, 5, 10), **training):
-    return {"steps": list(steps), "evaluations": {"truth": truth, "reward": reward or truth}, "training": training}
+    return {
+        "steps": list(steps),
+        "evaluations": {"truth": truth, "reward": reward or truth},
+        "training": training,
+    }
 
 
 def test_differences_are_paired_by_the_seeds_that_all_have():
     ours, a, b = (claims.Setting("grpo_base", "tiny-flux", "truth", ((name, 1),)) for name in "oab")
     runs = {
-        ours: {0: made([0, 0, 0.5]), 1: made([0, 0, 0.9]), 2: made([0, 0, 0.1]), 3: made([0, 0, 7.0])},
+        ours: {
+            0: made([0, 0, 0.5]),
+            1: made([0, 0, 0.9]),
+            2: made([0, 0, 0.1]),
+            3: made([0, 0, 7.0]),
+        },
         a: {2: made([0, 0, 0.3]), 1: made([0, 0, 0.6]), 0: made([0, 0, 0.2])},
         b: {0: made([0, 0, 0.4]), 1: made([0, 0, 0.4]), 2: made([0, 0, 0.1]), 9: made([0, 0, 9.0])},
     }
     claim = claims.Claim("x", "ours", "", "", claims.end("truth"), ours, (a, b))
     found = verdicts.found(claim, runs.get)
     assert found.seeds == [0, 1, 2] and found.differences == pytest.approx([0.2, 0.4, -0.1])
-    assert (found.ours, found.others) == pytest.approx((0.5, 1 / 3)) and found.verdict == verdicts.FEW
+    assert (found.ours, found.others) == pytest.approx(
+        (0.5, 1 / 3)
+    ) and found.verdict == verdicts.FEW
     alone = verdicts.found(dataclasses.replace(claim, others=()), runs.get)
     assert alone.others is None and alone.differences == pytest.approx([0.5, 0.9, 0.1, 7.0])
     assert alone.verdict == verdicts.FEW
@@ -105,21 +126,29 @@ def test_differences_are_paired_by_the_seeds_that_all_have():
 
 
 def test_measures_by_hand():
-    run = made([0.4, 0.5, 0.45], weight_a=[0.5] * 6 + [0.2] * 6, reward_std=[0.4] * 5 + [9.0, 9.0] + [0.1] * 5)
+    run = made(
+        [0.4, 0.5, 0.45],
+        weight_a=[0.5] * 6 + [0.2] * 6,
+        reward_std=[0.4] * 5 + [9.0, 9.0] + [0.1] * 5,
+    )
     run["steps"] = [0, 10, 15]
     run["numbers"] = {"grpo": 3.0}
-    assert claims.end("truth").of(run) == 0.45 and claims.change("truth").of(run) == pytest.approx(0.05)
+    assert claims.end("truth").of(run) == 0.45 and claims.change("truth").of(run) == pytest.approx(
+        0.05
+    )
     assert claims.area("truth").of(run) == pytest.approx((10 * 0.45 + 5 * 0.475) / 15)
     assert claims.area("truth", 0.5).of(run) == pytest.approx(0.45)
-    assert claims.unsteadiness("truth").of(run) == pytest.approx(0, abs=1e-12)  # a parabola through three points
+    assert claims.unsteadiness("truth").of(run) == pytest.approx(
+        0, abs=1e-12
+    )  # a parabola through three points
     wave = made([0.4, 0.6, 0.4, 0.6], steps=(0, 1, 2, 3))
     smooth = np.polyval(np.polyfit(range(4), wave["evaluations"]["truth"], 2), range(4))
     assert claims.unsteadiness("truth").of(wave) == pytest.approx(
         np.sqrt(np.mean((smooth - wave["evaluations"]["truth"]) ** 2))
     )
-    assert claims.unsteadiness("truth").of(made([0.4, 0.5, 0.55, 0.55], steps=(0, 5, 10, 15))) == pytest.approx(
-        0, abs=1e-9
-    )
+    assert claims.unsteadiness("truth").of(
+        made([0.4, 0.5, 0.55, 0.55], steps=(0, 5, 10, 15))
+    ) == pytest.approx(0, abs=1e-9)
     assert claims.shift("weight_a", "").of(run) == pytest.approx(-0.3)
     assert claims.late_over_early("reward_std", "").of(run) == pytest.approx(math.log(0.25))
     assert claims.number("grpo", "").of(run) == 3.0
@@ -133,7 +162,9 @@ def test_the_full_study_fits_into_six_hours_and_quick_into_a_quarter(tmp_path):
     asked = study.plan(study.Args(), results)
     minutes = sum(study.seconds(job.settings) for _, jobs in asked for job in jobs) / 60
     assert minutes <= 2 * 6 * 60  # two cores
-    quick = study.plan(study.Args(quick=True), Results(tmp_path, searched=False, shrink=study.quick))
+    quick = study.plan(
+        study.Args(quick=True), Results(tmp_path, searched=False, shrink=study.quick)
+    )
     assert sum(study.seconds(job.settings) for _, jobs in quick for job in jobs) / 60 <= 2 * 15
     assert [title for title, _ in quick if not title.startswith("search")] == [
         title for title, _ in asked if not title.startswith("search")
@@ -150,7 +181,9 @@ def test_every_run_of_a_claim_is_planned_and_once():
     for claim in claims.CLAIMS:
         assert claim.seeds >= 5
         for setting in claim.settings:
-            assert {(name_of(setting.settings()), seed) for seed in range(claim.seeds)} <= set(jobs), claim.name
+            assert {(name_of(setting.settings()), seed) for seed in range(claim.seeds)} <= set(
+                jobs
+            ), claim.name
 
 
 def test_the_baseline_is_searched_as_the_methods_are_on_seeds_of_its_own():
@@ -159,15 +192,23 @@ def test_the_baseline_is_searched_as_the_methods_are_on_seeds_of_its_own():
     assert not set(claims.SEARCH_SEEDS) & set(range(max(claim.seeds for claim in claims.CLAIMS)))
     tried = {}
     for _, jobs in plan:
-        (key,) = {(job.settings["model"], job.settings["script"], job.settings["task"]) for job in jobs}
-        points = {(job.settings["learning_rate"], job.settings["clip_range"], job.seed) for job in jobs}
+        (key,) = {
+            (job.settings["model"], job.settings["script"], job.settings["task"]) for job in jobs
+        }
+        points = {
+            (job.settings["learning_rate"], job.settings["clip_range"], job.seed) for job in jobs
+        }
         tried[key] = points
         assert len(points) == len(jobs) >= 3 * len(claims.SEARCH_SEEDS)
     for model, script, task in tried:
-        assert tried[model, script, task] == tried.get((model, "grpo_base", task), tried[model, script, task])
+        assert tried[model, script, task] == tried.get(
+            (model, "grpo_base", task), tried[model, script, task]
+        )
     for claim in claims.CLAIMS:
         for setting in claim.settings:
-            assert setting.searched in claims.SEARCHED or setting.script.startswith("probe:"), claim.name
+            assert setting.searched in claims.SEARCHED or setting.script.startswith("probe:"), (
+                claim.name
+            )
 
 
 def test_the_name_of_a_run_stays_what_it_is():
@@ -190,7 +231,11 @@ def add(results, settings, seeds, end):
 def test_the_search_takes_the_best_point_and_its_runs_are_no_evidence(tmp_path):
     results, searched = Results(tmp_path), ("slas", "tiny-flux", "proxy")
     setting, points = claims.setting(*searched), claims.points("tiny-flux", "proxy")
-    assert results.tuned(*searched) is None and results.settings(setting) is None and results.of(setting) == {}
+    assert (
+        results.tuned(*searched) is None
+        and results.settings(setting) is None
+        and results.of(setting) == {}
+    )
     for point, end in zip(points, (0.45, 0.5, 0.7, 0.6, 0.4), strict=True):
         assert results.tuned(*searched) is None
         add(results, setting.settings(point), claims.SEARCH_SEEDS, end)
@@ -198,12 +243,22 @@ def test_the_search_takes_the_best_point_and_its_runs_are_no_evidence(tmp_path):
     assert rates == pytest.approx([1e-4, 2e-4, 4e-4, 8e-4, 2e-4])
     assert results.tuned(*searched) == points[2]
     ablation = claims.setting("slas", "tiny-flux", "proxy", gamma=1.0)
-    assert results.settings(ablation)["learning_rate"] == rates[2] and results.settings(ablation)["gamma"] == 1.0
-    assert results.runs(results.settings(setting)).keys() == set(claims.SEARCH_SEEDS) and results.of(setting) == {}
+    assert (
+        results.settings(ablation)["learning_rate"] == rates[2]
+        and results.settings(ablation)["gamma"] == 1.0
+    )
+    assert (
+        results.runs(results.settings(setting)).keys() == set(claims.SEARCH_SEEDS)
+        and results.of(setting) == {}
+    )
     again = Results(tmp_path)  # from the files
     assert again.tuned(*searched) == results.tuned(*searched) and again.files == results.files
-    add(results, setting.settings(points[4]), claims.SEARCH_SEEDS, 0.65)  # five times the clip range: better than once,
-    assert results.tuned(*searched) == points[2]  # but not than twice the rate, and no point has both
+    add(
+        results, setting.settings(points[4]), claims.SEARCH_SEEDS, 0.65
+    )  # five times the clip range: better than once,
+    assert (
+        results.tuned(*searched) == points[2]
+    )  # but not than twice the rate, and no point has both
     add(results, setting.settings(points[4]), claims.SEARCH_SEEDS, 0.75)
     assert results.tuned(*searched) == points[4]
 
@@ -214,35 +269,52 @@ def test_two_studies_may_write_into_one_file(tmp_path):
     add(one, settings, [0], 0.5)
     add(other, settings, [2], 0.7)
     add(one, settings, [1], 0.6)
-    assert list(Results(tmp_path).runs(settings)) == [0, 1, 2] and list(one.runs(settings)) == [0, 1, 2]
+    assert list(Results(tmp_path).runs(settings)) == [0, 1, 2] and list(one.runs(settings)) == [
+        0,
+        1,
+        2,
+    ]
 
 
 def test_the_spread_of_seeds_says_what_they_can_tell():
     found = []
     for differences in ([0.1, 0.2, 0.3], [0.1, 0.3, 0.5], [0.0, 0.0, 0.1]):
         claim = next(claim for claim in claims.CLAIMS if claim.name == "slas-keeps:tiny-flux")
-        found.append(verdicts.Finding(claim, [0, 1, 2], 0.5, 0.4, differences, 0, 0, verdicts.HOLDS))
+        found.append(
+            verdicts.Finding(claim, [0, 1, 2], 0.5, 0.4, differences, 0, 0, verdicts.HOLDS)
+        )
     said = verdicts.spread(found)
     assert "standard deviation of 0.100 (the median of 3 comparisons; 0.058 to 0.200)" in said
-    assert "half of the time a difference of 0.124 by 5 seeds and a difference of 0.084 by 8 seeds is found" in said
+    assert (
+        "half of the time a difference of 0.124 by 5 seeds and a difference of 0.084 by 8 seeds "
+        "is found" in said
+    )
     assert verdicts.spread([]) == ""
 
 
 def test_verdicts_are_counted_beside_what_chance_alone_decides():
-    claim, told = claims.CLAIMS[0], [verdicts.HOLDS] * 18 + [verdicts.FAILS] * 2 + [verdicts.UNDECIDED] * 25
+    claim, told = (
+        claims.CLAIMS[0],
+        [verdicts.HOLDS] * 18 + [verdicts.FAILS] * 2 + [verdicts.UNDECIDED] * 25,
+    )
     every = [verdicts.Finding(claim, [*range(5)], 0.5, 0.4, [0.1] * 5, 0, 0, word) for word in told]
     every.append(verdicts.Finding(claim, [0, 1], 0.5, 0.4, [0.1] * 2, 0, 0, verdicts.FEW))
     said = verdicts.decided(every)
     assert said.startswith(
-        "45 of 46 comparisons have enough seeds: 18 *holds*, 2 *does not hold*, 25 *undecided at this "
+        "45 of 46 comparisons have enough seeds: 18 *holds*, 2 *does not hold*, 25 *undecided at "
+        "this "
     )
     assert "chance alone would decide about 3;" in said and verdicts.decided([]) == ""
-    wide = verdicts.Finding(claim, [*range(5)], 0.5, 0.4, [0.01, 0.01, 0.01, 0.01, 0.1], 0, 0, verdicts.HOLDS)
+    wide = verdicts.Finding(
+        claim, [*range(5)], 0.5, 0.4, [0.01, 0.01, 0.01, 0.01, 0.1], 0, 0, verdicts.HOLDS
+    )
     assert "would leave 1 of the 21 decided open" in verdicts.decided([*every, wide])
 
 
 def test_no_more_seeds_are_looked_at_than_a_claim_names():
-    claim = claims.Claim("x", "ours", "", "", claims.end("truth"), claims.Setting("grpo_base", "tiny-flux", "truth"))
+    claim = claims.Claim(
+        "x", "ours", "", "", claims.end("truth"), claims.Setting("grpo_base", "tiny-flux", "truth")
+    )
     found = verdicts.found(claim, lambda setting: {seed: made([0, seed]) for seed in range(9)})
     assert found.seeds == [0, 1, 2, 3, 4] and found.ours == 2
     few = figures.in_common([{0: "a", 1: "b"}, {}, {1: "c", 2: "d"}])
@@ -266,7 +338,8 @@ def test_what_is_there_is_not_run_again(tmp_path):
 
 @pytest.fixture
 def small(tmp_path, monkeypatch):
-    """Settings -> those of a run of one step; tiny-flux takes two denoising steps and has sixteen held-out prompts."""
+    """Settings -> those of a run of one step; tiny-flux takes two denoising steps and has sixteen
+    held-out prompts."""
     lines = read_prompts(ROOT / "assets/prompts/shapes_heldout.txt")[:16]
     (tmp_path / "few.txt").write_text("\n".join(lines) + "\n")
     few = {"eval_prompts": str(tmp_path / "few.txt"), "sampling_steps": 2}
@@ -295,10 +368,20 @@ def test_two_runs_from_the_plan_to_the_table(trained, small, tmp_path):
     file = json.loads((tmp_path / "results" / f"{pair[0].name}.json").read_text())
     run = file["runs"]["0"]
     assert file["config"]["gamma"] == 0.5 and str(ROOT) not in json.dumps(file)
-    assert run["steps"] == [0, 1] and set(run["evaluations"]) == {"reward", "clip", "truth", "quality"}
-    assert len(run["training"]["reward_mean"]) == 1 and {"gamma", "batch_std"} <= set(run["training"])
+    assert run["steps"] == [0, 1] and set(run["evaluations"]) == {
+        "reward",
+        "clip",
+        "truth",
+        "quality",
+    }
+    assert len(run["training"]["reward_mean"]) == 1 and {"gamma", "batch_std"} <= set(
+        run["training"]
+    )
     assert run["versions"]["torch"] and run["commit"] and run["seconds"] > 0
-    assert len(run["pictures"]["png"]) == 6 and list(results.methods("tiny-flux", "proxy")) == ["grpo_base", "slas"]
+    assert len(run["pictures"]["png"]) == 6 and list(results.methods("tiny-flux", "proxy")) == [
+        "grpo_base",
+        "slas",
+    ]
     left = {path.name for path in (tmp_path / "runs" / f"{pair[0].name}-0").iterdir()}
     assert {"metrics.jsonl", "config.json"} <= left and not left & {"checkpoints", "export"}
 
@@ -320,7 +403,10 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_numbers(trained, small, tmp_
     assert trained(job) == "Stopped: SIGTERM: stopped after 1 steps"
     monkeypatch.setattr(sde, "rollout", honest)
     _, found = trained(job)
-    assert whole["steps"] == [0, 1, 2] and whole["evaluations"]["vague"] != whole["evaluations"]["truth"]
+    assert (
+        whole["steps"] == [0, 1, 2]
+        and whole["evaluations"]["vague"] != whole["evaluations"]["truth"]
+    )
     assert all(found[name] == whole[name] for name in ("steps", "evaluations"))
     curves = [{n: v for n, v in run["training"].items()} for run in (found, whole)]
     assert curves[0] == curves[1] and {"prior", "trust_mean"} <= set(curves[0])
@@ -328,10 +414,14 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_numbers(trained, small, tmp_
 
 def test_a_method_of_ones_own_is_trained_as_the_baseline_is(trained, small, tmp_path):
     own = tmp_path / "gentle.py"
-    own.write_text((ROOT / "grpo_base.py").read_text().replace("reward.nanmean(1, keepdim=True)", "0.9", 1))
+    own.write_text(
+        (ROOT / "grpo_base.py").read_text().replace("reward.nanmean(1, keepdim=True)", "0.9", 1)
+    )
     results = Results(tmp_path / "results", searched=False, shrink=small)
     asked = study.plan(study.Args(methods=(str(own),), seeds=2), results)
-    assert [title for title, _ in asked] == [f"gentle.py:tiny-flux:{task}" for task in ("truth", "proxy", "doubtful")]
+    assert [title for title, _ in asked] == [
+        f"gentle.py:tiny-flux:{task}" for task in ("truth", "proxy", "doubtful")
+    ]
     base, other, mine, _ = asked[0][1]
     assert (base.seed, other.seed, mine.seed) == (0, 1, 0)
     assert {n: v for n, v in mine.settings.items() if n not in ("script", "source")} == {
@@ -343,7 +433,9 @@ def test_a_method_of_ones_own_is_trained_as_the_baseline_is(trained, small, tmp_
         assert not isinstance(found, str), found
         study.keep(results, job, found)
         ends[job.settings["script"]] = found[1]["training"]
-    assert ends["gentle.py"]["reward_mean"] == ends["grpo_base"]["reward_mean"]  # the same prompts and noise
+    assert (
+        ends["gentle.py"]["reward_mean"] == ends["grpo_base"]["reward_mean"]
+    )  # the same prompts and noise
     assert ends["gentle.py"]["grad_norm"] != ends["grpo_base"]["grad_norm"]
     lines = [line for line in verdicts.side_by_side(results).splitlines() if "| truth |" in line]
     assert [line.split(" | ")[2] for line in lines] == ["grpo_base", "gentle.py"]
@@ -415,12 +507,19 @@ def test_faults_are_those_that_the_class_names():
 
 
 def test_the_error_belongs_to_the_sample():
-    """Whatever else is scored beside it, and when: so a run that goes on sees the same. Over samples it is normal."""
-    images, reward = torch.rand(400, 3, 8, 8, generator=torch.Generator().manual_seed(1)), study_rewards.own_error
+    """Whatever else is scored beside it, and when: so a run that goes on sees the same. Over
+    samples it is normal."""
+    images, reward = (
+        torch.rand(400, 3, 8, 8, generator=torch.Generator().manual_seed(1)),
+        study_rewards.own_error,
+    )
     errors = np.array([reward(image, "a circle") for image in images])
     assert errors.tolist() == [reward(image.clone(), "a circle") for image in images]
     assert abs(errors.mean()) < 0.15 and abs(errors.std() - 1) < 0.1 and len(set(errors)) == 400
-    assert reward(images[0], "a square") != errors[0] and reward(images[0] + 0.02, "a circle") != errors[0]
+    assert (
+        reward(images[0], "a square") != errors[0]
+        and reward(images[0] + 0.02, "a circle") != errors[0]
+    )
 
 
 def test_a_clip_is_scored_by_the_motion_verifier_with_the_same_faults():
@@ -429,8 +528,12 @@ def test_a_clip_is_scored_by_the_motion_verifier_with_the_same_faults():
     truth, open_ = motion.verify(clips, captions)["score"], torch.tensor([0, 0.9 * 0.75])
     noise = torch.tensor([study_rewards.own_error(*pair) for pair in zip(clips, captions)])
     expected = (1 - open_) * truth + open_ * 0.3 + 0.2 * noise
-    assert torch.allclose(study_rewards.MotionNoisyAmbiguous().score(clips, captions), expected, atol=1e-6)
-    assert torch.equal(study_rewards.MotionVague().score(clips, captions), truth * torch.tensor([0, 1]))
+    assert torch.allclose(
+        study_rewards.MotionNoisyAmbiguous().score(clips, captions), expected, atol=1e-6
+    )
+    assert torch.equal(
+        study_rewards.MotionVague().score(clips, captions), truth * torch.tensor([0, 1])
+    )
 
 
 def test_loudness_is_numpys():
@@ -442,10 +545,17 @@ def test_loudness_is_numpys():
     low, high = np.argsort(proxy.std(1))[:2], np.argsort(proxy.std(1))[-2:]
     centred = proxy - proxy.mean(1, keepdims=True)
     shaped = np.sign(centred) * (np.abs(centred) / proxy.std()) ** 1.5
-    for name, advantages in (("grpo", centred / proxy.std(1, keepdims=True)), ("slas", shaped.clip(-5, 5))):
-        assert found[name] == pytest.approx(np.abs(advantages[low]).mean() / np.abs(advantages[high]).mean(), rel=1e-5)
+    for name, advantages in (
+        ("grpo", centred / proxy.std(1, keepdims=True)),
+        ("slas", shaped.clip(-5, 5)),
+    ):
+        assert found[name] == pytest.approx(
+            np.abs(advantages[low]).mean() / np.abs(advantages[high]).mean(), rel=1e-5
+        )
     for name, rows in (("true_low", low), ("true_high", high)):
-        assert found[name] == pytest.approx(np.mean([np.corrcoef(proxy[row], truth[row])[0, 1] for row in rows]))
+        assert found[name] == pytest.approx(
+            np.mean([np.corrcoef(proxy[row], truth[row])[0, 1] for row in rows])
+        )
     assert found["slas"] < 0.1 < 0.8 < found["grpo"] < 1.2
 
 
@@ -463,7 +573,10 @@ def test_the_front_page_counts_the_verdicts():
     held, failed, open_ = map(told.count, (verdicts.HOLDS, verdicts.FAILS, verdicts.UNDECIDED))
     front = " ".join((verdicts.README.parents[1] / "README.md").read_text().split())
     words = f"{held} hold, {failed} do not (one of them twice) and {open_} are undecided"
-    assert f"Of {len(told)} comparisons with a 95% interval {words}" in front and held + failed + open_ == len(told)
+    assert (
+        f"Of {len(told)} comparisons with a 95% interval {words}" in front
+        and held + failed + open_ == len(told)
+    )
     failures = [tuple(one.differences) for one in findings if one.verdict == verdicts.FAILS]
     assert len(set(failures)) == failed - 1  # SLAS's gamma auto was 0, another of its claims
 
@@ -471,7 +584,11 @@ def test_the_front_page_counts_the_verdicts():
 def test_each_verdict_against_a_claim_has_a_remark_and_no_remark_stands_at_what_is_undecided():
     told = {finding.claim.name: finding.verdict for finding in verdicts.findings(Results(FOLDER))}
     against = {name for name, verdict in told.items() if verdict == verdicts.FAILS}
-    assert against <= set(claims.REMARKS) <= against | {n for n, v in told.items() if v == verdicts.HOLDS}
+    assert (
+        against
+        <= set(claims.REMARKS)
+        <= against | {n for n, v in told.items() if v == verdicts.HOLDS}
+    )
 
 
 def test_the_numbers_in_remarks_are_those_of_the_results():
@@ -485,26 +602,37 @@ def test_the_numbers_in_remarks_are_those_of_the_results():
 
     def searched(script, model, points):
         settings = [claims.setting(script, model, "doubtful").settings(point) for point in points]
-        runs = [[run for seed, run in results.runs(one).items() if seed in claims.SEARCH_SEEDS] for one in settings]
+        runs = [
+            [run for seed, run in results.runs(one).items() if seed in claims.SEARCH_SEEDS]
+            for one in settings
+        ]
         return [mean(map(un, some), 3) for some in runs]
 
     probes = results.of(claims.Setting("probe:loudness", "tiny-flux")).values()
     numbers = {
-        "slas-faster:tiny-flux": [mean(run["numbers"][f"true_{end}"] for run in probes) for end in ("low", "high")]
+        "slas-faster:tiny-flux": [
+            mean(run["numbers"][f"true_{end}"] for run in probes) for end in ("low", "high")
+        ]
     }
     for model, points in (
-        ("tiny-flux", claims.points("tiny-flux", "doubtful")[1:3]), ("tiny-sd", claims.points("tiny-sd", "doubtful")),
+        ("tiny-flux", claims.points("tiny-flux", "doubtful")[1:3]),
+        ("tiny-sd", claims.points("tiny-sd", "doubtful")),
         ("tiny-wan", claims.points("tiny-wan", "doubtful")),
-    ):  # fmt: skip
+    ):
         numbers[f"bpgo-smoother:{model}"] = [
             found for script in ("grpo_base", "bpgo") for found in searched(script, model, points)
         ]
     ras = {"beta": 0.0}
     for key, model, flags in (
-        ("bpgo-smoother", "tiny-flux", {}), ("crt-unsteady", "tiny-flux", ras), ("ras-grpo", "tiny-wan-i2v", ras)
-    ):  # fmt: skip
+        ("bpgo-smoother", "tiny-flux", {}),
+        ("crt-unsteady", "tiny-flux", ras),
+        ("ras-grpo", "tiny-wan-i2v", ras),
+    ):
         numbers.setdefault(f"{key}:{model}", []).extend(
-            mean(np.mean(run["training"][f"trust_{end}"]) for run in runs("bpgo", "doubtful", model, **flags))
+            mean(
+                np.mean(run["training"][f"trust_{end}"])
+                for run in runs("bpgo", "doubtful", model, **flags)
+            )
             for end in ("min", "max")
         )
     for script, model, which in (
@@ -515,10 +643,16 @@ def test_the_numbers_in_remarks_are_those_of_the_results():
         ends = [run["evaluations"]["truth"] for run in runs(script, "doubtful", model)]
         numbers[f"bpgo-smoother:{model}"] += [mean((end[i] for end in ends), 3) for i in which]
     for model in ("tiny-sd", "tiny-wan"):
-        rates = [results.tuned(script, model, "doubtful")["learning_rate"] for script in ("grpo_base", "bpgo")]
+        rates = [
+            results.tuned(script, model, "doubtful")["learning_rate"]
+            for script in ("grpo_base", "bpgo")
+        ]
         numbers[f"bpgo-smoother:{model}"] += [f"{rate:.5f}".strip("0") for rate in rates]
     for flags in ({}, {"prior": "running-mean"}):
-        ends = [run["evaluations"]["truth"][-1] for run in runs("bpgo", "doubtful", "tiny-wan-i2v", **flags)]
+        ends = [
+            run["evaluations"]["truth"][-1]
+            for run in runs("bpgo", "doubtful", "tiny-wan-i2v", **flags)
+        ]
         numbers["ras-grpo:tiny-wan-i2v"].append(mean(ends, 3))
     numbers["crt-unsteady:tiny-flux"] += [
         mean(map(un, runs("bpgo", "doubtful", **flags)), 3) for flags in (ras, {"alpha": 0.0})
@@ -529,13 +663,19 @@ def test_the_numbers_in_remarks_are_those_of_the_results():
         for stage in ("motion", "motion:quality") for part in (slice(5), slice(-5, None))
     ]  # fmt: skip
     alone = results.of(claims.setting("self_paced", "tiny-wan", "stages", only_stage=1)).values()
-    fallen = 1 - np.exp(np.mean([claims.late_over_early("reward_std", "").of(run) for run in alone]))
+    fallen = 1 - np.exp(
+        np.mean([claims.late_over_early("reward_std", "").of(run) for run in alone])
+    )
     numbers["quality-one:tiny-wan"] = [f"{fallen:.0%}"]
     ends = [run["evaluations"]["truth"] for run in runs("self_paced", "stages", only_stage=1)]
     numbers["quality-one:tiny-flux"] = [mean((end[i] for end in ends), 3) for i in (0, -1)]
-    ours = next(one for one in verdicts.findings(results) if one.claim.name == "slas-higher:tiny-sd")
+    ours = next(
+        one for one in verdicts.findings(results) if one.claim.name == "slas-higher:tiny-sd"
+    )
     numbers["slas-higher:tiny-sd"] = [mean([max(ours.differences)])]
-    numbers["paced-grpo:tiny-flux"] = [mean(run["training"]["reward_std"][0] for run in runs("grpo_base", "truth"))]
+    numbers["paced-grpo:tiny-flux"] = [
+        mean(run["training"]["reward_std"][0] for run in runs("grpo_base", "truth"))
+    ]
     for name, values in numbers.items():
         assert all(value in claims.REMARKS[name] for value in values), (name, values)
 
@@ -554,21 +694,36 @@ def test_figures_of_made_up_runs(tmp_path):
     """All of them, from two seeds, each a picture below 150 kB; from none there is none."""
     results, random = Results(tmp_path / "results", searched=False), np.random.default_rng(0)
     png = probes.png(torch.rand(3, 32, 32))
-    pictures = {"captions": ["a red circle", "two circles"], "truth": [0.5, 0.25], "png": [png, png]}
+    pictures = {
+        "captions": ["a red circle", "two circles"],
+        "truth": [0.5, 0.25],
+        "png": [png, png],
+    }
     for _, jobs in study.plan(study.Args(seeds=2), results):
         for job in jobs:
-            evaluations = {name: np.sort(random.random(3)).tolist() for name in ("reward", "truth", "vague", "quality")}
-            stages = {f"weight_{stage}": random.random(6).tolist() for stage in job.settings.get("reward", ())}
+            evaluations = {
+                name: np.sort(random.random(3)).tolist()
+                for name in ("reward", "truth", "vague", "quality")
+            }
+            stages = {
+                f"weight_{stage}": random.random(6).tolist()
+                for stage in job.settings.get("reward", ())
+            }
             run = {
                 "steps": [0, 15, 30],
                 "evaluations": evaluations,
                 "training": {"reward_std": random.random(6).tolist(), **stages},
             }
             numbers = {
-                f"{n}_{k}{e}": 1.0 for n in ("verifier", "clip", "biased") for k in (10, 15, 20) for e in ("", "_kappa")
+                f"{n}_{k}{e}": 1.0
+                for n in ("verifier", "clip", "biased")
+                for k in (10, 15, 20)
+                for e in ("", "_kappa")
             }
             numbers |= {"grpo": 1.0, "slas": 0.1, "true_low": 0.2, "true_high": 0.5}
-            results.files[job.name] = file = results.files.get(job.name, {"settings": job.settings, "runs": {}})
+            results.files[job.name] = file = results.files.get(
+                job.name, {"settings": job.settings, "runs": {}}
+            )
             file["runs"][str(job.seed)] = {**run, "numbers": numbers, "pictures": pictures}
     folder = tmp_path / "figures"
     figures.draw(results, folder)
@@ -580,4 +735,7 @@ def test_figures_of_made_up_runs(tmp_path):
     figures.draw(Results(tmp_path / "nothing"), folder)
     assert not list(folder.iterdir()), "what has no runs is not drawn"
     said = verdicts.table(results)
-    assert said.count("| 2 |") >= len(claims.CLAIMS) and verdicts.NONE not in said.split("### The search")[0]
+    assert (
+        said.count("| 2 |") >= len(claims.CLAIMS)
+        and verdicts.NONE not in said.split("### The search")[0]
+    )

@@ -24,16 +24,29 @@ def test_base_model_chooses_badly_with_a_wide_spread():
 
 
 def test_what_is_where_names_the_shape_and_colour_at_each_place():
-    one = {name: torch.tensor([[value, value_2]]) for name, value, value_2 in (("x", 10.0, 22.0), ("y", 10.0, 26.0))}
+    one = {
+        name: torch.tensor([[value, value_2]])
+        for name, value, value_2 in (("x", 10.0, 22.0), ("y", 10.0, 26.0))
+    }
     shape, colour = (
-        torch.tensor([[names.index(first), -1]]) for names, first in ((SHAPES, "cross"), (list(COLOURS), "blue"))
+        torch.tensor([[names.index(first), -1]])
+        for names, first in ((SHAPES, "cross"), (list(COLOURS), "blue"))
     )
-    kinds, colours = what_is_where(Scenes(shape, colour.abs(), **one, radius=torch.tensor([[5.0, 5.0]])), side=8)
+    kinds, colours = what_is_where(
+        Scenes(shape, colour.abs(), **one, radius=torch.tensor([[5.0, 5.0]])), side=8
+    )
     assert kinds.shape == colours.shape == (1, 8, 8)
-    assert kinds[0, 2, 2] == SHAPES.index("cross") + 1 and colours[0, 2, 2] == list(COLOURS).index("blue") + 1
+    assert (
+        kinds[0, 2, 2] == SHAPES.index("cross") + 1
+        and colours[0, 2, 2] == list(COLOURS).index("blue") + 1
+    )
     inside = (torch.arange(8) * 4 + 2 - 10.0).square()
-    expected = inside[:, None] + inside < 36  # a place belongs to an object up to one pixel around it
-    assert torch.equal(kinds[0] > 0, expected) and torch.equal(colours[0] > 0, expected)  # the second is no object
+    expected = (
+        inside[:, None] + inside < 36
+    )  # a place belongs to an object up to one pixel around it
+    assert torch.equal(kinds[0] > 0, expected) and torch.equal(
+        colours[0] > 0, expected
+    )  # the second is no object
 
 
 def test_the_readme_of_the_assets_says_how_to_sample(monkeypatch):
@@ -48,7 +61,9 @@ def test_the_readme_of_the_assets_says_how_to_sample(monkeypatch):
 def test_main_job_lifts_the_held_out_reward_within_five_minutes(tmp_path):
     started = time.time()
     done = subprocess.run(
-        [sys.executable, str(ROOT / "grpo_base.py"), "--output", str(tmp_path / "run")], capture_output=True, text=True
+        [sys.executable, str(ROOT / "grpo_base.py"), "--output", str(tmp_path / "run")],
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     assert time.time() - started <= 300

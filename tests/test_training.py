@@ -1,4 +1,5 @@
-"""grpo_base's loop: exact ratios, the gradient of the whole objective, determinism, resume, export, faults."""
+"""grpo_base's loop: exact ratios, the gradient of the whole objective, determinism, resume, export,
+faults."""
 
 import json
 import math
@@ -45,15 +46,25 @@ def test_ratio_is_exactly_one_where_rollout_and_update_see_batches_of_one_shape(
     assert all(row["grad_norm"] > 0 and row["advantage_abs_mean"] > 0.5 for row in rows)
 
 
-UNEVEN = [dict(best_of=2), dict(best_of=2, micro_batch=3), dict(micro_batch=3), dict(minibatches=3, micro_batch=3)]
+UNEVEN = [
+    dict(best_of=2),
+    dict(best_of=2, micro_batch=3),
+    dict(micro_batch=3),
+    dict(minibatches=3, micro_batch=3),
+]
 
 
 @pytest.mark.parametrize(
-    "precision, settings", [*(("float32", case) for case in UNEVEN), *(("bf16", case) for case in UNEVEN[1:3])], ids=str
+    "precision, settings",
+    [*(("float32", case) for case in UNEVEN), *(("bf16", case) for case in UNEVEN[1:3])],
+    ids=str,
 )
-def test_ratio_is_one_where_the_rows_do_not_come_out_even(train, settings, precision, request, monkeypatch):
-    """The last micro-batch is filled up: of another shape other kernels round otherwise. With AVX2's a row may differ
-    by the last bit (6e-8) where it stands at another place of its batch; with AVX-512's it does not."""
+def test_ratio_is_one_where_the_rows_do_not_come_out_even(
+    train, settings, precision, request, monkeypatch
+):
+    """The last micro-batch is filled up: of another shape other kernels round otherwise. With
+    AVX2's a row may differ by the last bit (6e-8) where it stands at another place of its batch;
+    with AVX-512's it does not."""
     if precision == "bf16":
         request.getfixturevalue("bf16")
     shapes, honest = set(), Flux.velocity
@@ -65,22 +76,39 @@ def test_ratio_is_one_where_the_rows_do_not_come_out_even(train, settings, preci
 
 def test_second_update_on_a_rollout_has_moved_away(train):
     _, once = train(steps=1, reward=("jpeg",), learning_rate=1e-3)
-    _, twice = train(steps=1, reward=("jpeg",), learning_rate=1e-3, updates_per_step=2, output="twice")
+    _, twice = train(
+        steps=1, reward=("jpeg",), learning_rate=1e-3, updates_per_step=2, output="twice"
+    )
     assert once[0]["approx_kl"] == 0 and once[0]["clip_fraction"] == 0
-    assert twice[0]["approx_kl"] > 0 and twice[0]["clip_fraction"] > 0 and twice[0]["ratio_error"] == 0
+    assert (
+        twice[0]["approx_kl"] > 0 and twice[0]["clip_fraction"] > 0 and twice[0]["ratio_error"] == 0
+    )
 
 
 def test_a_ratio_that_is_off_stops_the_run(train, monkeypatch):
     honest = sde.rollout
-    monkeypatch.setattr(sde, "rollout", lambda *a: (lambda z, lp: (z.bfloat16().float(), lp))(*honest(*a)))
+    monkeypatch.setattr(
+        sde, "rollout", lambda *a: (lambda z, lp: (z.bfloat16().float(), lp))(*honest(*a))
+    )
     with pytest.raises(errors.RunError, match="ratio is off by"):
         train(reward=("jpeg",))
 
 
 @pytest.mark.parametrize("settings", [dict(lora_rank=4), dict(best_of=2, minibatches=2)], ids=str)
-def test_in_bf16_what_would_be_clipped_before_the_first_update_stops_the_run(train, settings, bf16, monkeypatch):
-    """Rollout with another guidance than the update: less than the old limit of 0.05, more than the clip range."""
-    settings = dict(settings, reward=("jpeg",), steps=1, sde="dance", noise_level=0.3, clip_range=1e-4, save_every=0)
+def test_in_bf16_what_would_be_clipped_before_the_first_update_stops_the_run(
+    train, settings, bf16, monkeypatch
+):
+    """Rollout with another guidance than the update: less than the old limit of 0.05, more than the
+    clip range."""
+    settings = dict(
+        settings,
+        reward=("jpeg",),
+        steps=1,
+        sde="dance",
+        noise_level=0.3,
+        clip_range=1e-4,
+        save_every=0,
+    )
     _, (row,) = train(**settings, output="honest")
     assert row["ratio_error"] == 0
     honest = Flux.velocity
@@ -90,7 +118,9 @@ def test_in_bf16_what_would_be_clipped_before_the_first_update_stops_the_run(tra
         return honest(model, *inputs, **cond)
 
     monkeypatch.setattr(Flux, "velocity", velocity)
-    with pytest.raises(errors.RunError, match=r"ratio is off by .* \(limit 1e-04, the clip range\)") as caught:
+    with pytest.raises(
+        errors.RunError, match=r"ratio is off by .* \(limit 1e-04, the clip range\)"
+    ) as caught:
         train(**settings, output="off")
     assert 1e-4 < float(re.search("off by ([^ ]+)", str(caught.value))[1]) < 0.05
 
@@ -99,8 +129,8 @@ def test_in_bf16_what_would_be_clipped_before_the_first_update_stops_the_run(tra
 
 
 def objective(model, args, step, update=0, moved=None):
-    """Loss of one update of a step, written out row by row from the definition, without micro-batches. moved: the
-    weights before an update that is not the first."""
+    """Loss of one update of a step, written out row by row from the definition, without
+    micro-batches. moved: the weights before an update that is not the first."""
     P, G, T = args.prompts_per_step, args.group_size, args.sampling_steps
     chance = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
     sigmas = sde.shifted_sigmas(T, args.shift)
@@ -114,7 +144,9 @@ def objective(model, args, step, update=0, moved=None):
         x = sde.RowNoise(args.seed, step, start)(model.noise_shape)
         noise = sde.RowNoise(args.seed, step, range(P * G, 2 * P * G))
         latents, old = sde.rollout(partial(model.velocity, cond=cond), x, sigmas, s, noise)
-        scores = rewards.score(rewards.load(["jpeg"], []), model.decode(latents[:, -1]), captions)["jpeg"].view(P, G)
+        scores = rewards.score(rewards.load(["jpeg"], []), model.decode(latents[:, -1]), captions)[
+            "jpeg"
+        ].view(P, G)
     for _ in range(update + 1):
         trained = sde.noisy_steps(s, args.timestep_fraction, chance)
     if moved:
@@ -123,20 +155,32 @@ def objective(model, args, step, update=0, moved=None):
     for group in range(P):
         r = scores[group]
         order = sorted(range(G), key=lambda j: r[j].item())
-        chosen = order[: args.best_of // 2] + order[G - args.best_of // 2 :] if args.best_of else order
+        chosen = (
+            order[: args.best_of // 2] + order[G - args.best_of // 2 :] if args.best_of else order
+        )
         for turn, j in enumerate(sorted(chosen), 1):  # the samples of a group are dealt out in turn
             if (turn - update) % args.minibatches:
                 continue
-            advantage = ((r[j] - r.mean()) / r.std(unbiased=False)).clamp(-args.adv_clip_max, args.adv_clip_max)
+            advantage = ((r[j] - r.mean()) / r.std(unbiased=False)).clamp(
+                -args.adv_clip_max, args.adv_clip_max
+            )
             row, one = group * G + j, slice(group * G + j, group * G + j + 1)
             for t in trained:
                 velocity = model.velocity(latents[one, t], sigmas[t], models.take(cond, one))
                 log_prob = sde.sde_step(
-                    velocity, latents[one, t], sigmas[t], sigmas[t + 1], s[t], x_next=latents[one, t + 1]
+                    velocity,
+                    latents[one, t],
+                    sigmas[t],
+                    sigmas[t + 1],
+                    s[t],
+                    x_next=latents[one, t + 1],
                 )[1]
                 ratio = torch.exp(log_prob[0] - old[row, t])
                 clipped = ratio.clamp(1 - args.clip_range, 1 + args.clip_range)
-                total, count = total - torch.minimum(ratio * advantage, clipped * advantage), count + 1
+                total, count = (
+                    total - torch.minimum(ratio * advantage, clipped * advantage),
+                    count + 1,
+                )
     return total / count
 
 
@@ -150,7 +194,14 @@ def objective(model, args, step, update=0, moved=None):
         dict(sde_steps=1),
         dict(minibatches=2, best_of=2, timestep_fraction=0.5, learning_rate=1e-5),
     ],
-    ids=["one batch", "micro-batches", "best of 2", "same noise, window, fraction", "first step", "minibatches"],
+    ids=[
+        "one batch",
+        "micro-batches",
+        "best of 2",
+        "same noise, window, fraction",
+        "first step",
+        "minibatches",
+    ],
 )
 def test_gradient_of_a_step_is_that_of_the_objective_written_out(train, settings, monkeypatch):
     seen = []
@@ -165,7 +216,9 @@ def test_gradient_of_a_step_is_that_of_the_objective_written_out(train, settings
     monkeypatch.setattr(grpo_base.Runtime, "update", update)
     train(steps=1, reward=("jpeg",), **settings)
     base = dict(prompts_per_step=2, group_size=4, sampling_steps=4)
-    args = cli.defaults(grpo_base.Args, **base, **{**dict(micro_batch=8, minibatches=1), **settings})
+    args = cli.defaults(
+        grpo_base.Args, **base, **{**dict(micro_batch=8, minibatches=1), **settings}
+    )
     assert len(seen) == args.minibatches
     for number, (grads, moved) in enumerate(seen):
         model = models.load("tiny-flux", torch.float32, height=32, width=32)
@@ -173,7 +226,9 @@ def test_gradient_of_a_step_is_that_of_the_objective_written_out(train, settings
         objective(model, args, 0, number, moved).backward()
         expected = {name: p.grad for name, p in model.pipe.transformer.named_parameters()}
         scale = math.sqrt(sum(g.square().sum().item() for g in expected.values()))
-        difference = math.sqrt(sum((grads[n] - g).square().sum().item() for n, g in expected.items()))
+        difference = math.sqrt(
+            sum((grads[n] - g).square().sum().item() for n, g in expected.items())
+        )
         assert scale > 1e-3
         assert difference <= 1e-4 * scale
 
@@ -184,7 +239,9 @@ def test_the_ratio_moves_and_is_clipped_in_the_later_minibatches(train):
     for row in rows:
         assert row["ratio_error"] == 0
         assert row["clip_fraction_2"] > 0 and row["approx_kl_2"] > 0
-        assert row["clip_fraction"] == pytest.approx(row["clip_fraction_2"] / 2)  # the first found the ratio 1
+        assert row["clip_fraction"] == pytest.approx(
+            row["clip_fraction_2"] / 2
+        )  # the first found the ratio 1
         assert row["approx_kl"] == pytest.approx(row["approx_kl_2"] / 2, rel=1e-3)
     _, one = train(output="one", minibatches=1, **settings)
     assert not any(name.startswith(("clip_fraction_", "approx_kl_")) for name in one[0])
@@ -201,17 +258,26 @@ def test_groups_without_spread_are_not_trained_on_and_change_nothing(train, monk
     monkeypatch.setitem(sys.modules, "flat", type("flat", (), {"Flat": Flat}))
     folder, rows = train(steps=2, reward=("flat",))
     assert all(row["grad_norm"] == 0 and row["advantage_abs_mean"] == 0 for row in rows)
-    before = FluxTransformer2DModel.from_pretrained(models.ASSETS / "tiny-flux/transformer").state_dict()
-    assert all(torch.equal(value, before[name].float()) for name, value in weights(folder, 2).items())
+    before = FluxTransformer2DModel.from_pretrained(
+        models.ASSETS / "tiny-flux/transformer"
+    ).state_dict()
+    assert all(
+        torch.equal(value, before[name].float()) for name, value in weights(folder, 2).items()
+    )
 
 
 def test_kl_pulls_back_to_the_initial_weights(train):
     settings = dict(steps=4, reward=("jpeg",), learning_rate=1e-3, group_size=4, clip_range=0.1)
     free, _ = train(**settings, output="free")
     held, _ = train(**settings, output="held", kl_coef=1000.0)
-    start = FluxTransformer2DModel.from_pretrained(models.ASSETS / "tiny-flux/transformer").state_dict()
+    start = FluxTransformer2DModel.from_pretrained(
+        models.ASSETS / "tiny-flux/transformer"
+    ).state_dict()
     moved = [
-        sum((value - start[name].float()).square().sum().item() for name, value in weights(folder, 4).items())
+        sum(
+            (value - start[name].float()).square().sum().item()
+            for name, value in weights(folder, 4).items()
+        )
         for folder in (free, held)
     ]
     assert moved[1] < moved[0]
@@ -222,9 +288,13 @@ def test_kl_pulls_back_to_the_initial_weights(train):
 
 def test_two_runs_of_one_seed_write_the_same_metrics(train, tmp_path):
     held_out = tmp_path / "held_out.txt"
-    held_out.write_text("".join((ROOT / "assets/prompts/shapes_heldout.txt").read_text().splitlines(True)[:12]))
+    held_out.write_text(
+        "".join((ROOT / "assets/prompts/shapes_heldout.txt").read_text().splitlines(True)[:12])
+    )
     settings = dict(steps=3, eval_every=2, eval_prompts=str(held_out))
-    first, again, other = (train(output=name, seed=seed, **settings) for name, seed in (("a", 0), ("b", 0), ("c", 1)))
+    first, again, other = (
+        train(output=name, seed=seed, **settings) for name, seed in (("a", 0), ("b", 0), ("c", 1))
+    )
     assert first[1] == again[1]
     assert first[1] != other[1]
 
@@ -240,7 +310,9 @@ def test_two_runs_of_one_seed_write_the_same_metrics(train, tmp_path):
 def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(train, settings):
     whole, rows = train(steps=4, save_every=1, learning_rate=1e-3, **settings)
     train(steps=2, save_every=1, learning_rate=1e-3, output="parts", **settings)
-    parts, resumed = train(steps=4, save_every=1, learning_rate=1e-3, output="parts", resume="latest", **settings)
+    parts, resumed = train(
+        steps=4, save_every=1, learning_rate=1e-3, output="parts", resume="latest", **settings
+    )
     assert resumed == rows
     for name in ("transformer", "optimizer"):
         a, b = flatten(weights(whole, 4, name)), flatten(weights(parts, 4, name))
@@ -261,16 +333,31 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(train, settings):
 def flatten(state, prefix=""):
     if isinstance(state, torch.Tensor):
         return {prefix: state}
-    items = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(state, (list, tuple)) else ()
-    return {key: value for name, part in items for key, value in flatten(part, f"{prefix}.{name}").items()}
+    items = (
+        state.items()
+        if isinstance(state, dict)
+        else enumerate(state)
+        if isinstance(state, (list, tuple))
+        else ()
+    )
+    return {
+        key: value
+        for name, part in items
+        for key, value in flatten(part, f"{prefix}.{name}").items()
+    }
 
 
 def command(folder, *extra):
-    small = (
-        "--prompts-per-step 2 --group-size 4 --sampling-steps 4 --micro-batch 8 --save-every 1 --steps 6 --tracker none"
-    )
+    small = "--prompts-per-step 2 --group-size 4 --sampling-steps 4 --micro-batch 8 --save-every 1 --steps 6 --tracker none"
     small += " --sample-every 0 --eval-every 0 --learning-rate 1e-3"
-    return [sys.executable, str(ROOT / "grpo_base.py"), *small.split(), "--output", str(folder), *extra]
+    return [
+        sys.executable,
+        str(ROOT / "grpo_base.py"),
+        *small.split(),
+        "--output",
+        str(folder),
+        *extra,
+    ]
 
 
 @pytest.mark.long
@@ -278,7 +365,8 @@ def test_samples_that_cannot_be_dealt_evenly_are_one_clear_line(tmp_path):
     done = launch(2, *command(tmp_path / "odd", "--prompts-per-step", "1", "--group-size", "3")[1:])
     assert done.returncode != 0
     assert (
-        "error: --prompts-per-step 1 x --group-size 3 = 3 samples cannot be dealt evenly to 2 processes" in done.stderr
+        "error: --prompts-per-step 1 x --group-size 3 = 3 samples cannot be dealt evenly to 2 "
+        "processes" in done.stderr
     )
     assert not (tmp_path / "odd").exists()
 
@@ -317,9 +405,13 @@ def test_export_of_a_lora_loads_into_plain_diffusers(train):
     assert (after - before).abs().max() > 1e-2
 
     trained = models.load("tiny-flux", torch.float32, height=32, width=32)
-    trained.pipe.transformer.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=trained.lora_targets))
+    trained.pipe.transformer.add_adapter(
+        LoraConfig(r=4, lora_alpha=4, target_modules=trained.lora_targets)
+    )
     lora = weights(folder, 3)
-    assert lora and all("lora" in name for name in lora), "the frozen base has no place in a LoRA's checkpoint"
+    assert lora and all("lora" in name for name in lora), (
+        "the frozen base has no place in a LoRA's checkpoint"
+    )
     assert not trained.pipe.transformer.load_state_dict(lora, strict=False).unexpected_keys
     assert (images_of(trained.pipe, PROMPTS) - after).abs().max() <= 1e-5
 
@@ -335,17 +427,29 @@ def test_run_folder_holds_what_it_promises(train):
     )
     names = "step reward_mean reward_std verifier_mean advantage_abs_mean loss grad_norm clip_fraction ratio_error"
     assert all(set(names.split()) | {"eval_reward"} <= set(row) for row in rows[:2])
-    assert set(rows[2]) == {"step", "eval_reward", "eval_verifier"} and [row["step"] for row in rows] == [0, 1, 2]
-    for name in ("samples/step_000000.png", "samples/step_000001.png", "samples/step_000002.png", "reward.png"):
+    assert set(rows[2]) == {"step", "eval_reward", "eval_verifier"} and [
+        row["step"] for row in rows
+    ] == [0, 1, 2]
+    for name in (
+        "samples/step_000000.png",
+        "samples/step_000001.png",
+        "samples/step_000002.png",
+        "reward.png",
+    ):
         assert (folder / name).read_bytes()[:4] == b"\x89PNG"
-    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["step_000001", "step_000002"]
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == [
+        "step_000001",
+        "step_000002",
+    ]
     assert json.loads((folder / "config.json").read_text())["group_size"] == 4
     assert list(folder.rglob("events.out.tfevents.*"))
 
 
 def test_eval_reward_is_the_mean_over_all_prompts_of_the_pipelines_own_images(train):
     prompts = read_prompts(ROOT / "assets/prompts/shapes_heldout.txt")
-    _, rows = train(steps=1, eval_every=1, eval_prompts=str(ROOT / "assets/prompts/shapes_heldout.txt"))
+    _, rows = train(
+        steps=1, eval_every=1, eval_prompts=str(ROOT / "assets/prompts/shapes_heldout.txt")
+    )
     pipe = FluxPipeline.from_pretrained(models.ASSETS / "tiny-flux", dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     x = sde.RowNoise(0, heldout.NOISE, range(len(prompts)))(Flux(pipe, 32, 32).noise_shape)
@@ -353,12 +457,17 @@ def test_eval_reward_is_the_mean_over_all_prompts_of_the_pipelines_own_images(tr
         prompts, height=32, width=32, num_inference_steps=4, sigmas=[1.0, 0.75, 0.5, 0.25], guidance_scale=3.5,
         latents=x, max_sequence_length=pipe.tokenizer_2.model_max_length, output_type="pt",
     ).images  # fmt: skip
-    expected = rewards.score(rewards.load(["verifier"], []), images, prompts)["verifier"].mean().item()
+    expected = (
+        rewards.score(rewards.load(["verifier"], []), images, prompts)["verifier"].mean().item()
+    )
     assert rows[0]["eval_reward"] == pytest.approx(expected, abs=1e-4)
 
 
-def test_rewards_see_their_own_batches_however_small_the_micro_batch_is(train, tmp_path, monkeypatch):
-    """And the evaluation holds no more samples than that at once: a clip is a quarter of a gigabyte."""
+def test_rewards_see_their_own_batches_however_small_the_micro_batch_is(
+    train, tmp_path, monkeypatch
+):
+    """And the evaluation holds no more samples than that at once: a clip is a quarter of a
+    gigabyte."""
     sizes, true_score = [], heldout.score
 
     def spied(scorers, media, captions):
@@ -369,9 +478,24 @@ def test_rewards_see_their_own_batches_however_small_the_micro_batch_is(train, t
     monkeypatch.setattr(heldout, "score", spied)
     held_out = read_prompts(models.settings("tiny-flux")["eval_prompts"])[:4]
     (tmp_path / "few.txt").write_text("\n".join(held_out))
-    settings = dict(steps=1, sampling_steps=2, eval_every=1, sample_every=1, eval_prompts=str(tmp_path / "few.txt"))
+    settings = dict(
+        steps=1,
+        sampling_steps=2,
+        eval_every=1,
+        sample_every=1,
+        eval_prompts=str(tmp_path / "few.txt"),
+    )
     _, (small, last) = train(micro_batch=1, reward_batch=3, output="small", **settings)
-    assert sizes == [1, 3, 1, 3, 3, 2, 3, 1]  # one to try, the evaluation's 4, the step's 8, the evaluation again
+    assert sizes == [
+        1,
+        3,
+        1,
+        3,
+        3,
+        2,
+        3,
+        1,
+    ]  # one to try, the evaluation's 4, the step's 8, the evaluation again
     _, (large, _) = train(micro_batch=8, output="large", **settings)
     for name in ("reward_mean", "reward_std", "eval_reward"):
         assert small[name] == pytest.approx(large[name], abs=1e-5)
@@ -381,14 +505,18 @@ def test_rewards_see_their_own_batches_however_small_the_micro_batch_is(train, t
 # --- Faults ---
 
 
-def test_a_reward_that_turns_nan_stops_the_run_and_keeps_the_last_checkpoint(train, monkeypatch, capsys, tmp_path):
+def test_a_reward_that_turns_nan_stops_the_run_and_keeps_the_last_checkpoint(
+    train, monkeypatch, capsys, tmp_path
+):
     class Fails:
         scale, range, calls = 1.0, (0.0, 1.0), 0
 
         def score(self, media, prompts):
             Fails.calls += 1
             values = media.mean((1, 2, 3))
-            values[-1] = float("nan") if Fails.calls > 3 else values[-1]  # once tried out, twice in a step
+            values[-1] = (
+                float("nan") if Fails.calls > 3 else values[-1]
+            )  # once tried out, twice in a step
             return values
 
     monkeypatch.setitem(rewards.REWARDS, "fails", ("fails", "Fails"))
@@ -411,9 +539,13 @@ def test_a_reward_that_turns_nan_stops_the_run_and_keeps_the_last_checkpoint(tra
     prompt = prompts_of_step(read_prompts(args.prompts), 2, 2, 0)[1]
     assert exit.value.code == 1
     assert message == (
-        f"error: reward fails is nan for the prompt {prompt!r} (1 of 8 samples), or it failed in another process"
+        f"error: reward fails is nan for the prompt {prompt!r} (1 of 8 samples), or it failed in "
+        "another process"
     )
-    assert sorted(p.name for p in (tmp_path / "run/checkpoints").iterdir()) == ["step_000001", "step_000002"]
+    assert sorted(p.name for p in (tmp_path / "run/checkpoints").iterdir()) == [
+        "step_000001",
+        "step_000002",
+    ]
     assert weights(tmp_path / "run", 2)
     assert len(metrics(tmp_path / "run")) == 2
 
@@ -426,9 +558,13 @@ def test_a_checkpoint_that_does_not_fit_on_the_disk_leaves_the_earlier_ones(trai
     def small_files():  # the kernel refuses to let a file grow further, as it does on a full disk
         resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
 
-    done = subprocess.run(command(folder, "--resume"), capture_output=True, text=True, preexec_fn=small_files)
+    done = subprocess.run(
+        command(folder, "--resume"), capture_output=True, text=True, preexec_fn=small_files
+    )
     assert done.returncode == 1
-    assert re.search(r"^error: cannot save step 2 in .*is the disk full\?", done.stderr, re.M), done.stderr
+    assert re.search(r"^error: cannot save step 2 in .*is the disk full\?", done.stderr, re.M), (
+        done.stderr
+    )
     assert "Traceback" not in done.stderr
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step_000001"]
     assert all(torch.equal(value, before[name]) for name, value in weights(folder, 1).items())
@@ -445,7 +581,8 @@ BAD = {
     "--eval-prompts {tmp}/empty.txt": "no prompt in it",
     "--output {tmp}/used": "already holds a run",
     "--output {tmp}/used --resume latest --seed 3": "seed 0, now it is 3",
-    "--output {tmp}/none.txt/x/y --prompts {tmp}/other.txt --reward jpeg --resume {tmp}": "is no checkpoint",
+    "--output {tmp}/none.txt/x/y --prompts {tmp}/other.txt --reward jpeg --resume "
+    "{tmp}": "is no checkpoint",
     "--resume latest --output {tmp}/used --steps 1": "already at step 2",
     "--group-size 1": "--group-size 1",
     "--best-of 3": "--best-of 3",
@@ -494,5 +631,7 @@ def test_typing_mistakes_on_the_command_line_are_explained_without_a_traceback(m
             cli.parse(grpo_base.Args, "text")
         assert exit.value.code == 2
         assert line.split()[0].removeprefix("--")[:3] in capsys.readouterr().err
-    done = subprocess.run([sys.executable, str(ROOT / "grpo_base.py"), "--modle"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "grpo_base.py"), "--modle"], capture_output=True, text=True
+    )
     assert done.returncode == 2 and "Traceback" not in done.stderr

@@ -1,4 +1,5 @@
-"""The verifier against the renderer: it accepts what a caption says, rejects what it does not; blur and noise cost."""
+"""The verifier against the renderer: it accepts what a caption says, rejects what it does not; blur
+and noise cost."""
 
 import random
 from pathlib import Path
@@ -8,7 +9,15 @@ import torch
 
 from worlds import shapes, verifier
 from worlds.scene import ANY, BACKGROUND, COLOURS, RELATIONS, SHAPES, TASKS, draw, parse
-from worlds.shapes import change_one, corrupt, render, sample_captions, sample_scenes, split_captions, write
+from worlds.shapes import (
+    change_one,
+    corrupt,
+    render,
+    sample_captions,
+    sample_scenes,
+    split_captions,
+    write,
+)
 from worlds.verifier import read, verify
 
 PARTS = ("quality", "layout", "alignment", "score")
@@ -18,12 +27,19 @@ PROMPTS = Path(__file__).resolve().parents[1] / "assets" / "prompts"
 
 def verify_all(images, captions, size=50):
     """verify() in batches that fit a cache."""
-    parts = [verify(images[i : i + size], captions[i : i + size]) for i in range(0, len(captions), size)]
+    parts = [
+        verify(images[i : i + size], captions[i : i + size]) for i in range(0, len(captions), size)
+    ]
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def images_of(captions, seed):
-    return torch.cat([render(sample_scenes(captions[i : i + 250], seed + i)) for i in range(0, len(captions), 250)])
+    return torch.cat(
+        [
+            render(sample_scenes(captions[i : i + 250], seed + i))
+            for i in range(0, len(captions), 250)
+        ]
+    )
 
 
 def blur(images, sigma):
@@ -38,7 +54,8 @@ def noise_like(images, seed=0):
 
 
 def attributes(wanted):
-    """All that can be wrong with a caption: {"shape 0", "colour 0", ..., "relation", "count": value}."""
+    """All that can be wrong with a caption: {"shape 0", "colour 0", ..., "relation", "count":
+    value}."""
     distinct = list(dict.fromkeys(wanted.objects))
     kinds = ("shape", "colour")
     named = {f"{kinds[k]} {i}": o[k] for i, o in enumerate(distinct) for k in (0, 1) if o[k] != ANY}
@@ -56,7 +73,8 @@ def changed(before, after):
 
 @pytest.fixture(scope="module")
 def world():
-    """2,000 captions, their renders and verdicts, and the verdicts on captions with one attribute changed."""
+    """2,000 captions, their renders and verdicts, and the verdicts on captions with one attribute
+    changed."""
     captions, rng = sample_captions(2000, seed=0), random.Random(0)
     images, wrong = images_of(captions, seed=1), [change_one(caption, rng) for caption in captions]
     return captions, images, verify_all(images, captions), wrong, verify_all(images, wrong)
@@ -72,7 +90,10 @@ def test_agrees_with_the_caption_and_rejects_a_changed_one(world):
     for name in TASKS:
         of_task = torch.tensor([t == name for t in task])
         yes, no = accepted[of_task].mean().item(), rejected[of_task].mean().item()
-        print(f"{name:12} {of_task.sum():4} renders: {yes:.4f} accepted, {no:.4f} rejected with one attribute changed")
+        print(
+            f"{name:12} {of_task.sum():4} renders: {yes:.4f} accepted, {no:.4f} rejected with "
+            "one attribute changed"
+        )
         assert of_task.sum() > 200 and yes >= 0.98 and no >= 0.98, name
     print(f"all: {accepted.mean():.4f} accepted, {rejected.mean():.4f} rejected")
     assert accepted.mean() >= 0.99 and rejected.mean() >= 0.99
@@ -84,14 +105,18 @@ def test_a_wrong_attribute_costs(world):
     loss = right["score"] - wrong["score"]
     for name in ("shape", "colour", "count", "relation"):
         of_kind = torch.tensor([k == name for k in kind])
-        print(f"wrong {name}: {of_kind.sum()} renders, the score falls by {loss[of_kind].mean():.3f}")
+        print(
+            f"wrong {name}: {of_kind.sum()} renders, the score falls by {loss[of_kind].mean():.3f}"
+        )
         assert of_kind.sum() > 50 and loss[of_kind].mean() >= 0.3, name
         assert (loss[of_kind] > 0.2).all(), name
 
 
 def test_parts_are_float32_in_unit_range(world):
     captions, images, right, _, wrong = world
-    garbage = verify_all(torch.rand(250, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 1.5, captions[:250])
+    garbage = verify_all(
+        torch.rand(250, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 1.5, captions[:250]
+    )
     for result, n in ((right, 2000), (wrong, 2000), (garbage, 250)):
         for name in PARTS:
             assert result[name].dtype == torch.float32 and result[name].shape == (n,), name
@@ -148,12 +173,17 @@ def test_blank_image_scores_zero():
 
 
 def test_an_image_of_one_colour_shows_no_shape():
-    captions = [caption for task in ("single", "colours", "vague") for caption in shapes.captions()[task]]
+    captions = [
+        caption for task in ("single", "colours", "vague") for caption in shapes.captions()[task]
+    ]
     best = {}
     for name, colour in COLOURS.items():
         image = torch.tensor(colour)[:, None, None].expand(len(captions), 3, 32, 32)
         score = verify(image, captions)["score"]
-        best |= {f"{name} for {caption!r}": round(value.item(), 3) for caption, value in zip(captions, score)}
+        best |= {
+            f"{name} for {caption!r}": round(value.item(), 3)
+            for caption, value in zip(captions, score)
+        }
     best = {name: value for name, value in best.items() if value > 0.5}
     assert not best
 
@@ -180,7 +210,9 @@ def test_noise_lowers_the_score(world):
     assert falls([(images + level * noise).clamp(0, 1) for level in levels], captions)
 
 
-@pytest.mark.parametrize("sigma, little, share", [(0, 0.005, 1.0), (0.5, 0.005, 1.0), (1.0, 0.05, 0.99)])
+@pytest.mark.parametrize(
+    "sigma, little, share", [(0, 0.005, 1.0), (0.5, 0.005, 1.0), (1.0, 0.05, 0.99)]
+)
 def test_a_small_change_changes_the_score_by_little(world, sigma, little, share):
     captions, images = world[0][:500], world[1][:500]
     images = blur(images, sigma) if sigma else images
@@ -204,7 +236,9 @@ def test_batched_equals_one_by_one_in_any_order(world):
     permuted = verify(images[order], [captions[i] for i in order])
     assert 0.2 < together["passed"].float().mean() < 0.8
     for name in PARTS:
-        torch.testing.assert_close(torch.cat([a[name] for a in alone]), together[name], atol=1e-6, rtol=0)
+        torch.testing.assert_close(
+            torch.cat([a[name] for a in alone]), together[name], atol=1e-6, rtol=0
+        )
         torch.testing.assert_close(permuted[name], together[name][order], atol=1e-6, rtol=0)
     assert torch.equal(torch.cat([a["passed"] for a in alone]), together["passed"])
     assert torch.equal(permuted["passed"], together["passed"][order])
@@ -247,7 +281,9 @@ def test_middle_of_a_shape_has_its_colour(shape, colour):
 
 def test_overlapping_objects_stay_in_range():
     same = torch.full((1, 4), 16.0)
-    image = draw(torch.zeros(1, 4, dtype=torch.long), torch.arange(4)[None], same, same, same / 3, 32)
+    image = draw(
+        torch.zeros(1, 4, dtype=torch.long), torch.arange(4)[None], same, same, same / 3, 32
+    )
     assert image.min() >= 0 and image.max() <= 1
 
 
@@ -257,7 +293,9 @@ def test_read_finds_every_object(world):
     assert torch.equal(reading.count, exists.sum(1).float())
     place = torch.stack([reading.x, reading.y], -1)
     true_place = torch.stack([scenes.x, scenes.y], -1)
-    distance = torch.cdist(true_place, torch.where(reading.present[..., None] > 0, place, 1e3))  # [B, true, read]
+    distance = torch.cdist(
+        true_place, torch.where(reading.present[..., None] > 0, place, 1e3)
+    )  # [B, true, read]
     nearest, which = distance.min(-1)
     print(f"largest error of a centroid: {nearest[exists].max():.3f} px")
     assert nearest[exists].max() < 0.5
@@ -296,7 +334,16 @@ def test_case_blanks_and_full_stop_do_not_matter(caption):
 
 @pytest.mark.parametrize(
     "caption",
-    ["", "a cat", "a pink circle", "circle", "five circles", "two circle", "a red circle and", "a circle near a square"]
+    [
+        "",
+        "a cat",
+        "a pink circle",
+        "circle",
+        "five circles",
+        "two circle",
+        "a red circle and",
+        "a circle near a square",
+    ]
     + [
         "a circle, a square",
         "a red circle and a square and a cross",
@@ -311,7 +358,10 @@ def test_other_captions_are_refused_with_the_grammar(caption):
         parse(caption)
     message = str(error.value)
     assert repr(caption) in message and "\n" not in message
-    assert all(word in message for word in ("a [COLOUR] SHAPE", "left of|right of|above|below", *SHAPES, *COLOURS))
+    assert all(
+        word in message
+        for word in ("a [COLOUR] SHAPE", "left of|right of|above|below", *SHAPES, *COLOURS)
+    )
     with pytest.raises(ValueError):
         verify(torch.zeros(1, 3, 32, 32), [caption])
 
@@ -335,13 +385,19 @@ def test_corrupt_with_probability_one_changes_every_attribute(task):
 @pytest.mark.parametrize("probability", [0.1, 0.5])
 def test_corrupt_is_seeded_and_changes_each_attribute_that_often(probability):
     captions = shapes.captions()["colours"] * 50
-    first, second, other = ([corrupt(c, probability, random.Random(s + c)) for c in captions] for s in "aab")
+    first, second, other = (
+        [corrupt(c, probability, random.Random(s + c)) for c in captions] for s in "aab"
+    )
     assert first == second != other
     rng = random.Random(0)
     after = [attributes(parse(corrupt(caption, probability, rng))) for caption in captions]
     for name in ("shape 0", "colour 0"):
-        share = sum(a[name] != attributes(parse(c))[name] for a, c in zip(after, captions)) / len(captions)
-        assert share == pytest.approx(probability, abs=4 * (probability * (1 - probability) / len(captions)) ** 0.5)
+        share = sum(a[name] != attributes(parse(c))[name] for a, c in zip(after, captions)) / len(
+            captions
+        )
+        assert share == pytest.approx(
+            probability, abs=4 * (probability * (1 - probability) / len(captions)) ** 0.5
+        )
 
 
 def test_change_one_changes_exactly_one_attribute():
@@ -349,7 +405,9 @@ def test_change_one_changes_exactly_one_attribute():
     for caption in CAPTIONS:
         after = change_one(caption, rng)
         assert len(changed(caption, after)) == 1, (caption, after)
-    first, second = ([change_one(caption, random.Random(5)) for caption in CAPTIONS] for _ in range(2))
+    first, second = (
+        [change_one(caption, random.Random(5)) for caption in CAPTIONS] for _ in range(2)
+    )
     assert first == second
 
 
@@ -390,22 +448,33 @@ def test_scenes_are_seeded(scenes):
 def test_scenes_show_what_the_captions_name(scenes):
     for row, caption in enumerate(CAPTIONS):
         for i, (shape, colour) in enumerate(parse(caption).objects):
-            assert scenes.shape[row, i] == shape or (shape == ANY and 0 <= scenes.shape[row, i] < len(SHAPES))
-            assert scenes.colour[row, i] == colour or (colour == ANY and 0 <= scenes.colour[row, i] < len(COLOURS))
+            assert scenes.shape[row, i] == shape or (
+                shape == ANY and 0 <= scenes.shape[row, i] < len(SHAPES)
+            )
+            assert scenes.colour[row, i] == colour or (
+                colour == ANY and 0 <= scenes.colour[row, i] < len(COLOURS)
+            )
         assert (scenes.shape[row, len(parse(caption).objects) :] == ANY).all()
 
 
 def test_objects_do_not_touch(scenes):
     b, n = scenes.shape.shape
     one = [value.reshape(b * n, 1) for value in vars(scenes).values()]
-    ink = (draw(*one, 32) - torch.tensor(BACKGROUND)[:, None, None]).abs().amax(1).view(b, n, 32, 32) > 1e-4
+    ink = (draw(*one, 32) - torch.tensor(BACKGROUND)[:, None, None]).abs().amax(1).view(
+        b, n, 32, 32
+    ) > 1e-4
     assert ink.any(-1).any(-1).equal(scenes.shape != ANY)
     assert ink.sum(1).max() == 1  # no pixel belongs to two objects
 
 
 def test_relations_hold(scenes):
     left_to_right, top_to_bottom = scenes.x[:, 1] - scenes.x[:, 0], scenes.y[:, 1] - scenes.y[:, 0]
-    gap = {"right of": -left_to_right, "left of": left_to_right, "below": -top_to_bottom, "above": top_to_bottom}
+    gap = {
+        "right of": -left_to_right,
+        "left of": left_to_right,
+        "below": -top_to_bottom,
+        "above": top_to_bottom,
+    }
     assert gap.keys() == RELATIONS.keys()
     for name in RELATIONS:
         rows = [row for row, caption in enumerate(CAPTIONS) if f" {name} " in caption]

@@ -1,4 +1,5 @@
-"""Small random Qwen2-VL and Qwen2.5-VL in transformers' own classes and files, byte by byte tokenizers included."""
+"""Small random Qwen2-VL and Qwen2.5-VL in transformers' own classes and files, byte by byte
+tokenizers included."""
 
 import torch
 from learned import randomised
@@ -20,11 +21,14 @@ SPECIAL = [
 ]  # fmt: skip
 # what Qwen2.5-VL's own template does with text and pictures
 TEMPLATE = (
-    "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}<|im_start|>system\n"
+    "{% for message in messages %}{% if loop.first and message['role'] != 'system' "
+    "%}<|im_start|>system\n"
     "You are a helpful assistant.<|im_end|>\n{% endif %}<|im_start|>{{ message['role'] }}\n"
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in "
+    "message['content'] %}"
     "{% if part['type'] in ('image', 'image_url') %}<|vision_start|><|image_pad|><|vision_end|>"
-    "{% elif 'text' in part %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% elif 'text' in part %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% "
+    "endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
@@ -55,11 +59,14 @@ def text(tokens, **settings):
 
 def qwen2_vl_config(tokens):
     vision = dict(depth=2, embed_dim=32, hidden_size=32, mlp_ratio=2, num_heads=2)
-    return Qwen2VLConfig(text_config=text(tokens), vision_config=vision, **ids(tokens), tie_word_embeddings=True)
+    return Qwen2VLConfig(
+        text_config=text(tokens), vision_config=vision, **ids(tokens), tie_word_embeddings=True
+    )
 
 
 def save_judge(folder, seed=0):
-    """A Qwen2.5-VL in a folder whose every answer is one digit, 1 to 9: all else is suppressed, and digits end it."""
+    """A Qwen2.5-VL in a folder whose every answer is one digit, 1 to 9: all else is suppressed, and
+    digits end it."""
     tokens = tokenizer()
     vision = dict(
         depth=2, hidden_size=32, intermediate_size=64, num_heads=2, out_hidden_size=32, fullatt_block_indexes=[1],
@@ -71,7 +78,9 @@ def save_judge(folder, seed=0):
     model = randomised(Qwen2_5_VLForConditionalGeneration(config), seed)
     digits = tokens.convert_tokens_to_ids(list("123456789"))
     others = [i for i in range(len(tokens)) if i not in digits]
-    model.generation_config = GenerationConfig(suppress_tokens=others, eos_token_id=digits, pad_token_id=others[-1])
+    model.generation_config = GenerationConfig(
+        suppress_tokens=others, eos_token_id=digits, pad_token_id=others[-1]
+    )
     model.save_pretrained(folder)
     Qwen2_5_VLProcessor(
         Qwen2VLImageProcessor(min_pixels=56**2, max_pixels=56**2), tokens, Qwen2VLVideoProcessor(),
@@ -81,6 +90,7 @@ def save_judge(folder, seed=0):
 
 
 def clips(number, frames=8, side=64, seed=0):
-    """[number, frames, 3, side, side] of plain colours that change from frame to frame: JPEG hardly alters them."""
+    """[number, frames, 3, side, side] of plain colours that change from frame to frame: JPEG hardly
+    alters them."""
     generator = torch.Generator().manual_seed(seed)
     return torch.rand(number, frames, 3, 1, 1, generator=generator).expand(-1, -1, -1, side, side)

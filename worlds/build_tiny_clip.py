@@ -1,12 +1,13 @@
-"""Builds `assets/tiny-clip`: a small CLIP of the shapes world, a reward that is learned and therefore wrong at times.
+"""Builds `assets/tiny-clip`: a small CLIP of the shapes world, a reward that is learned and
+therefore wrong at times.
 
     python -m worlds.build_tiny_clip            # 6 minutes on one busy core, seeded
 
-Trained as CLIP is (arXiv 2103.00020): each image picks its caption among those of the batch, each caption its image;
-beside them stands, for each image, a caption that differs in one attribute. It stays imperfect on purpose: it is small,
-stops early, and one attribute in ten of its captions is wrong. What a generator gains on it beyond what the verifier
-sees is reward hacking, to be watched: `--reward clip --reward-path clip=assets/tiny-clip --watch verifier`.
-"""
+Trained as CLIP is (arXiv 2103.00020): each image picks its caption among those of the batch, each
+caption its image; beside them stands, for each image, a caption that differs in one attribute. It
+stays imperfect on purpose: it is small, stops early, and one attribute in ten of its captions is
+wrong. What a generator gains on it beyond what the verifier sees is reward hacking, to be watched:
+`--reward clip --reward-path clip=assets/tiny-clip --watch verifier`."""
 
 import json
 import random
@@ -46,9 +47,14 @@ def configuration(words):
     """open_clip_config.json of a model for `words` tokens: a million weights."""
     vision = dict(image_size=shapes.SIZE, patch_size=8, width=128, head_width=32, layers=4)
     text = dict(context_length=TOKENS, vocab_size=words, width=96, heads=4, layers=2)
-    text |= dict(hf_tokenizer_name="tokenizer", pool_type="eos", eos_id=1)  # of worlds.building.clip_tokenizer
+    text |= dict(
+        hf_tokenizer_name="tokenizer", pool_type="eos", eos_id=1
+    )  # of worlds.building.clip_tokenizer
     preprocess = dict(mean=[0.5] * 3, std=[0.5] * 3, interpolation="bicubic", resize_mode="squash")
-    return {"model_cfg": dict(embed_dim=64, vision_cfg=vision, text_cfg=text), "preprocess_cfg": preprocess}
+    return {
+        "model_cfg": dict(embed_dim=64, vision_cfg=vision, text_cfg=text),
+        "preprocess_cfg": preprocess,
+    }
 
 
 def train(args, config, tokenizer):
@@ -58,27 +64,39 @@ def train(args, config, tokenizer):
     model = open_clip.CLIP(**config["model_cfg"])
     captions = shapes.sample_captions(args.scenes, args.seed + 1)
     images = shapes.render(shapes.sample_scenes(captions, args.seed + 2)) * 2 - 1
-    ids = tokenizer(every_caption(), padding="max_length", max_length=TOKENS, return_tensors="pt").input_ids
+    ids = tokenizer(
+        every_caption(), padding="max_length", max_length=TOKENS, return_tensors="pt"
+    ).input_ids
     known = dict(zip(every_caption(), ids))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01, betas=(0.9, 0.98))
     started = time.time()
     for step, rate in enumerate(schedule(optimizer, args.steps)):
         rows = torch.randint(len(images), (args.batch,))
         told = [shapes.corrupt(captions[row], args.wrong, rng) for row in rows]
-        words = torch.stack([known[caption] for caption in told + [shapes.change_one(c, rng) for c in told]])
+        words = torch.stack(
+            [known[caption] for caption in told + [shapes.change_one(c, rng) for c in told]]
+        )
         noisy = images[rows] + 0.1 * torch.randn(args.batch, *images.shape[1:])
         seen, said, scale = model(noisy, words)
         logits = scale * seen @ said.T  # [batch, 2 batch]
-        same = torch.tensor([[a == b for b in told] for a in told])  # a caption that is there twice is no mistake
+        same = torch.tensor(
+            [[a == b for b in told] for a in told]
+        )  # a caption that is there twice is no mistake
         logits[:, : args.batch][same & ~torch.eye(args.batch, dtype=torch.bool)] = -1e4
         target = torch.arange(args.batch)
-        loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits[:, : args.batch].T, target)) / 2
+        loss = (
+            F.cross_entropy(logits, target) + F.cross_entropy(logits[:, : args.batch].T, target)
+        ) / 2
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         model.logit_scale.data.clamp_(max=4.6)
         if step % 100 == 0:
-            print(f"clip {step}: loss {loss.item():.3f}, rate {rate:.1e}, {time.time() - started:.0f} s", flush=True)
+            print(
+                f"clip {step}: loss {loss.item():.3f}, rate {rate:.1e}, "
+                f"{time.time() - started:.0f} s",
+                flush=True,
+            )
     return model.eval()
 
 
@@ -91,13 +109,17 @@ def save(model, config, tokenizer, folder):
 
 
 def check(folder, seed, number=None):
-    """Correlation of the reward `clip` with the verifier on held-out captions (all, or `number`), GROUP scenes of each,
-    four attributes in ten of them wrong: {over all, within a group}"""
+    """Correlation of the reward `clip` with the verifier on held-out captions (all, or `number`),
+    GROUP scenes of each, four attributes in ten of them wrong: {over all, within a group}"""
     rng = random.Random(seed)
     captions = [caption for caption in shapes.split_captions()[1][:number] for _ in range(GROUP)]
-    images = shapes.render(shapes.sample_scenes([shapes.corrupt(c, 0.4, rng) for c in captions], seed + 9))
+    images = shapes.render(
+        shapes.sample_scenes([shapes.corrupt(c, 0.4, rng) for c in captions], seed + 9)
+    )
     scorers = rewards.load(["clip", "verifier"], captions, [f"clip={folder}"], reward_batch=128)
-    proxy, exact = (scores.view(-1, GROUP) for scores in rewards.score(scorers, images, captions).values())
+    proxy, exact = (
+        scores.view(-1, GROUP) for scores in rewards.score(scorers, images, captions).values()
+    )
     inside = [scores - scores.mean(1, keepdim=True) for scores in (proxy, exact)]
     print(f"{folder}: within a group the score's standard deviation is {inside[0].std():.3f}")
     return {

@@ -1,14 +1,14 @@
-"""Builds `assets/tiny-flux`: a small FLUX that knows the shapes world but often picks the wrong shape, colour, number
-or place.
+"""Builds `assets/tiny-flux`: a small FLUX that knows the shapes world but often picks the wrong
+shape, colour, number or place.
 
     python -m worlds.build_tiny_flux            # 16 to 21 minutes on two cores, seeded
 
-Three steps, all from one seed: an AutoencoderKL on clean renders; a FluxTransformer2DModel together with its T5 and
-CLIP text encoders by flow matching in the latent space; the folder. The flow learns from true captions first; in the
-last steps each attribute of a caption is wrong with probability `--wrong`. So the base model knows every concept and
-chooses badly, which is the state that reinforcement learning improves: the reward of its samples is middling and
-spreads widely within a group.
-"""
+Three steps, all from one seed: an AutoencoderKL on clean renders; a FluxTransformer2DModel together
+with its T5 and CLIP text encoders by flow matching in the latent space; the folder. The flow learns
+from true captions first; in the last steps each attribute of a caption is wrong with probability
+`--wrong`. So the base model knows every concept and chooses badly, which is the state that
+reinforcement learning improves: the reward of its samples is middling and spreads widely within a
+group."""
 
 import math
 import random
@@ -19,7 +19,12 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import tyro
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+)
 from torch.nn.functional import pixel_unshuffle
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
@@ -33,8 +38,17 @@ from worlds.verifier import verify
 TOKENS = 10  # the longest caption, "a yellow triangle right of a black circle", and its ends
 BATCH = 64
 # half of the autoencoder's scenes are crowded, so that small shapes are learned as well
-CROWDED = {"single": 0.5, "two": 1, "counting": 2, "colours": 0.5, "position": 1, "attribution": 1, "vague": 2}
-GUIDANCE = 3.5  # FLUX.1-dev's default. The embedding of it is there, as in FLUX.1-dev, and learns to change nothing
+CROWDED = {
+    "single": 0.5,
+    "two": 1,
+    "counting": 2,
+    "colours": 0.5,
+    "position": 1,
+    "attribution": 1,
+    "vague": 2,
+}
+# FLUX.1-dev's default. The embedding of it is there, as in FLUX.1-dev, and learns to change nothing
+GUIDANCE = 3.5
 
 
 @dataclass
@@ -56,12 +70,13 @@ class Args:
 
 
 def train_vae(args):
-    """AutoencoderKL, 32x32x3 -> 8x8x8; its scaling and shift give latents of mean 0 and standard deviation 1.
+    """AutoencoderKL, 32x32x3 -> 8x8x8; its scaling and shift give latents of mean 0 and standard
+    deviation 1.
 
-    A linear readout of the latents has to tell the shape and the colour at each place. It is thrown away; what stays
-    is that a shape's kind fills its latents instead of hiding in its outline, so the flow learns the words for it
-    early. (Aligning latents with what an image means: VA-VAE, arXiv 2501.01423.)
-    """
+    A linear readout of the latents has to tell the shape and the colour at each place. It is thrown
+    away; what stays is that a shape's kind fills its latents instead of hiding in its outline, so
+    the flow learns the words for it early. (Aligning latents with what an image means: VA-VAE,
+    arXiv 2501.01423.)"""
     torch.manual_seed(args.seed)
     vae = AutoencoderKL(
         block_out_channels=(16, 32, 64), down_block_types=("DownEncoderBlock2D",) * 3,
@@ -69,7 +84,9 @@ def train_vae(args):
         sample_size=shapes.SIZE, use_quant_conv=False, use_post_quant_conv=False,
     )  # fmt: skip
     readout = torch.nn.Conv2d(8, len(SHAPES) + 1 + len(COLOURS) + 1, 1)
-    scenes = shapes.sample_scenes(shapes.sample_captions(20_000, args.seed + 1, CROWDED), args.seed + 1)
+    scenes = shapes.sample_scenes(
+        shapes.sample_captions(20_000, args.seed + 1, CROWDED), args.seed + 1
+    )
     images, (kinds, colours) = shapes.render(scenes), what_is_where(scenes, 8)
     parameters = [*vae.parameters(), *readout.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=2e-3, weight_decay=0.0)
@@ -81,24 +98,41 @@ def train_vae(args):
         rebuilt = vae.decode(latents).sample
         kind, colour = readout(latents).split((len(SHAPES) + 1, len(COLOURS) + 1), dim=1)
         told = F.cross_entropy(kind, kinds[rows]) + F.cross_entropy(colour, colours[rows])
-        loss = F.mse_loss(rebuilt, batch) + 0.1 * F.l1_loss(rebuilt, batch) + 1e-5 * posterior.kl().mean()
+        loss = (
+            F.mse_loss(rebuilt, batch)
+            + 0.1 * F.l1_loss(rebuilt, batch)
+            + 1e-5 * posterior.kl().mean()
+        )
         (loss + 0.02 * told).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         if step % 100 == 0:
-            print(f"vae {step}: loss {loss.item():.5f} + {told.item():.3f}, learning rate {rate:.1e}", flush=True)
+            print(
+                f"vae {step}: loss {loss.item():.5f} + {told.item():.3f}, learning rate {rate:.1e}",
+                flush=True,
+            )
     latents = encode(vae, images[:2000])
-    vae.register_to_config(scaling_factor=1 / latents.std().item(), shift_factor=latents.mean().item())
+    vae.register_to_config(
+        scaling_factor=1 / latents.std().item(), shift_factor=latents.mean().item()
+    )
     return vae.eval()
 
 
 def what_is_where(scenes, side):
-    """Scenes -> the shape and the colour at each place of a grid, each [B, side, side] int, 0: background."""
+    """Scenes -> the shape and the colour at each place of a grid, each [B, side, side] int, 0:
+    background."""
     at = (torch.arange(side) + 0.5) * shapes.SIZE / side
-    dx, dy = at - scenes.x[..., None, None], at[:, None] - scenes.y[..., None, None]  # [B, N, side, side]
-    near = (dx**2 + dy**2 < (scenes.radius[..., None, None] + 1) ** 2) & (scenes.shape >= 0)[..., None, None]
-    return tuple((near * (value[..., None, None] + 1)).amax(1) for value in (scenes.shape, scenes.colour))
+    dx, dy = (
+        at - scenes.x[..., None, None],
+        at[:, None] - scenes.y[..., None, None],
+    )  # [B, N, side, side]
+    near = (dx**2 + dy**2 < (scenes.radius[..., None, None] + 1) ** 2) & (scenes.shape >= 0)[
+        ..., None, None
+    ]
+    return tuple(
+        (near * (value[..., None, None] + 1)).amax(1) for value in (scenes.shape, scenes.colour)
+    )
 
 
 @torch.no_grad()
@@ -140,7 +174,10 @@ def new_pipeline(vae, seed):
         patch_size=1, in_channels=32, num_layers=2, num_single_layers=4, attention_head_dim=16, num_attention_heads=8,
         joint_attention_dim=64, pooled_projection_dim=64, guidance_embeds=True, axes_dims_rope=(4, 6, 6),
     )  # fmt: skip
-    for name, layer in transformer.named_modules():  # every block starts as the identity (adaLN-Zero, 2212.09748)
+    for (
+        name,
+        layer,
+    ) in transformer.named_modules():  # every block starts as the identity (adaLN-Zero, 2212.09748)
         if name.endswith(".linear") or name == "proj_out":
             torch.nn.init.zeros_(layer.weight)
             torch.nn.init.zeros_(layer.bias)
@@ -165,7 +202,8 @@ def scenes(pipe, args):
 
 
 def noise_levels(number):
-    """Random sigmas [number, 1, 1]: what a scene shows is decided at high noise, so most of them are there."""
+    """Random sigmas [number, 1, 1]: what a scene shows is decided at high noise, so most of them
+    are there."""
     u = torch.rand(number)[:, None, None]
     return 3 * u / (1 + 2 * u)
 
@@ -176,11 +214,15 @@ def train_flow(pipe, args):
     torch.manual_seed(args.seed + 2)
     captions, latents = scenes(pipe, args)
     known = tokens(pipe, every_caption())
-    modules = torch.nn.ModuleList([pipe.transformer, pipe.text_encoder, pipe.text_encoder_2]).train()
+    modules = torch.nn.ModuleList(
+        [pipe.transformer, pipe.text_encoder, pipe.text_encoder_2]
+    ).train()
     average = torch.optim.swa_utils.AveragedModel(
         modules, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.998)
     )
-    optimizer = torch.optim.AdamW(modules.parameters(), lr=3e-3, weight_decay=1e-4, betas=(0.9, 0.98), fused=True)
+    optimizer = torch.optim.AdamW(
+        modules.parameters(), lr=3e-3, weight_decay=1e-4, betas=(0.9, 0.98), fused=True
+    )
     started = time.time()
     for step, rate in enumerate(schedule(optimizer, args.flow_steps)):
         rows = torch.randint(len(latents), (BATCH,))
@@ -190,7 +232,9 @@ def train_flow(pipe, args):
         sigma, guidance = noise_levels(BATCH), 1 + 4 * torch.rand(BATCH)
         text = embed(pipe, *map(torch.stack, zip(*told)))
         x = (1 - sigma) * clean + sigma * noise
-        loss = F.mse_loss(velocity(pipe.transformer, x, sigma.flatten(), guidance, *text), noise - clean)
+        loss = F.mse_loss(
+            velocity(pipe.transformer, x, sigma.flatten(), guidance, *text), noise - clean
+        )
         loss.backward()
         torch.nn.utils.clip_grad_norm_(modules.parameters(), 1.0)
         optimizer.step()
@@ -198,7 +242,8 @@ def train_flow(pipe, args):
         average.update_parameters(modules)
         if step % 500 == 0:
             print(
-                f"flow {step}: loss {loss.item():.4f}, learning rate {rate:.1e}, {time.time() - started:.0f} s",
+                f"flow {step}: loss {loss.item():.4f}, learning rate {rate:.1e}, "
+                f"{time.time() - started:.0f} s",
                 flush=True,
             )
     modules.load_state_dict(average.module.state_dict())
@@ -206,19 +251,24 @@ def train_flow(pipe, args):
 
 
 def tokens(pipe, captions):
-    """Token numbers of both tokenizers for each caption, looked up once: {caption: (clip [S], t5 [S])}"""
+    """Token numbers of both tokenizers for each caption, looked up once: {caption: (clip [S], t5
+    [S])}"""
     kwargs = dict(padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt")
-    clip, t5 = (tokenizer(captions, **kwargs).input_ids for tokenizer in (pipe.tokenizer, pipe.tokenizer_2))
+    clip, t5 = (
+        tokenizer(captions, **kwargs).input_ids for tokenizer in (pipe.tokenizer, pipe.tokenizer_2)
+    )
     return {caption: (clip[i], t5[i]) for i, caption in enumerate(captions)}
 
 
 def embed(pipe, clip_ids, t5_ids):
-    """Token numbers [b, S] of both tokenizers -> pooled [b, D'] and sequence [b, S, D] embeddings, with gradients."""
+    """Token numbers [b, S] of both tokenizers -> pooled [b, D'] and sequence [b, S, D] embeddings,
+    with gradients."""
     return pipe.text_encoder(clip_ids).pooler_output, pipe.text_encoder_2(t5_ids)[0]
 
 
 def velocity(transformer, x, sigma, guidance, pooled, sequence):
-    """FLUX's velocity with gradients wherever they are wanted; the sampler in `common` needs none in the text."""
+    """FLUX's velocity with gradients wherever they are wanted; the sampler in `common` needs none
+    in the text."""
     side = math.isqrt(x.shape[1])
     return transformer(
         hidden_states=x, timestep=sigma, guidance=guidance, pooled_projections=pooled, encoder_hidden_states=sequence,
@@ -232,7 +282,8 @@ def velocity(transformer, x, sigma, guidance, pooled, sequence):
 
 @torch.no_grad()
 def evaluate(pipe, captions, group, seed, steps=8):
-    """The verifier's scores of the pipeline's own noise-free samples, `group` of each caption: {name: [P, G]}."""
+    """The verifier's scores of the pipeline's own noise-free samples, `group` of each caption:
+    {name: [P, G]}."""
     pipe.set_progress_bar_config(disable=True)
     images = pipe(
         captions, num_images_per_prompt=group, height=shapes.SIZE, width=shapes.SIZE, num_inference_steps=steps,
@@ -251,8 +302,13 @@ def main(args):
     pipe.to(torch.float16).save_pretrained(args.output)
     size = sum(file.stat().st_size for file in Path(args.output).rglob("*") if file.is_file())
     print(f"{args.output}: {size / 1e6:.1f} MB, {time.time() - started:.0f} s")
-    for name, score in evaluate(pipe.to(torch.float32), shapes.split_captions()[1], 8, args.seed).items():
-        print(f"held-out {name}: mean {score.mean():.3f}, within a group {score.std(1, unbiased=False).mean():.3f}")
+    for name, score in evaluate(
+        pipe.to(torch.float32), shapes.split_captions()[1], 8, args.seed
+    ).items():
+        print(
+            f"held-out {name}: mean {score.mean():.3f}, within a group "
+            f"{score.std(1, unbiased=False).mean():.3f}"
+        )
 
 
 if __name__ == "__main__":

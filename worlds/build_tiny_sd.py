@@ -1,11 +1,10 @@
-"""Builds `assets/tiny-sd`: a small Stable Diffusion 1.x that knows the shapes world but often picks the wrong shape,
-colour, number or place.
+"""Builds `assets/tiny-sd`: a small Stable Diffusion 1.x that knows the shapes world but often picks
+the wrong shape, colour, number or place.
 
     python -m worlds.build_tiny_sd              # after tiny-flux, whose autoencoder it takes
 
-As tiny-flux (worlds/build_tiny_flux.py), but for what Stable Diffusion is: a UNet2DConditionModel that predicts the
-noise of SD's own schedule, one CLIP text encoder, DDIM sampling.
-"""
+As tiny-flux (worlds/build_tiny_flux.py), but for what Stable Diffusion is: a UNet2DConditionModel
+that predicts the noise of SD's own schedule, one CLIP text encoder, DDIM sampling."""
 
 import random
 import time
@@ -84,7 +83,9 @@ def train(pipe, args):
     average = torch.optim.swa_utils.AveragedModel(
         modules, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.998)
     )
-    optimizer = torch.optim.AdamW(modules.parameters(), lr=2e-3, weight_decay=1e-4, betas=(0.9, 0.98), fused=True)
+    optimizer = torch.optim.AdamW(
+        modules.parameters(), lr=2e-3, weight_decay=1e-4, betas=(0.9, 0.98), fused=True
+    )
     started = time.time()
     for step, rate in enumerate(schedule(optimizer, args.steps)):
         rows = torch.randint(len(latents), (BATCH,))
@@ -103,7 +104,9 @@ def train(pipe, args):
         average.update_parameters(modules)
         if step % 200 == 0:
             print(
-                f"{step}: loss {loss.item():.4f}, learning rate {rate:.1e}, {time.time() - started:.0f} s", flush=True
+                f"{step}: loss {loss.item():.4f}, learning rate {rate:.1e}, "
+                f"{time.time() - started:.0f} s",
+                flush=True,
             )
     modules.load_state_dict(average.module.state_dict())
     modules.eval()
@@ -111,7 +114,8 @@ def train(pipe, args):
 
 @torch.no_grad()
 def evaluate(folder, captions, group, seed, steps=8):
-    """The verifier on noise-free samples of a saved pipeline, `group` of each caption: {name: [P, G]}."""
+    """The verifier on noise-free samples of a saved pipeline, `group` of each caption: {name: [P,
+    G]}."""
     lines = [caption for caption in captions for _ in range(group)]
     model = models.load(folder, torch.float32, lines)
     images = sample(model, lines, torch.arange(len(lines)) + seed, model.sigmas(steps, 1.0), 256)
@@ -121,13 +125,19 @@ def evaluate(folder, captions, group, seed, steps=8):
 def main(args):
     started = time.time()
     pipe = new_pipeline(args)
-    print(f"U-Net: {sum(weight.numel() for weight in pipe.unet.parameters()) / 1e6:.2f}M weights", flush=True)
+    print(
+        f"U-Net: {sum(weight.numel() for weight in pipe.unet.parameters()) / 1e6:.2f}M weights",
+        flush=True,
+    )
     train(pipe, args)
     pipe.to(torch.float16).save_pretrained(args.output)
     size = sum(file.stat().st_size for file in Path(args.output).rglob("*") if file.is_file())
     print(f"{args.output}: {size / 1e6:.1f} MB, {time.time() - started:.0f} s")
     for name, score in evaluate(args.output, shapes.split_captions()[1], 8, args.seed).items():
-        print(f"held-out {name}: mean {score.mean():.3f}, within a group {score.std(1, unbiased=False).mean():.3f}")
+        print(
+            f"held-out {name}: mean {score.mean():.3f}, within a group "
+            f"{score.std(1, unbiased=False).mean():.3f}"
+        )
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""Builds `assets/tiny-wan` and `assets/tiny-wan-i2v`: small Wans that know the world of moving shapes but often make
-the wrong thing move, or move it the wrong way or at the wrong speed.
+"""Builds `assets/tiny-wan` and `assets/tiny-wan-i2v`: small Wans that know the world of moving
+shapes but often make the wrong thing move, or move it the wrong way or at the wrong speed.
 
     python -m worlds.build_tiny_wan             # text to video
     python -m worlds.build_tiny_wan --images    # image to video, two experts; takes the autoencoder of the other
 
-As tiny-flux (worlds/build_tiny_flux.py): an AutoencoderKLWan on clean clips, whose latents have to tell what is where;
-then WanTransformer3DModel and its text encoder by flow matching, on true captions first and on partly wrong ones in
-the last steps. Of text to video, guidance goes into the weights then: without, few steps of a small model blur.
-"""
+As tiny-flux (worlds/build_tiny_flux.py): an AutoencoderKLWan on clean clips, whose latents have to
+tell what is where; then WanTransformer3DModel and its text encoder by flow matching, on true
+captions first and on partly wrong ones in the last steps. Of text to video, guidance goes into the
+weights then: without, few steps of a small model blur."""
 
 import copy
 import random
@@ -73,10 +73,11 @@ class Args:
 
 
 def train_vae(args):
-    """AutoencoderKLWan, 5x3x32x32 -> 8x3x8x8, with the statistics that give latents of mean 0 and deviation 1.
+    """AutoencoderKLWan, 5x3x32x32 -> 8x3x8x8, with the statistics that give latents of mean 0 and
+    deviation 1.
 
-    As tiny-flux's: a linear readout of the latents, thrown away, has to tell shape and colour at each place.
-    """
+    As tiny-flux's: a linear readout of the latents, thrown away, has to tell shape and colour at
+    each place."""
     torch.manual_seed(args.seed)
     vae = AutoencoderKLWan(
         base_dim=16, z_dim=CHANNELS, dim_mult=[1, 2, 2], num_res_blocks=1, temperal_downsample=[False, True],
@@ -96,24 +97,32 @@ def train_vae(args):
         rebuilt = vae.decode(latents).sample
         kind, colour = readout(latents).split((len(SHAPES) + 1, len(COLOURS) + 1), dim=1)
         told = F.cross_entropy(kind, kinds[rows]) + F.cross_entropy(colour, colours[rows])
-        loss = F.mse_loss(rebuilt, batch) + 0.1 * F.l1_loss(rebuilt, batch) + 1e-5 * posterior.kl().mean()
+        loss = (
+            F.mse_loss(rebuilt, batch)
+            + 0.1 * F.l1_loss(rebuilt, batch)
+            + 1e-5 * posterior.kl().mean()
+        )
         (loss + 0.02 * told).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         if step % 100 == 0:
-            print(f"vae {step}: loss {loss.item():.5f} + {told.item():.3f}, learning rate {rate:.1e}", flush=True)
+            print(
+                f"vae {step}: loss {loss.item():.5f} + {told.item():.3f}, learning rate {rate:.1e}",
+                flush=True,
+            )
     latents = encode(vae, clips)
     vae.register_to_config(
-        latents_mean=latents.mean((0, 2, 3, 4)).tolist(), latents_std=latents.std((0, 2, 3, 4)).tolist()
+        latents_mean=latents.mean((0, 2, 3, 4)).tolist(),
+        latents_std=latents.std((0, 2, 3, 4)).tolist(),
     )
     train_decoder(vae, latents, clips, args.decoder_steps)
     return vae.eval()
 
 
 def train_decoder(vae, latents, clips, steps):
-    """The decoder alone, further, on latents a little off, as those that the flow will make. The encoder's latents stay
-    what they are: a flow that has learned them need not learn again."""
+    """The decoder alone, further, on latents a little off, as those that the flow will make. The
+    encoder's latents stay what they are: a flow that has learned them need not learn again."""
     spread = torch.tensor(vae.config.latents_std)[:, None, None, None]
     parameters = [*vae.post_quant_conv.parameters(), *vae.decoder.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=2e-3, weight_decay=0.0)
@@ -121,7 +130,9 @@ def train_decoder(vae, latents, clips, steps):
         rows = torch.randint(len(clips), (8,))
         batch = clips[rows].transpose(1, 2) * 2 - 1  # [b, 3, F, H, W]
         rebuilt = vae.decode(latents[rows] + 0.1 * spread * torch.randn_like(latents[rows])).sample
-        loss = F.mse_loss(rebuilt, batch) + 0.5 * F.l1_loss(rebuilt, batch)  # the second for sharp corners
+        loss = F.mse_loss(rebuilt, batch) + 0.5 * F.l1_loss(
+            rebuilt, batch
+        )  # the second for sharp corners
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -140,11 +151,13 @@ def report_vae(vae):
 
 
 def what_is_where(scenes, side):
-    """The shape and the colour at each place of every second frame, each [B, F', side, side] int, 0: background."""
+    """The shape and the colour at each place of every second frame, each [B, F', side, side] int,
+    0: background."""
     at = (torch.arange(side) + 0.5) * scenes.size / side
     when = torch.linspace(0, 1, scenes.frames)[::2]  # [F']
     x, y = (
-        start[:, None] + when * path[:, None] for start, path in ((scenes.x, scenes.path_x), (scenes.y, scenes.path_y))
+        start[:, None] + when * path[:, None]
+        for start, path in ((scenes.x, scenes.path_x), (scenes.y, scenes.path_y))
     )
     dx, dy = at - x[..., None, None], at[:, None] - y[..., None, None]  # [B, F', side, side]
     near = dx**2 + dy**2 < (scenes.radius[:, None, None, None] + 1) ** 2
@@ -166,7 +179,10 @@ def decode(vae, latents):
 
 
 def normalised(vae, latents):
-    mean, std = (torch.tensor(s)[:, None, None, None] for s in (vae.config.latents_mean, vae.config.latents_std))
+    mean, std = (
+        torch.tensor(s)[:, None, None, None]
+        for s in (vae.config.latents_mean, vae.config.latents_std)
+    )
     return (latents - mean) / std
 
 
@@ -177,11 +193,19 @@ def new_pipeline(vae, args):
     """The pipeline with untrained transformers and text encoder."""
     torch.manual_seed(args.seed)
     tokenizer = t5_tokenizer(every_caption(), TOKENS)
-    longest = max(len(tokenizer(caption).input_ids) - len(caption.split()) for caption in every_caption())
+    longest = max(
+        len(tokenizer(caption).input_ids) - len(caption.split()) for caption in every_caption()
+    )
     assert longest == 1, "the tokenizer splits a word of the world"
     text_encoder = UMT5EncoderModel(
         UMT5Config(
-            vocab_size=len(tokenizer), d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4, dropout_rate=0.0
+            vocab_size=len(tokenizer),
+            d_model=64,
+            d_kv=16,
+            d_ff=128,
+            num_layers=2,
+            num_heads=4,
+            dropout_rate=0.0,
         )
     )
     cls = WanImageToVideoPipeline if args.images else WanPipeline
@@ -214,21 +238,26 @@ def every_caption():
 
 @torch.no_grad()
 def scenes(pipe, args):
-    """Captions, a clip's latents for each [n, C, F', h, w], and those of its first frame with the mask, or None."""
+    """Captions, a clip's latents for each [n, C, F', h, w], and those of its first frame with the
+    mask, or None."""
     captions = moving.sample_captions(args.scenes, args.seed + 3)
     clips = moving.render(moving.sample_scenes(captions, args.seed + 4))
     latents = normalised(pipe.vae, encode(pipe.vae, clips))
     if not args.images:
         return captions, latents, None
-    # as WanImageToVideoPipeline.prepare_latents, which takes one image a call: the first frame, then grey
+    # as WanImageToVideoPipeline.prepare_latents, which takes one image a call: the first frame,
+    # then grey
     first = torch.cat([clips[:, :1], torch.full_like(clips[:, 1:], 0.5)], 1)
-    _, one = pipe.prepare_latents(clips[:1, 0] * 2 - 1, 1, CHANNELS, 32, 32, clips.shape[1], torch.float32, "cpu")
+    _, one = pipe.prepare_latents(
+        clips[:1, 0] * 2 - 1, 1, CHANNELS, 32, 32, clips.shape[1], torch.float32, "cpu"
+    )
     mask = one[:, :-CHANNELS].expand(len(clips), -1, -1, -1, -1)
     return captions, latents, torch.cat([mask, normalised(pipe.vae, encode(pipe.vae, first))], 1)
 
 
 def noise_levels(number, low, high):
-    """Random sigmas [number] between two: what a clip shows is decided at high noise, so most of them are there."""
+    """Random sigmas [number] between two: what a clip shows is decided at high noise, so most of
+    them are there."""
 
     def place(sigma):
         return sigma / (3 - 2 * sigma)
@@ -245,16 +274,23 @@ def experts_of(pipe):
 
 
 def noisy_batch(latents, still, low, high):
-    """Random rows [b] with noise between two sigmas: the transformer's input, sigma [b], the velocity to learn."""
+    """Random rows [b] with noise between two sigmas: the transformer's input, sigma [b], the
+    velocity to learn."""
     rows = torch.randint(len(latents), (BATCH,))
-    clean, noise, sigma = latents[rows], torch.randn(BATCH, *latents.shape[1:]), noise_levels(BATCH, low, high)
+    clean, noise, sigma = (
+        latents[rows],
+        torch.randn(BATCH, *latents.shape[1:]),
+        noise_levels(BATCH, low, high),
+    )
     spread = sigma[:, None, None, None, None]
     x = (1 - spread) * clean + spread * noise
     return rows, x if still is None else torch.cat([x, still[rows]], 1), sigma, noise - clean
 
 
 def velocity(transformer, x, sigma, text):
-    return transformer(hidden_states=x, timestep=1000 * sigma, encoder_hidden_states=text, return_dict=False)[0]
+    return transformer(
+        hidden_states=x, timestep=1000 * sigma, encoder_hidden_states=text, return_dict=False
+    )[0]
 
 
 def train_flow(pipe, captions, latents, still, args, rate=3e-3):
@@ -267,7 +303,9 @@ def train_flow(pipe, captions, latents, still, args, rate=3e-3):
     average = torch.optim.swa_utils.AveragedModel(
         modules, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.998)
     )
-    optimizer = torch.optim.AdamW(modules.parameters(), lr=rate, weight_decay=1e-4, betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(
+        modules.parameters(), lr=rate, weight_decay=1e-4, betas=(0.9, 0.98)
+    )
     started = time.time()
     steps = args.flow_steps * len(experts)
     for step, now in enumerate(schedule(optimizer, steps)):
@@ -283,7 +321,8 @@ def train_flow(pipe, captions, latents, still, args, rate=3e-3):
         average.update_parameters(modules)
         if step % 200 < len(experts):
             print(
-                f"flow {step}: loss {loss.item():.4f}, learning rate {now:.1e}, {time.time() - started:.0f} s",
+                f"flow {step}: loss {loss.item():.4f}, learning rate {now:.1e}, "
+                f"{time.time() - started:.0f} s",
                 flush=True,
             )
     modules.load_state_dict(average.module.state_dict())
@@ -303,7 +342,9 @@ def distil_guidance(pipe, captions, latents, still, args):
             text = embed(pipe, torch.stack([known[captions[row]] for row in rows]))
             nothing = embed(pipe, known[""].expand(BATCH, -1))
             towards, away = velocity(teacher, x, sigma, text), velocity(teacher, x, sigma, nothing)
-        loss = F.mse_loss(velocity(student, x, sigma, text), away + args.guidance * (towards - away))
+        loss = F.mse_loss(
+            velocity(student, x, sigma, text), away + args.guidance * (towards - away)
+        )
         loss.backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         optimizer.step()
@@ -329,10 +370,13 @@ def embed(pipe, ids):
 
 @torch.no_grad()
 def evaluate(name, folder, group, seed, every=1):
-    """The verifier on noise-free samples of a saved pipeline, `group` for each held-out line: {part: [P, G]}."""
+    """The verifier on noise-free samples of a saved pipeline, `group` for each held-out line:
+    {part: [P, G]}."""
     settings = models.settings(name)
     lines = [line for line in read_prompts(settings["eval_prompts"])[::every] for _ in range(group)]
-    model = models.load(folder, torch.float32, lines, height=32, width=32, frames=settings["frames"])
+    model = models.load(
+        folder, torch.float32, lines, height=32, width=32, frames=settings["frames"]
+    )
     streams = torch.arange(len(lines)) + seed
     clips = sample(model, lines, streams, model.sigmas(8, settings["shift"]), 128)
     scores = motion.verify(clips, [caption_of(line) for line in lines])
@@ -342,7 +386,11 @@ def evaluate(name, folder, group, seed, every=1):
 def main(args):
     started, name = time.time(), "tiny-wan-i2v" if args.images else "tiny-wan"
     output = args.output or f"assets/{name}"
-    vae = AutoencoderKLWan.from_pretrained(args.vae_from, subfolder="vae").eval() if args.images else train_vae(args)
+    vae = (
+        AutoencoderKLWan.from_pretrained(args.vae_from, subfolder="vae").eval()
+        if args.images
+        else train_vae(args)
+    )
     report_vae(vae)
     print(f"autoencoder: {time.time() - started:.0f} s", flush=True)
     pipe = new_pipeline(vae, args)
@@ -350,7 +398,10 @@ def main(args):
     train_flow(pipe, *data, args)
     if args.images:  # with the first frame given it knows too well what to do
         train_flow(
-            pipe, *data, replace(args, flow_steps=args.wrong_steps, true_captions=0.0, wrong=args.more_wrong), 1e-3
+            pipe,
+            *data,
+            replace(args, flow_steps=args.wrong_steps, true_captions=0.0, wrong=args.more_wrong),
+            1e-3,
         )
     else:
         distil_guidance(pipe, *data, args)
@@ -358,7 +409,10 @@ def main(args):
     size = sum(file.stat().st_size for file in Path(output).rglob("*") if file.is_file())
     print(f"{output}: {size / 1e6:.1f} MB, {time.time() - started:.0f} s")
     for part, score in evaluate(name, output, 8, args.seed).items():
-        print(f"held-out {part}: mean {score.mean():.3f}, within a group {score.std(1, unbiased=False).mean():.3f}")
+        print(
+            f"held-out {part}: mean {score.mean():.3f}, within a group "
+            f"{score.std(1, unbiased=False).mean():.3f}"
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""What the builders of the embedded models share: tokenizers made from captions, a learning rate."""
+"""What the builders of the embedded models share: tokenizers made from captions, a learning
+rate."""
 
 import math
 from collections import Counter
@@ -13,7 +14,8 @@ def words_of(corpus):
 
 
 def clip_tokenizer(corpus, longest):
-    """A real CLIP byte-pair tokenizer whose merges are learned from the captions' words: one token a word.
+    """A real CLIP byte-pair tokenizer whose merges are learned from the captions' words: one token
+    a word.
 
     Learned here because the library's trainer numbers its tokens differently in every process.
     """
@@ -22,9 +24,16 @@ def clip_tokenizer(corpus, longest):
     while pairs := Counter(pair for parts in spelled.values() for pair in zip(parts, parts[1:])):
         merges.append(max(pairs, key=lambda pair: (pairs[pair], pair)))
         spelled = {word: _merge(parts, merges[-1]) for word, parts in spelled.items()}
-    tokens = ["<|startoftext|>", "<|endoftext|>", *LETTERS, *(letter + "</w>" for letter in LETTERS)]
+    tokens = [
+        "<|startoftext|>",
+        "<|endoftext|>",
+        *LETTERS,
+        *(letter + "</w>" for letter in LETTERS),
+    ]
     tokens += dict.fromkeys(left + right for left, right in merges)
-    return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=merges, model_max_length=longest)
+    return CLIPTokenizer(
+        vocab={token: i for i, token in enumerate(tokens)}, merges=merges, model_max_length=longest
+    )
 
 
 def _merge(parts, pair):

@@ -21,8 +21,16 @@ from worlds.motion import DIRECTIONS, PIXEL, SPEEDS, TASKS, parse
 from worlds.scene import ANY, COLOURS, SHAPES, draw
 
 FRAMES, SIZE = 5, 32
-ATTRIBUTES = {"shape": SHAPES, "colour": tuple(COLOURS), "direction": tuple(DIRECTIONS), "speed": tuple(SPEEDS)}
-PATHS = {"slowly": (5 * PIXEL, 8 * PIXEL), "quickly": (13 * PIXEL, 17 * PIXEL)}  # of the whole clip; share of the side
+ATTRIBUTES = {
+    "shape": SHAPES,
+    "colour": tuple(COLOURS),
+    "direction": tuple(DIRECTIONS),
+    "speed": tuple(SPEEDS),
+}
+PATHS = {
+    "slowly": (5 * PIXEL, 8 * PIXEL),
+    "quickly": (13 * PIXEL, 17 * PIXEL),
+}  # of the whole clip; share of the side
 RADII = (4.0, 5.0)  # pixels; the largest triangle just has room for the longest path
 # how far a shape of radius 1 reaches from its centroid: to a side, up, down
 REACH = {
@@ -38,12 +46,20 @@ REACH = {
 
 def captions():
     """Every caption of the world: {task: [caption, ...]}, in a fixed order."""
-    motions = {speed: [f" moving {d}{speed}" for d in DIRECTIONS] for speed in ("", *(f" {s}" for s in SPEEDS))}
+    motions = {
+        speed: [f" moving {d}{speed}" for d in DIRECTIONS]
+        for speed in ("", *(f" {s}" for s in SPEEDS))
+    }
     any_speed = [motion for of_speed in motions.values() for motion in of_speed]
     coloured = [f"a {colour} {shape}" for colour in COLOURS for shape in SHAPES]
     vague = ["a shape"] + [f"something {colour}" for colour in COLOURS]
     return {
-        "full": [thing + motion for thing in coloured for speed in SPEEDS for motion in motions[f" {speed}"]],
+        "full": [
+            thing + motion
+            for thing in coloured
+            for speed in SPEEDS
+            for motion in motions[f" {speed}"]
+        ],
         "direction": [thing + motion for thing in coloured for motion in motions[""]],
         "shape": [f"a {shape}{motion}" for shape in SHAPES for motion in any_speed],
         "vague": [thing + motion for thing in vague for motion in any_speed],
@@ -53,17 +69,23 @@ def captions():
 def write(wanted):
     """Wanted -> caption; the inverse of `parse`."""
     shape, colour, direction, speed = (
-        "" if getattr(wanted, kind) == ANY else names[getattr(wanted, kind)] for kind, names in ATTRIBUTES.items()
+        "" if getattr(wanted, kind) == ANY else names[getattr(wanted, kind)]
+        for kind, names in ATTRIBUTES.items()
     )
     thing = f"something {colour}" if colour and not shape else f"a {colour} {shape or 'shape'}"
-    return " ".join(f"{thing} moving {direction} {speed}".split())  # one blank where a word is left open
+    return " ".join(
+        f"{thing} moving {direction} {speed}".split()
+    )  # one blank where a word is left open
 
 
 def corrupt(caption, probability, rng, only=tuple(ATTRIBUTES)):
-    """The caption with each attribute of `only` that it names replaced with `probability` by another value."""
+    """The caption with each attribute of `only` that it names replaced with `probability` by
+    another value."""
     wanted = parse(caption)
     named = [kind for kind in ATTRIBUTES if kind in only and getattr(wanted, kind) != ANY]
-    return write(replace(wanted, **{k: _other(wanted, k, rng) for k in named if rng.random() < probability}))
+    return write(
+        replace(wanted, **{k: _other(wanted, k, rng) for k in named if rng.random() < probability})
+    )
 
 
 def change_one(caption, rng):
@@ -75,7 +97,9 @@ def change_one(caption, rng):
 
 def _other(wanted, kind, rng):
     """Another value of an attribute."""
-    return rng.choice([value for value in range(len(ATTRIBUTES[kind])) if value != getattr(wanted, kind)])
+    return rng.choice(
+        [value for value in range(len(ATTRIBUTES[kind])) if value != getattr(wanted, kind)]
+    )
 
 
 # --- Scenes ---
@@ -104,17 +128,20 @@ def render(scenes):
     fields = [field[:, None].expand_as(x) for field in (scenes.shape, scenes.colour, scenes.radius)]
     shape, colour, radius, x, y = (field.reshape(-1, 1) for field in (*fields, x, y))
     parts = zip(*(field.split(1000) for field in (shape, colour, x, y, radius)))
-    images = torch.cat([draw(*part, scenes.size) for part in parts])  # in parts that fit the processor's caches
+    images = torch.cat(
+        [draw(*part, scenes.size) for part in parts]
+    )  # in parts that fit the processor's caches
     return images.unflatten(0, (-1, scenes.frames))
 
 
 def sample_scenes(captions, seed, frames=FRAMES, size=SIZE):
-    """A random scene for each caption: what it leaves open is drawn at random, the whole path is inside the image. The
-    number of frames does not change what is drawn."""
+    """A random scene for each caption: what it leaves open is drawn at random, the whole path is
+    inside the image. The number of frames does not change what is drawn."""
     generator = torch.Generator().manual_seed(seed)
     wanted = [parse(caption) for caption in captions]
     shape, colour, direction, speed = (
-        _fill([getattr(w, kind) for w in wanted], len(names), generator) for kind, names in ATTRIBUTES.items()
+        _fill([getattr(w, kind) for w in wanted], len(names), generator)
+        for kind, names in ATTRIBUTES.items()
     )
 
     def between(low, high):
@@ -124,22 +151,39 @@ def sample_scenes(captions, seed, frames=FRAMES, size=SIZE):
     path = between(*(torch.tensor([PATHS[name] for name in SPEEDS])[speed] * size).T)
     path_x, path_y = (torch.tensor(list(DIRECTIONS.values()))[direction] * path[:, None]).T
     # half a pixel for the antialiased rim
-    side, up, down = (torch.tensor([REACH[name] for name in SHAPES])[shape] * (radius + 0.5)[:, None]).T
+    side, up, down = (
+        torch.tensor([REACH[name] for name in SHAPES])[shape] * (radius + 0.5)[:, None]
+    ).T
     left, right = side - path_x.clamp(max=0), size - side - path_x.clamp(min=0)
     top, bottom = up - path_y.clamp(max=0), size - down - path_y.clamp(min=0)
     if ((left > right) | (top > bottom)).any():
-        raise ValueError(f"a clip of {size} x {size} pixels has no room for the paths; {SIZE} x {SIZE} has")
-    return Scenes(shape, colour, between(left, right), between(top, bottom), path_x, path_y, radius, frames, size)
+        raise ValueError(
+            f"a clip of {size} x {size} pixels has no room for the paths; {SIZE} x {SIZE} has"
+        )
+    return Scenes(
+        shape,
+        colour,
+        between(left, right),
+        between(top, bottom),
+        path_x,
+        path_y,
+        radius,
+        frames,
+        size,
+    )
 
 
 def _fill(values, options, generator):
     """B attribute indices, ANY where open -> [B] with the open ones drawn at random."""
     values = torch.tensor(values)
-    return torch.where(values == ANY, torch.randint(options, values.shape, generator=generator), values)
+    return torch.where(
+        values == ANY, torch.randint(options, values.shape, generator=generator), values
+    )
 
 
 def sample_captions(number, seed, weights=None):
-    """`number` random captions, tasks in equal shares unless `weights` {task: share} says otherwise."""
+    """`number` random captions, tasks in equal shares unless `weights` {task: share} says
+    otherwise."""
     rng, by_task = random.Random(seed), captions()
     tasks = rng.choices(TASKS, [1.0 if weights is None else weights[t] for t in TASKS], k=number)
     return [rng.choice(by_task[task]) for task in tasks]
@@ -147,7 +191,12 @@ def sample_captions(number, seed, weights=None):
 
 # --- Prompt files ---
 
-HELD_OUT = {"full": 36, "direction": 34, "shape": 24, "vague": 34}  # 128, as equal as half of the fewest allows
+HELD_OUT = {
+    "full": 36,
+    "direction": 34,
+    "shape": 24,
+    "vague": 34,
+}  # 128, as equal as half of the fewest allows
 TRAINED = {"full": 46}  # the others: all that are not held out
 FIRST_FRAMES = 120  # training lines of the image-to-video file; of the held-out one: all
 
@@ -166,15 +215,19 @@ def split_captions(seed=0):
 
 
 def main(folder="assets/prompts"):
-    """Writes the prompt files that the embedded models use by default, and those for image-to-video: on each line the
-    first frame of a clip that shows the caption, and the caption."""
+    """Writes the prompt files that the embedded models use by default, and those for
+    image-to-video: on each line the first frame of a clip that shows the caption, and the
+    caption."""
     path = Path(folder)
     (path / "motion_frames").mkdir(parents=True, exist_ok=True)
     train, held_out = split_captions()
     lines = {"motion.txt": train, "motion_heldout.txt": held_out}
     first = train[:FIRST_FRAMES] + held_out
     lined = [f"motion_frames/{number:04d}.png\t{caption}" for number, caption in enumerate(first)]
-    lines |= {"motion_i2v.txt": lined[:FIRST_FRAMES], "motion_i2v_heldout.txt": lined[FIRST_FRAMES:]}
+    lines |= {
+        "motion_i2v.txt": lined[:FIRST_FRAMES],
+        "motion_i2v_heldout.txt": lined[FIRST_FRAMES:],
+    }
 
     for line, clip in zip(lined, render(sample_scenes(first, seed=0))):
         pixels = (clip[0] * 255).round().byte().movedim(0, -1).numpy()  # [H, W, 3]

@@ -1,5 +1,6 @@
-"""Scenes of the shapes world: how they are drawn (the renderer of worlds/shapes.py), and what a caption asks of them.
-Needs torch alone, and can be carried out of the project with verifier.py, which reads them."""
+"""Scenes of the shapes world: how they are drawn (the renderer of worlds/shapes.py), and what a
+caption asks of them. Needs torch alone, and can be carried out of the project with verifier.py,
+which reads them."""
 
 import functools
 import re
@@ -17,7 +18,12 @@ COLOURS = {
 }
 SHAPES = ("circle", "square", "triangle", "cross")
 NUMBERS = {"two": 2, "three": 3, "four": 4}
-RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}  # (x, y) of the first, y down
+RELATIONS = {
+    "left of": (-1, 0),
+    "right of": (1, 0),
+    "above": (0, -1),
+    "below": (0, 1),
+}  # (x, y) of the first, y down
 TASKS = ("single", "two", "counting", "colours", "position", "attribution", "vague")
 
 MAX_WANTED = 4  # objects that a caption can name
@@ -30,17 +36,19 @@ ANY = -1  # a shape or colour that is left open
 def coverage(dx: torch.Tensor, dy: torch.Tensor, radius: torch.Tensor) -> torch.Tensor:
     """Share of each pixel that a shape covers, antialiased over one pixel.
 
-    dx, dy: pixel position minus the shape's centroid, [...]; radius in pixels, broadcastable. A shape of radius r has
-    the area of a circle of radius r, whatever the shape, and its centroid at 0. Returns [S, ...] in [0, 1], in the
-    order of SHAPES.
-    """
+    dx, dy: pixel position minus the shape's centroid, [...]; radius in pixels, broadcastable. A
+    shape of radius r has the area of a circle of radius r, whatever the shape, and its centroid at
+    0. Returns [S, ...] in [0, 1], in the order of SHAPES."""
     ax, ay = dx.abs(), dy.abs()
     distance_from_centre = torch.sqrt(dx**2 + dy**2)
     half_square, inradius, half_cross = 0.8862 * radius, 0.7776 * radius, 1.189 * radius
     circle = distance_from_centre - radius
     square = torch.maximum(ax, ay) - half_square
     triangle = torch.maximum(dy, 0.8660 * ax - 0.5 * dy) - inradius  # point upwards
-    bar, beam = torch.maximum(ax - half_cross, ay - half_cross / 3), torch.maximum(ax - half_cross / 3, ay - half_cross)
+    bar, beam = (
+        torch.maximum(ax - half_cross, ay - half_cross / 3),
+        torch.maximum(ax - half_cross / 3, ay - half_cross),
+    )
     signed_distance = torch.stack([circle, square, triangle, torch.minimum(bar, beam)])
     return (0.5 - signed_distance).clamp(0, 1)
 
@@ -52,21 +60,31 @@ def pixel_grid(size: int, device: torch.device | None = None) -> tuple[torch.Ten
 
 
 def draw(
-    shape: torch.Tensor, colour: torch.Tensor, x: torch.Tensor, y: torch.Tensor, radius: torch.Tensor, size: int
+    shape: torch.Tensor,
+    colour: torch.Tensor,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    radius: torch.Tensor,
+    size: int,
 ) -> torch.Tensor:
-    """Scenes -> images [B, 3, H, W] in [0, 1]: shape and colour (indices; shape ANY = no object), x, y and radius
-    (pixels), each [B, N]."""
+    """Scenes -> images [B, 3, H, W] in [0, 1]: shape and colour (indices; shape ANY = no object),
+    x, y and radius (pixels), each [B, N]."""
     px, py = pixel_grid(size, x.device)
-    covers = coverage(px - x[..., None, None], py - y[..., None, None], radius[..., None, None])  # [S, B, N, H, W]
+    covers = coverage(
+        px - x[..., None, None], py - y[..., None, None], radius[..., None, None]
+    )  # [S, B, N, H, W]
     return paint(covers, shape, colour)
 
 
 def paint(covers: torch.Tensor, shape: torch.Tensor, colour: torch.Tensor) -> torch.Tensor:
-    """Lays each object's colour over its pixels: covers [S, B, N, H, W], shape and colour [B, N] -> [B, 3, H, W]."""
+    """Lays each object's colour over its pixels: covers [S, B, N, H, W], shape and colour [B, N] ->
+    [B, 3, H, W]."""
     index = shape.clamp(min=0)[None, :, :, None, None].expand(1, *covers.shape[1:])
     cover = covers.gather(0, index)[0] * (shape >= 0)[..., None, None]  # [B, N, H, W]
     ink = palette(cover.device)[colour.clamp(min=0)] - background(cover.device)  # [B, N, 3]
-    return (background(cover.device)[:, None, None] + torch.einsum("bnhw,bnc->bchw", cover, ink)).clamp(0, 1)
+    return (
+        background(cover.device)[:, None, None] + torch.einsum("bnhw,bnc->bchw", cover, ink)
+    ).clamp(0, 1)
 
 
 def palette(device: torch.device | None = None) -> torch.Tensor:
@@ -84,7 +102,8 @@ def background(device: torch.device | None = None) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a caption asks for: (shape, colour) of each object, ANY where left open; a relation of the first two."""
+    """What a caption asks for: (shape, colour) of each object, ANY where left open; a relation of
+    the first two."""
 
     task: str
     objects: tuple[tuple[int, int], ...]
@@ -97,7 +116,10 @@ _OBJECT = rf"an? (?:({_COLOUR}) )?({_SHAPE}|shape)"
 _GRAMMAR = [
     (re.compile(rf"{_OBJECT} ({'|'.join(RELATIONS)}) {_OBJECT}"), "position"),
     (re.compile(rf"{_OBJECT} and {_OBJECT}"), "pair"),
-    (re.compile(rf"({'|'.join(NUMBERS)}) (?:({_COLOUR}) )?({'|'.join(PLURALS.values())})"), "counting"),
+    (
+        re.compile(rf"({'|'.join(NUMBERS)}) (?:({_COLOUR}) )?({'|'.join(PLURALS.values())})"),
+        "counting",
+    ),
     (re.compile(_OBJECT), "one"),
     (re.compile(rf"something ({_COLOUR})"), "something"),
 ]
@@ -105,16 +127,19 @@ _GRAMMAR = [
 
 @functools.lru_cache(maxsize=100_000)
 def parse(caption: str) -> Wanted:
-    """Caption -> Wanted; raises ValueError with the grammar for a caption that is not of this world."""
+    """Caption -> Wanted; raises ValueError with the grammar for a caption that is not of this
+    world."""
     text = " ".join(caption.lower().split()).removesuffix(".").strip()
     for pattern, kind in _GRAMMAR:
         if match := pattern.fullmatch(text):
             return _wanted(kind, match.groups())
     raise ValueError(
-        f"the shapes world has no caption {caption[:80]!r}; it knows 'a [COLOUR] SHAPE', 'a [COLOUR] SHAPE "
+        f"the shapes world has no caption {caption[:80]!r}; it knows 'a [COLOUR] SHAPE', 'a "
+        "[COLOUR] SHAPE "
         "and a [COLOUR] SHAPE', 'a [COLOUR] SHAPE left of|right of|above|below a [COLOUR] SHAPE', "
         "'two|three|four [COLOUR] SHAPEs', "
-        f"'something COLOUR', with SHAPE {', '.join(SHAPES)} or shape and COLOUR {', '.join(COLOURS)}"
+        f"'something COLOUR', with SHAPE {', '.join(SHAPES)} or shape and COLOUR "
+        f"{', '.join(COLOURS)}"
     )
 
 
@@ -129,11 +154,18 @@ def _wanted(kind: str, groups: tuple[str | None, ...]) -> Wanted:
         return Wanted("position", (thing(*groups[:2]), thing(*groups[3:])), RELATIONS[groups[2]])
     if kind == "pair":
         objects = (thing(*groups[:2]), thing(*groups[2:]))
-        return Wanted("two" if all(colour == ANY for _, colour in objects) else "attribution", objects)
+        return Wanted(
+            "two" if all(colour == ANY for _, colour in objects) else "attribution", objects
+        )
     if kind == "counting":
         shape = next(shape for shape, plural in PLURALS.items() if plural == groups[2])
-        return Wanted("vague" if shape == "shape" else "counting", (thing(groups[1], shape),) * NUMBERS[groups[0]])
+        return Wanted(
+            "vague" if shape == "shape" else "counting",
+            (thing(groups[1], shape),) * NUMBERS[groups[0]],
+        )
     if kind == "something":
         return Wanted("vague", (thing(groups[0], None),))
     shape, colour = thing(*groups)
-    return Wanted("vague" if shape == ANY else "single" if colour == ANY else "colours", ((shape, colour),))
+    return Wanted(
+        "vague" if shape == ANY else "single" if colour == ANY else "colours", ((shape, colour),)
+    )

@@ -6,8 +6,8 @@
     corrupt           a caption with each attribute replaced with some probability (the base models learn from these)
     change_one        a caption that differs from another in exactly one attribute (what the verifier has to reject)
 
-Reading and drawing live in `worlds/verifier.py`; this file only makes things up. Everything is seeded.
-"""
+Reading and drawing live in `worlds/verifier.py`; this file only makes things up. Everything is
+seeded."""
 
 import itertools
 import random
@@ -16,7 +16,18 @@ from pathlib import Path
 
 import torch
 
-from worlds.scene import ANY, COLOURS, MAX_WANTED, NUMBERS, PLURALS, RELATIONS, SHAPES, TASKS, draw, parse
+from worlds.scene import (
+    ANY,
+    COLOURS,
+    MAX_WANTED,
+    NUMBERS,
+    PLURALS,
+    RELATIONS,
+    SHAPES,
+    TASKS,
+    draw,
+    parse,
+)
 
 SIZE = 32
 COLOUR_NAMES = tuple(COLOURS)
@@ -35,11 +46,17 @@ def captions():
         "counting": [f"{n} {PLURALS[s]}" for n in NUMBERS for s in SHAPES]
         + [f"{n} {c} {PLURALS[s]}" for n in NUMBERS for c in COLOURS for s in SHAPES],
         "colours": coloured,
-        "position": [f"a {first} {relation} a {second}" for first, second in pairs for relation in RELATIONS],
-        "attribution": [
-            f"a {c1} {s1} and a {c2} {s2}" for s1, s2 in pairs for c1, c2 in itertools.permutations(COLOURS, 2)
+        "position": [
+            f"a {first} {relation} a {second}" for first, second in pairs for relation in RELATIONS
         ],
-        "vague": ["a shape"] + [f"something {c}" for c in COLOURS] + [f"{n} shapes" for n in NUMBERS],
+        "attribution": [
+            f"a {c1} {s1} and a {c2} {s2}"
+            for s1, s2 in pairs
+            for c1, c2 in itertools.permutations(COLOURS, 2)
+        ],
+        "vague": ["a shape"]
+        + [f"something {c}" for c in COLOURS]
+        + [f"{n} shapes" for n in NUMBERS],
     }
 
 
@@ -50,7 +67,9 @@ def write(wanted):
         if shape == ANY and colour != ANY:
             return f"something {COLOUR_NAMES[colour]}"
         return (
-            "a " + (f"{COLOUR_NAMES[colour]} " if colour != ANY else "") + ("shape" if shape == ANY else SHAPES[shape])
+            "a "
+            + (f"{COLOUR_NAMES[colour]} " if colour != ANY else "")
+            + ("shape" if shape == ANY else SHAPES[shape])
         )
 
     objects = wanted.objects
@@ -60,7 +79,10 @@ def write(wanted):
     if len(objects) == 1:
         return thing(*objects[0])
     if len(set(objects)) == 1:
-        (shape, colour), number = objects[0], next(name for name, n in NUMBERS.items() if n == len(objects))
+        (shape, colour), number = (
+            objects[0],
+            next(name for name, n in NUMBERS.items() if n == len(objects)),
+        )
         return (
             f"{number} "
             + (f"{COLOUR_NAMES[colour]} " if colour != ANY else "")
@@ -70,8 +92,8 @@ def write(wanted):
 
 
 def corrupt(caption, probability, rng):
-    """The caption with each of its attributes (shape, colour, number, relation) replaced with `probability` by another
-    value.
+    """The caption with each of its attributes (shape, colour, number, relation) replaced with
+    `probability` by another value.
 
     Two objects never take each other's shape or colour: the caption stays one of the world's.
     """
@@ -84,14 +106,21 @@ def corrupt(caption, probability, rng):
         return rng.choice([option for option in options if option != value and option not in taken])
 
     if _counts(wanted):  # one shape, one colour, one number for all
-        thing = [other(objects[0][0], range(len(SHAPES))), other(objects[0][1], range(len(COLOURS)))]
+        thing = [
+            other(objects[0][0], range(len(SHAPES))),
+            other(objects[0][1], range(len(COLOURS))),
+        ]
         objects = [thing] * other(len(objects), NUMBERS.values())
     else:
         for kind, options in ((0, range(len(SHAPES))), (1, range(len(COLOURS)))):
             for thing in objects:
                 thing[kind] = other(thing[kind], options, taken=[o[kind] for o in objects])
     return write(
-        replace(wanted, objects=tuple(map(tuple, objects)), relation=other(wanted.relation, RELATIONS.values()))
+        replace(
+            wanted,
+            objects=tuple(map(tuple, objects)),
+            relation=other(wanted.relation, RELATIONS.values()),
+        )
     )
 
 
@@ -114,7 +143,9 @@ def change_one(caption, rng):
     elif change == "more":  # "a shape" leaves only the number to change
         objects = objects * 2
     elif change == "relation":
-        wanted = replace(wanted, relation=rng.choice([r for r in RELATIONS.values() if r != wanted.relation]))
+        wanted = replace(
+            wanted, relation=rng.choice([r for r in RELATIONS.values() if r != wanted.relation])
+        )
     else:
         index, kind = change
         options = range(len(SHAPES)) if kind == 0 else range(len(COLOURS))
@@ -142,13 +173,20 @@ class Scenes:
 
 def render(scenes, size=SIZE):
     """[B, 3, H, W] in [0, 1]"""
-    parts = zip(*(field.split(1000) for field in (scenes.shape, scenes.colour, scenes.x, scenes.y, scenes.radius)))
-    return torch.cat([draw(*part, size) for part in parts])  # in parts that fit the processor's caches
+    parts = zip(
+        *(
+            field.split(1000)
+            for field in (scenes.shape, scenes.colour, scenes.x, scenes.y, scenes.radius)
+        )
+    )
+    return torch.cat(
+        [draw(*part, size) for part in parts]
+    )  # in parts that fit the processor's caches
 
 
 def sample_scenes(captions, seed, size=SIZE):
-    """A random scene for each caption: what it leaves open is drawn at random, objects do not touch, relations hold
-    clearly."""
+    """A random scene for each caption: what it leaves open is drawn at random, objects do not
+    touch, relations hold clearly."""
     generator = torch.Generator().manual_seed(seed)
     wanted = [parse(caption) for caption in captions]
     b = len(wanted)
@@ -160,21 +198,30 @@ def sample_scenes(captions, seed, size=SIZE):
     )
     relation = torch.tensor([w.relation or (0, 0) for w in wanted], dtype=torch.float32)
 
-    low, high = torch.tensor([4.8, 4.2, 3.7, 3.5])[number - 1], torch.tensor([6.5, 5.2, 4.5, 4.0])[number - 1]
+    low, high = (
+        torch.tensor([4.8, 4.2, 3.7, 3.5])[number - 1],
+        torch.tensor([6.5, 5.2, 4.5, 4.0])[number - 1],
+    )
     x, y, radius = torch.zeros(3, b, MAX_WANTED)
     todo = torch.arange(b)
     while len(todo):  # rejection: draw all that are still wrong again
         n = len(todo)
-        r = low[todo, None] + (high - low)[todo, None] * torch.rand(n, MAX_WANTED, generator=generator)
+        r = low[todo, None] + (high - low)[todo, None] * torch.rand(
+            n, MAX_WANTED, generator=generator
+        )
         reach = 1.3 * r + 0.5
-        px, py = (reach + (size - 2 * reach) * torch.rand(n, MAX_WANTED, generator=generator) for _ in range(2))
+        px, py = (
+            reach + (size - 2 * reach) * torch.rand(n, MAX_WANTED, generator=generator)
+            for _ in range(2)
+        )
         x[todo], y[todo], radius[todo] = px, py, r
         todo = todo[~_fits(px, py, r, exists[todo], relation[todo])]
     return Scenes(torch.where(exists, shape, ANY), colour, x, y, radius)
 
 
 def _fill(wishes, options, generator):
-    """Lists of attribute indices, ANY where open -> [B, MAX_WANTED] with the open ones drawn at random."""
+    """Lists of attribute indices, ANY where open -> [B, MAX_WANTED] with the open ones drawn at
+    random."""
     values = torch.randint(options, (len(wishes), MAX_WANTED), generator=generator)
     for row, wish in enumerate(wishes):
         for i, value in enumerate(wish):
@@ -194,7 +241,8 @@ def _fits(x, y, r, exists, relation):
 
 
 def sample_captions(number, seed, weights=None):
-    """`number` random captions, tasks in equal shares unless `weights` {task: share} says otherwise."""
+    """`number` random captions, tasks in equal shares unless `weights` {task: share} says
+    otherwise."""
     rng, by_task = random.Random(seed), captions()
     tasks = rng.choices(TASKS, [1.0 if weights is None else weights[t] for t in TASKS], k=number)
     return [rng.choice(by_task[task]) for task in tasks]
@@ -203,7 +251,15 @@ def sample_captions(number, seed, weights=None):
 # --- Prompt files ---
 
 # as equal as the number of captions allows, 128 in all
-HELD_OUT = {"single": 1, "two": 6, "counting": 38, "colours": 10, "position": 28, "attribution": 41, "vague": 4}
+HELD_OUT = {
+    "single": 1,
+    "two": 6,
+    "counting": 38,
+    "colours": 10,
+    "position": 28,
+    "attribution": 41,
+    "vague": 4,
+}
 TRAINED = {"attribution": 40}  # the others: all that are not held out
 
 

@@ -1,6 +1,8 @@
-"""The exact verifier of the shapes world: reads a scene back from an image and checks it against a caption.
+"""The exact verifier of the shapes world: reads a scene back from an image and checks it against a
+caption.
 
-It works as GenEval does (a detector, then rules), but the detector is exact, because the world is simple enough:
+It works as GenEval does (a detector, then rules), but the detector is exact, because the world is
+simple enough:
 
     segment     a pixel is foreground when a palette colour covers more than half of it; connected pixels are an object
     measure     area, centroid and colour of each object, from the coverage of its pixels
@@ -16,8 +18,8 @@ Every part is graded, in [0, 1]:
     score       quality * alignment
     passed      yes or no: every word of the caption holds, in an image of quality above 0.5
 
-This file and scene.py, which draws and reads captions, need torch alone and can be carried out of the project.
-"""
+This file and scene.py, which draws and reads captions, need torch alone and can be carried out of
+the project."""
 
 import functools
 import itertools
@@ -27,18 +29,34 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from worlds.scene import ANY, MAX_WANTED, Wanted, background, coverage, paint, palette, parse, pixel_grid
+from worlds.scene import (
+    ANY,
+    MAX_WANTED,
+    Wanted,
+    background,
+    coverage,
+    paint,
+    palette,
+    parse,
+    pixel_grid,
+)
 
 MAX_READ = 6  # objects that are looked at closely; more are only counted
-MIN_AREA, MAX_RADIUS = 8.0, 8.0  # pixels; a smaller speck or a larger field is no object, it only lowers the score
-MAX_AREA = 150.0  # pixels that the objects of a scene cover at most; more is noise and buys no tolerance
+MIN_AREA, MAX_RADIUS = (
+    8.0,
+    8.0,
+)  # pixels; a smaller speck or a larger field is no object, it only lowers the score
+MAX_AREA = (
+    150.0  # pixels that the objects of a scene cover at most; more is noise and buys no tolerance
+)
 
 # --- Reading an image ---
 
 
 @dataclass
 class Reading:
-    """Objects read from images, the largest first; every field [B, N, ...] but `count` and `quality` [B]."""
+    """Objects read from images, the largest first; every field [B, N, ...] but `count` and
+    `quality` [B]."""
 
     present: torch.Tensor  # [B, N] in [0, 1]
     shape: torch.Tensor  # [B, N, S] probabilities
@@ -51,20 +69,25 @@ class Reading:
 
 
 def segment(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """images [B, 3, H, W] -> the share of each pixel that the nearest palette colour covers, [B, H, W] float, and
-    the label of its component, [B, H, W] int (0: background)."""
+    """images [B, 3, H, W] -> the share of each pixel that the nearest palette colour covers, [B, H,
+    W] float, and the label of its component, [B, H, W] int (0: background)."""
     ink = palette(images.device) - background(images.device)  # [K, 3]
     offset = images.movedim(1, -1) - background(images.device)  # [B, H, W, 3]
     cover = (offset @ ink.T / ink.square().sum(-1)).clamp(0, 1)  # [B, H, W, K]
     # |offset - cover * ink|^2 without the [B, H, W, K, 3] tensor
     residual = (
-        offset.square().sum(-1, keepdim=True) - 2 * cover * (offset @ ink.T) + cover.square() * ink.square().sum(-1)
+        offset.square().sum(-1, keepdim=True)
+        - 2 * cover * (offset @ ink.T)
+        + cover.square() * ink.square().sum(-1)
     )
     cover = cover.gather(-1, residual.argmin(-1, keepdim=True))[..., 0]
 
     mask = cover > 0.5
     labels = (
-        torch.arange(1, mask[0].numel() + 1, device=images.device, dtype=torch.float32).view(1, *mask.shape[1:]) * mask
+        torch.arange(1, mask[0].numel() + 1, device=images.device, dtype=torch.float32).view(
+            1, *mask.shape[1:]
+        )
+        * mask
     )
     while True:  # the largest label floods its component; a handful of rounds for convex shapes
         spread = F.max_pool2d(labels[:, None], 3, stride=1, padding=1)[:, 0] * mask
@@ -74,7 +97,8 @@ def segment(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def read(images: torch.Tensor) -> Reading:
-    """Reads the objects back from images [B, 3, H, W] in [0, 1], H = W. See the head of the file for the steps."""
+    """Reads the objects back from images [B, 3, H, W] in [0, 1], H = W. See the head of the file
+    for the steps."""
     b, c, h, w = images.shape
     assert c == 3 and h == w, f"expected square RGB images [B, 3, H, W], got {tuple(images.shape)}"
     images = images.float().clamp(0, 1)
@@ -86,7 +110,9 @@ def read(images: torch.Tensor) -> Reading:
     )
     count = _large_enough(area).sum(1)
     area, ids = area.topk(MAX_READ, dim=1)  # [B, N]
-    mine = ((labels[:, None] == ids[..., None, None]) & (area > 0)[..., None, None]).float()  # [B, N, H, W]
+    mine = (
+        (labels[:, None] == ids[..., None, None]) & (area > 0)[..., None, None]
+    ).float()  # [B, N, H, W]
     # a pixel further out belongs to it too: the antialiased rim
     rim = F.max_pool2d(mine, 3, stride=1, padding=1) * (labels == 0)[:, None]
     cover = cover[:, None] * (mine + rim).clamp(max=1)
@@ -97,14 +123,22 @@ def read(images: torch.Tensor) -> Reading:
     x, y = (cover * px).sum((2, 3)) / weight, (cover * py).sum((2, 3)) / weight
     radius = (weight / torch.pi).sqrt()
     core = cover.square()
-    mean_colour = torch.einsum("bnhw,bchw->bnc", core, images) / core.sum((2, 3)).clamp(min=1e-6)[..., None]
-    full = (core * cover).sum((2, 3)) / core.sum((2, 3)).clamp(min=1e-6)  # undo the share of background in that mean
+    mean_colour = (
+        torch.einsum("bnhw,bchw->bnc", core, images) / core.sum((2, 3)).clamp(min=1e-6)[..., None]
+    )
+    full = (core * cover).sum((2, 3)) / core.sum((2, 3)).clamp(
+        min=1e-6
+    )  # undo the share of background in that mean
     back = background(images.device)
     mean_colour = back + (mean_colour - back) / full.clamp(min=0.1)[..., None]
 
     # classify
-    drawn = coverage(px - x[..., None, None], py - y[..., None, None], radius[..., None, None])  # [S, B, N, H, W]
-    overlap = torch.minimum(drawn, cover).sum((-2, -1)) / torch.maximum(drawn, cover).sum((-2, -1)).clamp(min=1e-6)
+    drawn = coverage(
+        px - x[..., None, None], py - y[..., None, None], radius[..., None, None]
+    )  # [S, B, N, H, W]
+    overlap = torch.minimum(drawn, cover).sum((-2, -1)) / torch.maximum(drawn, cover).sum(
+        (-2, -1)
+    ).clamp(min=1e-6)
     shape = (overlap / 0.03).softmax(0).movedim(0, -1)  # [B, N, S]
     distance = (mean_colour[:, :, None] - palette(images.device)).square().sum(-1)  # [B, N, K]
     colour = (-distance / 0.03).softmax(-1)
@@ -113,7 +147,9 @@ def read(images: torch.Tensor) -> Reading:
     present = _large_enough(area) * (MAX_RADIUS + 1 - radius).clamp(0, 1)
     best = torch.where(present > 0, shape.argmax(-1), ANY)
     error = (images - paint(drawn, best, colour.argmax(-1))).square().sum((1, 2, 3))
-    quality = torch.exp(-error / (0.5 * weight.mul(present).sum(1).clamp(MIN_AREA, MAX_AREA))) * present.amax(1)
+    quality = torch.exp(
+        -error / (0.5 * weight.mul(present).sum(1).clamp(MIN_AREA, MAX_AREA))
+    ) * present.amax(1)
     return Reading(present, shape, colour, x, y, radius, count, quality)
 
 
@@ -131,8 +167,11 @@ def _assignments() -> torch.Tensor:
     return torch.tensor(list(itertools.permutations(range(MAX_READ), MAX_WANTED)))
 
 
-def _choose(reading: Reading, wanted: list[Wanted], identity: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Best assignment of objects to wishes -> (score [B], pass [B]); without `identity` any object fits any wish."""
+def _choose(
+    reading: Reading, wanted: list[Wanted], identity: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Best assignment of objects to wishes -> (score [B], pass [B]); without `identity` any object
+    fits any wish."""
     b, device = len(wanted), reading.x.device
     want = torch.full((b, MAX_WANTED, 2), ANY)
     relation = torch.zeros(b, 2)
@@ -143,9 +182,13 @@ def _choose(reading: Reading, wanted: list[Wanted], identity: bool) -> tuple[tor
     number = torch.tensor([len(w.objects) for w in wanted], device=device)
     asked = (torch.arange(MAX_WANTED, device=device) < number[:, None]).float()  # [B, R]
 
-    named = ((want != ANY) & identity)[:, :, None].float()  # [B, R, 1, 2], 1 where a wish names the shape, the colour
+    named = ((want != ANY) & identity)[
+        :, :, None
+    ].float()  # [B, R, 1, 2], 1 where a wish names the shape, the colour
     chance = [
-        probability.gather(2, want[..., k].clamp(min=0)[:, None].expand(b, MAX_READ, MAX_WANTED)).transpose(1, 2)
+        probability.gather(
+            2, want[..., k].clamp(min=0)[:, None].expand(b, MAX_READ, MAX_WANTED)
+        ).transpose(1, 2)
         for k, probability in enumerate((reading.shape, reading.colour))
     ]
     chance = (
@@ -157,7 +200,10 @@ def _choose(reading: Reading, wanted: list[Wanted], identity: bool) -> tuple[tor
     )  # partial credit
 
     choice = _assignments().to(device)
-    share, every = (torch.stack([m[:, r][:, choice[:, r]] for r in range(MAX_WANTED)], dim=2) for m in (share, every))
+    share, every = (
+        torch.stack([m[:, r][:, choice[:, r]] for r in range(MAX_WANTED)], dim=2)
+        for m in (share, every)
+    )
     dx = reading.x[:, choice[:, 0]] - reading.x[:, choice[:, 1]]  # [B, A]
     dy = reading.y[:, choice[:, 0]] - reading.y[:, choice[:, 1]]
     along = dx * relation[:, :1] + dy * relation[:, 1:]
@@ -165,15 +211,22 @@ def _choose(reading: Reading, wanted: list[Wanted], identity: bool) -> tuple[tor
     holds = torch.sigmoid(along - across)  # one pixel is the scale
     holds = torch.where((relation == 0).all(1, keepdim=True), 1.0, holds)
 
-    right_number = torch.minimum(reading.count, number) / torch.maximum(reading.count, number).clamp(min=1)
+    right_number = torch.minimum(reading.count, number) / torch.maximum(
+        reading.count, number
+    ).clamp(min=1)
     total = (share * asked[:, None]).sum(2) / number[:, None] * (0.5 + 0.5 * holds)  # [B, A]
-    passed = ((every > 0.5) | (asked[:, None] == 0)).all(2) & (holds > 0.5) & (reading.count.round() == number)[:, None]
+    passed = (
+        ((every > 0.5) | (asked[:, None] == 0)).all(2)
+        & (holds > 0.5)
+        & (reading.count.round() == number)[:, None]
+    )
     return total.amax(1) * right_number, passed.any(1)
 
 
 def verify(images: torch.Tensor, captions: Sequence[str]) -> dict[str, torch.Tensor]:
-    """images [B, 3, H, W] in [0, 1] and their B captions -> {"quality", "layout", "alignment", "score": [B] float32 in
-    [0, 1], "passed": [B] bool}. A caption that is not of this world raises ValueError."""
+    """images [B, 3, H, W] in [0, 1] and their B captions -> {"quality", "layout", "alignment",
+    "score": [B] float32 in [0, 1], "passed": [B] bool}. A caption that is not of this world raises
+    ValueError."""
     assert len(captions) == len(images), f"{len(images)} images, {len(captions)} captions"
     wanted = [parse(caption) for caption in captions]
     reading = read(images)
@@ -194,7 +247,8 @@ def _verify_once(images: torch.Tensor, captions: tuple[str, ...]) -> dict[str, t
 
 
 class Verifier:
-    """Reward: the verifier's `score` in [0, 1]. Checked against the renderer itself (tests/test_verifier.py)."""
+    """Reward: the verifier's `score` in [0, 1]. Checked against the renderer itself
+    (tests/test_verifier.py)."""
 
     part = "score"
     video = False
@@ -220,13 +274,15 @@ class Quality(Verifier):
 
 
 class Layout(Verifier):
-    """Reward: the verifier's `layout`: quality, number and places, whatever the shapes and colours."""
+    """Reward: the verifier's `layout`: quality, number and places, whatever the shapes and
+    colours."""
 
     part = "layout"
 
 
 class Passed(Verifier):
-    """Reward: whether the image passed, 1 or 0: GenEval's way of counting, for evaluate.py's table of tasks."""
+    """Reward: whether the image passed, 1 or 0: GenEval's way of counting, for evaluate.py's table
+    of tasks."""
 
     part = "passed"
     scale = 0.4

@@ -1,4 +1,5 @@
-"""Bytes that a run takes: weights and samples of a process, activations of a pass, checkpoints on the disk."""
+"""Bytes that a run takes: weights and samples of a process, activations of a pass, checkpoints on
+the disk."""
 
 import contextlib
 import math
@@ -14,23 +15,37 @@ if TYPE_CHECKING:  # they load more than torch
     from common.models.family import Family
     from common.trainer.runtime import Runtime
 
-ON_THE_HOST = ("trained weights", "frozen weights", "gradients", "optimizer")  # of shards between passes, offloaded
+ON_THE_HOST = (
+    "trained weights",
+    "frozen weights",
+    "gradients",
+    "optimizer",
+)  # of shards between passes, offloaded
 
 
 def memory(
-    model: "Family", args: Args, precision: int, shards: int = 1, initial: bool = False, activations: int = 0,
+    model: "Family",
+    args: Args,
+    precision: int,
+    shards: int = 1,
+    initial: bool = False,
+    activations: int = 0,
     scorers: Iterable = (),
-) -> dict[str, float]:  # fmt: skip
-    """Bytes that one of `shards` processes holds, by kind: weights from start to end, activations of a pass for a
-    moment. precision: bytes of a weight in the forward pass; initial: whether a copy of the initial weights is kept;
-    activations: bytes of a pass; scorers: the rewards. The model's modules are as the Runtime makes them before it
-    moves them: a LoRA is there already."""
+) -> dict[str, float]:
+    """Bytes that one of `shards` processes holds, by kind: weights from start to end, activations
+    of a pass for a moment. precision: bytes of a weight in the forward pass; initial: whether a
+    copy of the initial weights is kept; activations: bytes of a pass; scorers: the rewards. The
+    model's modules are as the Runtime makes them before it moves them: a LoRA is there already."""
     weights = {name: number(module) for name, module in modules(model)}
     trained = trained_number(model, args)
     master = 4 * trained / shards
-    base = precision * (sum(weights[name] for name in model.trainable) - trained * bool(args.lora_rank))
+    base = precision * (
+        sum(weights[name] for name in model.trainable) - trained * bool(args.lora_rank)
+    )
     waiting = model.encoders if args.offload_encoders else ()
-    others = sum(number for name, number in weights.items() if name not in (*model.trainable, *waiting))
+    others = sum(
+        number for name, number in weights.items() if name not in (*model.trainable, *waiting)
+    )
     unsharded = shards == 1 or not args.exchange_often
     return {
         "trained weights": master,
@@ -47,11 +62,14 @@ def memory(
 
 
 def _whole_weights(model: "Family", args: Args, precision: int, shards: int) -> int:
-    """Of shards two blocks are whole for a moment, the one that computes and the next, and the gradients of one. Else
-    autocast holds a copy of all trained weights, where they have another precision."""
+    """Of shards two blocks are whole for a moment, the one that computes and the next, and the
+    gradients of one. Else autocast holds a copy of all trained weights, where they have another
+    precision."""
     if shards > 1:
         parts = (part for module in model.trainable.values() for part in module.modules())
-        largest = max((number(part) for part in parts if type(part).__name__ in model.blocks), default=0)
+        largest = max(
+            (number(part) for part in parts if type(part).__name__ in model.blocks), default=0
+        )
         return (2 * precision + 4 * (not args.lora_rank)) * largest
     return precision * trained_number(model, args) if precision < 4 else 0
 
@@ -69,8 +87,8 @@ def reward_modules(scorers: Iterable) -> list[torch.nn.Module]:
 
 
 def samples(model: "Family", args: Args, world: int = 1) -> dict[str, float]:
-    """Bytes that one of `world` processes holds of its samples, by kind: the latents of a rollout with all steps, what
-    they are conditioned on, and the pixels of a micro-batch."""
+    """Bytes that one of `world` processes holds of its samples, by kind: the latents of a rollout
+    with all steps, what they are conditioned on, and the pixels of a micro-batch."""
     rows = args.prompts_per_step * args.group_size / world
     pixels = 3 * model.height * model.width * getattr(model, "frames", 1)
     return {
@@ -81,7 +99,13 @@ def samples(model: "Family", args: Args, world: int = 1) -> dict[str, float]:
 
 
 def held(
-    run: "Runtime", model: "Family", args: Args, shards: int, initial: bool, activations: int, scorers: Iterable
+    run: "Runtime",
+    model: "Family",
+    args: Args,
+    shards: int,
+    initial: bool,
+    activations: int,
+    scorers: Iterable,
 ) -> dict[str, float]:
     """`memory` and `samples` of one process of a run, on its accelerator."""
     kinds = memory(model, args, run.dtype.itemsize, shards, initial, activations, scorers)
@@ -96,10 +120,13 @@ def held(
 
 
 class Kept:
-    """Inside, counts the bytes that autograd keeps for the backward pass, weights left out, each storage once."""
+    """Inside, counts the bytes that autograd keeps for the backward pass, weights left out, each
+    storage once."""
 
     def __init__(self, modules: Iterable[torch.nn.Module]) -> None:
-        self.weights = {weight.untyped_storage()._cdata for module in modules for weight in module.parameters()}
+        self.weights = {
+            weight.untyped_storage()._cdata for module in modules for weight in module.parameters()
+        }
         self.seen, self.tensors = {}, []
 
     def pack(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -125,20 +152,27 @@ class Kept:
 
 
 def activations(model: "Family", dtype: torch.dtype, checkpointing: bool) -> int:
-    """Bytes that autograd keeps of one row's velocity, of a model whose weights need not be there. With gradient
-    checkpointing: the blocks' inputs, and all of the largest block, which is computed again. Guidance against the
-    empty prompt is a second pass."""
+    """Bytes that autograd keeps of one row's velocity, of a model whose weights need not be there.
+    With gradient checkpointing: the blocks' inputs, and all of the largest block, which is computed
+    again. Guidance against the empty prompt is a second pass."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode(allow_non_fake_inputs=True), contextlib.ExitStack() as stack:
-        for part in (model.trainable[model.trained_at(1.0)], model.pipe.vae):  # the VAE's is the model's device
+        for part in (
+            model.trainable[model.trained_at(1.0)],
+            model.pipe.vae,
+        ):  # the VAE's is the model's device
             stack.enter_context(_on_fake_cpu(part))
         return count(model, dtype, checkpointing)
 
 
 def count(model: "Family", dtype: torch.dtype, checkpointing: bool) -> int:
     """The same on tensors that are there."""
-    module, largest, at = model.trainable[model.trained_at(1.0)], 0, {}  # at: bytes kept when a block began
+    module, largest, at = (
+        model.trainable[model.trained_at(1.0)],
+        0,
+        {},
+    )  # at: bytes kept when a block began
 
     def entered(block: torch.nn.Module, *_) -> None:
         at[block] = kept.bytes
@@ -153,7 +187,9 @@ def count(model: "Family", dtype: torch.dtype, checkpointing: bool) -> int:
             model.velocity(torch.zeros(1, *model.noise_shape), 1.0, cond)
 
     before, blank = model.unwanted, model.blank()
-    model.unwanted = {name: value for name, value in blank.items() if name == "encoder_hidden_states"}
+    model.unwanted = {
+        name: value for name, value in blank.items() if name == "encoder_hidden_states"
+    }
     if checkpointing:
         parts = [part for part in module.modules() if type(part).__name__ in model.blocks]
         handles = [part.register_forward_pre_hook(entered) for part in parts]
@@ -173,8 +209,8 @@ def count(model: "Family", dtype: torch.dtype, checkpointing: bool) -> int:
 
 @contextlib.contextmanager
 def _on_fake_cpu(module: torch.nn.Module) -> Iterator[None]:
-    """Inside FakeTensorMode: the module's weights stand on a CPU that holds nothing; attention is counted as GPUs do
-    it."""
+    """Inside FakeTensorMode: the module's weights stand on a CPU that holds nothing; attention is
+    counted as GPUs do it."""
     before = [(part, dict(part._parameters), dict(part._buffers)) for part in module.modules()]
     for part, weights, buffers in before:
         for key, weight in weights.items():
@@ -182,7 +218,9 @@ def _on_fake_cpu(module: torch.nn.Module) -> Iterator[None]:
                 empty = torch.empty(weight.shape, dtype=weight.dtype)
                 part._parameters[key] = torch.nn.Parameter(empty, weight.requires_grad)
         for key, buffer in buffers.items():
-            part._buffers[key] = None if buffer is None else torch.empty(buffer.shape, dtype=buffer.dtype)
+            part._buffers[key] = (
+                None if buffer is None else torch.empty(buffer.shape, dtype=buffer.dtype)
+            )
     try:
         yield
     finally:
@@ -194,16 +232,23 @@ def _on_fake_cpu(module: torch.nn.Module) -> Iterator[None]:
 # --- On the disk ---
 
 
-def disk(model: "Family", args: Args, precision: int, start: int = 0, auto: int = 20) -> tuple[int, int, int]:
-    """(bytes of one checkpoint, how many are there at once, bytes of the export); precision: bytes of an exported
-    weight; start: finished steps; auto: steps between the checkpoints of --save-every auto."""
+def disk(
+    model: "Family", args: Args, precision: int, start: int = 0, auto: int = 20
+) -> tuple[int, int, int]:
+    """(bytes of one checkpoint, how many are there at once, bytes of the export); precision: bytes
+    of an exported weight; start: finished steps; auto: steps between the checkpoints of
+    --save-every auto."""
     trained = trained_number(model, args)
     checkpoint = 4 * trained * (3 + bool(args.ema))
     every = auto if args.save_every == "auto" else args.save_every
     saves = math.ceil(args.steps / every) - start // every if every else 1
     pipeline = precision * sum(number(module) for _, module in modules(model))
     export = (1 + bool(args.ema)) * (4 * trained if args.lora_rank else pipeline)
-    return checkpoint, min(saves, args.keep_checkpoints + 1) if args.keep_checkpoints else saves, export
+    return (
+        checkpoint,
+        min(saves, args.keep_checkpoints + 1) if args.keep_checkpoints else saves,
+        export,
+    )
 
 
 # --- Weights ---
@@ -212,13 +257,22 @@ def disk(model: "Family", args: Args, precision: int, start: int = 0, auto: int 
 def trained_number(model: "Family", args: Args) -> int:
     """How many weights are trained."""
     if args.lora_rank:
-        return sum(w.numel() for module in model.trainable.values() for w in module.parameters() if w.requires_grad)
+        return sum(
+            w.numel()
+            for module in model.trainable.values()
+            for w in module.parameters()
+            if w.requires_grad
+        )
     return sum(map(number, model.trainable.values()))
 
 
 def modules(model: "Family") -> list[tuple[str, torch.nn.Module]]:
     """[(name, module)] of the parts of a model's pipeline that have weights."""
-    return [(name, part) for name, part in model.pipe.components.items() if isinstance(part, torch.nn.Module)]
+    return [
+        (name, part)
+        for name, part in model.pipe.components.items()
+        if isinstance(part, torch.nn.Module)
+    ]
 
 
 def number(module: torch.nn.Module) -> int:

@@ -1,4 +1,5 @@
-"""Models: the table of names with the settings that their papers print, and loading by name, folder or hub id.
+"""Models: the table of names with the settings that their papers print, and loading by name, folder
+or hub id.
 
 A model is one class per diffusers pipeline family (common/models/family.py), with
     encode(prompts) -> cond                  {name: [b, ...]}, once for each distinct prompt
@@ -40,7 +41,8 @@ FAMILIES = {
     "HunyuanVideoPipeline": ("common.models.hunyuan", "HunyuanVideo"),
 }
 
-# What the embedded models share: a step that two cores take in seconds. The rate of a LoRA was tried on tiny-sd alone.
+# What the embedded models share: a step that two cores take in seconds. The rate of a LoRA was
+# tried on tiny-sd alone.
 _TINY = dict(
     height=32, width=32, steps=40, prompts_per_step=8, group_size=12, sampling_steps=8, sde="flow", noise_level=0.7,
     shift=1.0, timestep_fraction=1.0, same_noise=False, clip_range=1e-3, learning_rate=2e-4, lora_learning_rate=3e-3,
@@ -73,8 +75,9 @@ _VIDEO = dict(
 # 1e-4: Wan2.1 in Flow-GRPO's (1.3B; 14B stands beside it); for Wan2.2, HunyuanVideo and folders we take Wan's.
 LORA_LEARNING_RATE = 1e-4
 
-# Settings by name; --model NAME makes them the defaults of the command line. A --source has to be of the same pipeline.
-# Where the papers are silent (prompts a step on other numbers of GPUs, guidance), it is the model's own default.
+# Settings by name; --model NAME makes them the defaults of the command line. A --source has to be
+# of the same pipeline. Where the papers are silent (prompts a step on other numbers of GPUs,
+# guidance), it is the model's own default.
 MODELS = {
     # three minibatches gain in 30 steps what one gains in 45 to 60: two scripts, one seed each. tiny-sd: 0.577 against
     # 0.523 after 40 steps (one script, one seed); nothing is gained with tiny-wan (three) and tiny-wan-i2v (two)
@@ -82,8 +85,8 @@ MODELS = {
         _TINY, **_SHAPES, pipeline="FluxPipeline", source=str(ASSETS / "tiny-flux"), guidance=3.5, minibatches=3,
     ),
     "tiny-sd": dict(
-        # a LoRA: the U-Net's full weights lose more than they learn. Not DDIM's noise: of 8 steps the last noisy one
-        # would weigh sixty times as much as any other
+        # a LoRA: the U-Net's full weights lose more than they learn. Not DDIM's noise: of 8 steps
+        # the last noisy one would weigh sixty times as much as any other
         _TINY, **_SHAPES, pipeline="StableDiffusionPipeline", source=str(ASSETS / "tiny-sd"), guidance=1.0,
         minibatches=3, lora_rank=16,
     ),
@@ -92,8 +95,9 @@ MODELS = {
     ),
     "tiny-wan-i2v": {
         **_TINY, **_MOTION,
-        # noise in the first expert's three steps alone: the second, which has little say in what moves where, learns
-        # from noise in its own steps to make worse clips. And many first frames a step, each in a small group
+        # noise in the first expert's three steps alone: the second, which has little say in what
+        # moves where, learns from noise in its own steps to make worse clips. And many first frames
+        # a step, each in a small group
         **dict(sde_steps=3, prompts_per_step=24, group_size=4, learning_rate=3e-4, steps=50),
         **dict(source=str(ASSETS / "tiny-wan-i2v"), guidance=1.0, shift=3.0, pipeline="WanImageToVideoPipeline"),
         "prompts": str(ASSETS / "prompts/motion_i2v.txt"),
@@ -108,8 +112,9 @@ MODELS = {
         height=512, width=512, guidance=5.0, steps=300,
         sampling_steps=50, sde="ddim", shift=1.0, noise_level=1.0, group_size=16, timestep_fraction=1.0,
     ),
-    # Flow-GRPO (2505.05470 and its code's config/grpo.py): a LoRA, two updates a rollout, all noisy steps; the shift of
-    # the model's own scheduler. Its KL and its number of prompts stand in papers.py; it names no number of steps
+    # Flow-GRPO (2505.05470 and its code's config/grpo.py): a LoRA, two updates a rollout, all noisy
+    # steps; the shift of the model's own scheduler. Its KL and its number of prompts stand in
+    # papers.py; it names no number of steps
     "sd3.5-medium": dict(
         _PAPERS, pipeline="StableDiffusion3Pipeline", source="stabilityai/stable-diffusion-3.5-medium",
         height=512, width=512, guidance=4.5, steps=200,
@@ -154,17 +159,22 @@ def take(cond: "dict[str, torch.Tensor]", rows: "torch.Tensor") -> "dict[str, to
 
 
 def source_of(name: str, source: str = "") -> str:
-    """The folder or hub id with the weights of a model: `source`, of a named one alone, its own, or its name."""
+    """The folder or hub id with the weights of a model: `source`, of a named one alone, its own, or
+    its name."""
     if source and name not in MODELS:
-        raise InputError(f"--source {source}: --model {name} is no named model; give --model {source} instead")
+        raise InputError(
+            f"--source {source}: --model {name} is no named model; give --model {source} instead"
+        )
     if source in MODELS and not Path(source).is_dir():
-        raise InputError(f"--source {source}: it takes a folder or hub id; give --model {source} alone")
+        raise InputError(
+            f"--source {source}: it takes a folder or hub id; give --model {source} alone"
+        )
     return source or settings(name).get("source", name)
 
 
 def family_of(name: str, source: str = "") -> "type[Family]":
-    """A named model, a folder or a hub id -> the class of its family, read from the pipeline's model_index.json; loads
-    no weights. Raises InputError that says what to do."""
+    """A named model, a folder or a hub id -> the class of its family, read from the pipeline's
+    model_index.json; loads no weights. Raises InputError that says what to do."""
     named, name = name, source_of(name, source)
     index = _index_file(name)
     try:
@@ -173,20 +183,34 @@ def family_of(name: str, source: str = "") -> "type[Family]":
         content = None
     pipeline = content.get("_class_name") if isinstance(content, dict) else None
     if not isinstance(pipeline, str):
-        raise InputError(f"model: {index} is broken, it names no class of a pipeline; download {name} again")
+        raise InputError(
+            f"model: {index} is broken, it names no class of a pipeline; download {name} again"
+        )
     if pipeline not in FAMILIES:
         raise InputError(f"model: {name} is a {pipeline:.60}; supported are {', '.join(FAMILIES)}")
     if source and pipeline != settings(named)["pipeline"]:
-        raise InputError(f"--source {name}: a {pipeline}, and --model {named} is another; give --model {name} alone")
+        raise InputError(
+            f"--source {name}: a {pipeline}, and --model {named} is another; give --model {name} "
+            "alone"
+        )
     module, attribute = FAMILIES[pipeline]
     return getattr(importlib.import_module(module), attribute)
 
 
-def load(name: str, dtype: "torch.dtype", prompts: Sequence[str] = (), trust_remote_code: bool = False,
-         source: str = "", **settings) -> "Family":  # fmt: skip
-    """The model on the CPU, weights in `dtype`, having looked at the prompts that it will be given; source: as
-    source_of takes it; settings: those of Family, for a named model over the table's. Raises InputError."""
-    from common.models import folder  # and with it diffusers: seconds, which --help need not wait for
+def load(
+    name: str,
+    dtype: "torch.dtype",
+    prompts: Sequence[str] = (),
+    trust_remote_code: bool = False,
+    source: str = "",
+    **settings,
+) -> "Family":
+    """The model on the CPU, weights in `dtype`, having looked at the prompts that it will be given;
+    source: as source_of takes it; settings: those of Family, for a named model over the table's.
+    Raises InputError."""
+    from common.models import (
+        folder,
+    )  # and with it diffusers: seconds, which --help need not wait for
 
     source, cls = source_of(name, source), family_of(name, source)
     cls.check(prompts)
@@ -197,15 +221,24 @@ def load(name: str, dtype: "torch.dtype", prompts: Sequence[str] = (), trust_rem
     except InputError:
         raise
     except Exception as error:  # a configuration with a word for a number, or the like
-        raise folder.wrong(path, f"has configurations that do not fit together ({text(error):.300})") from None
+        raise folder.wrong(
+            path, f"has configurations that do not fit together ({text(error):.300})"
+        ) from None
     model.source = path
     return model
 
 
-def outline(name: str, dtype: "torch.dtype", large: int, trust_remote_code: bool = False,
-            source: str = "", **settings) -> "Family | None":  # fmt: skip
-    """What `load` would give, with weights that have no contents, to count them. None for a model whose files have
-    together less than `large` bytes, and where only `load` can say what is wrong. Raises InputError."""
+def outline(
+    name: str,
+    dtype: "torch.dtype",
+    large: int,
+    trust_remote_code: bool = False,
+    source: str = "",
+    **settings,
+) -> "Family | None":
+    """What `load` would give, with weights that have no contents, to count them. None for a model
+    whose files have together less than `large` bytes, and where only `load` can say what is wrong.
+    Raises InputError."""
     source, cls = source_of(name, source), family_of(name, source)
     path = Path(source) if Path(source).is_dir() else _whole(source, cls, trust_remote_code)
     if sum(file.stat().st_size for file in path.glob("*/*") if file.is_file()) < large:
@@ -221,11 +254,16 @@ def outline(name: str, dtype: "torch.dtype", large: int, trust_remote_code: bool
 
 def _own(name: str) -> dict:
     """What a family takes of a named model's settings."""
-    return {key: value for key, value in settings(name).items() if key in ("height", "width", "frames", "guidance")}
+    return {
+        key: value
+        for key, value in settings(name).items()
+        if key in ("height", "width", "frames", "guidance")
+    }
 
 
 def _whole(source: str, cls: "type[Family]", trusted: bool) -> Path:
-    """The folder of a model, with all its files: it is one, or is in the cache of the hub, or is downloaded into it."""
+    """The folder of a model, with all its files: it is one, or is in the cache of the hub, or is
+    downloaded into it."""
     from common import hub
     from common.models import folder
 
@@ -240,28 +278,64 @@ def _whole(source: str, cls: "type[Family]", trusted: bool) -> Path:
             return Path(cls.pipeline.download(source, trust_remote_code=trusted))
         except Exception as error:  # the hub's, the network's, the disk's
             raise InputError(
-                f"model: {source} is not wholly in the Hugging Face cache, and the hub does not give the rest: "
-                f"{text(error)}; run `hf download {source}` where there is a network, or give --model PATH"
+                f"model: {source} is not wholly in the Hugging Face cache, and the hub does not "
+                "give the rest: "
+                f"{text(error)}; run `hf download {source}` where there is a network, or give "
+                "--model PATH"
             ) from None
     return path
 
 
 def table(pairs: dict[str, dict]) -> str:
-    """The named models and a script's settings for them, {name: settings}, as text for --list-models."""
-    columns = ("paper", "height", "width", "frames", "fps", "sampling_steps", "shift", "noise_level", "sde", "guidance")
-    columns += ("prompts_per_step", "group_size", "best_of", "minibatches", "lora_rank", "learning_rate")
+    """The named models and a script's settings for them, {name: settings}, as text for
+    --list-models."""
+    columns = (
+        "paper",
+        "height",
+        "width",
+        "frames",
+        "fps",
+        "sampling_steps",
+        "shift",
+        "noise_level",
+        "sde",
+        "guidance",
+    )
+    columns += (
+        "prompts_per_step",
+        "group_size",
+        "best_of",
+        "minibatches",
+        "lora_rank",
+        "learning_rate",
+    )
     columns += ("lora_learning_rate", "steps", "reward", "prompts", "source")
     rows = [("name", *columns)]
     for name, values in pairs.items():
-        cells = {column: values.get(column, "-") for column in columns} | {"reward": " ".join(values["reward"])}
-        rows.append((name, *(str(cell).replace(f"{ASSETS.parent}/", "") for cell in cells.values())))
+        cells = {column: values.get(column, "-") for column in columns} | {
+            "reward": " ".join(values["reward"])
+        }
+        rows.append(
+            (name, *(str(cell).replace(f"{ASSETS.parent}/", "") for cell in cells.values()))
+        )
     widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
-    lines += ["", "paper: the one (arXiv) that trains this model so; -: none does, script and model suggest the rest"]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows
+    ]
+    lines += [
+        "",
+        "paper: the one (arXiv) that trains this model so; -: none does, script and model "
+        "suggest the rest",
+    ]
     lines += ["lora_learning_rate: with --lora-rank above 0, where no --learning-rate is given"]
     for pipeline, (module, attribute) in FAMILIES.items():
         cls = getattr(importlib.import_module(module), attribute)
-        lines += ["", f"{pipeline}: {cls.task()}", f"  LoRA: {cls.lora_targets}", f"  blocks: {', '.join(cls.blocks)}"]
+        lines += [
+            "",
+            f"{pipeline}: {cls.task()}",
+            f"  LoRA: {cls.lora_targets}",
+            f"  blocks: {', '.join(cls.blocks)}",
+        ]
     return "\n".join(lines)
 
 
@@ -270,18 +344,27 @@ def _index_file(source: str) -> Path:
         index = Path(source) / "model_index.json"
         if not index.is_file():
             raise InputError(
-                f"model: {source} has no model_index.json; --model takes the folder of a whole diffusers pipeline"
+                f"model: {source} has no model_index.json; --model takes the folder of a whole "
+                "diffusers pipeline"
             )
         return index
     if Path(source).parent == ASSETS:
-        raise InputError(f"model: {source} is not there; a script in lab/ builds it (assets/README.md)")
+        raise InputError(
+            f"model: {source} is not there; a script in lab/ builds it (assets/README.md)"
+        )
     if "/" not in source:
         near = difflib.get_close_matches(source, MODELS, n=2, cutoff=0.4)
         raise InputError(
-            f"model: there is no folder {source}{' (did you mean ' + ' or '.join(near) + '?)' if near else ''}; give a "
+            "model: there is no folder "
+            f"{source}{' (did you mean ' + ' or '.join(near) + '?)' if near else ''}; give a "
             f"folder, a hub id OWNER/NAME, or one of {', '.join(MODELS)}"
         )
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+    )
 
     from common import hub
 
@@ -289,12 +372,17 @@ def _index_file(source: str) -> Path:
         return hub.find(source, "model_index.json")
     except GatedRepoError:
         raise InputError(
-            f"model: {source} is gated: accept its licence on huggingface.co, run `hf auth login`, then start again"
+            f"model: {source} is gated: accept its licence on huggingface.co, run `hf auth "
+            "login`, then start again"
         ) from None
     except HFValidationError:
-        raise InputError(f"model: there is no folder {source} and it is no hub id OWNER/NAME") from None
+        raise InputError(
+            f"model: there is no folder {source} and it is no hub id OWNER/NAME"
+        ) from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError):
         raise InputError(
-            f"model: {source} is no folder here, not in the Hugging Face cache, and the hub does not give it; check "
-            f"the spelling and the network, run `hf auth login` for a gated model, or give --model PATH"
+            f"model: {source} is no folder here, not in the Hugging Face cache, and the hub does "
+            "not give it; check "
+            "the spelling and the network, run `hf auth login` for a gated model, or give "
+            "--model PATH"
         ) from None

@@ -8,7 +8,8 @@ from common.models.family import Family
 
 
 class Flux(Family):
-    """b rows; L = H/16 * W/16 tokens of 64 channels for FLUX.1-dev (the VAE's factor and a 2x2 patch)."""
+    """b rows; L = H/16 * W/16 tokens of 64 channels for FLUX.1-dev (the VAE's factor and a 2x2
+    patch)."""
 
     pipeline = FluxPipeline
     encoders = ("text_encoder", "text_encoder_2")
@@ -24,23 +25,35 @@ class Flux(Family):
         own = pipe.vae.config.sample_size
         self.unit = 2 * pipe.vae_scale_factor  # pixels of a token
         self.height, self.width = self._size(self.unit, height or own, width or own)
-        self.noise_shape = (self.height // self.unit * (self.width // self.unit), pipe.transformer.config.in_channels)
+        self.noise_shape = (
+            self.height // self.unit * (self.width // self.unit),
+            pipe.transformer.config.in_channels,
+        )
 
     def text(self, caption: str) -> dict[str, torch.Tensor]:
         """{"encoder_hidden_states": [S, D], "pooled_projections": [D']}"""
         longest = min(512, self.pipe.tokenizer_2.model_max_length)
-        text, pooled, _ = self.pipe.encode_prompt(caption, None, device=self.device, max_sequence_length=longest)
+        text, pooled, _ = self.pipe.encode_prompt(
+            caption, None, device=self.device, max_sequence_length=longest
+        )
         return {"encoder_hidden_states": text[0], "pooled_projections": pooled[0]}
 
     def blank(self) -> dict[str, torch.Tensor]:
         """Zeros like the conditioning of one prompt, {name: [...]}."""
-        config, longest = self.pipe.transformer.config, min(512, self.pipe.tokenizer_2.model_max_length)
+        config, longest = (
+            self.pipe.transformer.config,
+            min(512, self.pipe.tokenizer_2.model_max_length),
+        )
         return {
-            "encoder_hidden_states": torch.zeros(longest, config.joint_attention_dim, dtype=self.dtype),
+            "encoder_hidden_states": torch.zeros(
+                longest, config.joint_attention_dim, dtype=self.dtype
+            ),
             "pooled_projections": torch.zeros(config.pooled_projection_dim, dtype=self.dtype),
         }
 
-    def velocity(self, x: torch.Tensor, sigma: float | torch.Tensor, cond: dict[str, torch.Tensor]) -> torch.Tensor:
+    def velocity(
+        self, x: torch.Tensor, sigma: float | torch.Tensor, cond: dict[str, torch.Tensor]
+    ) -> torch.Tensor:
         """x [b, L, C], sigma a scalar or [b] -> velocity [b, L, C] float32"""
         b, device = len(x), x.device
         return self.trainable["transformer"](
@@ -60,11 +73,17 @@ class Flux(Family):
         """Latents [b, *noise_shape] -> images [b, 3, H, W] in [0, 1], in the VAE's dtype."""
         vae = self.pipe.vae
         # a token is 2x2 latent pixels, channel by channel
-        z = pixel_shuffle(x0.mT.unflatten(2, (self.height // self.unit, self.width // self.unit)), 2)
+        z = pixel_shuffle(
+            x0.mT.unflatten(2, (self.height // self.unit, self.width // self.unit)), 2
+        )
         z = z / vae.config.scaling_factor + vae.config.shift_factor
-        return self.pipe.image_processor.postprocess(vae.decode(z.to(vae.dtype)).sample.float(), output_type="pt")
+        return self.pipe.image_processor.postprocess(
+            vae.decode(z.to(vae.dtype)).sample.float(), output_type="pt"
+        )
 
 
 def image_ids(height: int, width: int) -> torch.Tensor:
     """Where each of height * width image tokens stands: [L, 3] float32, (0, row, column)"""
-    return torch.cartesian_prod(torch.zeros(1), torch.arange(float(height)), torch.arange(float(width)))
+    return torch.cartesian_prod(
+        torch.zeros(1), torch.arange(float(height)), torch.arange(float(width))
+    )

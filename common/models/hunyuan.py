@@ -1,4 +1,5 @@
-"""HunyuanVideo (diffusers' HunyuanVideoPipeline): embedded guidance, an attention mask over the text."""
+"""HunyuanVideo (diffusers' HunyuanVideoPipeline): embedded guidance, an attention mask over the
+text."""
 
 import torch
 from diffusers import HunyuanVideoPipeline
@@ -19,7 +20,12 @@ class HunyuanVideo(Family):
     video = True
 
     def __init__(
-        self, pipe: HunyuanVideoPipeline, height: int = 0, width: int = 0, frames: int = 0, **settings
+        self,
+        pipe: HunyuanVideoPipeline,
+        height: int = 0,
+        width: int = 0,
+        frames: int = 0,
+        **settings,
     ) -> None:
         super().__init__(pipe, **settings)
         space, time = pipe.vae_scale_factor_spatial, pipe.vae_scale_factor_temporal
@@ -27,10 +33,16 @@ class HunyuanVideo(Family):
         self.height, self.width = self._size(unit, height or 480, width or 480)
         self.frames = self._length(time, frames or 53)
         z = pipe.transformer.config.in_channels
-        self.noise_shape = (z, (self.frames - 1) // time + 1, self.height // space, self.width // space)
+        self.noise_shape = (
+            z,
+            (self.frames - 1) // time + 1,
+            self.height // space,
+            self.width // space,
+        )
 
     def text(self, caption: str) -> dict[str, torch.Tensor]:
-        """{"encoder_hidden_states": [S, D], "encoder_attention_mask": [S], "pooled_projections": [D']}"""
+        """{"encoder_hidden_states": [S, D], "encoder_attention_mask": [S], "pooled_projections":
+        [D']}"""
         text, pooled, mask = self.pipe.encode_prompt(caption, device=self.device)
         return {
             "encoder_hidden_states": text[0],
@@ -47,7 +59,9 @@ class HunyuanVideo(Family):
             "pooled_projections": torch.zeros(config.pooled_projection_dim, dtype=self.dtype),
         }
 
-    def velocity(self, x: torch.Tensor, sigma: float | torch.Tensor, cond: dict[str, torch.Tensor]) -> torch.Tensor:
+    def velocity(
+        self, x: torch.Tensor, sigma: float | torch.Tensor, cond: dict[str, torch.Tensor]
+    ) -> torch.Tensor:
         """x [b, C, F', h, w], sigma a scalar or [b] -> velocity [b, C, F', h, w] float32"""
         b, device = len(x), x.device
         return self.trainable["transformer"](

@@ -16,24 +16,32 @@ READ = 500  # images that are read to their end before a run
 
 
 def check(family: "type[Family]", prompts: Sequence[str]) -> None:
-    """Raises InputError for the first prompt that lacks the image which a class of models wants, or has one that it
-    does not take, and for an image that cannot be read."""
+    """Raises InputError for the first prompt that lacks the image which a class of models wants, or
+    has one that it does not take, and for an image that cannot be read."""
     for prompt in prompts:
         image = image_of(prompt)
         if family.images and not image:
-            raise InputError(f"prompts: {prompt[:60]!r} has no image; write lines IMAGE <tab> CAPTION for this model")
+            raise InputError(
+                f"prompts: {prompt[:60]!r} has no image; write lines IMAGE <tab> CAPTION for "
+                "this model"
+            )
         if image and not family.images:
-            raise InputError(f"prompts: {prompt[:60]!r} has an image, which this model does not take")
+            raise InputError(
+                f"prompts: {prompt[:60]!r} has an image, which this model does not take"
+            )
     images = [image for image in dict.fromkeys(map(image_of, prompts)) if image]
     for i, image in enumerate(images):
         if not Path(image).is_file():
-            raise InputError(f"prompts: there is no image {image}; paths count from the prompt file's folder")
+            raise InputError(
+                f"prompts: there is no image {image}; paths count from the prompt file's folder"
+            )
         if i < READ:
             read_image(image, small=True)
 
 
 def read_image(path: str, small: bool = False) -> Image.Image:
-    """The image as PIL's, in RGB; small: a JPEG is read whole but decoded small. Raises InputError."""
+    """The image as PIL's, in RGB; small: a JPEG is read whole but decoded small. Raises
+    InputError."""
     try:
         with Image.open(path) as picture:
             if small:

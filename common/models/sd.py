@@ -1,12 +1,13 @@
 """Stable Diffusion 1.x (diffusers' StableDiffusionPipeline) as a rectified flow.
 
-Its U-Net predicts the noise of z = a x0 + b eps with a^2 + b^2 = 1. A change of variables makes that the interpolation
-of common/sde.py: with sigma = b / (a + b) and h = sqrt((1 - sigma)^2 + sigma^2),
+Its U-Net predicts the noise of z = a x0 + b eps with a^2 + b^2 = 1. A change of variables makes
+that the interpolation of common/sde.py: with sigma = b / (a + b) and h = sqrt((1 - sigma)^2 +
+sigma^2),
 
     x = h z = (1 - sigma) x0 + sigma eps,    a = (1 - sigma) / h,    b = sigma / h,    velocity = eps - x0
 
-so the ODE step is DDIM with eta = 0, `--sde ddim` is DDIM with eta (DDPO 2305.13301), and the flow schedules work too.
-"""
+so the ODE step is DDIM with eta = 0, `--sde ddim` is DDIM with eta (DDPO 2305.13301), and the flow
+schedules work too."""
 
 from pathlib import Path
 
@@ -27,23 +28,35 @@ class StableDiffusion(Family):
     lora_targets = r".*attn[12]\.(to_[qkv]|to_out\.0)"
     negative = True
 
-    def __init__(self, pipe: StableDiffusionPipeline, height: int = 0, width: int = 0, **settings) -> None:
+    def __init__(
+        self, pipe: StableDiffusionPipeline, height: int = 0, width: int = 0, **settings
+    ) -> None:
         super().__init__(pipe, **settings)
         own = pipe.unet.config.sample_size * pipe.vae_scale_factor
         self.height, self.width = self._size(8, height or own, width or own)
         factor = pipe.vae_scale_factor
-        self.noise_shape = (pipe.unet.config.in_channels, self.height // factor, self.width // factor)
+        self.noise_shape = (
+            pipe.unet.config.in_channels,
+            self.height // factor,
+            self.width // factor,
+        )
         self.ddim = DDIMScheduler.from_config(pipe.scheduler.config)
         if self.ddim.config.prediction_type != "epsilon":
-            raise InputError(f"model: the U-Net predicts {self.ddim.config.prediction_type}; supported is epsilon")
+            raise InputError(
+                f"model: the U-Net predicts {self.ddim.config.prediction_type}; supported is "
+                "epsilon"
+            )
         noise = self.ddim.alphas_cumprod.double()
         self.table = _sigma(noise)  # of every training timestep
         self.last = _sigma(self.ddim.final_alpha_cumprod.double())  # where sampling ends
 
     def sigmas(self, steps: int, shift: float) -> torch.Tensor:
-        """Those of DDIM's timesteps, and the last: [T+1]. Raises InputError for a shift other than 1."""
+        """Those of DDIM's timesteps, and the last: [T+1]. Raises InputError for a shift other than
+        1."""
         if shift != 1:
-            raise InputError(f"--shift {shift:g}: this model has a schedule of its own; leave the shift at 1")
+            raise InputError(
+                f"--shift {shift:g}: this model has a schedule of its own; leave the shift at 1"
+            )
         self.ddim.set_timesteps(steps)
         return torch.cat([self.table[self.ddim.timesteps], self.last[None]]).float()
 
@@ -57,10 +70,14 @@ class StableDiffusion(Family):
         shape = self.pipe.tokenizer.model_max_length, self.pipe.unet.config.cross_attention_dim
         return {"encoder_hidden_states": torch.zeros(shape, dtype=self.dtype)}
 
-    def velocity(self, x: torch.Tensor, sigma: float | torch.Tensor, cond: dict[str, torch.Tensor]) -> torch.Tensor:
+    def velocity(
+        self, x: torch.Tensor, sigma: float | torch.Tensor, cond: dict[str, torch.Tensor]
+    ) -> torch.Tensor:
         """x [b, C, h, w], sigma a scalar or [b] -> velocity [b, C, h, w] float32"""
         sigma = torch.as_tensor(sigma, dtype=torch.float64).cpu().expand(len(x))
-        timestep = (self.table - sigma[:, None]).abs().argmin(1).to(x.device)  # one of the schedule, exactly
+        timestep = (
+            (self.table - sigma[:, None]).abs().argmin(1).to(x.device)
+        )  # one of the schedule, exactly
         sigma = sigma.to(x)[:, None, None, None]
         h = torch.hypot(1 - sigma, sigma)
         inputs = {"sample": x / h, "timestep": timestep}
@@ -71,15 +88,20 @@ class StableDiffusion(Family):
         """Latents [b, *noise_shape] -> images [b, 3, H, W] in [0, 1], in the VAE's dtype."""
         vae = self.pipe.vae
         z = x0 / torch.hypot(1 - self.last, self.last).to(x0) / vae.config.scaling_factor
-        return self.pipe.image_processor.postprocess(vae.decode(z.to(vae.dtype)).sample.float(), output_type="pt")
+        return self.pipe.image_processor.postprocess(
+            vae.decode(z.to(vae.dtype)).sample.float(), output_type="pt"
+        )
 
     def save_lora(self, folder: str | Path, layers: dict[str, dict[str, torch.Tensor]]) -> None:
-        """And once more as kohya's trainers, ComfyUI and the older web interfaces call its weights, in folder/kohya."""
+        """And once more as kohya's trainers, ComfyUI and the older web interfaces call its weights,
+        in folder/kohya."""
         from diffusers.utils import convert_state_dict_to_kohya
         from safetensors.torch import load_file, save_file
 
         super().save_lora(folder, layers)
-        weights = convert_state_dict_to_kohya(load_file(Path(folder) / "pytorch_lora_weights.safetensors"))
+        weights = convert_state_dict_to_kohya(
+            load_file(Path(folder) / "pytorch_lora_weights.safetensors")
+        )
         (Path(folder) / "kohya").mkdir()
         save_file(weights, Path(folder) / "kohya/lora.safetensors")
 

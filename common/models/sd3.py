@@ -1,4 +1,5 @@
-"""Stable Diffusion 3 and 3.5 (diffusers' StableDiffusion3Pipeline): two CLIPs and T5, classifier-free guidance."""
+"""Stable Diffusion 3 and 3.5 (diffusers' StableDiffusion3Pipeline): two CLIPs and T5,
+classifier-free guidance."""
 
 import torch
 from diffusers import StableDiffusion3Pipeline
@@ -18,20 +19,32 @@ class StableDiffusion3(Family):
         r"|ff(_context)?\.net\.(0\.proj|2))"
     )
     negative = True
-    left_out = ("text_encoder_3", "tokenizer_3")  # T5, 9 GiB: the pipeline puts zeros in the place of its words
+    left_out = (
+        "text_encoder_3",
+        "tokenizer_3",
+    )  # T5, 9 GiB: the pipeline puts zeros in the place of its words
 
-    def __init__(self, pipe: StableDiffusion3Pipeline, height: int = 0, width: int = 0, **settings) -> None:
+    def __init__(
+        self, pipe: StableDiffusion3Pipeline, height: int = 0, width: int = 0, **settings
+    ) -> None:
         super().__init__(pipe, **settings)
         factor, config = pipe.vae_scale_factor, pipe.transformer.config
         own = config.sample_size * factor
-        self.height, self.width = self._size(factor * config.patch_size, height or own, width or own)
+        self.height, self.width = self._size(
+            factor * config.patch_size, height or own, width or own
+        )
         self.noise_shape = (config.in_channels, self.height // factor, self.width // factor)
-        self.longest = min(256, pipe.tokenizer_3.model_max_length if pipe.tokenizer_3 else 256)  # words for T5
+        self.longest = min(
+            256, pipe.tokenizer_3.model_max_length if pipe.tokenizer_3 else 256
+        )  # words for T5
 
     def text(self, caption: str) -> dict[str, torch.Tensor]:
-        """{"encoder_hidden_states": [S, D], both CLIPs' words side by side, then T5's, "pooled_projections": [D']}"""
+        """{"encoder_hidden_states": [S, D], both CLIPs' words side by side, then T5's,
+        "pooled_projections": [D']}"""
         settings = dict(do_classifier_free_guidance=False, max_sequence_length=self.longest)
-        text, _, pooled, _ = self.pipe.encode_prompt(caption, None, None, device=self.device, **settings)
+        text, _, pooled, _ = self.pipe.encode_prompt(
+            caption, None, None, device=self.device, **settings
+        )
         return {"encoder_hidden_states": text[0], "pooled_projections": pooled[0]}
 
     def blank(self) -> dict[str, torch.Tensor]:
@@ -43,9 +56,13 @@ class StableDiffusion3(Family):
             "pooled_projections": torch.zeros(config.pooled_projection_dim, dtype=self.dtype),
         }
 
-    def velocity(self, x: torch.Tensor, sigma: float | torch.Tensor, cond: dict[str, torch.Tensor]) -> torch.Tensor:
+    def velocity(
+        self, x: torch.Tensor, sigma: float | torch.Tensor, cond: dict[str, torch.Tensor]
+    ) -> torch.Tensor:
         """x [b, C, h, w], sigma a scalar or [b] -> velocity [b, C, h, w] float32"""
-        timestep = (torch.as_tensor(sigma, dtype=torch.float32, device=x.device) * 1000).expand(len(x))
+        timestep = (torch.as_tensor(sigma, dtype=torch.float32, device=x.device) * 1000).expand(
+            len(x)
+        )
         module = self.trainable["transformer"]
         return self.guided(module, self.guidance, cond, hidden_states=x, timestep=timestep)
 
@@ -53,4 +70,6 @@ class StableDiffusion3(Family):
         """Latents [b, *noise_shape] -> images [b, 3, H, W] in [0, 1], in the VAE's dtype."""
         vae = self.pipe.vae
         z = x0 / vae.config.scaling_factor + vae.config.shift_factor
-        return self.pipe.image_processor.postprocess(vae.decode(z.to(vae.dtype)).sample.float(), output_type="pt")
+        return self.pipe.image_processor.postprocess(
+            vae.decode(z.to(vae.dtype)).sample.float(), output_type="pt"
+        )

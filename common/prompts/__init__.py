@@ -1,8 +1,8 @@
 """Prompts by file or by name, and the deterministic order in which a run visits them.
 
-A prompt is a string: a caption, or for image-to-video models the path of an image, a tab, and a caption. One from a
-line of JSONL also has the line's other fields (files.Prompt), for the rewards that ask for them.
-"""
+A prompt is a string: a caption, or for image-to-video models the path of an image, a tab, and a
+caption. One from a line of JSONL also has the line's other fields (files.Prompt), for the rewards
+that ask for them."""
 
 import functools
 from collections.abc import Iterable
@@ -16,8 +16,8 @@ AHEAD = 8  # steps whose prompts are embedded together, where the encoders come 
 
 
 def read_prompts(spec: str | Path) -> list[str]:
-    """What --prompts and --eval-prompts say -> [str]: the name of a set (sets.py), `hub:OWNER/NAME/FILE[:COLUMN]`, or
-    a file, `FILE[:COLUMN]` (files.py). Raises InputError."""
+    """What --prompts and --eval-prompts say -> [str]: the name of a set (sets.py),
+    `hub:OWNER/NAME/FILE[:COLUMN]`, or a file, `FILE[:COLUMN]` (files.py). Raises InputError."""
     spec = str(spec)
     if sets.is_name(spec):
         return sets.read(spec)
@@ -26,7 +26,9 @@ def read_prompts(spec: str | Path) -> list[str]:
 
 def caption_of(prompt: str) -> str:
     """The words of a prompt."""
-    return str(prompt.rpartition("\t")[2])  # without its fields: tokenizers and caches want a plain string
+    return str(
+        prompt.rpartition("\t")[2]
+    )  # without its fields: tokenizers and caches want a plain string
 
 
 def image_of(prompt: str) -> str:
@@ -40,10 +42,11 @@ def fields_of(prompt: str) -> dict:
 
 
 def prompts_of_step(prompts: list[str], step: int, number: int, seed: int) -> list[str]:
-    """The `number` prompts of a step. Every epoch is a new permutation; no state, so a resumed run visits the same.
+    """The `number` prompts of a step. Every epoch is a new permutation; no state, so a resumed run
+    visits the same.
 
-    Where an epoch ends a prompt may occur twice in a step: groups are told apart by their number, never by text.
-    """
+    Where an epoch ends a prompt may occur twice in a step: groups are told apart by their number,
+    never by text."""
     first = step * number
     return [
         prompts[_permutation(len(prompts), seed, i // len(prompts))[i % len(prompts)]]
@@ -51,8 +54,11 @@ def prompts_of_step(prompts: list[str], step: int, number: int, seed: int) -> li
     ]
 
 
-def prompts_ahead(prompts: list[str], step: int, number: int, seed: int, groups: Iterable[int]) -> list[str]:
-    """The prompts of these groups [b] (numbers below `number`, any often) in the next AHEAD - 1 steps, each once."""
+def prompts_ahead(
+    prompts: list[str], step: int, number: int, seed: int, groups: Iterable[int]
+) -> list[str]:
+    """The prompts of these groups [b] (numbers below `number`, any often) in the next AHEAD - 1
+    steps, each once."""
     groups = sorted(set(map(int, groups)))
     later = [prompts_of_step(prompts, step + after, number, seed) for after in range(1, AHEAD)]
     return list(dict.fromkeys(batch[group] for batch in later for group in groups))

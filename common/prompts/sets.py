@@ -13,9 +13,9 @@ For --eval-prompts alone, as nobody should train on a benchmark:
     unigenbench        UniGenBench++'s 600 short English ones; unigenbench:long its long ones (arXiv 2510.18701)
     vbench             VBench's 946 (arXiv 2311.17982); Apache-2.0
 
-Files of GitHub are told by their git blob and kept in $HF_HOME/vgrpo; $VGRPO_GITHUB names a mirror of
-raw.githubusercontent.com. Those of the hub lie in its own cache ($HF_ENDPOINT, $HF_HUB_OFFLINE as everywhere).
-"""
+Files of GitHub are told by their git blob and kept in $HF_HOME/vgrpo; $VGRPO_GITHUB names a mirror
+of raw.githubusercontent.com. Those of the hub lie in its own cache ($HF_ENDPOINT, $HF_HUB_OFFLINE
+as everywhere)."""
 
 import hashlib
 import os
@@ -34,7 +34,8 @@ INSTEAD = "or give --prompts (--eval-prompts) a file"
 
 
 class Published(NamedTuple):
-    """A file of a GitHub repository: commit or HEAD, path, the id of its git blob, the column of its prompts."""
+    """A file of a GitHub repository: commit or HEAD, path, the id of its git blob, the column of
+    its prompts."""
 
     repository: str
     commit: str
@@ -72,7 +73,13 @@ PUBLISHED = {
         "prompt_en",
     ),
 }  # fmt: skip
-FAMILIES = ("hpsv2", "hpdv2", "first-frames", "hub", *{name.partition(":")[0] for name in PUBLISHED})
+FAMILIES = (
+    "hpsv2",
+    "hpdv2",
+    "first-frames",
+    "hub",
+    *{name.partition(":")[0] for name in PUBLISHED},
+)
 BENCHMARKS = ("hpsv2", "geneval", "unigenbench", "vbench")
 
 
@@ -128,21 +135,30 @@ def _published(name: str) -> list[str]:
 
 
 def _fetched(name: str, item: Published) -> Path:
-    """The path of a published file, downloaded once; of what is broken or another file by now it keeps nothing."""
+    """The path of a published file, downloaded once; of what is broken or another file by now it
+    keeps nothing."""
     place, url = item.place(), item.url()
     if place.is_file() and blob_id(place.read_bytes()) == item.blob:
         return place
     try:
-        if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):  # the hub's own reading of it
+        if os.environ.get("HF_HUB_OFFLINE", "").upper() in (
+            "1",
+            "ON",
+            "YES",
+            "TRUE",
+        ):  # the hub's own reading of it
             raise OSError("HF_HUB_OFFLINE is set")
         with urllib.request.urlopen(url, timeout=30) as answer:
             data = answer.read(files.LONGEST)
         if blob_id(data) != item.blob:
-            raise OSError(f"what it gives is another file: git blob {blob_id(data)}, not {item.blob}")
+            raise OSError(
+                f"what it gives is another file: git blob {blob_id(data)}, not {item.blob}"
+            )
         _keep(place, data)
     except (OSError, ValueError, HTTPException) as error:
         raise InputError(
-            f"prompts: {name} is not at {place}, and {url} does not give it ({_said(error)}); put the file "
+            f"prompts: {name} is not at {place}, and {url} does not give it ({_said(error)}); "
+            "put the file "
             f"there, {INSTEAD}"
         ) from None
     return place
@@ -154,7 +170,8 @@ def blob_id(data: bytes) -> str:
 
 
 def _keep(place: Path, data: bytes) -> None:
-    """Other processes, here or elsewhere, may write the same file at the same moment: beside it, then renamed."""
+    """Other processes, here or elsewhere, may write the same file at the same moment: beside it,
+    then renamed."""
     place.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=place.parent, delete=False) as beside:
         beside.write(data)
@@ -169,7 +186,8 @@ def _from_hub(name: str, repository: str, file: str) -> Path:
         return hub.find(repository, file, "dataset")
     except (*hub.ERRORS, ValueError) as error:  # an id that is none
         raise InputError(
-            f"prompts: {name} is not in the Hugging Face cache ({file} of the data set {repository}), and the hub does "
+            f"prompts: {name} is not in the Hugging Face cache ({file} of the data set "
+            f"{repository}), and the hub does "
             f"not give it ({type(error).__name__}); where there is a network, run "
             f"`hf download --repo-type dataset {repository} {file}`; {INSTEAD}"
         ) from None
@@ -180,12 +198,15 @@ def _hub(name: str, part: str) -> list[str]:
     path, _, column = part.partition(":")
     owner, repository, file = (*path.split("/", 2), "", "")[:3]
     if not (owner and repository and file):
-        raise InputError(f"prompts: {name}: write hub:OWNER/NAME/FILE or hub:OWNER/NAME/FILE:COLUMN")
+        raise InputError(
+            f"prompts: {name}: write hub:OWNER/NAME/FILE or hub:OWNER/NAME/FILE:COLUMN"
+        )
     return files.read(_from_hub(name, f"{owner}/{repository}", file), column or files.COLUMN, name)
 
 
 def _hpdv2() -> list[str]:
-    """Of its 645,090 rows each prompt once, in their order; kept as text, which is read a hundred times faster."""
+    """Of its 645,090 rows each prompt once, in their order; kept as text, which is read a hundred
+    times faster."""
     path = _from_hub("hpdv2", "ymhao/HPDv2", "train.json")
     place = _cache() / path.parent.name / "hpdv2.txt"  # of this commit
     if place.is_file():
@@ -201,20 +222,24 @@ def _hpdv2() -> list[str]:
 def _first_frames() -> list[str]:
     if not FIRST_FRAMES.is_file():
         raise InputError(
-            f"prompts: there are no first frames in {FIRST_FRAMES.parent} yet; `python -m lab.first_frames` makes some "
+            f"prompts: there are no first frames in {FIRST_FRAMES.parent} yet; `python -m "
+            "lab.first_frames` makes some "
             "(--help says from what), or give --prompts a file with lines IMAGE <tab> CAPTION"
         )
     return files.read(FIRST_FRAMES)
 
 
 def _hpsv2(style: str) -> list[str]:
-    """The official prompts of a style, or of all, as the hpsv2 package has them; the first time it downloads them."""
+    """The official prompts of a style, or of all, as the hpsv2 package has them; the first time it
+    downloads them."""
     if style not in (*HPSV2, "all"):
         raise InputError(f"prompts: hpsv2 has no {style!r}; it has {', '.join(HPSV2)} and all")
     try:
         import hpsv2
     except ImportError as error:
-        raise InputError(f"prompts: hpsv2:{style} takes the package hpsv2 ({error}); pip install hpsv2") from None
+        raise InputError(
+            f"prompts: hpsv2:{style} takes the package hpsv2 ({error}); pip install hpsv2"
+        ) from None
     from common import hub
 
     hub.settle()
@@ -225,7 +250,8 @@ def _hpsv2(style: str) -> list[str]:
             prompts = hpsv2.benchmark_prompts(style)
     except (OSError, ValueError) as error:  # the hub's errors among them
         raise InputError(
-            f"prompts: hpsv2:{style} is not in the Hugging Face cache (data set zhwang/HPDv2, benchmark/), and the "
+            f"prompts: hpsv2:{style} is not in the Hugging Face cache (data set zhwang/HPDv2, "
+            "benchmark/), and the "
             f"hub does not give it: {_said(error)}; start where there is a network, {INSTEAD}"
         ) from None
     return [prompt for part in prompts.values() for prompt in part] if style == "all" else prompts

@@ -1,4 +1,5 @@
-"""Any prompt under a picture: no mathematics, letters that the fonts lack, lines as wide as the picture."""
+"""Any prompt under a picture: no mathematics, letters that the fonts lack, lines as wide as the
+picture."""
 
 import functools
 from bisect import bisect
@@ -14,8 +15,8 @@ MISSING = "\\u{:04x}"  # a letter that no font has, as Python writes it
 
 
 def put(axis: "Axes", prompt: str, end: str, lines: int, size: float, **place) -> None:
-    """A title of an axis: the prompt in so many lines as wide as the axis, what is too long cut, and `end` after it.
-    size: of the letters in points; place: what Axes.set_title takes besides."""
+    """A title of an axis: the prompt in so many lines as wide as the axis, what is too long cut,
+    and `end` after it. size: of the letters in points; place: what Axes.set_title takes besides."""
     words, families = drawable(" ".join(prompt.split())[:300])
     font = FontProperties(family=families, size=size)
     renderer = axis.figure.canvas.get_renderer()
@@ -29,7 +30,8 @@ def put(axis: "Axes", prompt: str, end: str, lines: int, size: float, **place) -
 
 
 def wrapped(words: str, lines: int, fits: Callable[[str], bool]) -> list[str]:
-    """Words -> at most so many lines, each of which `fits`; "..." ends the last one if there is more."""
+    """Words -> at most so many lines, each of which `fits`; "..." ends the last one if there is
+    more."""
     done = []
     while words and len(done) < lines:
         length = max(1, bisect(range(1, len(words) + 1), False, key=lambda n: not fits(words[:n])))
@@ -43,8 +45,8 @@ def wrapped(words: str, lines: int, fits: Callable[[str], bool]) -> list[str]:
 
 
 def drawable(words: str) -> tuple[str, list[str]]:
-    """-> (words, families): those of the machine's fonts that have its letters, the default one first; letters that
-    none of them has, or that cannot be seen, are written as numbers."""
+    """-> (words, families): those of the machine's fonts that have its letters, the default one
+    first; letters that none of them has, or that cannot be seen, are written as numbers."""
     default = matplotlib.rcParams["font.family"]
     families, drawn = list(default), ""
     for letter in words:
@@ -62,8 +64,14 @@ def family_of(letter: str) -> str | None:
     default = matplotlib.font_manager.findfont(FontProperties())
     if ord(letter) in letters_of(default):
         return ""
-    shipped = matplotlib.get_data_path()  # with letters elsewhere than Unicode has them, and a font of boxes
-    fonts = [font for font in fontManager.ttflist if not font.fname.startswith(shipped) and font.size == "scalable"]
+    shipped = (
+        matplotlib.get_data_path()
+    )  # with letters elsewhere than Unicode has them, and a font of boxes
+    fonts = [
+        font
+        for font in fontManager.ttflist
+        if not font.fname.startswith(shipped) and font.size == "scalable"
+    ]
     return next((font.name for font in fonts if ord(letter) in letters_of(font.fname)), None)
 
 
@@ -72,5 +80,9 @@ def letters_of(path: str) -> frozenset[int]:
     """The code points that a font file has; none of one that cannot be read."""
     try:
         return frozenset(get_font(path).get_charmap())
-    except (OSError, RuntimeError, ValueError):  # a font that cannot be read: of pictures, for instance
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+    ):  # a font that cannot be read: of pictures, for instance
         return frozenset()

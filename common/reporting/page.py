@@ -1,4 +1,5 @@
-"""report.html: a run's folder as one page that needs no other file and no network. A run writes it with its pictures;
+"""report.html: a run's folder as one page that needs no other file and no network. A run writes it
+with its pictures;
 
 python -m common.reporting.page RUN [RUN ...]
 
@@ -37,8 +38,8 @@ POLICY = "default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-
 
 
 def write(folder: str | Path) -> Path:
-    """RUN/report.html from what is in the folder, half a run too; returns its path. Raises InputError for no run, and
-    OSError."""
+    """RUN/report.html from what is in the folder, half a run too; returns its path. Raises
+    InputError for no run, and OSError."""
     folder = Path(folder)
     try:
         config = json.loads((folder / "config.json").read_text())
@@ -47,26 +48,36 @@ def write(folder: str | Path) -> Path:
     if not isinstance(config, dict):
         raise InputError(f"{folder} holds no run: it has no config.json that can be read")
     path = folder / "report.html"
-    write_text(path, page(folder.resolve().name, config, rows_before(folder / "metrics.jsonl", math.inf), folder))
+    write_text(
+        path,
+        page(
+            folder.resolve().name, config, rows_before(folder / "metrics.jsonl", math.inf), folder
+        ),
+    )
     return path
 
 
 def page(name: str, config: dict[str, Any], rows: list[dict[str, Any]], folder: Path) -> str:
-    """The page as text; config, rows: of config.json and metrics.jsonl; folder: with the pictures."""
+    """The page as text; config, rows: of config.json and metrics.jsonl; folder: with the
+    pictures."""
     rewards = " + ".join(map(str, config.get("reward") or ()))
     about = f"{config.get('script')}.py · {config.get('model')} · {rewards}"
     curves = [folder / "reward.png", *sorted(set(folder.glob("*.png")) - {folder / "reward.png"})]
     parts = [
         f"<h1>{escape(name)}</h1><p>{escape(about)}</p>",
         f'<h2>In short</h2><div class="row">{"".join(tiles(config, rows))}</div>',
-        f'<h2>Curves</h2><div class="row">{"".join(figure(path, path.stem) for path in curves)}</div>',
-        f'<h2>Samples: the same prompts and the same noise</h2><div class="row">{"".join(samples(folder))}</div>',
+        "<h2>Curves</h2><div "
+        f'class="row">{"".join(figure(path, path.stem) for path in curves)}</div>',
+        "<h2>Samples: the same prompts and the same noise</h2><div "
+        f'class="row">{"".join(samples(folder))}</div>',
         f"<h2>All metrics</h2><table>{''.join(metrics(rows))}</table>",
         f"<h2>Settings</h2><table>{''.join(settings(config))}</table>",
     ]
     head = f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{POLICY}">'
     head += f'<meta name="viewport" content="width=device-width"><title>{escape(name)}</title><style>{STYLE}</style>'
-    return f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(parts)}</body></html>\n'
+    return (
+        f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(parts)}</body></html>\n'
+    )
 
 
 def tiles(config: dict[str, Any], rows: list[dict[str, Any]]) -> Iterator[str]:
@@ -97,7 +108,8 @@ def samples(folder: Path) -> Iterator[str]:
 
 
 def figure(path: Path, label: str) -> str:
-    """A picture (.png) or clip (.mp4) inside the page; "" for one that is not there, or has more than LARGEST bytes."""
+    """A picture (.png) or clip (.mp4) inside the page; "" for one that is not there, or has more
+    than LARGEST bytes."""
     try:
         data = path.read_bytes() if path.stat().st_size <= LARGEST else b""
     except OSError:
@@ -122,7 +134,11 @@ def metrics(rows: list[dict[str, Any]]) -> Iterator[str]:
 
 def line(values: list[float], width: int = 180, height: int = 26) -> str:
     """The values, one or more, as an SVG line, evenly spaced; width, height: in pixels."""
-    low, span, step = min(values), (max(values) - min(values)) or 1.0, width / max(1, len(values) - 1)
+    low, span, step = (
+        min(values),
+        (max(values) - min(values)) or 1.0,
+        width / max(1, len(values) - 1),
+    )
     heights = (height - 2 - (value - low) / span * (height - 4) for value in values)
     points = " ".join(f"{i * step:.1f},{y:.1f}" for i, y in enumerate(heights))
     return f'<svg viewBox="0 0 {width} {height}"><polyline points="{points}"/></svg>'

@@ -1,4 +1,5 @@
-"""What a run leaves to look at: metrics.jsonl, trackers, sample grids, curves, report.html, progress bar, last line."""
+"""What a run leaves to look at: metrics.jsonl, trackers, sample grids, curves, report.html,
+progress bar, last line."""
 
 import html
 import math
@@ -26,10 +27,11 @@ if TYPE_CHECKING:  # a picture can do without
 
 
 class Report:
-    """Writes on the main process only. A resumed run writes metrics.jsonl again from row `start` on.
+    """Writes on the main process only. A resumed run writes metrics.jsonl again from row `start`
+    on.
 
-    Besides reward.png there is a NAME.png of the metrics NAME and NAME_..., for each name in CURVES of a script's Args.
-    """
+    Besides reward.png there is a NAME.png of the metrics NAME and NAME_..., for each name in CURVES
+    of a script's Args."""
 
     def __init__(self, run: "Runtime", start: int) -> None:
         self.run, self.path = run, run.output / "metrics.jsonl"
@@ -40,12 +42,17 @@ class Report:
         start_tracker(run)
 
     def steps(self, start: int, stop: int) -> Iterator[int]:
-        """The step numbers, behind a progress bar with reward, ratio error and the time left. Between them, once one is
-        finished, raises what `check_signals` does."""
+        """The step numbers, behind a progress bar with reward, ratio error and the time left.
+        Between them, once one is finished, raises what `check_signals` does."""
         from tqdm import tqdm
 
         self.bar = tqdm(
-            range(start, stop), initial=start, total=stop, disable=not self.run.is_main, dynamic_ncols=True, unit="step"
+            range(start, stop),
+            initial=start,
+            total=stop,
+            disable=not self.run.is_main,
+            dynamic_ncols=True,
+            unit="step",
         )
         with signals.end_the_step(self.run):
             for step in self.bar:
@@ -57,16 +64,23 @@ class Report:
         """Appends a row to metrics.jsonl and sends it to the tracker; tensors of one element."""
         row = {"step": step, **{name: float(value) for name, value in metrics.items()}}
         self.rows.append(row)
-        self.run.accelerator.log({name: value for name, value in row.items() if name != "step"}, step=step)
+        self.run.accelerator.log(
+            {name: value for name, value in row.items() if name != "step"}, step=step
+        )
         if self.run.is_main:
             with self.path.open("a") as file:
                 file.write(line_of(row))
             if "reward_mean" in row:
-                self.bar.set_postfix(reward=f"{row['reward_mean']:.3f}", ratio_error=f"{row['ratio_error']:.0e}")
+                self.bar.set_postfix(
+                    reward=f"{row['reward_mean']:.3f}", ratio_error=f"{row['ratio_error']:.0e}"
+                )
 
-    def samples(self, step: int, media: torch.Tensor, prompts: list[str], rewards: torch.Tensor) -> None:
-        """samples/step_NNNNNN.png: up to 16 images [n, 3, H, W] in [0, 1] with their prompts and rewards [n]; of clips
-        [n, F, 3, H, W] up to 8 frames each, and all of them side by side in step_NNNNNN.mp4."""
+    def samples(
+        self, step: int, media: torch.Tensor, prompts: list[str], rewards: torch.Tensor
+    ) -> None:
+        """samples/step_NNNNNN.png: up to 16 images [n, 3, H, W] in [0, 1] with their prompts and
+        rewards [n]; of clips [n, F, 3, H, W] up to 8 frames each, and all of them side by side in
+        step_NNNNNN.mp4."""
         if self.run.is_main:
             path = self.run.output / "samples" / f"step_{step:06d}.png"
             path.parent.mkdir(exist_ok=True)
@@ -81,32 +95,42 @@ class Report:
             self.plot()
 
     def plot(self) -> None:
-        """reward.png: the training reward of each step, and the held-out one; the other curves; and report.html."""
+        """reward.png: the training reward of each step, and the held-out one; the other curves; and
+        report.html."""
         if not self.run.is_main:
             return
         rewards = {"reward_mean": "training samples", "eval_reward": "held-out prompts, noise-free"}
         save_curves(self.run.output / "reward.png", self.rows, rewards, "reward")
         for curve in self.curves:
-            names = dict.fromkeys(name for row in self.rows for name in row if f"{name}_".startswith(f"{curve}_"))
+            names = dict.fromkeys(
+                name for row in self.rows for name in row if f"{name}_".startswith(f"{curve}_")
+            )
             labels = {name: name.removeprefix(f"{curve}_") for name in names}
             if labels:
                 save_curves(self.run.output / f"{curve}.png", self.rows, labels, curve)
         page.write(self.run.output)
 
     def finish(self, step: int, metrics: dict[str, float | torch.Tensor], export: str) -> "Report":
-        """Logs the last evaluation, closes everything, says what came out and where to look (`export` is the line that
-        loads the model), and returns the report. Raises RunError where the export's card cannot be written or sent."""
+        """Logs the last evaluation, closes everything, says what came out and where to look
+        (`export` is the line that loads the model), and returns the report. Raises RunError where
+        the export's card cannot be written or sent."""
         if metrics:
             self.log(step, metrics)
         self.plot()
         self.bar.close()
-        for tracker in self.run.accelerator.trackers:  # no end_training: the processes' group is errors.run's to end
+        for tracker in (
+            self.run.accelerator.trackers
+        ):  # no end_training: the processes' group is errors.run's to end
             tracker.finish()
-        errors.rescues.clear(), errors.alarms.clear()  # nothing is left to save, and they hold the model
+        (
+            errors.rescues.clear(),
+            errors.alarms.clear(),
+        )  # nothing is left to save, and they hold the model
         held_out = [row["eval_reward"] for row in self.rows if "eval_reward" in row]
         if held_out:
             self.run.print(
-                f"held-out reward {held_out[0]:.3f} -> {held_out[-1]:.3f} ({held_out[-1] - held_out[0]:+.3f}; "
+                f"held-out reward {held_out[0]:.3f} -> {held_out[-1]:.3f} "
+                f"({held_out[-1] - held_out[0]:+.3f}; "
                 "fixed prompts, fixed starting noise, noise-free sampling)"
             )
         samples = self.run.output / "samples"
@@ -136,25 +160,34 @@ class Clock:
 
 
 def start_tracker(run: "Runtime") -> None:
-    """Under the run's name, by which TensorBoard calls its folder; in W&B a run that goes on is the same one. Raises
-    InputError for a tracker that does not start."""
+    """Under the run's name, by which TensorBoard calls its folder; in W&B a run that goes on is the
+    same one. Raises InputError for a tracker that does not start."""
     name, settings = run.output.name, {name: str(value) for name, value in vars(run.args).items()}
     wandb = {"name": name, "id": run.name or None, "resume": "allow", "dir": str(run.output)}
     try:
-        run.accelerator.init_trackers("vgrpo" if run.args.tracker == "wandb" else name, settings, {"wandb": wandb})
+        run.accelerator.init_trackers(
+            "vgrpo" if run.args.tracker == "wandb" else name, settings, {"wandb": wandb}
+        )
     except Exception as error:  # W&B's own: nobody is logged in, no network
         if errors.of_the_machine(error):
             raise
         raise errors.InputError(
-            f"--tracker {run.args.tracker} does not start ({errors.text(error)}); for W&B `wandb login`, or set "
+            f"--tracker {run.args.tracker} does not start ({errors.text(error)}); for W&B `wandb "
+            "login`, or set "
             "WANDB_MODE=offline, or take --tracker tensorboard"
         ) from None
 
 
 def show_in_tensorboard(
-    writer: "SummaryWriter", step: int, path: Path, media: torch.Tensor, prompts: list[str], rewards: torch.Tensor
+    writer: "SummaryWriter",
+    step: int,
+    path: Path,
+    media: torch.Tensor,
+    prompts: list[str],
+    rewards: torch.Tensor,
 ) -> None:
-    """The picture of the samples (prompts and rewards are in it), and a table of both, which can be searched."""
+    """The picture of the samples (prompts and rewards are in it), and a table of both, which can be
+    searched."""
     from PIL import Image
 
     with Image.open(path) as picture:
@@ -165,9 +198,15 @@ def show_in_tensorboard(
 
 
 def show_in_wandb(
-    run: "wandb.Run", step: int, path: Path, media: torch.Tensor, prompts: list[str], rewards: torch.Tensor
+    run: "wandb.Run",
+    step: int,
+    path: Path,
+    media: torch.Tensor,
+    prompts: list[str],
+    rewards: torch.Tensor,
 ) -> None:
-    """Each image with its prompt and reward under it; clips side by side, under them what they are, in their order."""
+    """Each image with its prompt and reward under it; clips side by side, under them what they are,
+    in their order."""
     import wandb
 
     said = [f"{prompt} ({float(reward):.3f})" for prompt, reward in zip(prompts, rewards)]
@@ -184,34 +223,54 @@ SHOW = {"tensorboard": show_in_tensorboard, "wandb": show_in_wandb}
 
 
 def save_grid(
-    path: Path, images: torch.Tensor, prompts: list[str], rewards: Iterable[float | torch.Tensor], columns: int = 4
+    path: Path,
+    images: torch.Tensor,
+    prompts: list[str],
+    rewards: Iterable[float | torch.Tensor],
+    columns: int = 4,
 ) -> None:
     """A PNG of images [n, 3, H, W] in [0, 1], each with its prompt and reward, of n, under it."""
     from common.reporting import captions
 
     plt, lines = pyplot(), -(-len(images) // columns)
     figure, axes = plt.subplots(
-        lines, columns, figsize=(2.4 * columns, 2.9 * lines), squeeze=False, gridspec_kw=dict(hspace=0.35)
+        lines,
+        columns,
+        figsize=(2.4 * columns, 2.9 * lines),
+        squeeze=False,
+        gridspec_kw=dict(hspace=0.35),
     )
     for axis in axes.flat:
         axis.axis("off")
     for axis, image, prompt, reward in zip(axes.flat, images, prompts, rewards):
         axis.imshow(image.float().clamp(0, 1).movedim(0, -1).cpu().numpy(), interpolation="nearest")
-        captions.put(axis, prompt, f"\n{float(reward):.2f}", lines=3, size=7, y=-0.02, pad=0, va="top")
+        captions.put(
+            axis, prompt, f"\n{float(reward):.2f}", lines=3, size=7, y=-0.02, pad=0, va="top"
+        )
     figure.savefig(path, dpi=110, bbox_inches="tight")
     plt.close(figure)
 
 
 def save_strips(
-    path: Path, clips: torch.Tensor, prompts: list[str], rewards: Iterable[float | torch.Tensor], frames: int = 8
+    path: Path,
+    clips: torch.Tensor,
+    prompts: list[str],
+    rewards: Iterable[float | torch.Tensor],
+    frames: int = 8,
 ) -> None:
-    """A PNG with a line for each of n clips [n, F, 3, H, W] in [0, 1]: some of its frames, its prompt and reward."""
+    """A PNG with a line for each of n clips [n, F, 3, H, W] in [0, 1]: some of its frames, its
+    prompt and reward."""
     from torchvision.utils import make_grid
 
     from common.reporting import captions
 
-    plt, chosen = pyplot(), torch.linspace(0, clips.shape[1] - 1, min(frames, clips.shape[1])).round().long()
-    figure, axes = plt.subplots(len(clips), 1, figsize=(1.5 * len(chosen), 1.9 * len(clips)), squeeze=False)
+    plt, chosen = (
+        pyplot(),
+        torch.linspace(0, clips.shape[1] - 1, min(frames, clips.shape[1])).round().long(),
+    )
+    figure, axes = plt.subplots(
+        len(clips), 1, figsize=(1.5 * len(chosen), 1.9 * len(clips)), squeeze=False
+    )
     for axis, clip, prompt, reward in zip(axes.flat, clips[:, chosen], prompts, rewards):
         strip = make_grid(clip.float().clamp(0, 1), nrow=len(chosen), padding=1, pad_value=1.0)
         axis.imshow(strip.movedim(0, -1).cpu().numpy(), interpolation="nearest")
@@ -227,16 +286,25 @@ def save_clips(path: Path, clips: torch.Tensor, fps: float, columns: int = 4) ->
     from torchvision.utils import make_grid
 
     scale = max(1, 96 // clips.shape[-2])
-    clips = clips.float().clamp(0, 1).cpu().repeat_interleave(scale, -1).repeat_interleave(scale, -2)
-    frames = [make_grid(frame, nrow=min(columns, len(clips)), padding=4, pad_value=1.0) for frame in clips.unbind(1)]
+    clips = (
+        clips.float().clamp(0, 1).cpu().repeat_interleave(scale, -1).repeat_interleave(scale, -2)
+    )
+    frames = [
+        make_grid(frame, nrow=min(columns, len(clips)), padding=4, pad_value=1.0)
+        for frame in clips.unbind(1)
+    ]
     height, width = frames[0].shape[1:]
-    frames = [pad(frame, (0, -width % 16, 0, -height % 16), value=1.0) for frame in frames]  # as video codecs want it
+    frames = [
+        pad(frame, (0, -width % 16, 0, -height % 16), value=1.0) for frame in frames
+    ]  # as video codecs want it
     export_to_video([frame.movedim(0, -1).numpy() for frame in frames], str(path), fps=fps)
 
 
-def save_curves(path: Path, rows: list[dict[str, float]], labels: dict[str, str], quantity: str) -> None:
-    """A PNG of metrics over the steps: rows of metrics.jsonl, labels {metric: what the legend calls it}; those of a few
-    steps get points."""
+def save_curves(
+    path: Path, rows: list[dict[str, float]], labels: dict[str, str], quantity: str
+) -> None:
+    """A PNG of metrics over the steps: rows of metrics.jsonl, labels {metric: what the legend calls
+    it}; those of a few steps get points."""
     plt = pyplot()
     figure, axis = plt.subplots(figsize=(6, 3.6))
     for name, label in labels.items():
@@ -253,7 +321,8 @@ def save_curves(path: Path, rows: list[dict[str, float]], labels: dict[str, str]
 
 
 def pyplot() -> ModuleType:
-    """matplotlib without a screen. It takes seconds to import, as do torchvision and diffusers: only when drawing."""
+    """matplotlib without a screen. It takes seconds to import, as do torchvision and diffusers:
+    only when drawing."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,9 +1,11 @@
-"""Rewards: a table of names, `name=weight` parsing, loading. asking.py has them score, mixing.py adds them up.
+"""Rewards: a table of names, `name=weight` parsing, loading. asking.py has them score, mixing.py
+adds them up.
 
 A reward is a class, in the table or in a file of one's own (`my/file.py:Class`, own.py), with
     score(media, prompts) -> [b] float32    media [b, C, H, W] (video [b, F, C, H, W]) in [0, 1], one prompt a row
     fields                                  optional: names of what the prompts' lines of JSONL must have besides; score
-                                            gets each by its name, a list of b values: score(media, prompts, text)
+                                            gets each by its name, a list of b values: score(media,
+                                            prompts, text)
     masks                                   optional: True if a score may be NaN, for a sample that it failed to judge,
                                             which then counts nowhere in its group
     video                                   whether it scores clips; if not, a clip's score is the mean of some frames'
@@ -27,13 +29,22 @@ from common.errors import InputError
 from common.prompts import caption_of, fields_of
 from common.rewards import own
 from common.rewards.asking import blame, check_finite, score, try_out
-from common.rewards.mixing import in_units, on_unit_interval, require_range, scale, shares, terms, weighted_sum
+from common.rewards.mixing import (
+    in_units,
+    on_unit_interval,
+    require_range,
+    scale,
+    shares,
+    terms,
+    weighted_sum,
+)
 from common.rewards.weights import Source
 
 __all__ = [
     "parse", "load", "REWARDS",
     "blame", "check_finite", "score", "try_out",  # asking.py
-    "in_units", "on_unit_interval", "require_range", "scale", "shares", "terms", "weighted_sum",  # mixing.py
+    # mixing.py
+    "in_units", "on_unit_interval", "require_range", "scale", "shares", "terms", "weighted_sum",
 ]  # fmt: skip
 
 REWARDS = {
@@ -64,8 +75,8 @@ REWARDS = {
 
 
 def split(spec: str) -> tuple[str, str, str | None]:
-    """What a flag says -> (what is loaded, what it is called, the weight or None): "clip=0.5" -> ("clip", "clip",
-    "0.5"), "my/ocr.py:Ocr" -> ("my/ocr.py:Ocr", "ocr.py:Ocr", None)."""
+    """What a flag says -> (what is loaded, what it is called, the weight or None): "clip=0.5" ->
+    ("clip", "clip", "0.5"), "my/ocr.py:Ocr" -> ("my/ocr.py:Ocr", "ocr.py:Ocr", None)."""
     file, mark, rest = spec.rpartition(own.MARK)
     name, equals, weight = rest.partition("=")
     source = file + mark + name
@@ -83,7 +94,8 @@ def parse(specs: Iterable[str]) -> dict[str, float]:
             value = 1.0 if weight is None else float(weight)
         except ValueError:
             raise InputError(
-                f"reward: {spec!r} has no number after '='; write NAME or NAME=WEIGHT, as in jpeg=0.5"
+                f"reward: {spec!r} has no number after '='; write NAME or NAME=WEIGHT, as in "
+                "jpeg=0.5"
             ) from None
         if not abs(value) <= 1e6:
             raise InputError(f"reward: the weight in {spec!r} must be finite, at most 1e6")
@@ -93,17 +105,23 @@ def parse(specs: Iterable[str]) -> dict[str, float]:
     if not weights:
         raise InputError(f"reward: name at least one of {', '.join(REWARDS)}")
     if not any(weights.values()):
-        raise InputError("reward: all weights are 0; --watch NAME scores a reward without training on it")
+        raise InputError(
+            "reward: all weights are 0; --watch NAME scores a reward without training on it"
+        )
     return weights
 
 
 def parse_paths(specs: Iterable[str]) -> dict[str, str]:
-    """["clip=assets/tiny-clip"] -> {"clip": "assets/tiny-clip"}; raises InputError, also for what does not exist."""
+    """["clip=assets/tiny-clip"] -> {"clip": "assets/tiny-clip"}; raises InputError, also for what
+    does not exist."""
     paths = {}
     for spec in specs:
         name, _, path = spec.partition("=")
         if not path:
-            raise InputError(f"--reward-path {spec}: write NAME=FILE, as in hpsv2.1=weights/HPS_v2.1_compressed.pt")
+            raise InputError(
+                f"--reward-path {spec}: write NAME=FILE, as in "
+                "hpsv2.1=weights/HPS_v2.1_compressed.pt"
+            )
         check_name(name)
         if not Path(path).exists():
             raise InputError(f"--reward-path {spec}: there is no {path}")
@@ -112,31 +130,46 @@ def parse_paths(specs: Iterable[str]) -> dict[str, str]:
 
 
 def load(
-    specs: Iterable[str], prompts: list[str], reward_path: Iterable[str] = (), reward_batch: int = 16,
-    reward_frames: str | int = "all", fps: float = 15.0, judge: dict | None = None, clips: bool | None = None,
-) -> dict:  # fmt: skip
-    """The scorers by name, with their weights, each having looked at the prompts that it will be asked about.
+    specs: Iterable[str],
+    prompts: list[str],
+    reward_path: Iterable[str] = (),
+    reward_batch: int = 16,
+    reward_frames: str | int = "all",
+    fps: float = 15.0,
+    judge: dict | None = None,
+    clips: bool | None = None,
+) -> dict:
+    """The scorers by name, with their weights, each having looked at the prompts that it will be
+    asked about.
 
-    specs: NAME or FILE.py:CLASS, of --reward and --watch; a =WEIGHT is not looked at.
-    reward_path: "NAME=FILE" of weights that do not come from the hub. reward_batch: media that a model looks at at
-    once. reward_frames: see asking.chosen_frames. fps: frames a second of the clips. judge: the flags --judge-..., by
-    what follows the hyphen. clips: whether the model to train makes clips; None: unknown.
-    Returns {name: scorer}; raises InputError for what is wrong with any of this.
-    """
+    specs: NAME or FILE.py:CLASS, of --reward and --watch; a =WEIGHT is not looked at. reward_path:
+    "NAME=FILE" of weights that do not come from the hub. reward_batch: media that a model looks at
+    at once. reward_frames: see asking.chosen_frames. fps: frames a second of the clips. judge: the
+    flags --judge-..., by what follows the hyphen. clips: whether the model to train makes clips;
+    None: unknown. Returns {name: scorer}; raises InputError for what is wrong with any of this."""
     sources, scorers, paths = {}, {}, parse_paths(reward_path)
     for source, name, _ in map(split, specs):
         if sources.setdefault(name, source) != source:
-            raise InputError(f"reward: {sources[name]} and {source} are both called {name}; rename one of the files")
+            raise InputError(
+                f"reward: {sources[name]} and {source} are both called {name}; rename one of the "
+                "files"
+            )
     for name, source in sources.items():
         scorers[name] = scorer = own.load(source) if own.MARK in source else _of_table(name)
         if clips is False and not getattr(scorer, "image", True):
-            raise InputError(f"reward {name} scores clips, and this --model makes images; take another of the two")
+            raise InputError(
+                f"reward {name} scores clips, and this --model makes images; take another of the "
+                "two"
+            )
         check_fields(name, scorer, prompts)
         try:
             getattr(scorer, "check", lambda _: None)([caption_of(prompt) for prompt in prompts])
         except Exception as error:  # of code of one's own, whatever
             raise InputError(f"reward {name}: {errors.text(error)}") from None
-    for name, scorer in scorers.items():  # gigabytes, so after everything that can be wrong without them
+    for (
+        name,
+        scorer,
+    ) in scorers.items():  # gigabytes, so after everything that can be wrong without them
         scorer.frames, scorer.fps, scorer.judge = reward_frames, fps, judge
         if hasattr(scorer, "load"):
             _load(name, scorer, Source(name, paths), reward_batch)
@@ -151,7 +184,8 @@ def _load(name: str, scorer: Any, source: Source, batch: int) -> None:
             raise
         where = f"--reward-path {name}={source.given}" if source.given else "the hub's cache"
         raise InputError(
-            f"reward {name}: its files in {where} do not load ({type(error).__name__}: {errors.text(error)}); "
+            f"reward {name}: its files in {where} do not load ({type(error).__name__}: "
+            f"{errors.text(error)}); "
             "download them again"
         ) from None
 
@@ -163,11 +197,13 @@ def _of_table(name: str) -> Any:
 
 
 def check_name(name: str) -> None:
-    """Raises InputError for a reward that is neither in the table, with the nearest that are, nor in a file."""
+    """Raises InputError for a reward that is neither in the table, with the nearest that are, nor
+    in a file."""
     if name not in REWARDS and own.MARK not in name:
         near = difflib.get_close_matches(name, REWARDS, n=2, cutoff=0.4) or REWARDS
         raise InputError(
-            f"reward: there is no {name!r}; did you mean {' or '.join(near)}? All: {', '.join(REWARDS)}; one of your "
+            f"reward: there is no {name!r}; did you mean {' or '.join(near)}? All: "
+            f"{', '.join(REWARDS)}; one of your "
             "own is FILE.py:CLASS"
         )
 
@@ -178,6 +214,7 @@ def check_fields(name: str, scorer: Any, prompts: list[str]) -> None:
         for prompt in prompts:
             if field not in fields_of(prompt):
                 raise InputError(
-                    f"reward {name} needs the field {field!r}, which {caption_of(prompt)[:60]!r} lacks; give --prompts "
+                    f"reward {name} needs the field {field!r}, which {caption_of(prompt)[:60]!r} "
+                    "lacks; give --prompts "
                     "and --eval-prompts as .jsonl, each line with it beside the prompt"
                 )

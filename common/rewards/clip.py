@@ -5,8 +5,8 @@
     hpsv2      Human Preference Score v2 (arXiv 2306.09341)       Apache-2.0
     hpsv2.1    the same model on more data                        Apache-2.0
 
-All four are the cosine of image and prompt, without the logit scale. The scales are estimates from published scores.
-"""
+All four are the cosine of image and prompt, without the logit scale. The scales are estimates from
+published scores."""
 
 import json
 from functools import partial
@@ -18,19 +18,33 @@ from common.errors import InputError
 from common.rewards import pixels, weights
 from common.rewards.cosine import Cosine
 
-RESIZES = {"shortest": pixels.shortest_side, "longest": pixels.longest_side, "squash": pixels.squashed}
+RESIZES = {
+    "shortest": pixels.shortest_side,
+    "longest": pixels.longest_side,
+    "squash": pixels.squashed,
+}
 
 
 class OpenClip(Cosine):
-    """A named open_clip model with weights from the hub; or, by --reward-path, those of a file, or a folder with
-    open_clip_config.json (open_clip's own layout) and open_clip_model.safetensors: any model, of any size."""
+    """A named open_clip model with weights from the hub; or, by --reward-path, those of a file, or
+    a folder with open_clip_config.json (open_clip's own layout) and open_clip_model.safetensors:
+    any model, of any size."""
 
     resize = "shortest"
 
     def build(self, source: weights.Source) -> torch.nn.Module:
         """Fetches the weights and returns the module with them. Raises InputError."""
-        config, tokens, file = open_clip.get_model_config(self.architecture), self.architecture, self.file
-        about = dict(mean=pixels.OPENAI[0], std=pixels.OPENAI[1], resize_mode=self.resize, interpolation="bicubic")
+        config, tokens, file = (
+            open_clip.get_model_config(self.architecture),
+            self.architecture,
+            self.file,
+        )
+        about = dict(
+            mean=pixels.OPENAI[0],
+            std=pixels.OPENAI[1],
+            resize_mode=self.resize,
+            interpolation="bicubic",
+        )
         local = source.given and source.given / "open_clip_config.json"
         if local and local.is_file():
             tokens, file = f"local-dir:{source.given}", "open_clip_model.safetensors"
@@ -40,11 +54,15 @@ class OpenClip(Cosine):
                 config = json.loads(local.read_text())
                 config, about = config["model_cfg"], {**about, **config.get("preprocess_cfg", {})}
             self.mean_std, resize = (about["mean"], about["std"]), RESIZES[about["resize_mode"]]
-            kwargs = {"mode": about["interpolation"]} if resize is not pixels.longest_side else {}  # always bicubic
+            kwargs = (
+                {"mode": about["interpolation"]} if resize is not pixels.longest_side else {}
+            )  # always bicubic
             self.resized = partial(resize, size=config["vision_cfg"]["image_size"], **kwargs)
             self.tokens, module = open_clip.get_tokenizer(tokens), open_clip.CLIP(**config)
         except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-            raise InputError(f"reward {source.name}: {local} describes no plain open_clip CLIP ({error!r})") from None
+            raise InputError(
+                f"reward {source.name}: {local} describes no plain open_clip CLIP ({error!r})"
+            ) from None
         return weights.fill(source.name, module, weights.read(source.name, path), path)
 
     def media(self, images: torch.Tensor) -> torch.Tensor:
@@ -58,7 +76,8 @@ class OpenClip(Cosine):
 
 
 class Clip(OpenClip):
-    """Reward: CLIP score of OpenAI's ViT-L/14, 224 pixels: shortest side, bicubic, middle. Typically 0.2 to 0.35.
+    """Reward: CLIP score of OpenAI's ViT-L/14, 224 pixels: shortest side, bicubic, middle.
+    Typically 0.2 to 0.35.
 
     Checked against open_clip's own transform and model (tests/test_rewards_clip.py).
     """
@@ -69,7 +88,8 @@ class Clip(OpenClip):
 
 
 class ClipH(OpenClip):
-    """Reward: CLIP score of DFN5B ViT-H/14, 378 pixels, squashed to a square. Typically 0.2 to 0.45.
+    """Reward: CLIP score of DFN5B ViT-H/14, 378 pixels, squashed to a square. Typically 0.2 to
+    0.45.
 
     The hub calls it -378 today; -384, as many papers write, leads there. Checked as `clip` is.
     """
@@ -80,7 +100,8 @@ class ClipH(OpenClip):
 
 
 class HPSv2(OpenClip):
-    """Reward: Human Preference Score v2, 224 pixels: longest side, padded with black. Typically 0.2 to 0.35.
+    """Reward: Human Preference Score v2, 224 pixels: longest side, padded with black. Typically 0.2
+    to 0.35.
 
     Checked against the official `hpsv2` scorer (tests/test_rewards_clip.py).
     """

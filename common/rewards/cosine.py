@@ -17,8 +17,8 @@ class Cosine:
         build(source)                   fetches the weights (weights.Source) and returns the module
         media(images) -> [b, D]         embeddings of media as they come from the model
         texts(prompts, device) -> [n, D]
-    Neither has to be normalised. Each distinct prompt is embedded once, `batch` of them or of the media at a time.
-    """
+    Neither has to be normalised. Each distinct prompt is embedded once, `batch` of them or of the
+    media at a time."""
 
     video = False
     range = (-1.0, 1.0)
@@ -31,7 +31,8 @@ class Cosine:
 
     @torch.no_grad()
     def score(self, media: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
-        """media [b, 3, H, W] (video [b, F, 3, H, W]) in [0, 1], prompts b strings -> [b] float32."""
+        """media [b, 3, H, W] (video [b, F, 3, H, W]) in [0, 1], prompts b strings -> [b]
+        float32."""
         assert len(media) == len(prompts), f"{len(media)} samples, {len(prompts)} prompts"
         self.module = weights.placed(self.module, media.device)
         with weights.autocast(media.device):
@@ -40,7 +41,8 @@ class Cosine:
         return self.factor * (F.normalize(embedded, dim=-1) * wanted).sum(-1)
 
     def remembered(self, prompts: Sequence[str], device: torch.device) -> torch.Tensor:
-        """b prompts -> their normalised embeddings [b, D] float32; those seen before are looked up."""
+        """b prompts -> their normalised embeddings [b, D] float32; those seen before are looked
+        up."""
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.known]
         if len(self.known) + len(new) > REMEMBERED:
             self.known, new = {}, list(dict.fromkeys(prompts))

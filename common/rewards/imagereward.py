@@ -1,22 +1,32 @@
-"""ImageReward (arXiv 2304.05977): BLIP, whose text encoder looks at the image, tuned on ranked pictures of prompts."""
+"""ImageReward (arXiv 2304.05977): BLIP, whose text encoder looks at the image, tuned on ranked
+pictures of prompts."""
 
 import re
 from collections.abc import Sequence
 
 import torch
-from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
+from transformers import (
+    BertTokenizer,
+    BlipTextConfig,
+    BlipTextModel,
+    BlipVisionConfig,
+    BlipVisionModel,
+)
 
 from common.rewards import pixels, weights
 from common.rewards.aesthetic import head_weights, linear_head
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the head's output on the training data
 LENGTH = 35  # tokens of a prompt
-# BLIP's ViT-L/16 and text encoder at 224 pixels; the norm's epsilons are BLIP's own, not transformers' defaults
+# BLIP's ViT-L/16 and text encoder at 224 pixels; the norm's epsilons are BLIP's own, not
+# transformers' defaults
 VISION = dict(
     hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=224,
     patch_size=16, layer_norm_eps=1e-6,
 )  # fmt: skip
-TEXT = dict(num_attention_heads=12, encoder_hidden_size=1024)  # of 12 layers and 768 numbers, as in med_config.json
+TEXT = dict(
+    num_attention_heads=12, encoder_hidden_size=1024
+)  # of 12 layers and 768 numbers, as in med_config.json
 
 # transformers' names for the layers of BLIP's image encoder; those of the text encoder are the same
 RENAMED = [
@@ -32,22 +42,29 @@ RENAMED = [
 
 
 class Blip(torch.nn.Module):
-    """Image encoder, and text encoder that looks at the image; settings over those of ImageReward."""
+    """Image encoder, and text encoder that looks at the image; settings over those of
+    ImageReward."""
 
     def __init__(self, vision: dict | None = None, text: dict | None = None) -> None:
         super().__init__()
         self.vision = BlipVisionModel(BlipVisionConfig(**{**VISION, **(vision or {})}))
-        told = BlipTextConfig(is_decoder=True, **{**TEXT, **(text or {})})  # a decoder has the layers that look across
+        told = BlipTextConfig(
+            is_decoder=True, **{**TEXT, **(text or {})}
+        )  # a decoder has the layers that look across
         self.text = BlipTextModel(told, add_pooling_layer=False)
 
     def forward(self, images: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Images [b, 3, H, W] and their own prompts' tokens and which of them count [b, S] -> [b, D]"""
+        """Images [b, 3, H, W] and their own prompts' tokens and which of them count [b, S] -> [b,
+        D]"""
         seen = self.vision(images).last_hidden_state
-        return self.text(ids, attention_mask=mask, encoder_hidden_states=seen).last_hidden_state[:, 0]
+        return self.text(ids, attention_mask=mask, encoder_hidden_states=seen).last_hidden_state[
+            :, 0
+        ]
 
 
 def renamed(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """ImageReward.pt's weights under the names of Blip; its two projections for retrieval are left out."""
+    """ImageReward.pt's weights under the names of Blip; its two projections for retrieval are left
+    out."""
     named = {}
     for key, value in state.items():
         if key.startswith("blip.visual_encoder."):
@@ -61,12 +78,13 @@ def renamed(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 class ImageReward:
-    """Reward: how well people would like the image for the prompt, standardised: typically -2 to 2, no bounds.
+    """Reward: how well people would like the image for the prompt, standardised: typically -2 to 2,
+    no bounds.
 
-    `THUDM/ImageReward` (ImageReward.pt), Apache-2.0; the vocabulary is that of `google-bert/bert-base-uncased`. Images
-    take the shortest side to 224, bicubic, and the middle; prompts are cut at 35 tokens. Checked against a float32
-    transcription of the official model (tests/test_rewards_imagereward.py). Scale: an estimate.
-    """
+    `THUDM/ImageReward` (ImageReward.pt), Apache-2.0; the vocabulary is that of
+    `google-bert/bert-base-uncased`. Images take the shortest side to 224, bicubic, and the middle;
+    prompts are cut at 35 tokens. Checked against a float32 transcription of the official model
+    (tests/test_rewards_imagereward.py). Scale: an estimate."""
 
     repo, file = "THUDM/ImageReward", "ImageReward.pt"
     vision, text = {}, {}  # settings of another size, over those above
@@ -80,7 +98,10 @@ class ImageReward:
         vocabulary = source.find("google-bert/bert-base-uncased", "vocab.txt", beside=True)
         self.tokenizer, self.batch = BertTokenizer(str(vocabulary)), batch
         state, module = weights.read(source.name, path), Blip(self.vision, self.text)
-        self.size, head = module.vision.config.image_size, linear_head(module.text.config.hidden_size)
+        self.size, head = (
+            module.vision.config.image_size,
+            linear_head(module.text.config.hidden_size),
+        )
         self.module = weights.fill(source.name, module, renamed(state), path)
         self.head = weights.fill(source.name, head, head_weights(state, "mlp."), path)
 
@@ -90,11 +111,20 @@ class ImageReward:
         assert len(media) == len(prompts), f"{len(media)} samples, {len(prompts)} prompts"
         self.module = weights.placed(self.module, media.device)
         words = self.tokenizer(
-            list(prompts), padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt"
+            list(prompts),
+            padding="max_length",
+            truncation=True,
+            max_length=LENGTH,
+            return_tensors="pt",
         ).to(media.device)
         with weights.autocast(media.device):
-            parts = zip(media.split(self.batch), *(words[k].split(self.batch) for k in ("input_ids", "attention_mask")))
-            read = torch.cat([self.module(self.pixels(images), ids, mask).float() for images, ids, mask in parts])
+            parts = zip(
+                media.split(self.batch),
+                *(words[k].split(self.batch) for k in ("input_ids", "attention_mask")),
+            )
+            read = torch.cat(
+                [self.module(self.pixels(images), ids, mask).float() for images, ids, mask in parts]
+            )
         self.head = self.head.to(media.device)  # stays in float32, as that of `aesthetic`
         return (self.head(read)[:, 0] - MEAN) / STD
 

@@ -1,4 +1,5 @@
-"""Compressibility (DDPO, arXiv 2305.13301, section 4.1): a reward that needs no weights and fits any image model."""
+"""Compressibility (DDPO, arXiv 2305.13301, section 4.1): a reward that needs no weights and fits
+any image model."""
 
 import io
 from collections.abc import Sequence
@@ -8,11 +9,11 @@ from torchvision.transforms.functional import to_pil_image
 
 
 class JpegSize:
-    """Minus the bytes per pixel of the image as a JPEG of quality 95: 0 is nothing at all, -3 is no compression.
+    """Minus the bytes per pixel of the image as a JPEG of quality 95: 0 is nothing at all, -3 is no
+    compression.
 
-    DDPO's reward is minus the whole size in kilobytes; per pixel, one scale fits 32x32 and 1024x1024.
-    `--reward jpeg=-1` rewards incompressibility.
-    """
+    DDPO's reward is minus the whole size in kilobytes; per pixel, one scale fits 32x32 and
+    1024x1024. `--reward jpeg=-1` rewards incompressibility."""
 
     video = False
     scale = 0.05

@@ -1,9 +1,9 @@
 """A vision-language model as a judge, asked for a number (arXiv 2511.19356, figure 14).
 
-Three questions, each containing the ones before it: `judge:quality`, `judge:smoothness`, `judge:alignment`. The points
-to judge by are the paper's sub-dimensions in words of our own. The model is Qwen2.5-VL, in this process
-(judge_local.py) or behind a server (judge_server.py). README.md beside this file shows how to start one.
-"""
+Three questions, each containing the ones before it: `judge:quality`, `judge:smoothness`,
+`judge:alignment`. The points to judge by are the paper's sub-dimensions in words of our own. The
+model is Qwen2.5-VL, in this process (judge_local.py) or behind a server (judge_server.py).
+README.md beside this file shows how to start one."""
 
 import math
 import re
@@ -55,12 +55,13 @@ Answer = str | dict[int, float]  # words, or with `expected` {digit: probability
 
 
 class Judge:
-    """Reward: 1 to 10, of a clip or an image; NaN for a sample about which the judge gave no number.
+    """Reward: 1 to 10, of a clip or an image; NaN for a sample about which the judge gave no
+    number.
 
-    `Qwen/Qwen2.5-VL-7B-Instruct`, Apache-2.0 (-72B-Instruct: Qwen licence), or what `--judge-url` serves. Thresholds
-    are of the score divided by 10, as the paper's. The scale is an estimate. Checked against servers on localhost,
-    transformers' own among them (tests/test_rewards_judge.py).
-    """
+    `Qwen/Qwen2.5-VL-7B-Instruct`, Apache-2.0 (-72B-Instruct: Qwen licence), or what `--judge-url`
+    serves. Thresholds are of the score divided by 10, as the paper's. The scale is an estimate.
+    Checked against servers on localhost, transformers' own among them
+    (tests/test_rewards_judge.py)."""
 
     video, masks = True, True
     scale = 1.0
@@ -77,10 +78,13 @@ class Judge:
         else:
             from common.rewards import judge_local
 
-            self.backend = judge_local.local(*(self.judge[name] for name in ("model", "expected", "trusted")), batch)
+            self.backend = judge_local.local(
+                *(self.judge[name] for name in ("model", "expected", "trusted")), batch
+            )
 
     def score(self, media: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
-        """media [b, F, 3, H, W] (images [b, 3, H, W]) in [0, 1], prompts b strings -> [b] float32, NaN: no score."""
+        """media [b, F, 3, H, W] (images [b, 3, H, W]) in [0, 1], prompts b strings -> [b] float32,
+        NaN: no score."""
         assert len(media) == len(prompts), f"{len(media)} samples, {len(prompts)} prompts"
         expected = self.judge["expected"]
         talks = [self.question(sample, prompt) for sample, prompt in zip(media, prompts)]
@@ -91,16 +95,27 @@ class Judge:
                 scores[i] = score_of(answer, expected)
                 said = [{"type": "text", "text": answer or "..."}]
                 again = [{"type": "text", "text": AGAIN + (DIGIT if expected else NUMBER)}]
-                talks[i] = [*talks[i], {"role": "assistant", "content": said}, {"role": "user", "content": again}]
+                talks[i] = [
+                    *talks[i],
+                    {"role": "assistant", "content": said},
+                    {"role": "user", "content": again},
+                ]
             # a request that failed (None) has been repeated already
-            left = [i for i, answer in zip(left, answers) if answer is not None and scores[i].isnan()]
+            left = [
+                i for i, answer in zip(left, answers) if answer is not None and scores[i].isnan()
+            ]
             if not left:
                 break
         return scores.to(media.device)
 
     def question(self, sample: torch.Tensor, prompt: str) -> Talk:
-        """[F, 3, H, W] or [3, H, W], and its prompt -> what the model is told: one message with frames and words."""
-        frames = sample[None] if sample.ndim == 3 else sample[frames_at(self.judge["fps"], self.fps, len(sample))]
+        """[F, 3, H, W] or [3, H, W], and its prompt -> what the model is told: one message with
+        frames and words."""
+        frames = (
+            sample[None]
+            if sample.ndim == 3
+            else sample[frames_at(self.judge["fps"], self.fps, len(sample))]
+        )
         points = [part for part in self.points if sample.ndim == 4 or part is not SMOOTHNESS]
         words = QUESTION.format(
             medium="This image" if sample.ndim == 3 else "The clip with these frames",
@@ -125,13 +140,15 @@ class JudgeSmoothness(Judge):
 
 
 class JudgeAlignment(Judge):
-    """Reward: stage III, alignment with the prompt, smoothness (of clips) and visual quality besides."""
+    """Reward: stage III, alignment with the prompt, smoothness (of clips) and visual quality
+    besides."""
 
     points = (ALIGNMENT, SMOOTHNESS, QUALITY)
 
 
 def frames_at(rate: float, fps: float, number: int) -> list[int]:
-    """Indices of a clip's frames, `rate` a second, evenly spaced, at least two of a clip of `number` frames."""
+    """Indices of a clip's frames, `rate` a second, evenly spaced, at least two of a clip of
+    `number` frames."""
     return chosen_frames(max(2, round(number / fps * rate)), number)
 
 
@@ -142,15 +159,21 @@ def as_picture(frame: torch.Tensor) -> Image.Image:
 
 
 def score_of(answer: Answer | None, expected: bool) -> float:
-    """What a model said -> 1 to 10, or NaN where that is no number. expected: it said probabilities, not words."""
+    """What a model said -> 1 to 10, or NaN where that is no number. expected: it said
+    probabilities, not words."""
     if expected:
-        return 1 + sum(digit * p for digit, p in answer.items()) / sum(answer.values()) if answer else math.nan
+        return (
+            1 + sum(digit * p for digit, p in answer.items()) / sum(answer.values())
+            if answer
+            else math.nan
+        )
     found = re.fullmatch(r"[\s\"'*]*([0-9]+(\.[0-9]+)?)[\s\"'*.]*", answer or "")
     return float(found[1]) if found and 1 <= float(found[1]) <= 10 else math.nan
 
 
 def digits(likely: Iterable[tuple[str, float]]) -> dict[int, float]:
-    """Pairs of a token and its probability -> {digit: p}; {} where anything but a digit is the likelier answer."""
+    """Pairs of a token and its probability -> {digit: p}; {} where anything but a digit is the
+    likelier answer."""
     found = {}
     for token, p in likely:
         if token.strip() in set("0123456789"):

@@ -28,20 +28,27 @@ class Local:
             hub.settle()
         try:
             self.processor = AutoProcessor.from_pretrained(model, trust_remote_code=trusted)
-            self.model = AutoModelForImageTextToText.from_pretrained(model, dtype="auto", trust_remote_code=trusted)
+            self.model = AutoModelForImageTextToText.from_pretrained(
+                model, dtype="auto", trust_remote_code=trusted
+            )
             self.model.eval().requires_grad_(False)
         except Exception as error:  # whatever a broken folder makes transformers say
             if "trust_remote_code" in str(error):
                 raise InputError(
-                    f"reward judge: --judge-model {model} brings Python code; --trust-remote-code runs it"
+                    f"reward judge: --judge-model {model} brings Python code; "
+                    "--trust-remote-code runs it"
                 ) from None
             raise InputError(
-                f"reward judge: --judge-model {model} cannot be loaded ({text(error)}); run `hf download {model}` "
+                f"reward judge: --judge-model {model} cannot be loaded ({text(error)}); run `hf "
+                f"download {model}` "
                 "where there is a network, give a folder, or --judge-url of a server"
             ) from None
-        if Version(transformers.__version__) < Version("5.23"):  # in older ones prompts can spell control tokens
+        if Version(transformers.__version__) < Version(
+            "5.23"
+        ):  # in older ones prompts can spell control tokens
             raise InputError(
-                "reward judge: a model in this process takes transformers 5.23, and so Python 3.11; installed is "
+                "reward judge: a model in this process takes transformers 5.23, and so Python "
+                "3.11; installed is "
                 f"{transformers.__version__}: use --judge-url of a server"
             )
         self.processor.tokenizer.padding_side = "left"
@@ -62,7 +69,9 @@ class Local:
 
     def words(self, inputs: BatchFeature) -> list[str]:
         """Inputs of b conversations -> b answers."""
-        settings = dict(max_new_tokens=TOKENS, do_sample=False, temperature=None, top_p=None, top_k=None)
+        settings = dict(
+            max_new_tokens=TOKENS, do_sample=False, temperature=None, top_p=None, top_k=None
+        )
         new = self.model.generate(**inputs, **settings)[:, inputs["input_ids"].shape[1] :]
         return self.processor.batch_decode(new, skip_special_tokens=True)
 

@@ -22,15 +22,29 @@ PAUSE = 8.0  # seconds between two attempts, at most
 
 
 class Server:
-    """An OpenAI-compatible server. Requests run `concurrency` at a time, each is repeated with growing pauses after a
-    time-out, a broken connection or a server's error, up to `retries` times. Of an answer no more than LONGEST bytes
-    are read, and no longer than all attempts together may take: a time-out is the client's for each read alone."""
+    """An OpenAI-compatible server. Requests run `concurrency` at a time, each is repeated with
+    growing pauses after a time-out, a broken connection or a server's error, up to `retries` times.
+    Of an answer no more than LONGEST bytes are read, and no longer than all attempts together may
+    take: a time-out is the client's for each read alone."""
 
     def __init__(
-        self, name: str, url: str, model: str, expected: bool, timeout: float, retries: int, concurrency: int,
+        self,
+        name: str,
+        url: str,
+        model: str,
+        expected: bool,
+        timeout: float,
+        retries: int,
+        concurrency: int,
         fps: float,
-    ) -> None:  # fmt: skip
-        self.name, self.url, self.model, self.expected, self.concurrency = name, url, model, expected, concurrency
+    ) -> None:
+        self.name, self.url, self.model, self.expected, self.concurrency = (
+            name,
+            url,
+            model,
+            expected,
+            concurrency,
+        )
         self.timeout, self.retries = timeout, retries
         settings = dict(base_url=url, timeout=timeout, max_retries=retries, **key())
         try:
@@ -40,35 +54,53 @@ class Server:
             self.greet()
         except (openai.NotFoundError, openai.BadRequestError) as error:
             raise InputError(
-                f"reward {name}: the server at --judge-url {url} does not take --judge-model {model} ({text(error)})"
+                f"reward {name}: the server at --judge-url {url} does not take --judge-model "
+                f"{model} ({text(error)})"
             ) from None
         except Exception as error:  # the client's own of an odd URL among them
-            raise InputError(f"reward {name}: no server answers at --judge-url {url} ({text(error)})") from None
+            raise InputError(
+                f"reward {name}: no server answers at --judge-url {url} ({text(error)})"
+            ) from None
 
     def answers(self, talks: list[Talk]) -> list[Answer | None]:
-        """Conversations -> what the model says next; None where the requests about this one alone failed. Raises
-        RunError where the server has gone, or refuses what is asked."""
+        """Conversations -> what the model says next; None where the requests about this one alone
+        failed. Raises RunError where the server has gone, or refuses what is asked."""
         with ThreadPoolExecutor(self.concurrency) as pool:
             return list(pool.map(self.answer, talks))
 
     def answer(self, talk: Talk) -> Answer | None:
         """The same of one."""
-        kwargs = dict(logprobs=True, top_logprobs=20, max_tokens=1) if self.expected else dict(max_tokens=TOKENS)
+        kwargs = (
+            dict(logprobs=True, top_logprobs=20, max_tokens=1)
+            if self.expected
+            else dict(max_tokens=TOKENS)
+        )
         try:
-            return self.ask(chances if self.expected else words, messages=sent(talk), temperature=0.0, **kwargs)
-        except (openai.APIConnectionError, openai.InternalServerError, openai.RateLimitError, Unreadable) as error:
+            return self.ask(
+                chances if self.expected else words, messages=sent(talk), temperature=0.0, **kwargs
+            )
+        except (
+            openai.APIConnectionError,
+            openai.InternalServerError,
+            openai.RateLimitError,
+            Unreadable,
+        ) as error:
             if self.alive():
                 return None
             raise RunError(
-                f"reward {self.name}: the server at {self.url} is gone ({text(error)}); start it again, then go on "
+                f"reward {self.name}: the server at {self.url} is gone ({text(error)}); start it "
+                "again, then go on "
                 "with --resume latest"
             ) from None
         except NoChances:
             raise RunError(
-                f"reward {self.name}: the server at {self.url} gives no probabilities; leave --judge-expected"
+                f"reward {self.name}: the server at {self.url} gives no probabilities; leave "
+                "--judge-expected"
             ) from None
         except openai.OpenAIError as error:
-            raise RunError(f"reward {self.name}: the server at {self.url} refuses to judge ({text(error)})") from None
+            raise RunError(
+                f"reward {self.name}: the server at {self.url} refuses to judge ({text(error)})"
+            ) from None
 
     def alive(self) -> bool:
         """Whether it still answers at all."""
@@ -82,8 +114,11 @@ class Server:
         """The smallest request that only a server with the model at work answers."""
         self.ask(words, retries, messages=[{"role": "user", "content": "Hello"}], max_tokens=1)
 
-    def ask(self, read: Callable[[Choice], Answer], retries: int | None = None, **request) -> Answer:
-        """`read` of the first choice in the answer. Raises openai's errors, and Unreadable for what is no answer."""
+    def ask(
+        self, read: Callable[[Choice], Answer], retries: int | None = None, **request
+    ) -> Answer:
+        """`read` of the first choice in the answer. Raises openai's errors, and Unreadable for what
+        is no answer."""
         retries = self.retries if retries is None else retries
         create = self.client.with_options(max_retries=retries).chat.completions.create
         try:
@@ -91,8 +126,12 @@ class Server:
             return waited_for(lambda: read(create(model=self.model, **request).choices[0]), within)
         except openai.OpenAIError:
             raise
-        except Exception as error:  # no JSON, JSON of another kind, a probability of e to the billion
-            raise Unreadable(f"an answer that cannot be read: {type(error).__name__}: {text(error)}") from None
+        except (
+            Exception
+        ) as error:  # no JSON, JSON of another kind, a probability of e to the billion
+            raise Unreadable(
+                f"an answer that cannot be read: {type(error).__name__}: {text(error)}"
+            ) from None
 
 
 class Unreadable(openai.OpenAIError):
@@ -103,7 +142,9 @@ class NoChances(openai.OpenAIError):
     """An answer without the probabilities that were asked for."""
 
 
-http = importlib.import_module(openai.DefaultHttpxClient.__base__.__module__)  # httpx, or what openai has in its place
+http = importlib.import_module(
+    openai.DefaultHttpxClient.__base__.__module__
+)  # httpx, or what openai has in its place
 
 
 class Bounded(http.SyncByteStream):
@@ -126,15 +167,18 @@ class Bounded(http.SyncByteStream):
 
 
 def bounded(response: http.Response) -> None:
-    """Makes a response end in time, before its body is read. Raises Unreadable for a compressed one."""
-    if response.headers.get("content-encoding", "identity") != "identity":  # a few bytes may be gigabytes
+    """Makes a response end in time, before its body is read. Raises Unreadable for a compressed
+    one."""
+    if (
+        response.headers.get("content-encoding", "identity") != "identity"
+    ):  # a few bytes may be gigabytes
         raise Unreadable("a compressed answer, which was not asked for")
     response.stream = Bounded(response.stream)
 
 
 def waited_for(action: Callable[[], Any], seconds: float) -> Any:
-    """action() in a thread of its own, which is left behind after so many seconds, and keeps no program from ending.
-    Raises what action does, and Unreadable after that time."""
+    """action() in a thread of its own, which is left behind after so many seconds, and keeps no
+    program from ending. Raises what action does, and Unreadable after that time."""
     done = begin(action)
     try:
         return done.result(seconds)
@@ -149,7 +193,9 @@ def words(choice: Choice) -> str:
     content = choice.message.content or ""
     if not isinstance(content, str):
         raise Unreadable("an answer whose content is no text")
-    content = content.encode(errors="replace").decode()  # half a letter, in JSON, could not be sent back
+    content = content.encode(
+        errors="replace"
+    ).decode()  # half a letter, in JSON, could not be sent back
     return content if len(content) <= 1000 else f"{content[:1000]}..."
 
 
@@ -157,13 +203,21 @@ def chances(choice: Choice) -> dict[int, float]:
     """{digit: probability} in the first choice of an answer; raises NoChances."""
     if not (choice.logprobs and choice.logprobs.content):
         raise NoChances
-    return digits((token.token, math.exp(token.logprob)) for token in choice.logprobs.content[0].top_logprobs)
+    return digits(
+        (token.token, math.exp(token.logprob)) for token in choice.logprobs.content[0].top_logprobs
+    )
 
 
 def sent(talk: Talk) -> Talk:
-    """A conversation as the protocol has it: pictures inline, as JPEG of the best quality that is still small."""
+    """A conversation as the protocol has it: pictures inline, as JPEG of the best quality that is
+    still small."""
     return [
-        {**message, "content": [inline(part) if part["type"] == "image" else part for part in message["content"]]}
+        {
+            **message,
+            "content": [
+                inline(part) if part["type"] == "image" else part for part in message["content"]
+            ],
+        }
         for message in talk
     ]
 
@@ -180,5 +234,7 @@ def key() -> dict[str, str]:
     """The key in OPENAI_API_KEY; servers of one's own seldom ask for one. Raises InputError."""
     given = os.environ.get("OPENAI_API_KEY")
     if given and not (given.isascii() and given.isprintable()):
-        raise InputError("reward judge: OPENAI_API_KEY has letters that no key has: is there a line break in it?")
+        raise InputError(
+            "reward judge: OPENAI_API_KEY has letters that no key has: is there a line break in it?"
+        )
     return {} if given else {"api_key": "none"}

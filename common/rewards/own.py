@@ -1,8 +1,9 @@
-"""A reward of one's own: a class in a Python file, `path/to/file.py:Class` where others have a name. What it has to
-have is in the head of __init__.py; here it is looked at, before any model is loaded.
+"""A reward of one's own: a class in a Python file, `path/to/file.py:Class` where others have a
+name. What it has to have is in the head of __init__.py; here it is looked at, before any model is
+loaded.
 
-A file may import what lies beside it. A run's folder alone never makes such code run: see common/trainer/run_folder.py.
-"""
+A file may import what lies beside it. A run's folder alone never makes such code run: see
+common/trainer/run_folder.py."""
 
 import importlib.util
 import math
@@ -20,24 +21,35 @@ MARK = ".py:"  # where the file ends and the class begins
 
 
 def load(source: str) -> Any:
-    """An object of the class that `path/to/file.py:Class` names; raises InputError, whatever the file does."""
+    """An object of the class that `path/to/file.py:Class` names; raises InputError, whatever the
+    file does."""
     path, _, name = source.rpartition(":")
     if not Path(path).is_file():
         raise InputError(f"reward {source}: there is no file {path}")
     module = _guarded(source, f"{path} does not load", lambda: _module(Path(path).resolve()))
     cls = getattr(module, name, None)
     if not isinstance(cls, type):
-        own = [key for key, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__]
+        own = [
+            key
+            for key, value in vars(module).items()
+            if getattr(value, "__module__", "") == module.__name__
+        ]
         classes = [key for key in own if isinstance(getattr(module, key), type)]
-        raise InputError(f"reward {source}: {path} has no class {name!r}; it has {', '.join(classes) or 'none'}")
+        raise InputError(
+            f"reward {source}: {path} has no class {name!r}; it has {', '.join(classes) or 'none'}"
+        )
     scorer = _guarded(source, f"{name}() fails", cls)
     if wrong := flaw(scorer):
-        raise InputError(f"reward {source}: {wrong} (the head of common/rewards/__init__.py says what a reward has)")
+        raise InputError(
+            f"reward {source}: {wrong} (the head of common/rewards/__init__.py says what a "
+            "reward has)"
+        )
     return scorer
 
 
 def flaw(scorer: Any) -> str:
-    """What a scorer lacks to be a reward, "" if nothing. What `score` returns, asking.try_out looks at."""
+    """What a scorer lacks to be a reward, "" if nothing. What `score` returns, asking.try_out looks
+    at."""
     if not callable(getattr(scorer, "score", None)):
         return "it has no score(media, prompts)"
     if not isinstance(getattr(scorer, "video", None), bool):
@@ -46,7 +58,11 @@ def flaw(scorer: Any) -> str:
     if not (_is_number(scale) and scale > 0):
         return "scale must be a number above 0, its typical standard deviation within a group"
     bounds = getattr(scorer, "range", None)
-    pair = isinstance(bounds, tuple | list) and len(bounds) == 2 and all(b is None or _is_number(b) for b in bounds)
+    pair = (
+        isinstance(bounds, tuple | list)
+        and len(bounds) == 2
+        and all(b is None or _is_number(b) for b in bounds)
+    )
     if not pair or None not in bounds and not bounds[0] < bounds[1]:
         return "range must be (lowest, highest) of its scores, None where there is no bound"
     fields = getattr(scorer, "fields", ())
@@ -76,4 +92,6 @@ def _guarded(source: str, what: str, action: Callable[[], Any]) -> Any:
     except BaseException as error:  # anybody's code: it may end the program
         if errors.from_a_signal(error):
             raise
-        raise InputError(f"reward {source}: {what} ({type(error).__name__}: {errors.text(error)})") from error
+        raise InputError(
+            f"reward {source}: {what} ({type(error).__name__}: {errors.text(error)})"
+        ) from error

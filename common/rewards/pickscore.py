@@ -1,4 +1,5 @@
-"""PickScore (arXiv 2305.01569): CLIP ViT-H/14 tuned on half a million choices that people made between two images."""
+"""PickScore (arXiv 2305.01569): CLIP ViT-H/14 tuned on half a million choices that people made
+between two images."""
 
 import json
 
@@ -12,12 +13,13 @@ from common.rewards.cosine import Cosine
 
 
 class PickScore(Cosine):
-    """Reward: exp(logit_scale) * cosine, typically 19 to 24. (Flow-GRPO divides by 26: `--reward pickscore=0.0385`.)
+    """Reward: exp(logit_scale) * cosine, typically 19 to 24. (Flow-GRPO divides by 26: `--reward
+    pickscore=0.0385`.)
 
-    `yuvalkirstain/PickScore_v1`, a transformers CLIPModel; MIT. Its prompts are those of CLIP's own byte-pair
-    vocabulary, which open_clip ships; its images take the shortest side to 224, bicubic, and the middle. Checked
-    against the model card's formula with transformers' processor (tests/test_rewards_pickscore.py). Scale: an estimate.
-    """
+    `yuvalkirstain/PickScore_v1`, a transformers CLIPModel; MIT. Its prompts are those of CLIP's own
+    byte-pair vocabulary, which open_clip ships; its images take the shortest side to 224, bicubic,
+    and the middle. Checked against the model card's formula with transformers' processor
+    (tests/test_rewards_pickscore.py). Scale: an estimate."""
 
     repo, file = "yuvalkirstain/PickScore_v1", "model.safetensors"
     scale = 0.6
@@ -30,7 +32,9 @@ class PickScore(Cosine):
         try:
             config = CLIPConfig(**json.loads(about.read_text()))
         except (ValueError, TypeError) as error:
-            raise InputError(f"reward {source.name}: {about} is no CLIP configuration ({error!r})") from None
+            raise InputError(
+                f"reward {source.name}: {about} is no CLIP configuration ({error!r})"
+            ) from None
         module = weights.fill(source.name, CLIPModel(config), weights.read(source.name, path), path)
         self.factor = module.logit_scale.exp().item()  # before it loses digits to half precision
         self.tokens = open_clip.get_tokenizer("ViT-H-14")
@@ -45,4 +49,6 @@ class PickScore(Cosine):
 
     def texts(self, prompts: list[str], device: torch.device) -> torch.Tensor:
         """n prompts -> embeddings [n, D]."""
-        return self.module.get_text_features(input_ids=self.tokens(prompts).to(device)).pooler_output
+        return self.module.get_text_features(
+            input_ids=self.tokens(prompts).to(device)
+        ).pooler_output

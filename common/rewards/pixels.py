@@ -1,12 +1,14 @@
-"""Images as the learned rewards want them: 8-bit levels, resized as the official code does it, cropped or padded.
+"""Images as the learned rewards want them: 8-bit levels, resized as the official code does it,
+cropped or padded.
 
-Images are [b, 3, H, W] float on any device. The official scorers read picture files, so every image is first rounded
-to the 8 bits a channel that a file of it would hold; values are levels 0 to 255 until `normalised`.
+Images are [b, 3, H, W] float on any device. The official scorers read picture files, so every image
+is first rounded to the 8 bits a channel that a file of it would hold; values are levels 0 to 255
+until `normalised`.
 
-Most official code resizes with PIL, which computes in whole numbers and rounds after the rows and again after the
-columns. `resize_as_pil` is that arithmetic as two matrix products, batched, on any device: every pixel comes out the
-same (tests/test_rewards_clip.py). torchvision's own resize of a tensor rounds once and is up to 24 levels away.
-"""
+Most official code resizes with PIL, which computes in whole numbers and rounds after the rows and
+again after the columns. `resize_as_pil` is that arithmetic as two matrix products, batched, on any
+device: every pixel comes out the same (tests/test_rewards_clip.py). torchvision's own resize of a
+tensor rounds once and is up to 24 levels away."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -15,7 +17,10 @@ import PIL
 import torch
 import torch.nn.functional as F
 
-OPENAI = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))  # CLIP's mean and std of RGB
+OPENAI = (
+    (0.48145466, 0.4578275, 0.40821073),
+    (0.26862954, 0.26130258, 0.27577711),
+)  # CLIP's mean and std of RGB
 ONE = 2.0**22  # PIL's fixed-point one
 HEIGHT_MAY_BE_FIRST = int(PIL.__version__.partition(".")[0]) >= 13  # Python 3.10 has no Pillow 13
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -26,17 +31,24 @@ def levels(images: torch.Tensor) -> torch.Tensor:
     return (images.float().clamp(0, 1) * 255).round()
 
 
-def normalised(images: torch.Tensor, mean_std: tuple[Sequence[float], Sequence[float]] = OPENAI) -> torch.Tensor:
+def normalised(
+    images: torch.Tensor, mean_std: tuple[Sequence[float], Sequence[float]] = OPENAI
+) -> torch.Tensor:
     """Levels [..., 3, H, W] -> (images / 255 - mean) / std"""
     mean, std = (images.new_tensor(value)[:, None, None] for value in mean_std)
     return (images / 255 - mean) / std
 
 
-def resize_as_pil(images: torch.Tensor, height: int, width: int, mode: str = "bicubic") -> torch.Tensor:
-    """Levels [b, 3, H, W] -> levels [b, 3, height, width]: the width first, then the height; where the height shrinks
-    and the width grows, as the Pillow that is installed does. mode: "bicubic" or "bilinear"."""
+def resize_as_pil(
+    images: torch.Tensor, height: int, width: int, mode: str = "bicubic"
+) -> torch.Tensor:
+    """Levels [b, 3, H, W] -> levels [b, 3, height, width]: the width first, then the height; where
+    the height shrinks and the width grows, as the Pillow that is installed does. mode: "bicubic" or
+    "bilinear"."""
     before = images.shape[-2:]
-    for side in (0, 1) if HEIGHT_MAY_BE_FIRST and height < before[0] and width > before[1] else (1, 0):
+    for side in (
+        (0, 1) if HEIGHT_MAY_BE_FIRST and height < before[0] and width > before[1] else (1, 0)
+    ):
         if before[side] != (height, width)[side]:
             weights = pil_weights(before[side], (height, width)[side], mode).to(images.device)
             sums = images.double() @ weights.T if side else weights @ images.double()
@@ -46,10 +58,11 @@ def resize_as_pil(images: torch.Tensor, height: int, width: int, mode: str = "bi
 
 @functools.lru_cache(maxsize=16)
 def pil_weights(before: int, after: int, mode: str) -> torch.Tensor:
-    """PIL's weights of `before` pixels in each of `after`: [after, before] float64, whole numbers of 1 / ONE.
+    """PIL's weights of `before` pixels in each of `after`: [after, before] float64, whole numbers
+    of 1 / ONE.
 
-    The filter grows with the factor when an image gets smaller (antialiasing). Pillow, src/libImaging/Resample.c.
-    """
+    The filter grows with the factor when an image gets smaller (antialiasing). Pillow,
+    src/libImaging/Resample.c."""
     support, kernel = {"bicubic": (2.0, _cubic), "bilinear": (1.0, _triangle)}[mode]
     scale = before / after
     stretch = max(scale, 1.0)
@@ -75,13 +88,16 @@ def _triangle(x: torch.Tensor) -> torch.Tensor:
 def shortest_side(
     images: torch.Tensor, size: int, mode: str = "bicubic", crop: Callable[[float], int] = round
 ) -> torch.Tensor:
-    """Levels [b, 3, H, W] -> [b, 3, size, size]: the shortest side becomes `size`, the middle is cut out.
+    """Levels [b, 3, H, W] -> [b, 3, size, size]: the shortest side becomes `size`, the middle is
+    cut out.
 
-    Where the crop lies between two pixels torchvision rounds half to even (crop=round), transformers down (crop=int).
-    """
+    Where the crop lies between two pixels torchvision rounds half to even (crop=round),
+    transformers down (crop=int)."""
     height, width = images.shape[-2:]
     short = min(height, width)
-    height, width = (size if side == short else int(size * side / short) for side in (height, width))
+    height, width = (
+        size if side == short else int(size * side / short) for side in (height, width)
+    )
     images = resize_as_pil(images, height, width, mode)
     top, left = crop((height - size) / 2), crop((width - size) / 2)
     return images[..., top : top + size, left : left + size]
@@ -93,10 +109,11 @@ def squashed(images: torch.Tensor, size: int, mode: str = "bicubic") -> torch.Te
 
 
 def longest_side(images: torch.Tensor, size: int) -> torch.Tensor:
-    """Levels [b, 3, H, W] -> [b, 3, size, size]: the longest side becomes `size`, black fills the rest evenly.
+    """Levels [b, 3, H, W] -> [b, 3, size, size]: the longest side becomes `size`, black fills the
+    rest evenly.
 
-    HPSv2's transform: it resizes the tensor in one pass and does not round, so values leave [0, 255] a little.
-    """
+    HPSv2's transform: it resizes the tensor in one pass and does not round, so values leave [0,
+    255] a little."""
     height, width = images.shape[-2:]
     scale = size / max(height, width)
     if scale != 1:

@@ -1,4 +1,5 @@
-"""Scores of samples as they come: while a judge's server looks at some, the next ones are sampled."""
+"""Scores of samples as they come: while a judge's server looks at some, the next ones are
+sampled."""
 
 import threading
 from collections.abc import Callable
@@ -14,14 +15,17 @@ if TYPE_CHECKING:  # it loads more than torch
 
 
 class Scoring:
-    """The scores of samples that are added in order, each with its caption; `size` of them are decoded and scored
-    together. Scorers with `elsewhere` work in a thread, on one such batch at a time, from the first samples on. Without
-    any all is done by `result`. What is wrong scorers keep, as ever, for asking.check_finite."""
+    """The scores of samples that are added in order, each with its caption; `size` of them are
+    decoded and scored together. Scorers with `elsewhere` work in a thread, on one such batch at a
+    time, from the first samples on. Without any all is done by `result`. What is wrong scorers
+    keep, as ever, for asking.check_finite."""
 
     def __init__(self, scorers: dict, model: "Family", captions: list[str], size: int) -> None:
         self.scorers, self.model, self.captions, self.size = scorers, model, captions, size
         away = {name for name, scorer in scorers.items() if getattr(scorer, "elsewhere", False)}
-        self.here, self.away = ({n: s for n, s in scorers.items() if (n in away) == there} for there in (False, True))
+        self.here, self.away = (
+            {n: s for n, s in scorers.items() if (n in away) == there} for there in (False, True)
+        )
         self.latents, self.done, self.parts, self.waiting = [], 0, [], None
 
     def add(self, x0: torch.Tensor) -> None:
@@ -33,7 +37,10 @@ class Scoring:
     def result(self) -> dict[str, torch.Tensor]:
         """{name: [b] float32} of all samples."""
         self._score(len(self.captions))
-        found = [{name: value() if callable(value) else value for name, value in part.items()} for part in self.parts]
+        found = [
+            {name: value() if callable(value) else value for name, value in part.items()}
+            for part in self.parts
+        ]
         return {name: torch.cat([part[name] for part in found]) for name in self.scorers}
 
     def _score(self, batches: int) -> None:
@@ -46,8 +53,11 @@ class Scoring:
             self.parts.append(asking.of_samples(self.scorers, self.model, x0, captions, self._ask))
             self.done += len(captions)
 
-    def _ask(self, scorers: dict, media: torch.Tensor, captions: list[str]) -> dict[str, torch.Tensor | Callable]:
-        """What asking.score gives, with a function that waits for it in the place of a score from elsewhere."""
+    def _ask(
+        self, scorers: dict, media: torch.Tensor, captions: list[str]
+    ) -> dict[str, torch.Tensor | Callable]:
+        """What asking.score gives, with a function that waits for it in the place of a score from
+        elsewhere."""
         later = {}
         if self.away:
             if self.waiting:

@@ -1,9 +1,9 @@
-"""VideoAlign's VideoReward (arXiv 2501.13918): visual quality, motion quality and text alignment of a clip.
+"""VideoAlign's VideoReward (arXiv 2501.13918): visual quality, motion quality and text alignment of
+a clip.
 
-Qwen2-VL-2B reads the clip and a fixed question in which three tokens of its own stand where the ratings belong
-(videoalign.txt, word for word as in training; MIT, Kling Team); a linear layer reads
-the rating off the state at each of them.
-"""
+Qwen2-VL-2B reads the clip and a fixed question in which three tokens of its own stand where the
+ratings belong (videoalign.txt, word for word as in training; MIT, Kling Team); a linear layer reads
+the rating off the state at each of them."""
 
 import functools
 import json
@@ -30,10 +30,17 @@ from common.rewards import pixels, weights
 REPO, FILE = "KwaiVGI/VideoReward", "checkpoint-11352/model.pth"
 BASE = "Qwen/Qwen2-VL-2B-Instruct"
 RATED = ("<|VQ_reward|>", "<|MQ_reward|>", "<|TA_reward|>")
-MEAN, STD = (3.6757, 1.1646, 2.8105), (2.2476, 1.3811, 2.5121)  # of the ratings in the training data
+MEAN, STD = (
+    (3.6757, 1.1646, 2.8105),
+    (2.2476, 1.3811, 2.5121),
+)  # of the ratings in the training data
 LORA = 2.0  # alpha 128 over rank 64, of the adapters in the checkpoint
 RATE, FEWEST, MOST = 2.0, 4, 768  # frames a second, and in all
-SMALLEST, LARGEST, SIDE = 128 * 28**2, 448**2, 28  # pixels of a frame, and what its sides are multiples of
+SMALLEST, LARGEST, SIDE = (
+    128 * 28**2,
+    448**2,
+    28,
+)  # pixels of a frame, and what its sides are multiples of
 QUESTION = Path(__file__).with_suffix(".txt").read_text()
 CHAT = (
     "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
@@ -56,17 +63,22 @@ class Rated(torch.nn.Module):
         video = inputs["pixel_values_videos"].to(words.dtype)
         seen = self.model.visual(video, grid_thw=inputs["video_grid_thw"]).pooler_output
         at = (ids == self.model.config.video_token_id)[..., None]
-        # as the official code, without position_ids: one line of positions, not Qwen2-VL's time, height and width
+        # as the official code, without position_ids: one line of positions, not Qwen2-VL's time,
+        # height and width
         states = self.model.language_model(
-            inputs_embeds=words.masked_scatter(at, seen.to(words.dtype)), attention_mask=inputs["attention_mask"]
+            inputs_embeds=words.masked_scatter(at, seen.to(words.dtype)),
+            attention_mask=inputs["attention_mask"],
         ).last_hidden_state
         columns = torch.stack([(ids == token).int().argmax(1) for token in tokens], 1)  # [b, 3]
-        ratings = self.rm_head(states.gather(1, columns[..., None].expand(-1, -1, states.shape[-1])))  # [b, 3, 1 or 3]
+        ratings = self.rm_head(
+            states.gather(1, columns[..., None].expand(-1, -1, states.shape[-1]))
+        )  # [b, 3, 1 or 3]
         return ratings[..., 0] if ratings.shape[-1] == 1 else ratings.diagonal(dim1=1, dim2=2)
 
 
 def renamed(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """model.pth's weights under the names of Rated, with the adapters added to the layers that they adapt."""
+    """model.pth's weights under the names of Rated, with the adapters added to the layers that they
+    adapt."""
     named = {}
     for key, value in state.items():
         if "lora_" in key or "lm_head" in key:
@@ -93,12 +105,18 @@ class Ratings:
 
     def __init__(self, source: weights.Source, batch: int) -> None:
         path = source.find(REPO, FILE)
-        about, vocabulary = (source.find(BASE, file, beside=True) for file in ("config.json", "tokenizer.json"))
+        about, vocabulary = (
+            source.find(BASE, file, beside=True) for file in ("config.json", "tokenizer.json")
+        )
         try:
             config = Qwen2VLConfig(**json.loads(about.read_text()))
-            tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(vocabulary), pad_token="<|endoftext|>")
+            tokenizer = PreTrainedTokenizerFast(
+                tokenizer_file=str(vocabulary), pad_token="<|endoftext|>"
+            )
         except Exception as error:  # whatever a broken file makes tokenizers say
-            raise InputError(f"reward videoalign: {about} and {vocabulary} are not Qwen2-VL's ({error!r})") from None
+            raise InputError(
+                f"reward videoalign: {about} and {vocabulary} are not Qwen2-VL's ({error!r})"
+            ) from None
         tokenizer.add_tokens(list(RATED), special_tokens=True)
         self.batch, self.tokens = batch, tokenizer.convert_tokens_to_ids(list(RATED))
         frames = Qwen2VLVideoProcessor(do_resize=False, do_sample_frames=False)
@@ -112,7 +130,8 @@ class Ratings:
 
     @torch.no_grad()
     def rate(self, media: torch.Tensor, prompts: list[str], fps: float) -> torch.Tensor:
-        """Clips [b, F, 3, H, W] in [0, 1] of b prompts -> ratings VQ, MQ, TA [b, 3]; the last ones are remembered."""
+        """Clips [b, F, 3, H, W] in [0, 1] of b prompts -> ratings VQ, MQ, TA [b, 3]; the last ones
+        are remembered."""
         if self.last[0]() is media and self.last[1] == prompts:
             return self.last[2]
         device = media.device
@@ -124,7 +143,9 @@ class Ratings:
             # a prompt that spells a control token must not become one
             told = [prompt.replace("<|", "< |") for prompt in prompts[i : i + self.batch]]
             words = [CHAT.format(QUESTION.format(text_prompt=prompt)) for prompt in told]
-            inputs = self.processor(text=words, videos=clips, padding=True, return_tensors="pt").to(device)
+            inputs = self.processor(text=words, videos=clips, padding=True, return_tensors="pt").to(
+                device
+            )
             found.append(self.module(inputs, self.tokens).float())
         ratings = torch.cat(found)
         ratings = (ratings - ratings.new_tensor(MEAN)) / ratings.new_tensor(STD)
@@ -133,8 +154,8 @@ class Ratings:
 
 
 def seen(clip: torch.Tensor, fps: float) -> torch.Tensor:
-    """[F, 3, H, W] in [0, 1] -> the frames that the model sees, levels [f, 3, h, w]: two a second, an even number.
-    Raises InputError for a single frame."""
+    """[F, 3, H, W] in [0, 1] -> the frames that the model sees, levels [f, 3, h, w]: two a second,
+    an even number. Raises InputError for a single frame."""
     length = len(clip)
     if length < 2:
         raise InputError("reward videoalign: takes clips of two frames or more; give --frames")
@@ -146,7 +167,8 @@ def seen(clip: torch.Tensor, fps: float) -> torch.Tensor:
 
 
 def resized(height: int, width: int) -> tuple[int, int]:
-    """Sides of a frame as the model sees it: multiples of 28, of about the same shape, of 100,352 to 200,704 pixels."""
+    """Sides of a frame as the model sees it: multiples of 28, of about the same shape, of 100,352
+    to 200,704 pixels."""
     h, w = (max(SIDE, round(side / SIDE) * SIDE) for side in (height, width))
     factor = (height * width / LARGEST) ** 0.5
     if h * w > LARGEST:
@@ -160,11 +182,10 @@ def resized(height: int, width: int) -> tuple[int, int]:
 class VideoAlign:
     """Reward: the sum of the three ratings, typically -3 to 5; no bounds. Clips alone.
 
-    `KwaiVGI/VideoReward` (checkpoint-11352/model.pth, 5 GB), Apache-2.0, with config.json and tokenizer.json of
-    `Qwen/Qwen2-VL-2B-Instruct`, Apache-2.0. Two frames a second by --fps, of at most 448 x 448 pixels. Checked against
-    a transcription of the official code on transformers' Qwen2-VL (tests/test_rewards_videoalign.py). The scales are
-    estimates.
-    """
+    `KwaiVGI/VideoReward` (checkpoint-11352/model.pth, 5 GB), Apache-2.0, with config.json and
+    tokenizer.json of `Qwen/Qwen2-VL-2B-Instruct`, Apache-2.0. Two frames a second by --fps, of at
+    most 448 x 448 pixels. Checked against a transcription of the official code on transformers'
+    Qwen2-VL (tests/test_rewards_videoalign.py). The scales are estimates."""
 
     video, image = True, False
     scale = 1.5

@@ -1,9 +1,9 @@
 """VideoCLIP-XL (arXiv 2410.00741): whether a clip shows what a long description says.
 
-The image encoder is ViCLIP's (arXiv 2307.06942): CLIP's ViT-L/14 in which the patches of all frames attend to each
-other. The text encoder is CLIP's with 248 positions, the first 20 of which are CLIP's own (Long-CLIP, 2403.15378).
-Both are put together here from open_clip's transformer, whose names for the weights are the checkpoint's.
-"""
+The image encoder is ViCLIP's (arXiv 2307.06942): CLIP's ViT-L/14 in which the patches of all frames
+attend to each other. The text encoder is CLIP's with 248 positions, the first 20 of which are
+CLIP's own (Long-CLIP, 2403.15378). Both are put together here from open_clip's transformer, whose
+names for the weights are the checkpoint's."""
 
 import math
 
@@ -24,7 +24,9 @@ KEPT = 20  # positions whose embedding is CLIP's own
 class ClipOfFrames(torch.nn.Module):
     """ViCLIP's image encoder: [b, F, 3, H, W] -> [b, D], patches of all frames in one sequence."""
 
-    def __init__(self, size: int, patch: int, width: int, layers: int, heads: int, output: int) -> None:
+    def __init__(
+        self, size: int, patch: int, width: int, layers: int, heads: int, output: int
+    ) -> None:
         super().__init__()
         self.conv1 = torch.nn.Conv3d(3, width, (1, patch, patch), (1, patch, patch), bias=False)
         self.class_embedding = torch.nn.Parameter(torch.zeros(width))
@@ -37,7 +39,11 @@ class ClipOfFrames(torch.nn.Module):
     def forward(self, clips: torch.Tensor) -> torch.Tensor:
         """Frames [b, F, 3, H, W], normalised -> embeddings [b, D]."""
         x = self.conv1(clips.transpose(1, 2)).flatten(3)  # [b, W, F, N]
-        x = x.permute(0, 2, 3, 1) + self.positional_embedding[1:] + self.temporal_positional_embedding[:, :, None]
+        x = (
+            x.permute(0, 2, 3, 1)
+            + self.positional_embedding[1:]
+            + self.temporal_positional_embedding[:, :, None]
+        )
         first = (self.class_embedding + self.positional_embedding[0]).expand(len(x), 1, -1)
         x = self.transformer(self.ln_pre(torch.cat([first, x.flatten(1, 2)], dim=1)))
         return self.ln_post(x[:, 0]) @ self.proj
@@ -47,34 +53,47 @@ class TwoEncoders(torch.nn.Module):
     """Both encoders: `text` and `video`."""
 
     def __init__(
-        self, size: int = 224, patch: int = 14, video: tuple[int, int, int] = (1024, 24, 16),
-        text: tuple[int, int, int] = (768, 12, 12), output: int = 768, vocabulary: int = 49408,
-    ) -> None:  # fmt: skip
+        self,
+        size: int = 224,
+        patch: int = 14,
+        video: tuple[int, int, int] = (1024, 24, 16),
+        text: tuple[int, int, int] = (768, 12, 12),
+        output: int = 768,
+        vocabulary: int = 49408,
+    ) -> None:
         """video, text: width, layers, heads."""
         super().__init__()
         self.size = size
         self.video, (width, layers, heads) = ClipOfFrames(size, patch, *video, output), text
-        self.text = TextTransformer(CONTEXT, vocabulary, width, heads, layers, output_dim=output, act_layer=QuickGELU)
+        self.text = TextTransformer(
+            CONTEXT, vocabulary, width, heads, layers, output_dim=output, act_layer=QuickGELU
+        )
 
 
 def renamed(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """VideoCLIP-XL.bin's weights under the names of TwoEncoders. The two tables of positions become one: CLIP's own
-    for the first 20, the new ones after them. Its temperatures belong to the training."""
+    """VideoCLIP-XL.bin's weights under the names of TwoEncoders. The two tables of positions become
+    one: CLIP's own for the first 20, the new ones after them. Its temperatures belong to the
+    training."""
     named = {}
     for key, value in state.items():
         if key.startswith("vision_model.vision_encoder."):
             named["video." + key.removeprefix("vision_model.vision_encoder.")] = value
-        elif key.startswith("text_model.") and not key.endswith((".logit_scale", ".positional_embedding_res")):
+        elif key.startswith("text_model.") and not key.endswith(
+            (".logit_scale", ".positional_embedding_res")
+        ):
             named["text." + key.removeprefix("text_model.")] = value
-    old, new = named.get("text.positional_embedding"), state.get("text_model.positional_embedding_res")
+    old, new = (
+        named.get("text.positional_embedding"),
+        state.get("text_model.positional_embedding_res"),
+    )
     if old is not None and new is not None:
         named["text.positional_embedding"] = torch.cat([old[:KEPT], new[KEPT:]])
     return named
 
 
 def sizes(state: dict[str, torch.Tensor]) -> dict[str, int | tuple[int, int, int]]:
-    """The weights under TwoEncoders' names -> its sizes, which they tell; a head has 64 numbers, as in every CLIP. Of
-    weights that lack some, none: then its own sizes stand."""
+    """The weights under TwoEncoders' names -> its sizes, which they tell; a head has 64 numbers, as
+    in every CLIP. Of weights that lack some, none: then its own sizes stand."""
     try:
         width, _, _, patch, _ = state["video.conv1.weight"].shape
         places, output = len(state["video.positional_embedding"]) - 1, state["video.proj"].shape[1]
@@ -83,21 +102,30 @@ def sizes(state: dict[str, torch.Tensor]) -> dict[str, int | tuple[int, int, int
         return {}
 
     def part(name: str, width: int) -> tuple[int, int, int]:
-        blocks = {key.split(".")[3] for key in state if key.startswith(f"{name}.transformer.resblocks.")}
+        blocks = {
+            key.split(".")[3] for key in state if key.startswith(f"{name}.transformer.resblocks.")
+        }
         return width, len(blocks), max(1, width // 64)
 
     encoders = dict(video=part("video", width), text=part("text", told))
-    return dict(size=patch * math.isqrt(places), patch=patch, output=output, vocabulary=vocabulary, **encoders)
+    return dict(
+        size=patch * math.isqrt(places),
+        patch=patch,
+        output=output,
+        vocabulary=vocabulary,
+        **encoders,
+    )
 
 
 class VideoClipXL(Cosine):
-    """Reward: the cosine of clip and prompt, typically 0.1 to 0.35. Needs clips of at least 8 frames.
+    """Reward: the cosine of clip and prompt, typically 0.1 to 0.35. Needs clips of at least 8
+    frames.
 
-    `alibaba-pai/VideoCLIP-XL` (VideoCLIP-XL.bin), CC BY-NC-SA 4.0: not for commercial use. Of n frames it takes
-    `frames[:: n // 8][:8]`, each squashed to 224x224 without antialiasing, ImageNet mean and std, as its demo does with
-    OpenCV (whose bilinear weights are fixed-point numbers: a level of difference here and there). Prompts are cut at
-    248 tokens. Checked against a float32 transcription of the official model (tests/test_rewards_videoclip_xl.py).
-    Scale: an estimate.
+    `alibaba-pai/VideoCLIP-XL` (VideoCLIP-XL.bin), CC BY-NC-SA 4.0: not for commercial use. Of n
+    frames it takes `frames[:: n // 8][:8]`, each squashed to 224x224 without antialiasing, ImageNet
+    mean and std, as its demo does with OpenCV (whose bilinear weights are fixed-point numbers: a
+    level of difference here and there). Prompts are cut at 248 tokens. Checked against a float32
+    transcription of the official model (tests/test_rewards_videoclip_xl.py). Scale: an estimate.
     """
 
     repo, file = "alibaba-pai/VideoCLIP-XL", "VideoCLIP-XL.bin"
@@ -114,14 +142,18 @@ class VideoClipXL(Cosine):
         return weights.fill(source.name, module, state, path)
 
     def media(self, clips: torch.Tensor) -> torch.Tensor:
-        """Clips [b, F, 3, H, W] in [0, 1] -> embeddings [b, D]. Raises InputError below 8 frames."""
+        """Clips [b, F, 3, H, W] in [0, 1] -> embeddings [b, D]. Raises InputError below 8
+        frames."""
         if clips.shape[1] < FRAMES:
             raise InputError(
-                f"reward videoclip-xl looks at {FRAMES} frames of a clip, these have {clips.shape[1]}; give --frames"
+                f"reward videoclip-xl looks at {FRAMES} frames of a clip, these have "
+                f"{clips.shape[1]}; give --frames"
             )
         clips = pixels.levels(clips[:, :: clips.shape[1] // FRAMES][:, :FRAMES])
         frames = F.interpolate(clips.flatten(0, 1), (self.size, self.size), mode="bilinear").round()
-        return self.module.video(pixels.normalised(frames.unflatten(0, clips.shape[:2]), pixels.IMAGENET))
+        return self.module.video(
+            pixels.normalised(frames.unflatten(0, clips.shape[:2]), pixels.IMAGENET)
+        )
 
     def texts(self, prompts: list[str], device: torch.device) -> torch.Tensor:
         """n prompts -> embeddings [n, D]."""

@@ -1,4 +1,5 @@
-"""Checkpoints of a run: folders OUTPUT/checkpoints/step_NNNNNN, each whole or not there at all. In this order,
+"""Checkpoints of a run: folders OUTPUT/checkpoints/step_NNNNNN, each whole or not there at all. In
+this order,
 
     begin       clears a folder beside the final one
     put         writes states into it: NAME.pt, or each process its share of a sharded one, NAME.PART.pt
@@ -32,26 +33,30 @@ class Pieces:
 
 
 def begin(output: Path, step: int) -> None:
-    """Makes the empty folder beside the checkpoint of a step, into which `put` writes. Raises OSError."""
+    """Makes the empty folder beside the checkpoint of a step, into which `put` writes. Raises
+    OSError."""
     beside = _beside(output, step)
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
 
 
 def put(output: Path, step: int, states: dict[str, dict], part: int | None = None) -> None:
-    """Writes {name: state}, with `part` the number of this process. Raises OSError or RuntimeError (torch's word for a
-    full disk)."""
+    """Writes {name: state}, with `part` the number of this process. Raises OSError or RuntimeError
+    (torch's word for a full disk)."""
     for name, state in states.items():
         file_name = f"{name}.pt" if part is None else f"{name}.{part}.pt"
         with (_beside(output, step) / file_name).open("wb") as file:
             torch.save(state, file)
             file.flush()
-            os.fsync(file.fileno())  # a machine that dies must not leave a renamed folder of empty files
+            os.fsync(
+                file.fileno()
+            )  # a machine that dies must not leave a renamed folder of empty files
 
 
 def publish(output: Path, step: int, parts: dict[str, int], run: str = "", keep: int = 0) -> None:
-    """Makes what was put the checkpoint of a step, or raises OSError; removes the oldest ones beyond `keep` that this
-    run wrote, 0: none. parts {name: how many processes wrote it, 0: not sharded}; run: its name in config.json."""
+    """Makes what was put the checkpoint of a step, or raises OSError; removes the oldest ones
+    beyond `keep` that this run wrote, 0: none. parts {name: how many processes wrote it, 0: not
+    sharded}; run: its name in config.json."""
     beside, final = _beside(output, step), output / "checkpoints" / name_of(step)
     (beside / "checkpoint.json").write_text(json.dumps({"step": step, "parts": parts, "run": run}))
     if not _wrote(final, run, or_nobody=True):
@@ -69,8 +74,8 @@ def discard(output: Path, step: int) -> None:
 
 
 def copy(folder: Path, output: Path, step: int) -> None:
-    """Another run's checkpoint as this one's first. Its files are linked where the disk can: no checkpoint is ever
-    written to again. Raises OSError."""
+    """Another run's checkpoint as this one's first. Its files are linked where the disk can: no
+    checkpoint is ever written to again. Raises OSError."""
     beside, final = _beside(output, step), output / "checkpoints" / name_of(step)
     if not os.path.exists(final):
         shutil.rmtree(beside, ignore_errors=True)
@@ -90,14 +95,17 @@ def number_of(folder: Path) -> int | None:
 
 
 def newest_first(output: Path) -> list[Path]:
-    """The folders of a run's checkpoints, by their numbers. What lies beside them under other names is somebody's."""
-    folders = [folder for folder in output.glob("checkpoints/step_*") if number_of(folder) is not None]
+    """The folders of a run's checkpoints, by their numbers. What lies beside them under other names
+    is somebody's."""
+    folders = [
+        folder for folder in output.glob("checkpoints/step_*") if number_of(folder) is not None
+    ]
     return sorted(folders, key=number_of, reverse=True)
 
 
 def read(folder: Path, names: Collection[str] | None = None) -> tuple[int, dict[str, dict]]:
-    """-> (step, {name: state} on the CPU, sharded tensors as Pieces), of those `names` that it has, or of all; raises
-    Broken with the reason."""
+    """-> (step, {name: state} on the CPU, sharded tensors as Pieces), of those `names` that it has,
+    or of all; raises Broken with the reason."""
     about, states = _about(folder), {}
     for name, number in about["parts"].items():
         if names is not None and name not in names:
@@ -114,8 +122,8 @@ def read(folder: Path, names: Collection[str] | None = None) -> tuple[int, dict[
 
 
 def flaw(states: dict[str, dict], process: int = 0, processes: int = 1) -> str:
-    """Why states are none to go on from: a tensor with something in it that is no number; "" if there is none. Each of
-    `processes` looks at its share of the tensors."""
+    """Why states are none to go on from: a tensor with something in it that is no number; "" if
+    there is none. Each of `processes` looks at its share of the tensors."""
     tensors = [(name, tensor) for name, state in states.items() for tensor in _tensors(state)]
     for name, tensor in tensors[process::processes]:
         if not tensor.isfinite().all():
@@ -129,8 +137,15 @@ def _about(folder: Path) -> dict:
         about = json.loads((folder / "checkpoint.json").read_text())
     except (OSError, ValueError, RecursionError):
         raise Broken("it has no checkpoint.json that can be read") from None
-    step, parts = (about.get(name) for name in ("step", "parts")) if isinstance(about, dict) else (None, None)
-    if not _natural(step) or not isinstance(parts, dict) or not parts or not all(map(_natural, parts.values())):
+    step, parts = (
+        (about.get(name) for name in ("step", "parts")) if isinstance(about, dict) else (None, None)
+    )
+    if (
+        not _natural(step)
+        or not isinstance(parts, dict)
+        or not parts
+        or not all(map(_natural, parts.values()))
+    ):
         raise Broken("its checkpoint.json names no step, or no parts")
     return about
 
@@ -179,7 +194,8 @@ def _load(file: Path, mmap: bool = False) -> dict:
 
 
 def _join(parts: list) -> Any:
-    """The states that several processes wrote -> one, with Pieces for the tensors of which each wrote its share."""
+    """The states that several processes wrote -> one, with Pieces for the tensors of which each
+    wrote its share."""
     first = parts[0]
     if isinstance(first, dict):
         if first.keys() == {"shard"}:
@@ -193,5 +209,9 @@ def _tensors(state: Any) -> list[torch.Tensor]:
     if isinstance(state, Pieces):
         state = state.tensors
     if isinstance(state, (dict, list)):
-        return [leaf for part in (state.values() if isinstance(state, dict) else state) for leaf in _tensors(part)]
+        return [
+            leaf
+            for part in (state.values() if isinstance(state, dict) else state)
+            for leaf in _tensors(part)
+        ]
     return [state] if torch.is_tensor(state) and state.is_floating_point() else []

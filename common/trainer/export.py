@@ -17,8 +17,9 @@ if TYPE_CHECKING:  # which imports this file
 
 
 def write(run: "Runtime", folder: Path) -> str:
-    """All processes together: the LoRA, or the whole trained pipeline, into a folder; returns the line that loads it.
-    It is written beside and moved, so that who stops it leaves the one before. Raises RunError."""
+    """All processes together: the LoRA, or the whole trained pipeline, into a folder; returns the
+    line that loads it. It is written beside and moved, so that who stops it leaves the one before.
+    Raises RunError."""
     pipe, lora = run.model.pipe, run.args.lora_rank
     modules = {name: getattr(pipe, name) for name in run.model.trainable}
     weights = {name: trained_weights(module, run, lora) for name, module in modules.items()}
@@ -34,19 +35,31 @@ def write(run: "Runtime", folder: Path) -> str:
         if run.is_main:
             shutil.rmtree(beside, ignore_errors=True)
     if reason := run.first(reason):
-        raise RunError(f"cannot write {folder} ({reason}); is the disk full? --resume latest writes it once more")
-    return f'pipe.load_lora_weights("{folder}")' if lora else f'{type(pipe).__name__}.from_pretrained("{folder}")'
+        raise RunError(
+            f"cannot write {folder} ({reason}); is the disk full? --resume latest writes it once "
+            "more"
+        )
+    return (
+        f'pipe.load_lora_weights("{folder}")'
+        if lora
+        else f'{type(pipe).__name__}.from_pretrained("{folder}")'
+    )
 
 
 def save(
-    run: "Runtime", folder: Path, modules: dict[str, torch.nn.Module], weights: dict[str, dict[str, torch.Tensor]]
+    run: "Runtime",
+    folder: Path,
+    modules: dict[str, torch.nn.Module],
+    weights: dict[str, dict[str, torch.Tensor]],
 ) -> None:
     """The weights {name: state} of the pipeline's trained modules {name: module}, as files."""
     pipe = run.model.pipe
     if run.args.lora_rank:
         from peft import get_peft_model_state_dict
 
-        layers = {name: get_peft_model_state_dict(modules[name], state) for name, state in weights.items()}
+        layers = {
+            name: get_peft_model_state_dict(modules[name], state) for name, state in weights.items()
+        }
         return run.model.save_lora(folder, layers)
     try:
         for name, state in weights.items():
@@ -58,7 +71,8 @@ def save(
 
 
 def _move(source: str, target: str) -> None:
-    """safetensors makes its files readable by their owner alone; others shall load a model as they may read the run."""
+    """safetensors makes its files readable by their owner alone; others shall load a model as they
+    may read the run."""
     mask = os.umask(0)
     os.umask(mask)
     os.chmod(source, 0o666 & ~mask)
@@ -66,8 +80,9 @@ def _move(source: str, target: str) -> None:
 
 
 def trained_weights(module: torch.nn.Module, run: "Runtime", lora: int) -> dict[str, torch.Tensor]:
-    """All processes together: for the main one a module's state on the CPU, whole; of a LoRA (its rank `lora` is above
-    0) its weights, else all, with those in float32 in the run's dtype. For the others nothing."""
+    """All processes together: for the main one a module's state on the CPU, whole; of a LoRA (its
+    rank `lora` is above 0) its weights, else all, with those in float32 in the run's dtype. For the
+    others nothing."""
     state = {}
     for name, value in module.state_dict().items():
         if not lora or "lora_" in name:
@@ -79,7 +94,8 @@ def trained_weights(module: torch.nn.Module, run: "Runtime", lora: int) -> dict[
 
 
 def plain_copy(module: torch.nn.Module, state: dict[str, torch.Tensor]) -> torch.nn.Module:
-    """A module of the same class and configuration with these weights, as it was before anything wrapped it."""
+    """A module of the same class and configuration with these weights, as it was before anything
+    wrapped it."""
     cls = next(cls for cls in type(module).__mro__ if cls.__module__.startswith("diffusers"))
     with init_empty_weights():
         copy = cls.from_config(module.config)

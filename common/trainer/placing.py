@@ -1,5 +1,5 @@
-"""Where the parts of a model stand before anything is computed: encoders and VAE on their device; what is trained or
-sampled with moved, sharded or compiled, with a LoRA or without."""
+"""Where the parts of a model stand before anything is computed: encoders and VAE on their device;
+what is trained or sampled with moved, sharded or compiled, with a LoRA or without."""
 
 import re
 from typing import TYPE_CHECKING
@@ -16,13 +16,16 @@ if TYPE_CHECKING:  # they load more than torch
 
 
 def adapt(run: "Processes", model: "Family", targets: str, rank: int) -> None:
-    """Adds a LoRA of this rank with float32 weights to the layers of the trained modules that a regular expression
-    names; "": the family's. Raises InputError for one that names none, or a layer whose output is not used."""
+    """Adds a LoRA of this rank with float32 weights to the layers of the trained modules that a
+    regular expression names; "": the family's. Raises InputError for one that names none, or a
+    layer whose output is not used."""
     for module in model.trainable.values():
         _adapt(run, model, module, targets or model.lora_targets, rank)
 
 
-def _adapt(run: "Processes", model: "Family", module: torch.nn.Module, targets: str, rank: int) -> None:
+def _adapt(
+    run: "Processes", model: "Family", module: torch.nn.Module, targets: str, rank: int
+) -> None:
     from peft import LoraConfig
 
     torch.manual_seed(run.args.seed)  # the same one on every process
@@ -33,7 +36,10 @@ def _adapt(run: "Processes", model: "Family", module: torch.nn.Module, targets: 
     for name, weight in module.named_parameters():
         if weight.requires_grad and not model.learns(name):
             layer = name.partition(".lora_")[0]
-            raise InputError(f"--lora-targets {targets!r}: it names {layer}, whose output is not used; leave it out")
+            raise InputError(
+                f"--lora-targets {targets!r}: it names {layer}, whose output is not used; leave "
+                "it out"
+            )
     for weight in trained(module):
         weight.data = weight.data.float()
     for part in module.modules() if run.precision != "no" else ():
@@ -42,7 +48,8 @@ def _adapt(run: "Processes", model: "Family", module: torch.nn.Module, targets: 
 
 
 def settle(run: "Processes", model: "Family") -> None:
-    """Moves what is not trained to the device; with --offload-encoders text and image encoders wait on the CPU."""
+    """Moves what is not trained to the device; with --offload-encoders text and image encoders wait
+    on the CPU."""
     for name, module in model.pipe.components.items():
         if isinstance(module, torch.nn.Module) and name not in model.trainable:
             waits = run.args.offload_encoders and name in model.encoders
@@ -50,7 +57,8 @@ def settle(run: "Processes", model: "Family") -> None:
 
 
 def place(run: "Processes", model: "Family") -> None:
-    """Moves all of the model to the device, to sample and not to train. model.trainable then holds what to call."""
+    """Moves all of the model to the device, to sample and not to train. model.trainable then holds
+    what to call."""
     from accelerate import Accelerator
 
     accelerator = Accelerator(mixed_precision=run.precision, cpu=run.device.type == "cpu")

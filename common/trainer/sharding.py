@@ -1,9 +1,9 @@
-"""Weights sharded over processes: torch's FSDP2 (`fully_shard`), as Accelerate's launcher and config file ask for it.
+"""Weights sharded over processes: torch's FSDP2 (`fully_shard`), as Accelerate's launcher and
+config file ask for it.
 
-Accelerate's own `prepare` shards one model, together with its optimizer, and on GPUs only. Wan2.2 trains two experts
-with one optimizer, and whoever has no GPUs wants to see it work: so the plugin is read here, and each expert is
-sharded by itself. configs/fsdp2.yaml is such a file.
-"""
+Accelerate's own `prepare` shards one model, together with its optimizer, and on GPUs only. Wan2.2
+trains two experts with one optimizer, and whoever has no GPUs wants to see it work: so the plugin
+is read here, and each expert is sharded by itself. configs/fsdp2.yaml is such a file."""
 
 import os
 import warnings
@@ -23,8 +23,9 @@ asked = False  # whether the launcher did, for another run of this program (--ca
 
 
 def take_plugin() -> "FullyShardedDataParallelPlugin | None":
-    """Accelerate's FSDP plugin if the launcher asked for it, else None. It is taken out of the environment: otherwise
-    the Accelerator would shard too. Raises InputError for DeepSpeed, and for FSDP1."""
+    """Accelerate's FSDP plugin if the launcher asked for it, else None. It is taken out of the
+    environment: otherwise the Accelerator would shard too. Raises InputError for DeepSpeed, and for
+    FSDP1."""
     global asked
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         raise InputError(
@@ -34,7 +35,9 @@ def take_plugin() -> "FullyShardedDataParallelPlugin | None":
     if os.environ.pop("ACCELERATE_USE_FSDP", "false").lower() != "true" and not asked:
         return None
     if os.environ.get("FSDP_VERSION", "1") != "2":
-        raise InputError("only FSDP2 is supported: write fsdp_version: 2, as configs/fsdp2.yaml does")
+        raise InputError(
+            "only FSDP2 is supported: write fsdp_version: 2, as configs/fsdp2.yaml does"
+        )
     from accelerate.utils import FullyShardedDataParallelPlugin
 
     asked = True
@@ -42,7 +45,8 @@ def take_plugin() -> "FullyShardedDataParallelPlugin | None":
 
 
 def own_plugin() -> "FullyShardedDataParallelPlugin":
-    """What configs/fsdp2.yaml asks for, where no config file asks for anything and weights fit only so."""
+    """What configs/fsdp2.yaml asks for, where no config file asks for anything and weights fit only
+    so."""
     from accelerate.utils import FullyShardedDataParallelPlugin
 
     return FullyShardedDataParallelPlugin(
@@ -51,8 +55,8 @@ def own_plugin() -> "FullyShardedDataParallelPlugin":
 
 
 def on_a_machine(processes: int) -> int:
-    """All processes together: how many of them each machine has, as the launcher says; all of them where it has one,
-    or another one has more."""
+    """All processes together: how many of them each machine has, as the launcher says; all of them
+    where it has one, or another one has more."""
     from accelerate.utils import gather_object
 
     own = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
@@ -61,28 +65,32 @@ def on_a_machine(processes: int) -> int:
 
 
 def mesh_of(device: torch.device, processes: int, shards: int) -> DeviceMesh:
-    """The processes in rows of `shards`, each row with all weights among its processes: where these are the processes
-    of a machine, no weights cross the network, only their gradients do, once an update. Dimensions ("replicas",
-    "shards"); of a single row ("shards",)."""
+    """The processes in rows of `shards`, each row with all weights among its processes: where these
+    are the processes of a machine, no weights cross the network, only their gradients do, once an
+    update. Dimensions ("replicas", "shards"); of a single row ("shards",)."""
     rows, names = (processes // shards, shards), ("replicas", "shards")
     kept = slice(rows[0] == 1, None)
     return init_device_mesh(device.type, rows[kept], mesh_dim_names=names[kept])
 
 
 def offloads(plugin: "FullyShardedDataParallelPlugin", device_type: str) -> bool:
-    """Whether the shards wait on the CPU between passes. The plugin holds a policy, which is true in any case."""
+    """Whether the shards wait on the CPU between passes. The plugin holds a policy, which is true
+    in any case."""
     from torch.distributed.fsdp import CPUOffloadPolicy
 
     return isinstance(plugin.cpu_offload, CPUOffloadPolicy) and device_type != "cpu"
 
 
 def shard(
-    module: torch.nn.Module, blocks: Sequence[str], plugin: "FullyShardedDataParallelPlugin", mesh: DeviceMesh,
+    module: torch.nn.Module,
+    blocks: Sequence[str],
+    plugin: "FullyShardedDataParallelPlugin",
+    mesh: DeviceMesh,
     dtype: torch.dtype,
-) -> torch.nn.Module:  # fmt: skip
-    """Shards a module's weights in place, block by block: those of the classes that the config file names, or else of
-    the names in `blocks`. The forward and backward passes see them in `dtype`; gradients are averaged in float32.
-    Returns the module."""
+) -> torch.nn.Module:
+    """Shards a module's weights in place, block by block: those of the classes that the config file
+    names, or else of the names in `blocks`. The forward and backward passes see them in `dtype`;
+    gradients are averaged in float32. Returns the module."""
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
     policy = MixedPrecisionPolicy(
@@ -102,7 +110,8 @@ def shard(
 
 
 def writes(mesh: DeviceMesh) -> tuple[bool, int]:
-    """Whether this process writes its shards into a checkpoint, as one of the first row does; and the number of it."""
+    """Whether this process writes its shards into a checkpoint, as one of the first row does; and
+    the number of it."""
     return mesh.ndim == 1 or mesh.get_local_rank("replicas") == 0, mesh.get_local_rank("shards")
 
 
@@ -114,8 +123,8 @@ def has_shards(state: Any) -> bool:
 
 
 def local(state: Any) -> Any:
-    """A state with this process's share, {"shard": tensor}, in place of each sharded tensor: what it writes into a
-    checkpoint."""
+    """A state with this process's share, {"shard": tensor}, in place of each sharded tensor: what
+    it writes into a checkpoint."""
     if isinstance(state, dict):
         return {name: local(value) for name, value in state.items()}
     if isinstance(state, list):
@@ -124,8 +133,8 @@ def local(state: Any) -> Any:
 
 
 def deal(state: Any, mesh: DeviceMesh | None = None) -> Any:
-    """The reverse, from a checkpoint that any number of processes wrote: tensors as they are sharded over the mesh, or
-    whole ones without a mesh."""
+    """The reverse, from a checkpoint that any number of processes wrote: tensors as they are
+    sharded over the mesh, or whole ones without a mesh."""
     if isinstance(state, dict):
         return {name: deal(value, mesh) for name, value in state.items()}
     if isinstance(state, list):
@@ -136,7 +145,9 @@ def deal(state: Any, mesh: DeviceMesh | None = None) -> Any:
         return state
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-    return distribute_tensor(state, mesh, [Replicate()] * (mesh.ndim - 1) + [Shard(0)], src_data_rank=None)
+    return distribute_tensor(
+        state, mesh, [Replicate()] * (mesh.ndim - 1) + [Shard(0)], src_data_rank=None
+    )
 
 
 def mine(tensor: torch.Tensor) -> torch.Tensor:
@@ -150,5 +161,6 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def is_sharded(thing: Any) -> bool:
-    """Whether it is torch's DTensor, told by what it can do: importing the class takes half a second."""
+    """Whether it is torch's DTensor, told by what it can do: importing the class takes half a
+    second."""
     return hasattr(thing, "full_tensor")

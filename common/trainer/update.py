@@ -38,21 +38,26 @@ class Update(Processes):
 
     @staticmethod
     def blame() -> str:
-        """What to say of a gradient that is no number; the scripts put something better in its place."""
+        """What to say of a gradient that is no number; the scripts put something better in its
+        place."""
         return "lower --learning-rate"
 
     def keep_initial(self, model: "Family") -> None:
-        """Before `prepare`: makes `initial_weights` work. Full weights get a frozen copy then; a LoRA needs none."""
+        """Before `prepare`: makes `initial_weights` work. Full weights get a frozen copy then; a
+        LoRA needs none."""
         if not self.args.lora_rank:
             self.frozen = dict.fromkeys(model.trainable)
 
     def prepare(self, model: "Family") -> torch.optim.Optimizer:
-        """Moves the model to the device, makes its weights or a LoRA trainable in float32, returns the optimizer;
-        model.trainable then holds the prepared modules. Raises InputError for what does not fit, before it moves."""
+        """Moves the model to the device, makes its weights or a LoRA trainable in float32, returns
+        the optimizer; model.trainable then holds the prepared modules. Raises InputError for what
+        does not fit, before it moves."""
         args = self.args
         for module in model.trainable.values():
             module.requires_grad_(False).eval()
-            if args.gradient_checkpointing or (self.sharding and self.sharding.activation_checkpointing):
+            if args.gradient_checkpointing or (
+                self.sharding and self.sharding.activation_checkpointing
+            ):
                 module.enable_gradient_checkpointing()
             if args.attention != "native":
                 compiling.set_attention(module, args.attention)
@@ -64,7 +69,9 @@ class Update(Processes):
         self.model = model
         # for good: between two passes a sharded module may show others
         self.trained = weights = placing.trained(torch.nn.ModuleList(model.trainable.values()))
-        optimizer = torch.optim.AdamW(weights, lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
+        optimizer = torch.optim.AdamW(
+            weights, lr=args.learning_rate, weight_decay=args.weight_decay, fused=True
+        )
         self.optimizer = self.accelerator.prepare(optimizer)
         self.average = _average(weights, args.ema) if args.ema else None
         self.print(
@@ -77,7 +84,8 @@ class Update(Processes):
         return self.optimizer
 
     def _place(self, model: "Family") -> None:
-        """Moves the model, where memory is scarce in turn with a machine's other processes, and prepares it."""
+        """Moves the model, where memory is scarce in turn with a machine's other processes, and
+        prepares it."""
         placing.settle(self, model)
         for name, module in model.trainable.items():
             if not self.sharding:
@@ -92,7 +100,9 @@ class Update(Processes):
             self.turn.end()
         self.accelerator.wait_for_everyone()
         for name, module in model.trainable.items():
-            model.trainable[name] = self.accelerator.prepare_model(module, evaluation_mode=bool(self.sharding))
+            model.trainable[name] = self.accelerator.prepare_model(
+                module, evaluation_mode=bool(self.sharding)
+            )
 
     def weights(self) -> list[torch.Tensor]:
         """The trained weights; sharded ones as they are sharded."""
@@ -104,14 +114,20 @@ class Update(Processes):
 
     @contextlib.contextmanager
     def plain_modules(self) -> Iterator[None]:
-        """Inside, model.velocity can be differentiated otherwise than by `backward`: processes exchange nothing. Raises
-        InputError for sharded weights, and for --attention."""
+        """Inside, model.velocity can be differentiated otherwise than by `backward`: processes
+        exchange nothing. Raises InputError for sharded weights, and for --attention."""
         if self.sharding:
-            raise InputError("sharded weights can be differentiated by the update only; take configs/ddp.yaml")
+            raise InputError(
+                "sharded weights can be differentiated by the update only; take configs/ddp.yaml"
+            )
         if self.args.attention != "native":
-            raise InputError(f"--attention {self.args.attention} cannot be differentiated twice; leave it out")
+            raise InputError(
+                f"--attention {self.args.attention} cannot be differentiated twice; leave it out"
+            )
         trained = self.model.trainable
-        self.model.trainable = {name: self.accelerator.unwrap_model(module) for name, module in trained.items()}
+        self.model.trainable = {
+            name: self.accelerator.unwrap_model(module) for name, module in trained.items()
+        }
         try:
             with compiling.off():
                 yield
@@ -120,10 +136,15 @@ class Update(Processes):
 
     @contextlib.contextmanager
     def initial_weights(self) -> Iterator[None]:
-        """Inside, model.velocity is that before training: the LoRA is off, or the frozen copy stands in."""
+        """Inside, model.velocity is that before training: the LoRA is off, or the frozen copy
+        stands in."""
         trained = self.model.trainable
         with torch.no_grad(), self.accelerator.autocast():
-            modules = [] if self.frozen else [self.accelerator.unwrap_model(module) for module in trained.values()]
+            modules = (
+                []
+                if self.frozen
+                else [self.accelerator.unwrap_model(module) for module in trained.values()]
+            )
             for module in modules:
                 module.disable_adapters()
             self.model.trainable = self.frozen or trained
@@ -135,11 +156,12 @@ class Update(Processes):
                     module.enable_adapters()
 
     def exchange_gradients(self, now: bool) -> None:
-        """Whether processes exchange gradients in the next forward and backward pass; until then each adds up its own.
+        """Whether processes exchange gradients in the next forward and backward pass; until then
+        each adds up its own.
 
-        Data parallelism decides in the forward pass, so `no_sync` around a backward pass alone does nothing. Sharded
-        weights need whole gradients until then; --exchange-often saves that memory.
-        """
+        Data parallelism decides in the forward pass, so `no_sync` around a backward pass alone does
+        nothing. Sharded weights need whole gradients until then; --exchange-often saves that
+        memory."""
         for module in self.model.trainable.values():
             if self.sharding:
                 module.set_requires_gradient_sync(now or self.args.exchange_often)
@@ -152,15 +174,19 @@ class Update(Processes):
         self.accelerator.backward(loss * self.world)  # data parallelism averages, the loss is a sum
 
     def update(self) -> torch.Tensor:
-        """Clips the gradients, steps the optimizer, and returns the norm before clipping, a scalar. Raises RunError for
-        one that is no number."""
+        """Clips the gradients, steps the optimizer, and returns the norm before clipping, a scalar.
+        Raises RunError for one that is no number."""
         weights = self.weights()
         norm = sharding.whole(self.accelerator.clip_grad_norm_(weights, self.args.max_grad_norm))
         if not torch.isfinite(norm):
             self.cure = (
-                ("--learning-rate", self.args.learning_rate / 10) if self.moved else ("--seed", self.args.seed + 1)
+                ("--learning-rate", self.args.learning_rate / 10)
+                if self.moved
+                else ("--seed", self.args.seed + 1)
             )
-            raise RunError(f"the gradient norm of step {self.step} is {norm.item()}; {self.blame()}")
+            raise RunError(
+                f"the gradient norm of step {self.step} is {norm.item()}; {self.blame()}"
+            )
         self.moved = True
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -169,13 +195,15 @@ class Update(Processes):
         return norm
 
     def check_ratio(self, error: float) -> None:
-        """Raises RunError for a first ratio that is not 1 (error: max |rho - 1|): its policy gradient would be that of
-        another policy, and what is beyond the clip range clipped on one side: an error that the sign of A chooses."""
+        """Raises RunError for a first ratio that is not 1 (error: max |rho - 1|): its policy
+        gradient would be that of another policy, and what is beyond the clip range clipped on one
+        side: an error that the sign of A chooses."""
         limit = min(RATIO_LIMIT[self.precision], self.args.clip_range)
         if not error <= limit:
             raise RunError(
                 f"the ratio is off by {error:.1e} before the first update (limit {limit:.0e}"
-                f"{', the clip range' * (limit == self.args.clip_range)}): rollout and update see different weights, "
+                f"{', the clip range' * (limit == self.args.clip_range)}): rollout and update "
+                "see different weights, "
                 "dtypes, guidance, conditioning or kernels"
             )
 
