@@ -1,31 +1,48 @@
-"""The errors that a person can cause, and the line that they get instead of a traceback."""
+"""The errors that a person can cause, and the one line that they get instead of a traceback.
+
+InputError    a wrong flag, file or setting, found before any work                      exit code 2
+RunError      a run that cannot continue: a reward that is not finite, a full disk      exit code 1
+Stopped       a signal asked the run to stop, and its work is saved          128 + the signal's number
+
+Two contexts turn what others raise into these: `loading` around everything that comes from outside
+(a model's folder, a reward, a prompt file, a checkpoint, a server), and `phase` around each part of
+a training step. The whole traceback of the original exception goes to error.log.
+"""
 
 import contextlib
 import os
+import re
 import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, TextIO
 
+LONGEST = 500  # letters of another exception's message that are shown
+run_folder = Path()  # where error.log is written: the working directory, then the run's folder
+rescues = []  # functions that save the finished steps of the run when an error ends it
+
 
 class InputError(ValueError):
-    """A wrong flag, file or setting, found before any work: one line, exit code 2."""
+    """A wrong flag, file or setting, found before any work."""
 
 
 class RunError(RuntimeError):
-    """A run that cannot go on (a NaN reward, a full disk): one line, exit code 1; the finished
-    steps are saved. It is raised on every process, or the others would wait for it."""
+    """A run that cannot continue. Every process raises it; the finished steps are saved."""
+
+
+class LocalError(RunError):
+    """A RunError of one process, which the others do not know of: they cannot save together."""
 
 
 class Diverged(RunError):
-    """The weights, or what they make, are no numbers: these steps are not worth saving."""
+    """The weights, or the samples made with them, are not finite: the last steps are not saved."""
 
 
 class Stopped(Exception):
-    """A signal asked the run to stop, and its work is saved: one line, exit code 128 + the signal's
-    number."""
+    """A signal asked the run to stop, and its work is saved."""
 
     def __init__(self, number: int, line: str) -> None:
         super().__init__(line)
@@ -33,188 +50,182 @@ class Stopped(Exception):
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C at a moment when nothing has to be finished. A KeyboardInterrupt of another class is
-    somebody's code's."""
+    """Ctrl-C. A KeyboardInterrupt of another class was raised by a user's code."""
 
 
-# By the function in which it happens: where that is, and what helps.
-OUT_OF_MEMORY = {
-    "score_one": (
-        "a reward",
-        "lower --reward-batch, or keep the judge behind a server (--judge-url)",
-    ),
-    "decode": (
-        "the VAE",
-        "lower --decode-batch, or the size of the samples (--height, --width, --frames)",
-    ),
-    "encode": ("the text encoders", "add --offload-encoders"),
-    "rollout": ("the rollout", "lower --micro-batch or --prompts-per-step, add --offload-encoders"),
-    "backward": (
-        "the update",
-        "lower --micro-batch, add --gradient-checkpointing or --exchange-often, train a LoRA "
-        "(--lora-rank)",
-    ),
-}
-ANYWHERE = (
-    "lower --micro-batch, --decode-batch, --reward-batch or the size of the samples, train a "
-    "LoRA (--lora-rank), add "
-    "--gradient-checkpointing or --offload-encoders"
-)
-OUT_OF_MEMORY["velocity"] = OUT_OF_MEMORY["update"] = OUT_OF_MEMORY[
-    "backward"
-]  # where it is no rollout's
+# --- What others raise ---
 
-rescues = []  # what to call with a RunError; the Runtime of the run puts its own there
-# what tells the other processes that this one cannot go on, true if they heard it; the same
-alarms = []
-last_checkpoint = ""  # the folder of the last one
+
+@contextlib.contextmanager
+def loading(what: str, source: object = "", do: str = "") -> Iterator[None]:
+    """Raise InputError, in one line, for any exception inside: what could not be loaded and why.
+
+    what: "reward clip", for example; source: the path or name that the user gave; do: what helps,
+    a sentence without its full stop.
+    """
+    try:
+        yield
+    except (InputError, RunError, Stopped):
+        raise
+    except BaseException as error:  # a user's code may even call sys.exit
+        if from_a_signal(error):
+            raise
+        where = f"{what} {source}".strip()
+        advice = f"; {do}" if do else ""
+        raise InputError(f"{where} does not load ({described(error)}){advice}") from error
+
+
+@contextlib.contextmanager
+def phase(name: str, memory: str = "") -> Iterator[None]:
+    """Raise LocalError that names the phase of a training step for any exception inside.
+
+    name: "the rollout", for example; memory: the flags that help when its memory is not enough.
+    """
+    try:
+        yield
+    except (InputError, RunError, Stopped):
+        raise
+    except Exception as error:
+        if out_of_memory(error):
+            raise LocalError(f"out of memory in {name} ({text(error)}); {memory}") from error
+        raise LocalError(f"{name} failed: {described(error)}{_place(error)}") from error
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Return whether Python, torch or the operating system had no memory left."""
+    name = type(error).__name__
+    return (
+        isinstance(error, MemoryError)
+        or "OutOfMemory" in name
+        or "allocate memory" in text(error)
+    )
+
+
+def from_a_signal(error: BaseException) -> bool:
+    """Return whether an exception is Ctrl-C, and not a KeyboardInterrupt that a user's code raised."""
+    default = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    return isinstance(error, Interrupted) or (isinstance(error, KeyboardInterrupt) and default)
+
+
+def text(error: BaseException) -> str:
+    """Return an exception's message on one line, its class when it has none; 500 letters at most."""
+    try:
+        words = " ".join(str(error).split())
+    except Exception:  # a class of a user's code
+        words = ""
+    words = words or type(error).__name__
+    return words if len(words) <= LONGEST else f"{words[:LONGEST]}..."
+
+
+def described(error: BaseException) -> str:
+    """Return the class of an exception and the first sentence of its message."""
+    words, name = text(error), type(error).__name__
+    sentence = re.split(r"(?<=[a-z)\]])\. ", words)[0].removesuffix(".")
+    return name if sentence == name else f"{name}: {sentence}"
+
+
+def _place(error: BaseException) -> str:
+    """Return the file and line that raised an exception."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
+
+
+# --- How a program ends ---
 
 
 def run(main: Callable[[Any], Any], args: Any) -> None:
-    """main(args); an InputError or RunError ends it with one line on stderr, and of the latter the
-    finished steps are saved. Tracebacks are for our own bugs."""
+    """Call main(args). An error ends the program with one line on stderr and an exit code."""
     with one_line():
         main(args)
-        state = sys.modules.get("accelerate.state")  # no run, no processes
-        if state and state.is_initialized():
-            # not before: a program may hold several runs (--calibrate)
-            state.PartialState().destroy_process_group()
+        accelerate = sys.modules.get("accelerate.state")  # without it there are no processes
+        if accelerate and accelerate.is_initialized():
+            accelerate.PartialState().destroy_process_group()
 
 
 @contextlib.contextmanager
 def one_line() -> Iterator[None]:
-    """Inside, what a person, a machine or a signal can cause ends the program with one line on
-    stderr: SystemExit with the code of its class, 1 for the machine's. All but an InputError and a
-    signal call the `rescues` before that."""
+    """End the program with one line on stderr for every exception inside, and raise SystemExit.
+
+    A RunError, or an exception that nobody expected, saves the finished steps first.
+    """
     with _lasting_streams(), _own_interrupt():
         try:
             yield
         except InputError as error:
-            _say("error", error)
+            _print("error", f"{text_of(error)}{_logged(error)}")
             sys.exit(2)
-        except RunError as error:
-            _say("error", error)
-            _rescue(error)
-            sys.exit(1)
         except Stopped as stopped:
-            _say("stopped", stopped)
+            _print("stopped", str(stopped))
             sys.exit(128 + stopped.number)
         except KeyboardInterrupt:
-            _say(
-                "stopped",
-                "SIGINT: at once; --resume latest goes on from the last checkpoint, if there is "
-                "one",
+            _print(
+                "stopped", "SIGINT: at once; --resume latest continues from the last checkpoint"
             )
             sys.exit(128 + signal.SIGINT)
         except Exception as error:
-            line = of_the_machine(error)
-            if line:
-                _say("error", line)
-                traceback.clear_frames(
-                    error.__traceback__
-                )  # the memory that they hold, the rescue may need
-            # the other processes, if any, know nothing of this, unless they hear of it
-            if os.environ.get("WORLD_SIZE", "1") == "1" or _alarmed():
-                _rescue(error)
-            if not line:
-                raise
+            line = text_of(error) if isinstance(error, RunError) else described(error)
+            _print("error", f"{line}{_hint(error)}{_logged(error)}")
+            _rescue(error)
             sys.exit(1)
 
 
-def from_a_signal(error: BaseException) -> bool:
-    """Whether an exception is Ctrl-C's, and not one of the same class that somebody's code
-    raised."""
-    plain = (
-        isinstance(error, KeyboardInterrupt)
-        and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    )
-    return plain or isinstance(error, Interrupted)
+def text_of(error: BaseException) -> str:
+    """Return the whole message of one of our own errors."""
+    return str(error) or type(error).__name__
 
 
-def text(error: BaseException) -> str:
-    """What an exception says, or its class where it says nothing or cannot be asked, of no more
-    than 500 letters."""
-    try:
-        words = str(error)
-    except Exception:  # anybody's class
-        words = ""
-    words = " ".join(words.split()) or type(error).__name__
-    return words if len(words) <= 500 else f"{words[:500]}..."
-
-
-def of_the_machine(error: Exception) -> str:
-    """The line for what a machine without memory, a disk without room or a lost process makes
-    Python or torch raise; "" for all else."""
-    if _lost_a_process(error):
-        return (
-            "another process of this run is gone; what it said stands above or in its machine's "
-            "log, and the last "
-            "checkpoint is intact: start again with --resume latest"
-        )
-    if out_of_memory(error):
-        where, cure = out_of_memory(error)
-        return f"out of memory{where} ({text(error)}): {cure}"
-    if isinstance(error, OSError):
-        return f"{text(error)}; is the disk full, or gone? Earlier checkpoints are intact: go on with --resume latest"
+def _hint(error: BaseException) -> str:
+    """Return a hint when the exchange between processes failed, which has no error of its own."""
+    while error:
+        if type(error).__name__.startswith("Dist") or "gloo" in str(error):
+            return (
+                "; another process of this run ended: its own message is above, or in the log of "
+                "its machine. --resume latest continues from the last checkpoint"
+            )
+        error = error.__cause__
     return ""
 
 
-def out_of_memory(error: BaseException) -> tuple[str, str] | None:
-    """(where the memory ran out, " in ..." by the functions under way or "", the flags that help
-    there, with the last checkpoint); None for any other error."""
-    name, said = type(error).__name__, text(error)
-    if (
-        not isinstance(error, MemoryError)
-        and "OutOfMemory" not in name
-        and "allocate memory" not in said
-    ):
-        return None
-    names = {frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)}
-    where, cure = next(
-        (value for name, value in OUT_OF_MEMORY.items() if name in names), ("", ANYWHERE)
-    )
-    last = f"; the last checkpoint is {last_checkpoint}" if last_checkpoint else ""
-    return f" in {where}" if where else "", cure + last
-
-
-def _alarmed() -> bool:
+def _logged(error: BaseException) -> str:
+    """Write the traceback to error.log, unless the error is only ours; return where it is."""
+    if isinstance(error, (InputError, RunError)) and error.__cause__ is None:
+        return ""
+    path = run_folder / "error.log"
+    lines = traceback.format_exception(type(error), error, error.__traceback__)
     try:
-        return any([alarm() for alarm in alarms])
-    except Exception:  # they are gone
-        return False
+        with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+            file.write("".join(lines) + "\n")  # one write: other processes write too
+    except OSError:  # a full or read-only disk
+        return ""
+    return f" (traceback: {path})"
 
 
 def _rescue(error: Exception) -> None:
-    for rescue in list(rescues):
+    """Save the finished steps, unless other processes would have to take part and do not know."""
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    everywhere = isinstance(error, RunError) and not isinstance(error, LocalError)
+    chained = error
+    while chained:  # the frames hold the memory that saving may need
+        traceback.clear_frames(chained.__traceback__)
+        chained = chained.__cause__
+    for rescue in list(rescues) if alone or everywhere else ():
         try:
             rescue(error)
         except Exception as worse:
-            _say("error", f"the finished steps could not be saved: {text(worse)}")
+            _print("error", f"the finished steps could not be saved: {text(worse)}")
 
 
-def _lost_a_process(error: Exception) -> bool:
-    """Whether the processes' exchange failed: torch's own errors of NCCL and the store, and gloo's,
-    which has none."""
-    return isinstance(error, RuntimeError) and (
-        type(error).__name__.startswith("Dist") or "gloo" in str(error)
-    )
-
-
-def _say(what: str, line: str | Exception) -> None:
-    line = " ".join(str(line).split())
-    line = "".join(
-        letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line
-    )  # a server's, a file's
-    line = line if len(line) <= 1000 else f"{line[:700]} ... {line[-300:]}"
-    sys.stderr.write(f"{what}: {line}\n")  # one write: other processes write too
-
-
-# --- Ctrl-C, and streams that end before the run does ---
+def _print(kind: str, line: str) -> None:
+    line = " ".join(line.split())
+    # a server's answer or a file name may hold control characters
+    line = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line)
+    line = line if len(line) <= 1200 else f"{line[:800]} ... {line[-350:]}"
+    sys.stderr.write(f"{kind}: {line}\n")  # one write: other processes write too
 
 
 @contextlib.contextmanager
 def _own_interrupt() -> Iterator[None]:
-    """Inside, Ctrl-C raises Interrupted, where it would have raised KeyboardInterrupt."""
+    """Raise Interrupted for Ctrl-C inside, where Python would raise KeyboardInterrupt."""
 
     def interrupt(number: int, frame: FrameType | None) -> NoReturn:
         raise Interrupted
@@ -231,8 +242,7 @@ def _own_interrupt() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _lasting_streams() -> Iterator[None]:
-    """Inside, a closed pipe or a full device under stdout or stderr ends nothing but the output,
-    and letters that its encoding lacks are written as numbers."""
+    """Keep running when stdout or stderr is closed or its disk is full: only the output is lost."""
     before = sys.stdout, sys.stderr
     for stream in before:
         if hasattr(stream, "reconfigure"):
@@ -243,16 +253,17 @@ def _lasting_streams() -> Iterator[None]:
     finally:
         sys.stdout.flush()
         if sys.stdout.lost:
-            _say("warning", f"standard output ended early: {text(sys.stdout.lost)}")
+            _print("warning", f"standard output ended early: {text(sys.stdout.lost)}")
         sys.stderr.flush()
         sys.stdout, sys.stderr = before
 
 
 class _Lasting:
-    """A text stream; once it cannot be written to, what is written goes nowhere."""
+    """A text stream; when it cannot be written to any more, the output goes nowhere."""
 
     def __init__(self, stream: TextIO) -> None:
-        self.stream, self.lost = stream, None
+        self.stream = stream
+        self.lost = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
@@ -264,13 +275,24 @@ class _Lasting:
     def flush(self) -> None:
         self._try(self.stream.flush)
 
-    def _try(self, action: Callable[..., Any], *words) -> None:
+    def _try(self, action: Callable[..., Any], *words: str) -> None:
         try:
             action(*words)
         except OSError as error:
             self.lost = error
             nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(
-                nowhere, self.stream.fileno()
-            )  # what waits in its buffer goes there too, when Python ends
+            os.dup2(nowhere, self.stream.fileno())  # the stream's buffer is flushed there, too
             os.close(nowhere)
+
+
+# --- Only until every caller uses `loading` and `phase` ---
+
+alarms = []
+last_checkpoint = ""
+
+
+def of_the_machine(error: Exception) -> str:
+    """Return a line for a machine without memory or disk; "" for all else."""
+    if out_of_memory(error):
+        return f"out of memory ({text(error)})"
+    return text(error) if isinstance(error, OSError) else ""
