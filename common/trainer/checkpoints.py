@@ -1,217 +1,183 @@
-"""Checkpoints of a run: folders OUTPUT/checkpoints/step_NNNNNN, each whole or not there at all. In
-this order,
+"""Checkpoints of a run that goes on, and going on from them.
 
-    begin       clears a folder beside the final one
-    put         writes states into it: NAME.pt, or each process its share of a sharded one, NAME.PART.pt
-    publish     renames it, and removes the oldest checkpoints
-    read        all of a checkpoint, by whatever number of processes it was written
+`stateful` is all that a checkpoint holds: {name: module, or another object with state_dict and
+load_state_dict, or dictionary}. The files: checkpoints.py."""
 
-of which the first three are what `Saving.save` (saving.py) does.
-"""
-
-import json
-import os
-import re
-import shutil
-from collections.abc import Collection
-from dataclasses import dataclass
+import copy
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from common import errors
+from common.errors import InputError, RunError
+from common.memory import preflight
+from common.trainer import checkpoints, run_folder, sharding
+from common.trainer.processes import Processes
 
-class Broken(ValueError):
-    """A folder that is no checkpoint, or no longer one."""
-
-
-@dataclass
-class Pieces:
-    """A tensor that several processes wrote: theirs in order, cut along the first dimension."""
-
-    tensors: list[torch.Tensor]
+AUTO_STEPS, AUTO_SECONDS = 20, 1800.0  # between checkpoints, whichever comes first
 
 
-def begin(output: Path, step: int) -> None:
-    """Makes the empty folder beside the checkpoint of a step, into which `put` writes. Raises
-    OSError."""
-    beside = _beside(output, step)
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
+class Saving(Processes):
+    """The part of a Runtime that saves and resumes."""
 
+    step = saved = 0  # finished steps, and those that a checkpoint holds
+    last_saved = 0.0  # when, by time.monotonic
+    stateful, kept = (
+        {},
+        {},
+    )  # what a checkpoint holds; the method's own of it as it was after the last finished step
+    name = ""  # what checkpoints call the run, on the main process
+    checkpoint = None  # (folder, step, states) of --resume, until they are loaded
+    changes = ""  # the settings that --resume came with, as a line
 
-def put(output: Path, step: int, states: dict[str, dict], part: int | None = None) -> None:
-    """Writes {name: state}, with `part` the number of this process. Raises OSError or RuntimeError
-    (torch's word for a full disk)."""
-    for name, state in states.items():
-        file_name = f"{name}.pt" if part is None else f"{name}.{part}.pt"
-        with (_beside(output, step) / file_name).open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(
-                file.fileno()
-            )  # a machine that dies must not leave a renamed folder of empty files
-
-
-def publish(output: Path, step: int, parts: dict[str, int], run: str = "", keep: int = 0) -> None:
-    """Makes what was put the checkpoint of a step, or raises OSError; removes the oldest ones
-    beyond `keep` that this run wrote, 0: none. parts {name: how many processes wrote it, 0: not
-    sharded}; run: its name in config.json."""
-    beside, final = _beside(output, step), output / "checkpoints" / name_of(step)
-    (beside / "checkpoint.json").write_text(json.dumps({"step": step, "parts": parts, "run": run}))
-    if not _wrote(final, run, or_nobody=True):
-        _make_way(final)
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(beside, final)
-    own = [folder for folder in newest_first(output) if _wrote(folder, run)]
-    for folder in own[keep:] if keep else ():
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def discard(output: Path, step: int) -> None:
-    """Removes what was put: the checkpoints that were there before are all there still."""
-    shutil.rmtree(_beside(output, step), ignore_errors=True)
-
-
-def copy(folder: Path, output: Path, step: int) -> None:
-    """Another run's checkpoint as this one's first. Its files are linked where the disk can: no
-    checkpoint is ever written to again. Raises OSError."""
-    beside, final = _beside(output, step), output / "checkpoints" / name_of(step)
-    if not os.path.exists(final):
-        shutil.rmtree(beside, ignore_errors=True)
-        shutil.copytree(folder, beside, copy_function=_link)
-        os.replace(beside, final)
-
-
-def name_of(step: int) -> str:
-    """The folder's name of a step's checkpoint."""
-    return f"step_{step:06d}"
-
-
-def number_of(folder: Path) -> int | None:
-    """The step that a checkpoint's name says; None if that is no name of a checkpoint."""
-    match = re.fullmatch("step_([0-9]+)", folder.name)
-    return match and int(match[1])
-
-
-def newest_first(output: Path) -> list[Path]:
-    """The folders of a run's checkpoints, by their numbers. What lies beside them under other names
-    is somebody's."""
-    folders = [
-        folder for folder in output.glob("checkpoints/step_*") if number_of(folder) is not None
-    ]
-    return sorted(folders, key=number_of, reverse=True)
-
-
-def read(folder: Path, names: Collection[str] | None = None) -> tuple[int, dict[str, dict]]:
-    """-> (step, {name: state} on the CPU, sharded tensors as Pieces), of those `names` that it has,
-    or of all; raises Broken with the reason."""
-    about, states = _about(folder), {}
-    for name, number in about["parts"].items():
-        if names is not None and name not in names:
-            continue
-        try:
-            states[name] = (
-                _join([_load(folder / f"{name}.{part}.pt", mmap=True) for part in range(number)])
-                if number
-                else _load(folder / f"{name}.pt")
+    def claim(self) -> None:
+        """Writes config.json: from here on the folder is this run's. Raises InputError where
+        nothing can be written."""
+        if self.is_main:
+            self.name, moved = run_folder.claim(
+                self.output, self.asked, self.checkpoint and self.checkpoint[:2]
             )
-        except (KeyError, TypeError, IndexError):
-            raise Broken(f"the parts of its {name} do not belong together") from None
-    return about["step"], states
+            if moved:
+                self.print(moved)
+
+    def due(self, step: int) -> bool:
+        """All processes together: whether a checkpoint of this many steps is due. By --save-every
+        auto, where a step takes long, more often: of half an hour no more than that is lost."""
+        every = self.args.save_every
+        if step == self.args.steps or every != "auto":
+            return step == self.args.steps or bool(every) and step % every == 0
+        return self.any(step % AUTO_STEPS == 0 or time.monotonic() - self.last_saved > AUTO_SECONDS)
+
+    def save(self, step: int, stateful: dict[str, Any]) -> None:
+        """All processes together: writes checkpoints/step_NNNNNN. Raises RunError where the disk
+        does not take it, and Diverged for weights that are no numbers."""
+        if self.any(not self.finite()):
+            raise errors.Diverged(
+                f"the weights after step {step} are no numbers: lower --learning-rate"
+            )
+        states = {name: self._state(thing) for name, thing in stateful.items()}
+        shares = {
+            name: sharding.local(state)
+            for name, state in states.items()
+            if sharding.has_shards(state)
+        }
+        others = {name: state for name, state in states.items() if name not in shares}
+        parts = {name: self.shards * (name in shares) for name in sorted(states)}
+        self._on_disk(self.is_main, checkpoints.begin, self.output, step)
+        self._on_disk(self.is_main, checkpoints.put, self.output, step, others)
+        here, part = sharding.writes(self.mesh) if shares else (False, None)
+        self._on_disk(here, checkpoints.put, self.output, step, shares, part)
+        keep = self.args.keep_checkpoints
+        self._on_disk(self.is_main, checkpoints.publish, self.output, step, parts, self.name, keep)
+        every, self.saved, self.last_saved = step - self.saved, step, time.monotonic()
+        if self.is_main and self.args.save_every == "auto" and every < AUTO_STEPS:
+            preflight.warn_of_disk(self, step, every)
+        errors.last_checkpoint = str(self.output / "checkpoints" / checkpoints.name_of(step))
+
+    def _on_disk(self, here: bool, action: Callable, output: Path, step: int, *arguments) -> None:
+        """A part of saving, on the processes that are `here`: where it fails on one, all of them
+        stop."""
+        reason = ""
+        try:
+            if here:
+                action(output, step, *arguments)
+        except (OSError, RuntimeError) as error:
+            reason = f"{error}"
+        if reason := self.first(reason):
+            checkpoints.discard(output, step)
+            raise RunError(
+                f"cannot save step {step} in {output}/checkpoints ({reason}); is the disk full? "
+                "Earlier checkpoints are intact"
+            )
+
+    def finish(self, step: int) -> None:
+        """Counts a step as finished: from now on `rescue` saves it."""
+        self.step, self.moved = step, False
+        self.kept = {
+            name: copy.deepcopy(state)
+            for name, state in self.stateful.items()
+            if isinstance(state, dict)
+        }
+
+    def resume(self, stateful: dict[str, Any]) -> int:
+        """Loads the checkpoint of --resume into `stateful` and returns its step; 0 without one.
+        Raises InputError where it does not fit."""
+        if self.average:
+            stateful["ema"] = self.average
+        self.stateful = stateful
+        self.watch()
+        errors.last_checkpoint = ""
+        if self.checkpoint is None:
+            return 0
+        folder, step, states = self.checkpoint
+        self.checkpoint = None  # gigabytes
+        for names, verb in (
+            (set(stateful) - set(states), "lacks"),
+            (set(states) - set(stateful), "also has"),
+        ):
+            if names:
+                raise InputError(
+                    f"--resume: {folder} {verb} {', '.join(sorted(names))}: it is another "
+                    "script's checkpoint"
+                )
+        for name, thing in stateful.items():
+            try:
+                self._load_state(thing, states[name])
+            except (ValueError, RuntimeError, LookupError, TypeError, AttributeError) as error:
+                reason = (str(error) or type(error).__name__).splitlines()[0]
+                raise InputError(f"--resume: {folder}/{name}.pt does not fit: {reason}") from None
+        for group in self.optimizer.param_groups:  # the state has those that it was saved with
+            group.update(lr=self.args.learning_rate, weight_decay=self.args.weight_decay)
+        self.print(
+            f"resuming {self.output} at step "
+            f"{step}{f', from here on with {self.changes}' * bool(self.changes)}"
+        )
+        self.saved = self.step = step
+        errors.last_checkpoint = str(folder)
+        return step
+
+    def _state(self, thing: Any) -> dict:
+        """What is saved of a thing; of a module the weights that are trained and no others: a
+        LoRA's base stays out, and its buffers too, of Stable Diffusion 3.5 most of a GiB."""
+        if isinstance(thing, dict):
+            return thing
+        if not isinstance(thing, torch.nn.Module):
+            return thing.state_dict()
+        module = self.accelerator.unwrap_model(thing)
+        trained = {name for name, weight in module.named_parameters() if weight.requires_grad}
+        return {
+            n: value
+            for n, value in module.state_dict().items()
+            if n in trained or not self.args.lora_rank
+        }
+
+    def _load_state(self, thing: Any, state: dict) -> None:
+        if isinstance(thing, dict):
+            if {name: type(value) for name, value in thing.items()} != {
+                n: type(value) for n, value in state.items()
+            }:
+                raise ValueError(f"it is {state}")
+            return thing.update(state)
+        if not isinstance(thing, torch.nn.Module):
+            sharded = thing is self.optimizer or thing is self.average
+            thing.load_state_dict(sharding.deal(state, self.mesh if sharded else None))
+            if thing is self.optimizer and not all(map(_belong, thing.state, thing.state.values())):
+                raise ValueError("its moments are those of other weights")
+            return None
+        expected = self._state(thing)
+        if expected.keys() != state.keys():
+            raise ValueError(f"it has {len(state)} weights, {len(expected)} are trained here")
+        self.accelerator.unwrap_model(thing).load_state_dict(
+            sharding.deal(state, self.mesh), strict=False
+        )
 
 
-def flaw(states: dict[str, dict], process: int = 0, processes: int = 1) -> str:
-    """Why states are none to go on from: a tensor with something in it that is no number; "" if
-    there is none. Each of `processes` looks at its share of the tensors."""
-    tensors = [(name, tensor) for name, state in states.items() for tensor in _tensors(state)]
-    for name, tensor in tensors[process::processes]:
-        if not tensor.isfinite().all():
-            return f"its {name} holds values that are no numbers"
-    return ""
-
-
-def _about(folder: Path) -> dict:
-    """checkpoint.json: {"step", "parts", "run"}; raises Broken."""
-    try:
-        about = json.loads((folder / "checkpoint.json").read_text())
-    except (OSError, ValueError, RecursionError):
-        raise Broken("it has no checkpoint.json that can be read") from None
-    step, parts = (
-        (about.get(name) for name in ("step", "parts")) if isinstance(about, dict) else (None, None)
+def _belong(weight: torch.Tensor, moments: dict) -> bool:
+    """Whether AdamW's moments are this weight's: torch asks only when it uses them."""
+    return all(
+        getattr(moments.get(name), "shape", None) == weight.shape
+        for name in ("exp_avg", "exp_avg_sq")
     )
-    if (
-        not _natural(step)
-        or not isinstance(parts, dict)
-        or not parts
-        or not all(map(_natural, parts.values()))
-    ):
-        raise Broken("its checkpoint.json names no step, or no parts")
-    return about
-
-
-def _natural(number: Any) -> bool:
-    return type(number) is int and number >= 0
-
-
-def _wrote(folder: Path, run: str, or_nobody: bool = False) -> bool:
-    """Whether this run wrote a folder, as the checkpoint that its name says."""
-    try:
-        about = _about(folder)
-    except Broken:
-        return or_nobody
-    return about.get("run") == run and folder.name == name_of(about["step"])
-
-
-def _make_way(folder: Path) -> None:
-    """Another name for a folder, which is not this run's to remove."""
-    number = 1
-    while os.path.exists(other := folder.with_name(f"{folder.name}_other_{number}")):
-        number += 1
-    os.replace(folder, other)
-
-
-def _link(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # another disk, or one that knows no links
-        shutil.copy(source, target)
-
-
-def _beside(output: Path, step: int) -> Path:
-    return output / "checkpoints" / f".{name_of(step)}.tmp"
-
-
-def _load(file: Path, mmap: bool = False) -> dict:
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
-    except Exception as error:  # whatever a broken file makes torch say
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise Broken(f"its {file.name} does not load: {reason}") from None
-    if not isinstance(state, dict):
-        raise Broken(f"its {file.name} holds a {type(state).__name__}, no state")
-    return state
-
-
-def _join(parts: list) -> Any:
-    """The states that several processes wrote -> one, with Pieces for the tensors of which each
-    wrote its share."""
-    first = parts[0]
-    if isinstance(first, dict):
-        if first.keys() == {"shard"}:
-            return Pieces([part["shard"] for part in parts])
-        return {name: _join([part[name] for part in parts]) for name in first}
-    return [_join(list(values)) for values in zip(*parts)] if isinstance(first, list) else first
-
-
-def _tensors(state: Any) -> list[torch.Tensor]:
-    """The tensors of numbers with a point in a tree of dictionaries, lists and Pieces."""
-    if isinstance(state, Pieces):
-        state = state.tensors
-    if isinstance(state, (dict, list)):
-        return [
-            leaf
-            for part in (state.values() if isinstance(state, dict) else state)
-            for leaf in _tensors(part)
-        ]
-    return [state] if torch.is_tensor(state) and state.is_floating_point() else []

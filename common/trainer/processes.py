@@ -1,102 +1,144 @@
-"""One process of a launch and the others: its device, its rows, and what all of them find out
+"""This process and the others of a launch: device, rows, micro-batches, and what all find out
 together. Training and evaluate.py share it."""
 
 import gc
+import math
 import os
+from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch.nn.functional import pad
 
-from common.args import Args, Scored
+from common.errors import InputError
 from common.trainer import sharding
 
-if TYPE_CHECKING:  # --help need not wait for it
-    from accelerate import PartialState
-
-# Of the forward pass, and of all weights that are not trained: Accelerate's word for it, and the
-# dtype.
+# Accelerate's name for the precision of the forward passes, and the dtype of frozen weights.
 PRECISION = {"cuda": ("bf16", torch.bfloat16), "cpu": ("no", torch.float32)}
 
 
-class Processes:
-    """This process among `world`: the number `index`, on `device`, `is_main` for one of them. Its
-    passes and its frozen weights are in `dtype`; `sharding` is Accelerate's plugin where the
-    launcher asked for it, else None. Raises InputError for a launch with DeepSpeed or FSDP1."""
+@dataclass(frozen=True, eq=False)
+class MicroBatch:
+    """The rows of one forward pass.
 
-    def __init__(self, args: Args | Scored) -> None:
-        if (
-            "PYTORCH_ALLOC_CONF" not in os.environ
-        ):  # samples, passes and encoders of many sizes leave gaps otherwise
+    index [n]: which of this process's rows; -1, the last one, for padding rows.
+    real [n] bool, on the device: False for padding rows, which count nothing.
+
+    All micro-batches have the same n: with another batch shape kernels round differently, and the
+    ratio before the first update would not be 1.
+    """
+
+    index: torch.Tensor
+    real: torch.Tensor
+
+
+class Processes:
+    """This process and the others of a launch.
+
+    device, dtype      where the forward passes run, and the dtype of frozen weights
+    precision          Accelerate's name for the precision of the passes: "bf16" on GPUs, else "no"
+    rank, world        number of this process, number of processes; is_main: rank 0
+    per_machine        processes on each machine; all of them if machines differ
+    fsdp               Accelerate's FSDP2 plugin if the launcher asked for it, else None
+    accelerator        Accelerate's object: autocast, distributed modules, gradient clipping
+
+    timeout_minutes: how long processes wait for one another. Raises InputError for a launch with
+    DeepSpeed or FSDP1.
+    """
+
+    def __init__(self, timeout_minutes: float = 60.0) -> None:
+        from accelerate import Accelerator, PartialState
+        from accelerate.utils import DistributedDataParallelKwargs
+
+        if "PYTORCH_ALLOC_CONF" not in os.environ:
+            # samples, passes and encoders differ in size, which leaves gaps otherwise
             os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-        self.args, on_gpu = args, torch.cuda.is_available()
-        # what an earlier run of this program held (--calibrate), before memory is counted
-        gc.collect()
+        on_gpu = torch.cuda.is_available()
+        gc.collect()  # what an earlier run of this program held, before memory is counted
         if on_gpu:
             torch.cuda.empty_cache()
         self.precision, self.dtype = PRECISION["cuda" if on_gpu else "cpu"]
-        state = processes(args)
-        self.device, self.is_main, self.world = (
-            state.device,
-            state.is_main_process,
-            state.num_processes,
+        state = PartialState(cpu=not on_gpu, timeout=timedelta(minutes=timeout_minutes))
+        self.device = state.device
+        self.rank = state.process_index
+        self.world = state.num_processes
+        self.is_main = state.is_main_process
+        self.fsdp = sharding.take_plugin()
+        self.per_machine = self._per_machine()
+        self.accelerator = Accelerator(
+            mixed_precision=self.precision,
+            cpu=not on_gpu,
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],  # constants
         )
-        self.index = state.process_index
-        self.sharding = sharding.take_plugin()
 
-    @property
-    def score_batch(self) -> int:
-        """Rows decoded and scored together: micro-batches until they make up a batch of the
-        rewards."""
-        return self.args.micro_batch * max(1, self.args.reward_batch // self.args.micro_batch)
+    def _per_machine(self) -> int:
+        """Return how many processes each machine has; all of them if machines differ."""
+        own = int(os.environ.get("LOCAL_WORLD_SIZE", self.world))
+        alike = set(self.collect(own)) == {own}
+        return own if own > 1 and alike and self.world % own == 0 else self.world
 
     # --- Rows ---
 
     def rows(self, number: int) -> torch.Tensor:
-        """Global indices of this process's rows out of `number`: [number / world], contiguous."""
+        """Return the global indices of this process's rows: [number / world], contiguous.
+
+        A group may span processes. Raises InputError if the rows do not divide evenly.
+        """
+        if number % self.world:
+            raise InputError(
+                f"--prompts-per-step x --group-size: {number} samples a step do not divide evenly "
+                f"among {self.world} processes. Change one of the three."
+            )
         share = number // self.world
-        return torch.arange(share) + share * self.index
+        return torch.arange(share) + share * self.rank
 
     def gather(self, local: torch.Tensor) -> torch.Tensor:
-        """[b, ...] of each process -> [B, ...] on all of them, in global row order."""
+        """Return [B, ...] on every process, from [b, ...] of each, in global row order."""
         from accelerate.utils import gather
 
         return gather(local)
 
     def local(self, value: torch.Tensor) -> torch.Tensor:
-        """[P, G] -> this process's rows [b]."""
+        """Return this process's rows of a value of all samples: [P, G] -> [b]."""
         return value.flatten()[self.rows(value.numel()).to(value.device)]
+
+    def batches(self, number: int, size: int) -> list[MicroBatch]:
+        """Return micro-batches of `size` rows that cover `number` rows in order, padding last."""
+        return self._split(torch.arange(number), size, math.ceil(number / size))
+
+    def micro_batches(self, kept: torch.Tensor, size: int) -> list[MicroBatch]:
+        """Return micro-batches of `size` rows that cover this process's part of the kept samples.
+
+        kept [P, G] bool, the same on every process. Every process gets equally many micro-batches:
+        sharded and data-parallel modules would wait for one another otherwise.
+        """
+        parts = kept.flatten().cpu().view(self.world, -1)
+        number = max(math.ceil(part.sum().item() / size) for part in parts)
+        return self._split(parts[self.rank].nonzero().flatten(), size, number)
+
+    def _split(self, rows: torch.Tensor, size: int, number: int) -> list[MicroBatch]:
+        """Return `number` micro-batches of `size` rows, those in `rows` first."""
+        padded = pad(rows, (0, number * size - len(rows)), value=-1)
+        return [MicroBatch(index, index.ge(0).to(self.device)) for index in padded.view(-1, size)]
 
     # --- All processes together ---
 
-    def together(self, thing: Any) -> list:
-        """All processes together: what each of them has, in their order."""
+    def collect(self, thing: Any) -> list:
+        """Return what each process has, in the order of their ranks."""
         from accelerate.utils import gather_object
 
         return gather_object([thing]) if self.world > 1 else [thing]
 
     def first(self, reason: str | Exception) -> str | Exception:
-        """All processes together: the first reason that one of them has, "" if none has any."""
-        return next(filter(None, self.together(reason)), "")
+        """Return the first reason that any process has; "" if none has one."""
+        return next(filter(None, self.collect(reason)), "")
 
     def any(self, here: bool) -> bool:
-        """All processes together: whether it is so on one of them."""
+        """Return whether it is true on any process."""
         return bool(self.gather(torch.tensor([here], device=self.device)).any())
 
-    @staticmethod
-    def print(*words) -> None:
-        """On the main process."""
-        from accelerate import PartialState
-
-        if PartialState().is_main_process:
+    def print(self, *words: Any) -> None:
+        """Print on the main process."""
+        if self.is_main:
             print(*words, flush=True)
-
-
-def processes(args: Args | Scored) -> "PartialState":
-    """The processes of this launch, which wait for one another as long as --process-timeout
-    says."""
-    from accelerate import PartialState
-
-    return PartialState(
-        cpu=not torch.cuda.is_available(), timeout=timedelta(minutes=args.process_timeout)
-    )
