@@ -1,5 +1,4 @@
-"""What the families of models have in common: embeddings computed once, decoding in slices, one
-trained module."""
+"""The base class of all model families: encoding prompts, decoding in slices, guidance."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -7,36 +6,39 @@ from typing import Any
 
 import torch
 
-from common import sde
-from common.errors import InputError, of_the_machine, text
+from common import errors, sde
+from common.errors import InputError, LocalError
 from common.models import pictures
-from common.models.embeddings import Embeddings
+from common.prompts import caption_of
 
 CURE = "download the whole model again, or give another --model"
+KEPT = 2**30  # bytes of embeddings that are kept: 256 prompts of FLUX or Wan
 
 
-class Family(Embeddings):
-    """A diffusers pipeline as GRPO sees it. A family states the class attributes and defines embed,
-    velocity, pixels.
+class Family:
+    """Wrap a diffusers pipeline with the methods that GRPO needs.
 
-    height, width, frames: of a sample; 0: the model's own. guidance: the scale, inside `velocity`;
-    guidance_2: of the second expert where there is one, 0: the same. batched_guidance: both halves
-    of classifier-free guidance in one forward pass. decode_batch: rows that the VAE decodes at
-    once, 0: all. offload_encoders: text and image encoders wait on the CPU between prompts. Raises
-    InputError for what the family cannot do."""
+    A family sets the class attributes and defines text (or embed), blank, velocity and pixels.
 
-    source = "it"  # its folder, in what it says
+    height, width, frames: size of a sample, 0 for the model's default. guidance: scale of the
+    guidance inside `velocity`; guidance_2: that of the second expert, 0 for the same.
+    batched_guidance: compute both halves of classifier-free guidance in one forward pass.
+    decode_batch: rows that the VAE decodes at once, 0 for all. offload_encoders: keep the text and
+    image encoders on the CPU, and move them to the device for new prompts. Raises InputError for
+    settings that the family does not support.
+    """
+
+    source = Path()  # the folder of the pipeline; models.load sets it
     pipeline = None  # the diffusers class
-    trained = ("transformer",)  # components that are trained
-    encoders = ()  # components that only `embed` needs
+    trained = ("transformer",)  # names of the components that are trained
+    encoders = ()  # names of the components that only `embed` needs
     lora_targets = ""  # regular expression of the layers that a LoRA adapts
-    blocks = ()  # classes of the blocks, which sharding wraps one by one
-    video = False  # makes clips
-    vae_dtype = None  # of the VAE, where it is not that of all others
-    # components that its folder may lack, though the pipeline's signature does not say so
-    left_out = ()
-    images = False  # each prompt comes with a conditioning image
-    negative = False  # guidance is classifier-free, against the empty prompt
+    blocks = ()  # names of the classes of the blocks, which sharding wraps one by one
+    video = False  # whether samples are clips
+    vae_dtype = None  # dtype of the VAE if it differs from the other components'
+    left_out = ()  # components that a folder may lack although the pipeline's signature has them
+    images = False  # whether each prompt comes with a conditioning image
+    negative = False  # whether guidance is classifier-free, against the empty prompt
 
     def __init__(
         self,
@@ -50,122 +52,207 @@ class Family(Embeddings):
         decode_batch: int = 0,
         offload_encoders: bool = False,
     ) -> None:
-        self.pipe, self.guidance, self.guidance_2 = pipe, guidance, guidance_2 or guidance
-        self.batched_guidance, self.decode_batch = batched_guidance, decode_batch
+        self.pipe = pipe
+        self.guidance = guidance
+        self.guidance_2 = guidance_2 or guidance
+        self.batched_guidance = batched_guidance
+        self.decode_batch = decode_batch
         self.offload_encoders = offload_encoders
-        self.trainable = {
-            name: getattr(pipe, name)
-            for name in self.trained
-            if getattr(pipe, name, None) is not None
-        }
-        self.embedded, self.unwanted = {}, {}
+        self.embedded = {}  # {prompt: {name: [...]}} on the CPU, used last at the end
+        self.unwanted = {}  # embedding of the empty prompt, on the device
+        modules = {name: getattr(pipe, name, None) for name in self.trained}
+        self.trainable = {name: module for name, module in modules.items() if module is not None}
+        self._check_settings(frames, guidance_2)
+
+    def _check_settings(self, frames: int, guidance_2: float) -> None:
+        kind = type(self.pipe).__name__
         if frames and not self.video:
-            raise InputError(f"--frames has no meaning: {type(pipe).__name__} makes images")
+            raise InputError(f"--frames {frames}: a {kind} makes images. Leave it out.")
         if guidance_2 and len(self.trainable) < 2:
             raise InputError(
-                "--guidance-2 belongs to a model with two experts, and this one has one"
+                f"--guidance-2 {guidance_2:g}: it is for the second expert, and this model has "
+                "one. Leave it out."
             )
-        for flag, scale in (("--guidance", guidance), ("--guidance-2", self.guidance_2)):
+        for flag, scale in (("--guidance", self.guidance), ("--guidance-2", self.guidance_2)):
             if self.negative and scale < 1:
                 raise InputError(
-                    f"{flag} {scale:g}: below 1 it follows the prompt less than with none, which "
-                    "is 1"
+                    f"{flag} {scale:g}: below 1 samples follow the prompt less than without "
+                    "guidance, which is 1. Give 1 or more."
                 )
-        if batched_guidance and not self.negative:
+        if self.batched_guidance and not self.negative:
             raise InputError(
-                f"--batched-guidance has no meaning: {type(pipe).__name__} takes its guidance as "
-                "an input"
+                f"--batched-guidance: a {kind} takes its guidance as an input, in a single pass. "
+                "Leave it out."
             )
 
     @classmethod
     def task(cls) -> str:
-        """In the hub's words: text-to-image, and so on."""
+        """Return the task in the hub's words: text-to-image, and so on."""
         return f"{'image' if cls.images else 'text'}-to-{'video' if cls.video else 'image'}"
 
     @classmethod
     def check(cls, prompts: Sequence[str]) -> None:
-        """Raises InputError for the first prompt that this family cannot take. The first images are
-        read to their end, once; of tens of thousands it would take minutes, so of the others only
-        whether they are there."""
-        pictures.check(cls, prompts)
-
-    @torch.no_grad()
-    def try_out(self, prompt: str) -> torch.Tensor:
-        """A sample of noise, decoded, [1, ...], once the model has computed with it at two noise
-        levels, in both experts. Raises InputError where its parts do not fit together, or what
-        comes out is no number."""
-        try:
-            cond, x = self.encode([prompt]), torch.zeros(1, *self.noise_shape, device=self.device)
-            found = [self.velocity(x, torch.tensor(sigma), cond) for sigma in (0.97, 0.03)]
-            found.append(self.decode(x))
-        except (
-            Exception
-        ) as error:  # a configuration of another size, a tokenizer without a length, ...
-            if of_the_machine(error):
-                raise
-            raise InputError(f"model: {self.source} does not work: {text(error)}; {CURE}") from None
-        if not all(media.isfinite().all() for media in found):
-            raise InputError(
-                f"model: {self.source} computes no numbers{self._not_finite()}; {CURE}"
-            )
-        return found[-1]
-
-    def _not_finite(self) -> str:
-        for name, part in self.pipe.components.items():
-            for key, weight in part.named_parameters() if isinstance(part, torch.nn.Module) else ():
-                if not weight.isfinite().all():
-                    return f", as {key} of its {name} holds none: it is broken, or was saved after training diverged"
-        return f" in {self.pipe.dtype}, though all its weights are numbers"
+        """Raise InputError for the first prompt that this family cannot take."""
+        pictures.check(prompts, cls.images)
 
     @property
     def device(self) -> torch.device:
-        """Where samples and conditioning are."""
+        """Return the device of samples and conditioning."""
         return self.pipe.vae.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of what the text encoders give."""
+        """Return the dtype of the text encoders' outputs."""
         return self.pipe.text_encoder.dtype
 
     def sigmas(self, steps: int, shift: float) -> torch.Tensor:
-        """The sigmas [T+1] that sampling visits, 1 (noise) first."""
+        """Return the sigmas [T+1] that sampling visits, 1 (noise) first."""
         return sde.shifted_sigmas(steps, shift)
 
     def trained_at(self, sigma: float | torch.Tensor) -> str:
-        """Name of the trained module that computes the velocity at a sigma."""
+        """Return the name of the trained module that computes the velocity at a sigma."""
         return next(iter(self.trainable))
 
     def learns(self, name: str) -> bool:
-        """Whether gradients reach a weight of a trained module: DDP would wait for one that gets
-        none."""
+        """Return whether gradients reach a weight of a trained module.
+
+        DistributedDataParallel would wait forever for the gradient of another weight.
+        """
         return True
+
+    # --- Conditioning ---
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str], ahead: Sequence[str] = ()) -> dict[str, torch.Tensor]:
+        """Return the conditioning of b prompts, {name: [b, ...]}, on the device.
+
+        Embeddings are kept on the CPU; the least recently used are dropped first. ahead: prompts
+        that will be needed soon. With --offload-encoders they are embedded now as well, as far as
+        the cache has room.
+        """
+        with errors.phase("the text encoders", memory="add --offload-encoders"):
+            asked = list(dict.fromkeys(prompts))
+            if any(prompt not in self.embedded for prompt in asked):
+                self._embed(asked, ahead)
+            for prompt in asked:  # used last
+                self.embedded[prompt] = self.embedded.pop(prompt)
+            for prompt in list(self.embedded)[: -self._room(asked)]:
+                del self.embedded[prompt]
+            rows = {prompt: self._to_device(self.embedded[prompt]) for prompt in asked}
+            return {
+                name: torch.stack([rows[prompt][name] for prompt in prompts])
+                for name in rows[asked[0]]
+            }
+
+    def _embed(self, asked: Sequence[str], ahead: Sequence[str]) -> None:
+        """Embed the new prompts of `asked`, and with offloaded encoders also those of `ahead`."""
+        from diffusers.training_utils import offload_models
+
+        modules = [getattr(self.pipe, name) for name in self.encoders]
+        modules = [module for module in modules if module is not None]
+        visit = offload_models(*modules, device=self.device, offload=self.offload_encoders)
+        with visit, self._no_autocast():
+            for prompt in asked:  # one by one: an embedding must not depend on its neighbours
+                if prompt not in self.embedded:
+                    self.embedded[prompt] = self._to_cpu(self.embed(prompt))
+            if self.negative and not self.unwanted:
+                self.unwanted = self._to_device(self.text(""))
+            if not self.offload_encoders:
+                return
+            for prompt in ahead[: self._room(asked) - len(asked)]:
+                embedding = self.embedded.pop(prompt, None)
+                self.embedded[prompt] = embedding or self._to_cpu(self.embed(prompt))
+
+    def embed(self, prompt: str) -> dict[str, torch.Tensor]:
+        """Return the conditioning of one prompt, {name: [...]} without the batch dimension."""
+        return self.text(caption_of(prompt))
+
+    def _room(self, asked: Sequence[str]) -> int:
+        """Return the number of embeddings to keep, at least that of `asked`."""
+        size = sum(value.nbytes for value in self.embedded[asked[0]].values())
+        return max(len(asked), KEPT // size)
+
+    def _to_cpu(self, embedding: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return an embedding on the CPU, in pinned memory. 50,000 of them would fill any GPU."""
+        embedding = {name: value.cpu() for name, value in embedding.items()}
+        if self.device.type == "cuda":
+            embedding = {name: value.pin_memory() for name, value in embedding.items()}
+        return embedding
+
+    def _to_device(self, embedding: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name: value.to(self.device, non_blocking=True) for name, value in embedding.items()}
+
+    def _no_autocast(self) -> torch.autocast:
+        return torch.autocast("cuda" if self.device.type == "cuda" else "cpu", enabled=False)
+
+    # --- Decoding ---
 
     @torch.no_grad()
     def decode(self, x0: torch.Tensor) -> torch.Tensor:
-        """x0 [b, *noise_shape] -> images [b, 3, H, W] or clips [b, F, 3, H, W], in [0, 1]; in the
-        VAE's own dtype"""
+        """Decode x0 [b, *noise_shape] to images [b, 3, H, W] or clips [b, F, 3, H, W] in [0, 1].
+
+        The VAE computes in its own dtype, under autocast too.
+        """
+        memory = "lower --decode-batch or the size of the samples (--height, --width, --frames)"
         size = self.decode_batch or len(x0)
-        for start in range(0, len(x0), size):
-            with self._no_autocast():  # the initial weights sample under it
+        with errors.phase("the VAE", memory=memory), self._no_autocast():
+            media = None
+            for start in range(0, len(x0), size):
                 pixels = self.pixels(x0[start : start + size])
-            if not start:  # in place: to join the parts would hold them twice
-                media = pixels.new_empty(len(x0), *pixels.shape[1:])
-            media[start : start + size] = pixels
-        return media
+                if media is None:  # filled in place: concatenation would hold all parts twice
+                    media = pixels.new_empty(len(x0), *pixels.shape[1:])
+                media[start : start + size] = pixels
+            return media
+
+    # --- The smoke test ---
+
+    @torch.no_grad()
+    def try_out(self, prompt: str) -> torch.Tensor:
+        """Return a decoded sample [1, ...] of zeros after forward passes at two noise levels.
+
+        With two experts both compute. Raises InputError if parts do not fit together or a result is
+        not finite, LocalError if the memory is not enough.
+        """
+        memory = "lower the size of the samples (--height, --width, --frames)"
+        try:
+            cond = self.encode([prompt])
+            with errors.phase("a forward pass", memory=memory):
+                x = torch.zeros(1, *self.noise_shape, device=self.device)
+                found = [self.velocity(x, torch.tensor(sigma), cond) for sigma in (0.97, 0.03)]
+            found.append(self.decode(x))
+        except LocalError as error:
+            if errors.out_of_memory(error.__cause__):
+                raise
+            raise InputError(f"model {self.source}: {error}; {CURE}.") from error.__cause__
+        if not all(media.isfinite().all() for media in found):
+            raise InputError(
+                f"model {self.source}: its results are not finite{self._not_finite()}; {CURE}."
+            )
+        return found[-1]
+
+    def _not_finite(self) -> str:
+        """Return the name of the first weight that is not finite, "" if all are finite."""
+        for name, part in self.pipe.components.items():
+            for key, weight in part.named_parameters() if isinstance(part, torch.nn.Module) else ():
+                if not weight.isfinite().all():
+                    return f", nor is {key} of its {name}"
+        return ""
+
+    # --- Guidance ---
 
     def guided(
         self, module: Callable, scale: float, cond: dict[str, torch.Tensor], **inputs: torch.Tensor
     ) -> torch.Tensor:
-        """Classifier-free guidance: module(**inputs, **cond), each {name: [b, ...]}, led away from
-        the empty prompt. One forward pass for a scale of 1, else two, or one of twice the rows with
-        --batched-guidance."""
+        """Return the velocity [b, ...] with classifier-free guidance, against the empty prompt.
+
+        module(**inputs, **cond) computes it; inputs and cond are {name: [b, ...]}. A scale of 1
+        takes one forward pass, others two, or one of twice the rows with --batched-guidance.
+        """
         if scale == 1:
             return module(**inputs, **cond, return_dict=False)[0].float()
         b = len(next(iter(inputs.values())))
-        unwanted = {
-            **cond,
-            **{name: value.expand(b, *value.shape) for name, value in self.unwanted.items()},
-        }
+        unwanted = {name: value.expand(b, *value.shape) for name, value in self.unwanted.items()}
+        unwanted = {**cond, **unwanted}
         if self.batched_guidance:
             twice = {name: torch.cat([value, value]) for name, value in inputs.items()}
             both = {name: torch.cat([value, unwanted[name]]) for name, value in cond.items()}
@@ -173,37 +260,38 @@ class Family(Embeddings):
         else:
             towards = module(**inputs, **cond, return_dict=False)[0].float()
             away = module(**inputs, **unwanted, return_dict=False)[0].float()
-        return self.led(towards, away, scale)
+        return self.extrapolate(towards, away, scale)
 
-    def led(self, towards: torch.Tensor, away: torch.Tensor, scale: float) -> torch.Tensor:
-        """Two velocities [b, ...] -> the guided one [b, ...]."""
+    def extrapolate(self, towards: torch.Tensor, away: torch.Tensor, scale: float) -> torch.Tensor:
+        """Return the guided velocity [b, ...] of those with and without the prompt."""
         return away + scale * (towards - away)
 
+    # --- Sizes ---
+
     def _size(self, unit: int, height: int, width: int) -> tuple[int, int]:
-        """(height, width) in pixels, once they are known to be multiples of `unit`."""
+        """Return (height, width) in pixels. Raises InputError unless both are multiples of unit."""
         if height % unit or width % unit or not height or not width:
             raise InputError(
-                f"--height and --width must be multiples of {unit} for this model, not "
-                f"{height}x{width}"
+                f"--height {height} --width {width}: both must be multiples of {unit} for this "
+                "model."
             )
         return height, width
 
     def _length(self, factor: int, frames: int) -> int:
-        """The number of frames, once it is known to be one more than a multiple of `factor`."""
+        """Return the number of frames. Raises InputError unless it is n * factor + 1."""
         if frames % factor != 1:
             raise InputError(
-                f"--frames must be one more than a multiple of {factor} for this model, not "
-                f"{frames}"
+                f"--frames {frames}: must be one more than a multiple of {factor} for this model."
             )
         return frames
 
+    # --- LoRA files ---
+
     def save_lora(self, folder: str | Path, layers: dict[str, dict[str, torch.Tensor]]) -> None:
-        """layers {trained module: its LoRA's weights} -> files that the pipeline's
-        load_lora_weights reads."""
-        self.pipe.save_lora_weights(
-            folder, **{f"{name}_lora_layers": weights for name, weights in layers.items()}
-        )
+        """Save LoRA weights, {trained module: weights}, for the pipeline's load_lora_weights."""
+        layers = {f"{name}_lora_layers": weights for name, weights in layers.items()}
+        self.pipe.save_lora_weights(folder, **layers)
 
     def load_lora(self, folder: str | Path) -> None:
-        """The reverse, as a user of the plain pipeline does it."""
+        """Load a LoRA that save_lora saved, with the pipeline's load_lora_weights."""
         self.pipe.load_lora_weights(folder)

@@ -8,7 +8,7 @@ from common.models.family import Family
 
 
 class HunyuanVideo(Family):
-    """b rows of latents [C, F', h, w]."""
+    """Run HunyuanVideo: latents [b, C, F', h, w]."""
 
     pipeline = HunyuanVideoPipeline
     encoders = ("text_encoder", "text_encoder_2")
@@ -28,21 +28,20 @@ class HunyuanVideo(Family):
         **settings,
     ) -> None:
         super().__init__(pipe, **settings)
-        space, time = pipe.vae_scale_factor_spatial, pipe.vae_scale_factor_temporal
+        space = pipe.vae_scale_factor_spatial
+        time = pipe.vae_scale_factor_temporal
         unit = space * pipe.transformer.config.patch_size
         self.height, self.width = self._size(unit, height or 480, width or 480)
         self.frames = self._length(time, frames or 53)
-        z = pipe.transformer.config.in_channels
-        self.noise_shape = (
-            z,
-            (self.frames - 1) // time + 1,
-            self.height // space,
-            self.width // space,
-        )
+        length = (self.frames - 1) // time + 1
+        size = self.height // space, self.width // space
+        self.noise_shape = (pipe.transformer.config.in_channels, length, *size)
 
     def text(self, caption: str) -> dict[str, torch.Tensor]:
-        """{"encoder_hidden_states": [S, D], "encoder_attention_mask": [S], "pooled_projections":
-        [D']}"""
+        """Return the encoders' outputs for a caption.
+
+        {"encoder_hidden_states": [S, D], "encoder_attention_mask": [S], "pooled_projections": [D']}
+        """
         text, pooled, mask = self.pipe.encode_prompt(caption, device=self.device)
         return {
             "encoder_hidden_states": text[0],
@@ -51,7 +50,7 @@ class HunyuanVideo(Family):
         }
 
     def blank(self) -> dict[str, torch.Tensor]:
-        """Zeros like the conditioning of one prompt, {name: [...]}."""
+        """Return zeros like the conditioning of one prompt, {name: [...]}."""
         config = self.pipe.transformer.config
         return {
             "encoder_hidden_states": torch.zeros(256, config.text_embed_dim, dtype=self.dtype),
@@ -62,21 +61,23 @@ class HunyuanVideo(Family):
     def velocity(
         self, x: torch.Tensor, sigma: float | torch.Tensor, cond: dict[str, torch.Tensor]
     ) -> torch.Tensor:
-        """x [b, C, F', h, w], sigma a scalar or [b] -> velocity [b, C, F', h, w] float32"""
-        b, device = len(x), x.device
+        """Return the velocity [b, C, F', h, w] float32 at x and sigma, a scalar or [b]."""
+        # unlike FLUX's, this transformer multiplies neither timestep nor guidance by 1000
+        b = len(x)
+        timestep = torch.as_tensor(sigma, dtype=torch.float32, device=x.device) * 1000
+        guidance = None
+        if self.pipe.transformer.config.guidance_embeds:
+            guidance = torch.full((b,), 1000 * self.guidance, device=x.device)
         return self.trainable["transformer"](
             hidden_states=x,
-            # this transformer multiplies neither by 1000
-            timestep=(torch.as_tensor(sigma, dtype=torch.float32, device=device) * 1000).expand(b),
-            guidance=torch.full((b,), 1000 * self.guidance, device=device)
-            if self.pipe.transformer.config.guidance_embeds
-            else None,
+            timestep=timestep.expand(b),
+            guidance=guidance,
             return_dict=False,
             **cond,
         )[0].float()
 
     def pixels(self, x0: torch.Tensor) -> torch.Tensor:
-        """Latents [b, *noise_shape] -> clips [b, F, 3, H, W] in [0, 1], in the VAE's dtype."""
+        """Decode latents [b, *noise_shape] to clips [b, F, 3, H, W] in [0, 1], in vae.dtype."""
         vae = self.pipe.vae
         clips = vae.decode((x0 / vae.config.scaling_factor).to(vae.dtype)).sample.float()
         return self.pipe.video_processor.postprocess_video(clips, output_type="pt")

@@ -1,51 +1,56 @@
-"""Conditioning images of image-to-video models: whether all prompts have one, and reading them."""
+"""Check and read the conditioning images of image-to-video models."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from PIL import Image
-
-from common.errors import InputError, text
+from common import errors
+from common.errors import InputError
 from common.prompts import image_of
 
-if TYPE_CHECKING:  # which imports this file
-    from common.models.family import Family
+if TYPE_CHECKING:  # importing the families loads torch alone
+    from PIL import Image
 
-READ = 500  # images that are read to their end before a run
+READ = 500  # images that are decoded before a run; all of tens of thousands would take minutes
 
 
-def check(family: "type[Family]", prompts: Sequence[str]) -> None:
-    """Raises InputError for the first prompt that lacks the image which a class of models wants, or
-    has one that it does not take, and for an image that cannot be read."""
+def check(prompts: Sequence[str], wanted: bool) -> None:
+    """Raise InputError for the first prompt that lacks an image, or has one when none is wanted.
+
+    Every image must exist, and the first 500 must be readable to their end.
+    """
     for prompt in prompts:
         image = image_of(prompt)
-        if family.images and not image:
+        if wanted and not image:
             raise InputError(
-                f"prompts: {prompt[:60]!r} has no image; write lines IMAGE <tab> CAPTION for "
-                "this model"
+                f"prompts: {prompt[:60]!r} has no image. Write lines IMAGE <tab> CAPTION for this "
+                "model."
             )
-        if image and not family.images:
+        if image and not wanted:
             raise InputError(
-                f"prompts: {prompt[:60]!r} has an image, which this model does not take"
+                f"prompts: {prompt[:60]!r} has an image, which this model does not take. Write one "
+                "caption a line, or choose an image-to-video --model."
             )
     images = [image for image in dict.fromkeys(map(image_of, prompts)) if image]
-    for i, image in enumerate(images):
+    for number, image in enumerate(images):
         if not Path(image).is_file():
             raise InputError(
-                f"prompts: there is no image {image}; paths count from the prompt file's folder"
+                f"prompts: there is no image {image}. Paths count from the prompt file's folder."
             )
-        if i < READ:
+        if number < READ:
             read_image(image, small=True)
 
 
-def read_image(path: str, small: bool = False) -> Image.Image:
-    """The image as PIL's, in RGB; small: a JPEG is read whole but decoded small. Raises
-    InputError."""
-    try:
+def read_image(path: str, small: bool = False) -> "Image.Image":
+    """Load an image in RGB.
+
+    small: read a JPEG to its end, but decode it at a small size, for a check. Raises InputError for
+    a file that is not an image, is broken, or is too large for PIL.
+    """
+    from PIL import Image
+
+    with errors.loading("image", path, do="replace it in the prompts"):
         with Image.open(path) as picture:
             if small:
                 picture.draft("RGB", (64, 64))
             return picture.convert("RGB")
-    except Exception as error:  # whatever a broken file makes PIL say; a huge one, too
-        raise InputError(f"prompts: {path} is no picture that can be read: {text(error)}") from None

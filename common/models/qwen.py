@@ -1,5 +1,5 @@
-"""Qwen-Image (diffusers' QwenImagePipeline): a language model's embeddings with a mask, guidance
-that keeps a norm."""
+"""Qwen-Image (diffusers' QwenImagePipeline): a language model's embeddings with a mask, and
+classifier-free guidance that keeps the norm."""
 
 from functools import partial
 
@@ -9,12 +9,15 @@ from torch.nn.functional import pad, pixel_shuffle
 
 from common.models.family import Family
 
-LONGEST = 512  # words of a prompt; the pipeline's own
-UNREAD = ("attn.to_add_out", "txt_mlp")  # of the last block, whose text goes nowhere
+LONGEST = 512  # tokens of a prompt, the pipeline's default
+UNUSED = ("attn.to_add_out", "txt_mlp")  # layers of the last block whose output is not used
 
 
 class QwenImage(Family):
-    """b rows; L = H/16 * W/16 tokens of 64 channels (the VAE's factor and a 2x2 patch)."""
+    """Run Qwen-Image: latents [b, L, C], L = H/16 * W/16 tokens of C = 64 channels.
+
+    16 is the VAE's factor 8 times the patch size 2.
+    """
 
     pipeline = QwenImagePipeline
     encoders = ("text_encoder",)
@@ -29,24 +32,26 @@ class QwenImage(Family):
         self, pipe: QwenImagePipeline, height: int = 0, width: int = 0, **settings
     ) -> None:
         super().__init__(pipe, **settings)
-        self.unit, own = 2 * pipe.vae_scale_factor, pipe.default_sample_size * pipe.vae_scale_factor
-        self.height, self.width = self._size(self.unit, height or own, width or own)
-        self.grid = self.height // self.unit, self.width // self.unit
+        unit = 2 * pipe.vae_scale_factor  # height and width of a token in pixels
+        own = pipe.default_sample_size * pipe.vae_scale_factor
+        self.height, self.width = self._size(unit, height or own, width or own)
+        self.grid = self.height // unit, self.width // unit
         self.noise_shape = (self.grid[0] * self.grid[1], pipe.transformer.config.in_channels)
         last = pipe.transformer.config.num_layers - 1
-        self.unread = tuple(f"transformer_blocks.{last}.{part}." for part in UNREAD)
-        self.lora_targets = (
-            rf"(?!transformer_blocks\.{last}\.({'|'.join(UNREAD)}))" + self.lora_targets
-        )
+        self.unused = tuple(f"transformer_blocks.{last}.{part}." for part in UNUSED)
+        not_unused = rf"(?!transformer_blocks\.{last}\.({'|'.join(UNUSED)}))"
+        self.lora_targets = not_unused + self.lora_targets
 
     def learns(self, name: str) -> bool:
-        """Whether a weight of this name is in what is computed, and so has a gradient."""
-        return not name.startswith(self.unread)
+        """Return whether the velocity depends on a weight, so that it gets gradients."""
+        return not name.startswith(self.unused)
 
     def text(self, caption: str) -> dict[str, torch.Tensor]:
-        """{"encoder_hidden_states": [S, D], zeros after the caption's own,
-        "encoder_hidden_states_mask": [S] bool}"""
-        # without a prompt it is led away from a space, as its authors do
+        """Return {"encoder_hidden_states": [S, D], "encoder_hidden_states_mask": [S] bool}.
+
+        The embeddings are zero after the caption's tokens.
+        """
+        # guidance is against a space instead of the empty prompt, as in the authors' code
         text, _ = self.pipe.encode_prompt(caption or " ", self.device, max_sequence_length=LONGEST)
         own = text.shape[1]
         return {
@@ -55,37 +60,33 @@ class QwenImage(Family):
         }
 
     def blank(self) -> dict[str, torch.Tensor]:
-        """Zeros like the conditioning of one prompt, {name: [...]}."""
+        """Return zeros like the conditioning of one prompt, {name: [...]}."""
+        shape = LONGEST, self.pipe.transformer.config.joint_attention_dim
         return {
-            "encoder_hidden_states": torch.zeros(
-                LONGEST, self.pipe.transformer.config.joint_attention_dim, dtype=self.dtype
-            ),
+            "encoder_hidden_states": torch.zeros(shape, dtype=self.dtype),
             "encoder_hidden_states_mask": torch.ones(LONGEST, dtype=torch.bool),
         }
 
     def velocity(
         self, x: torch.Tensor, sigma: float | torch.Tensor, cond: dict[str, torch.Tensor]
     ) -> torch.Tensor:
-        """x [b, L, C], sigma a scalar or [b] -> velocity [b, L, C] float32"""
+        """Return the velocity [b, L, C] float32 at x [b, L, C] and sigma, a scalar or [b]."""
         # the transformer multiplies by 1000 itself
         timestep = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).expand(len(x))
         module = partial(self.trainable["transformer"], img_shapes=[[(1, *self.grid)]])
         return self.guided(module, self.guidance, cond, hidden_states=x, timestep=timestep)
 
-    def led(self, towards: torch.Tensor, away: torch.Tensor, scale: float) -> torch.Tensor:
-        """As long in every token as the velocity towards the prompt is."""
-        led = super().led(towards, away, scale)
-        return led * (towards.norm(dim=-1, keepdim=True) / led.norm(dim=-1, keepdim=True))
+    def extrapolate(self, towards: torch.Tensor, away: torch.Tensor, scale: float) -> torch.Tensor:
+        """Return the guided velocity, scaled per token to the norm of the one with the prompt."""
+        guided = super().extrapolate(towards, away, scale)
+        return guided * (towards.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))
 
     def pixels(self, x0: torch.Tensor) -> torch.Tensor:
-        """Latents [b, *noise_shape] -> images [b, 3, H, W] in [0, 1], in the VAE's dtype."""
+        """Decode latents [b, *noise_shape] to images [b, 3, H, W] in [0, 1], in the VAE's dtype."""
         vae = self.pipe.vae
-        mean, std = (
-            torch.tensor(s).to(x0)[:, None, None]
-            for s in (vae.config.latents_mean, vae.config.latents_std)
-        )
-        z = (
-            pixel_shuffle(x0.mT.unflatten(2, self.grid), 2) * std + mean
-        )  # a token is 2x2 latent pixels
-        image = vae.decode(z[:, :, None].to(vae.dtype)).sample[:, :, 0]
-        return self.pipe.image_processor.postprocess(image.float(), output_type="pt")
+        mean = torch.tensor(vae.config.latents_mean).to(x0)[:, None, None]
+        std = torch.tensor(vae.config.latents_std).to(x0)[:, None, None]
+        # a token is 2x2 latent pixels, channel by channel
+        z = pixel_shuffle(x0.mT.unflatten(2, self.grid), 2) * std + mean
+        images = vae.decode(z[:, :, None].to(vae.dtype)).sample[:, :, 0]
+        return self.pipe.image_processor.postprocess(images.float(), output_type="pt")

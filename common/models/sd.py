@@ -1,13 +1,14 @@
 """Stable Diffusion 1.x (diffusers' StableDiffusionPipeline) as a rectified flow.
 
-Its U-Net predicts the noise of z = a x0 + b eps with a^2 + b^2 = 1. A change of variables makes
-that the interpolation of common/sde.py: with sigma = b / (a + b) and h = sqrt((1 - sigma)^2 +
-sigma^2),
+The U-Net predicts the noise of z = a x0 + b eps with a^2 + b^2 = 1. A change of variables makes
+this the interpolation of common/sde.py: with sigma = b / (a + b) and
+h = sqrt((1 - sigma)^2 + sigma^2),
 
-    x = h z = (1 - sigma) x0 + sigma eps,    a = (1 - sigma) / h,    b = sigma / h,    velocity = eps - x0
+    x = h z = (1 - sigma) x0 + sigma eps,    a = (1 - sigma) / h,    b = sigma / h,
+    velocity = eps - x0
 
-so the ODE step is DDIM with eta = 0, `--sde ddim` is DDIM with eta (DDPO 2305.13301), and the flow
-schedules work too."""
+The ODE step is then DDIM with eta = 0, `--sde ddim` is DDIM with eta (DDPO 2305.13301), and the
+flow schedules work too."""
 
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from common.models.family import Family
 
 
 class StableDiffusion(Family):
-    """b rows of latents [C, H/8, W/8]; guidance is classifier-free, against the empty prompt."""
+    """Run Stable Diffusion 1.x: latents [b, C, H/8, W/8]."""
 
     pipeline = StableDiffusionPipeline
     trained = ("unet",)
@@ -32,52 +33,47 @@ class StableDiffusion(Family):
         self, pipe: StableDiffusionPipeline, height: int = 0, width: int = 0, **settings
     ) -> None:
         super().__init__(pipe, **settings)
-        own = pipe.unet.config.sample_size * pipe.vae_scale_factor
-        self.height, self.width = self._size(8, height or own, width or own)
         factor = pipe.vae_scale_factor
-        self.noise_shape = (
-            pipe.unet.config.in_channels,
-            self.height // factor,
-            self.width // factor,
-        )
+        own = pipe.unet.config.sample_size * factor
+        self.height, self.width = self._size(8, height or own, width or own)
+        size = self.height // factor, self.width // factor
+        self.noise_shape = (pipe.unet.config.in_channels, *size)
         self.ddim = DDIMScheduler.from_config(pipe.scheduler.config)
         if self.ddim.config.prediction_type != "epsilon":
             raise InputError(
-                f"model: the U-Net predicts {self.ddim.config.prediction_type}; supported is "
-                "epsilon"
+                f"model: the U-Net predicts {self.ddim.config.prediction_type!s:.60}. Supported is "
+                "epsilon."
             )
-        noise = self.ddim.alphas_cumprod.double()
-        self.table = _sigma(noise)  # of every training timestep
-        self.last = _sigma(self.ddim.final_alpha_cumprod.double())  # where sampling ends
+        self.table = _sigma(self.ddim.alphas_cumprod.double())  # sigma of every training timestep
+        self.last = _sigma(self.ddim.final_alpha_cumprod.double())  # sigma at which sampling ends
 
     def sigmas(self, steps: int, shift: float) -> torch.Tensor:
-        """Those of DDIM's timesteps, and the last: [T+1]. Raises InputError for a shift other than
-        1."""
+        """Return the sigmas of DDIM's timesteps and the last one, [T+1].
+
+        Raises InputError for a shift other than 1.
+        """
         if shift != 1:
-            raise InputError(
-                f"--shift {shift:g}: this model has a schedule of its own; leave the shift at 1"
-            )
+            raise InputError(f"--shift {shift:g}: this model has its own schedule. Give --shift 1.")
         self.ddim.set_timesteps(steps)
         return torch.cat([self.table[self.ddim.timesteps], self.last[None]]).float()
 
     def text(self, caption: str) -> dict[str, torch.Tensor]:
-        """{"encoder_hidden_states": [S, D]}"""
+        """Return {"encoder_hidden_states": [S, D]}."""
         text, _ = self.pipe.encode_prompt(caption, self.device, 1, False)
         return {"encoder_hidden_states": text[0]}
 
     def blank(self) -> dict[str, torch.Tensor]:
-        """Zeros like the conditioning of one prompt, {name: [...]}."""
+        """Return zeros like the conditioning of one prompt, {name: [...]}."""
         shape = self.pipe.tokenizer.model_max_length, self.pipe.unet.config.cross_attention_dim
         return {"encoder_hidden_states": torch.zeros(shape, dtype=self.dtype)}
 
     def velocity(
         self, x: torch.Tensor, sigma: float | torch.Tensor, cond: dict[str, torch.Tensor]
     ) -> torch.Tensor:
-        """x [b, C, h, w], sigma a scalar or [b] -> velocity [b, C, h, w] float32"""
+        """Return the velocity [b, C, h, w] float32 at x [b, C, h, w] and sigma, a scalar or [b]."""
         sigma = torch.as_tensor(sigma, dtype=torch.float64).cpu().expand(len(x))
-        timestep = (
-            (self.table - sigma[:, None]).abs().argmin(1).to(x.device)
-        )  # one of the schedule, exactly
+        # the timestep of the schedule with exactly this sigma
+        timestep = (self.table - sigma[:, None]).abs().argmin(1).to(x.device)
         sigma = sigma.to(x)[:, None, None, None]
         h = torch.hypot(1 - sigma, sigma)
         inputs = {"sample": x / h, "timestep": timestep}
@@ -85,27 +81,27 @@ class StableDiffusion(Family):
         return (noise - x) / (1 - sigma)  # eps - x0, with x0 = (x - sigma eps) / (1 - sigma)
 
     def pixels(self, x0: torch.Tensor) -> torch.Tensor:
-        """Latents [b, *noise_shape] -> images [b, 3, H, W] in [0, 1], in the VAE's dtype."""
+        """Decode latents [b, *noise_shape] to images [b, 3, H, W] in [0, 1], in the VAE's dtype."""
         vae = self.pipe.vae
         z = x0 / torch.hypot(1 - self.last, self.last).to(x0) / vae.config.scaling_factor
-        return self.pipe.image_processor.postprocess(
-            vae.decode(z.to(vae.dtype)).sample.float(), output_type="pt"
-        )
+        images = vae.decode(z.to(vae.dtype)).sample.float()
+        return self.pipe.image_processor.postprocess(images, output_type="pt")
 
     def save_lora(self, folder: str | Path, layers: dict[str, dict[str, torch.Tensor]]) -> None:
-        """And once more as kohya's trainers, ComfyUI and the older web interfaces call its weights,
-        in folder/kohya."""
+        """Save the LoRA for diffusers, and in folder/kohya with kohya's names for the weights.
+
+        ComfyUI and older web interfaces read the latter.
+        """
         from diffusers.utils import convert_state_dict_to_kohya
         from safetensors.torch import load_file, save_file
 
         super().save_lora(folder, layers)
-        weights = convert_state_dict_to_kohya(
-            load_file(Path(folder) / "pytorch_lora_weights.safetensors")
-        )
+        weights = load_file(Path(folder) / "pytorch_lora_weights.safetensors")
+        weights = convert_state_dict_to_kohya(weights)
         (Path(folder) / "kohya").mkdir()
         save_file(weights, Path(folder) / "kohya/lora.safetensors")
 
 
 def _sigma(signal: torch.Tensor) -> torch.Tensor:
-    """a^2 -> sigma = b / (a + b)"""
+    """Return sigma = b / (a + b) for a^2."""
     return (1 - signal).sqrt() / (signal.sqrt() + (1 - signal).sqrt())
