@@ -1,8 +1,9 @@
-"""Prompts by file or by name, and the deterministic order in which a run visits them.
+"""Read prompts by file or by name, and visit them in a deterministic order.
 
 A prompt is a string: a caption, or for image-to-video models the path of an image, a tab, and a
-caption. One from a line of JSONL also has the line's other fields (files.Prompt), for the rewards
-that ask for them."""
+caption. A prompt from a line of JSONL also holds the other values of the line (files.Prompt), for
+rewards that need them.
+"""
 
 import functools
 from collections.abc import Iterable
@@ -12,41 +13,43 @@ import torch
 
 from common.prompts import files, sets
 
-AHEAD = 8  # steps whose prompts are embedded together, where the encoders come from the CPU for it
+AHEAD = 8  # steps whose prompts are embedded together when encoders come from the CPU for it
 
 
 def read_prompts(spec: str | Path) -> list[str]:
-    """What --prompts and --eval-prompts say -> [str]: the name of a set (sets.py),
-    `hub:OWNER/NAME/FILE[:COLUMN]`, or a file, `FILE[:COLUMN]` (files.py). Raises InputError."""
+    """Return the prompts of --prompts or --eval-prompts. Raises InputError.
+
+    spec: the name of a set (sets.py), hub:OWNER/NAME/FILE[:COLUMN], or FILE[:COLUMN] (files.py).
+    """
     spec = str(spec)
     if sets.is_name(spec):
         return sets.read(spec)
-    return files.read(*files.parse(spec))
+    path, column = files.parse(spec)
+    return files.read(path, column)
 
 
 def caption_of(prompt: str) -> str:
-    """The words of a prompt."""
-    return str(
-        prompt.rpartition("\t")[2]
-    )  # without its fields: tokenizers and caches want a plain string
+    """Return the caption of a prompt as a plain string, without image and fields."""
+    return str(prompt.rpartition("\t")[2])
 
 
 def image_of(prompt: str) -> str:
-    """The path of a prompt's conditioning image, "" if it has none."""
+    """Return the path of a prompt's conditioning image, "" if it has none."""
     return prompt.rpartition("\t")[0]
 
 
 def fields_of(prompt: str) -> dict:
-    """What the prompt's line of JSONL had besides: {name: value}."""
+    """Return the other values of the prompt's line of JSONL: {name: value}."""
     return getattr(prompt, "fields", {})
 
 
 def prompts_of_step(prompts: list[str], step: int, number: int, seed: int) -> list[str]:
-    """The `number` prompts of a step. Every epoch is a new permutation; no state, so a resumed run
-    visits the same.
+    """Return the `number` prompts of a step. Every epoch is a new permutation.
 
-    Where an epoch ends a prompt may occur twice in a step: groups are told apart by their number,
-    never by text."""
+    The result depends on the arguments alone, so a resumed run visits the same prompts. A prompt
+    may occur twice in a step in which an epoch ends. So groups are identified by number, never by
+    text.
+    """
     first = step * number
     return [
         prompts[_permutation(len(prompts), seed, i // len(prompts))[i % len(prompts)]]
@@ -57,14 +60,16 @@ def prompts_of_step(prompts: list[str], step: int, number: int, seed: int) -> li
 def prompts_ahead(
     prompts: list[str], step: int, number: int, seed: int, groups: Iterable[int]
 ) -> list[str]:
-    """The prompts of these groups [b] (numbers below `number`, any often) in the next AHEAD - 1
-    steps, each once."""
+    """Return the prompts of these groups in the next AHEAD - 1 steps, each once.
+
+    groups [b]: numbers below `number`, repeated or not.
+    """
     groups = sorted(set(map(int, groups)))
     later = [prompts_of_step(prompts, step + after, number, seed) for after in range(1, AHEAD)]
     return list(dict.fromkeys(batch[group] for batch in later for group in groups))
 
 
-@functools.lru_cache(maxsize=2)  # a step asks once a prompt, and may span two epochs
+@functools.lru_cache(maxsize=2)  # a step may span two epochs
 def _permutation(length: int, seed: int, epoch: int) -> list[int]:
     generator = torch.Generator().manual_seed((seed * 0x9E3779B1 + epoch) & 0xFFFFFFFF)
     return torch.randperm(length, generator=generator).tolist()
