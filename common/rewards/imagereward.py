@@ -1,5 +1,7 @@
-"""ImageReward (arXiv 2304.05977): BLIP, whose text encoder looks at the image, tuned on ranked
-pictures of prompts."""
+"""ImageReward (arXiv 2304.05977): BLIP tuned on people's rankings of images for a prompt.
+
+BLIP's text encoder attends to the image.
+"""
 
 import re
 from collections.abc import Sequence
@@ -18,15 +20,17 @@ from common.rewards.aesthetic import head_weights, linear_head
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the head's output on the training data
 LENGTH = 35  # tokens of a prompt
-# BLIP's ViT-L/16 and text encoder at 224 pixels; the norm's epsilons are BLIP's own, not
-# transformers' defaults
-VISION = dict(
-    hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=224,
-    patch_size=16, layer_norm_eps=1e-6,
-)  # fmt: skip
-TEXT = dict(
-    num_attention_heads=12, encoder_hidden_size=1024
-)  # of 12 layers and 768 numbers, as in med_config.json
+# BLIP's ViT-L/16 and text encoder at 224 pixels, with BLIP's own epsilon in the norms
+VISION = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 224,
+    "patch_size": 16,
+    "layer_norm_eps": 1e-6,
+}
+TEXT = {"num_attention_heads": 12, "encoder_hidden_size": 1024}  # as in med_config.json
 
 # transformers' names for the layers of BLIP's image encoder; those of the text encoder are the same
 RENAMED = [
@@ -42,8 +46,10 @@ RENAMED = [
 
 
 class Blip(torch.nn.Module):
-    """Image encoder, and text encoder that looks at the image; settings over those of
-    ImageReward."""
+    """Combine BLIP's image encoder and its text encoder, which attends to the image.
+
+    vision, text: settings that replace those of ImageReward.
+    """
 
     def __init__(self, vision: dict | None = None, text: dict | None = None) -> None:
         super().__init__()
@@ -54,8 +60,7 @@ class Blip(torch.nn.Module):
         self.text = BlipTextModel(told, add_pooling_layer=False)
 
     def forward(self, images: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Images [b, 3, H, W] and their own prompts' tokens and which of them count [b, S] -> [b,
-        D]"""
+        """Return [b, D] of images [b, 3, H, W] and the tokens and mask [b, S] of their prompts."""
         seen = self.vision(images).last_hidden_state
         return self.text(ids, attention_mask=mask, encoder_hidden_states=seen).last_hidden_state[
             :, 0
@@ -63,8 +68,7 @@ class Blip(torch.nn.Module):
 
 
 def renamed(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """ImageReward.pt's weights under the names of Blip; its two projections for retrieval are left
-    out."""
+    """Return the weights of ImageReward.pt under the names of Blip, without the retrieval heads."""
     named = {}
     for key, value in state.items():
         if key.startswith("blip.visual_encoder."):
@@ -78,13 +82,14 @@ def renamed(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 class ImageReward:
-    """Reward: how well people would like the image for the prompt, standardised: typically -2 to 2,
-    no bounds.
+    """Score how much people would prefer the image for the prompt.
 
-    `THUDM/ImageReward` (ImageReward.pt), Apache-2.0; the vocabulary is that of
-    `google-bert/bert-base-uncased`. Images take the shortest side to 224, bicubic, and the middle;
-    prompts are cut at 35 tokens. Checked against a float32 transcription of the official model
-    (tests/test_rewards_imagereward.py). Scale: an estimate."""
+    Scores are standardised: typically -2 to 2, without bounds. Weights: `THUDM/ImageReward`
+    (ImageReward.pt), Apache-2.0; vocabulary: `google-bert/bert-base-uncased`. The shortest side is
+    resized to 224 pixels, bicubic, and the centre is cropped. Prompts are cut at 35 tokens. Tests
+    compare it with a float32 transcription of the official model
+    (tests/test_rewards_imagereward.py). The scale is an estimate.
+    """
 
     repo, file = "THUDM/ImageReward", "ImageReward.pt"
     vision, text = {}, {}  # settings of another size, over those above
@@ -93,7 +98,7 @@ class ImageReward:
     range = (None, None)
 
     def load(self, source: weights.Source, batch: int = 16) -> None:
-        """Fetches the weights; raises InputError if they are missing or do not fit."""
+        """Load the weights. Raises InputError if they are missing or do not fit."""
         path = source.find(self.repo, self.file)
         vocabulary = source.find("google-bert/bert-base-uncased", "vocab.txt", beside=True)
         self.tokenizer, self.batch = BertTokenizer(str(vocabulary)), batch
@@ -107,7 +112,7 @@ class ImageReward:
 
     @torch.no_grad()
     def score(self, media: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
-        """media [b, 3, H, W] in [0, 1], prompts b strings -> [b] float32."""
+        """Return the scores [b] float32 of media [b, 3, H, W] in [0, 1] with b prompts."""
         assert len(media) == len(prompts), f"{len(media)} samples, {len(prompts)} prompts"
         self.module = weights.placed(self.module, media.device)
         words = self.tokenizer(
@@ -129,5 +134,5 @@ class ImageReward:
         return (self.head(read)[:, 0] - MEAN) / STD
 
     def pixels(self, images: torch.Tensor) -> torch.Tensor:
-        """Images [b, 3, H, W] in [0, 1] -> what the model sees, [b, 3, size, size], normalised."""
+        """Return the model's input [b, 3, size, size] for images [b, 3, H, W] in [0, 1]."""
         return pixels.normalised(pixels.shortest_side(pixels.levels(images), self.size))

@@ -1,5 +1,4 @@
-"""Compressibility (DDPO, arXiv 2305.13301, section 4.1): a reward that needs no weights and fits
-any image model."""
+"""Compressibility (DDPO, arXiv 2305.13301, section 4.1), a reward for images without weights."""
 
 import io
 from collections.abc import Sequence
@@ -9,18 +8,19 @@ from torchvision.transforms.functional import to_pil_image
 
 
 class JpegSize:
-    """Minus the bytes per pixel of the image as a JPEG of quality 95: 0 is nothing at all, -3 is no
-    compression.
+    """Score images by minus the bytes per pixel of a JPEG of quality 95.
 
-    DDPO's reward is minus the whole size in kilobytes; per pixel, one scale fits 32x32 and
-    1024x1024. `--reward jpeg=-1` rewards incompressibility."""
+    0 would be an empty file, -3 no compression. DDPO's reward is minus the whole size in
+    kilobytes. Per pixel, one scale fits both 32x32 and 1024x1024. `--reward jpeg=-1` rewards
+    incompressibility.
+    """
 
     video = False
     scale = 0.05
     range = (None, 0.0)
 
     def score(self, media: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
-        """media [b, C, H, W] in [0, 1] -> [b] float32"""
+        """Return the scores [b] float32 of media [b, C, H, W] in [0, 1]. Prompts are ignored."""
         assert len(media) == len(prompts)
         pixels = media.shape[-1] * media.shape[-2]
         sizes = [self._bytes(image) for image in media.float().clamp(0, 1).cpu()]

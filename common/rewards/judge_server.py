@@ -1,4 +1,9 @@
-"""The judge behind an OpenAI-compatible server (vLLM, SGLang), where the larger ones live."""
+"""Ask a judge behind an OpenAI-compatible server (vLLM, SGLang), for models larger than a GPU.
+
+openai's client sends the requests, with time-outs and retries. This file adds two limits, so that a
+broken server cannot hang a run: an answer may have LARGEST bytes, and all attempts of a request
+together have a time limit (the client limits each read only).
+"""
 
 import base64
 import importlib
@@ -6,26 +11,24 @@ import io
 import math
 import os
 from collections.abc import Callable, Iterator
-from concurrent import futures
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import openai
 from openai.types.chat.chat_completion import Choice
 
-from common.errors import InputError, RunError, text
-from common.rewards.judge import TOKENS, Answer, Talk, digits
-from common.rewards.scoring import begin
+from common import errors
+from common.errors import InputError, RunError
+from common.rewards import background
+from common.rewards.judge_questions import TOKENS, Answer, Talk, digits
 
-LONGEST = 2**20  # bytes of an answer: a thousand times what a number takes
-PAUSE = 8.0  # seconds between two attempts, at most
+LARGEST = 2**20  # bytes of an answer; a number takes a thousandth of that
+PAUSE = 8.0  # longest pause of the client between two attempts, seconds
+# the HTTP library of openai's client, which is not the same in all releases
+http = importlib.import_module(openai.DefaultHttpxClient.__base__.__module__)
 
 
 class Server:
-    """An OpenAI-compatible server. Requests run `concurrency` at a time, each is repeated with
-    growing pauses after a time-out, a broken connection or a server's error, up to `retries` times.
-    Of an answer no more than LONGEST bytes are read, and no longer than all attempts together may
-    take: a time-out is the client's for each read alone."""
+    """Answer conversations with the model of a server, `concurrency` requests at a time."""
 
     def __init__(
         self,
@@ -36,119 +39,140 @@ class Server:
         timeout: float,
         retries: int,
         concurrency: int,
-        fps: float,
     ) -> None:
-        self.name, self.url, self.model, self.expected, self.concurrency = (
-            name,
+        """Connect and ask for one token. Raises InputError.
+
+        name: the reward's; expected: ask for probabilities of digits; timeout: seconds of one read;
+        retries: repetitions of a request after a time-out or an error of the server.
+        """
+        self.name = name
+        self.url = url
+        self.model = model
+        self.timeout = timeout
+        self.retries = retries
+        self.concurrency = concurrency
+        if expected:
+            self.read = self._chances
+            self.settings = {"logprobs": True, "top_logprobs": 20, "max_tokens": 1}
+        else:
+            self.read = words
+            self.settings = {"max_tokens": TOKENS}
+        with errors.loading(
+            f"reward {name}: --judge-model {model} at --judge-url",
             url,
-            model,
-            expected,
-            concurrency,
-        )
-        self.timeout, self.retries = timeout, retries
-        settings = dict(base_url=url, timeout=timeout, max_retries=retries, **key())
-        try:
-            client = openai.DefaultHttpxClient(event_hooks={"response": [bounded]})
-            plain = {"Accept-Encoding": "identity"}
-            self.client = openai.OpenAI(http_client=client, default_headers=plain, **settings)
-            self.greet()
-        except (openai.NotFoundError, openai.BadRequestError) as error:
-            raise InputError(
-                f"reward {name}: the server at --judge-url {url} does not take --judge-model "
-                f"{model} ({text(error)})"
-            ) from None
-        except Exception as error:  # the client's own of an odd URL among them
-            raise InputError(
-                f"reward {name}: no server answers at --judge-url {url} ({text(error)})"
-            ) from None
+            do="start its server, or correct --judge-url and --judge-model",
+        ):
+            self.client = openai.OpenAI(
+                base_url=url,
+                api_key=key(),
+                timeout=timeout,
+                max_retries=retries,
+                default_headers={"Accept-Encoding": "identity"},
+                http_client=openai.DefaultHttpxClient(event_hooks={"response": [limit]}),
+            )
+            self._greet(retries)
 
     def answers(self, talks: list[Talk]) -> list[Answer | None]:
-        """Conversations -> what the model says next; None where the requests about this one alone
-        failed. Raises RunError where the server has gone, or refuses what is asked."""
-        with ThreadPoolExecutor(self.concurrency) as pool:
-            return list(pool.map(self.answer, talks))
+        """Return the model's answer to each conversation, None if its requests failed.
 
-    def answer(self, talk: Talk) -> Answer | None:
-        """The same of one."""
-        kwargs = (
-            dict(logprobs=True, top_logprobs=20, max_tokens=1)
-            if self.expected
-            else dict(max_tokens=TOKENS)
-        )
+        Raises RunError if the server does not answer at all, or refuses a request.
+        """
+        with ThreadPoolExecutor(self.concurrency) as pool:
+            return list(pool.map(self._answer, talks))
+
+    def _answer(self, talk: Talk) -> Answer | None:
         try:
-            return self.ask(
-                chances if self.expected else words, messages=sent(talk), temperature=0.0, **kwargs
-            )
-        except (
-            openai.APIConnectionError,
-            openai.InternalServerError,
-            openai.RateLimitError,
-            Unreadable,
-        ) as error:
-            if self.alive():
+            return self._ask(self.read, self.retries, messages=sent(talk), **self.settings)
+        except RunError:
+            raise
+        except Exception as error:  # anything may come back, as JSON or not
+            said = errors.text(error)
+            if is_refusal(error):
+                raise RunError(
+                    f"reward {self.name}: the server at {self.url} refuses to judge ({said}). "
+                    "Check --judge-model and the server's limits."
+                ) from None
+            if self._is_alive():
                 return None
             raise RunError(
-                f"reward {self.name}: the server at {self.url} is gone ({text(error)}); start it "
-                "again, then go on "
-                "with --resume latest"
-            ) from None
-        except NoChances:
-            raise RunError(
-                f"reward {self.name}: the server at {self.url} gives no probabilities; leave "
-                "--judge-expected"
-            ) from None
-        except openai.OpenAIError as error:
-            raise RunError(
-                f"reward {self.name}: the server at {self.url} refuses to judge ({text(error)})"
+                f"reward {self.name}: the server at {self.url} is gone ({said}). Start it again, "
+                "then continue with --resume latest."
             ) from None
 
-    def alive(self) -> bool:
-        """Whether it still answers at all."""
+    def _is_alive(self) -> bool:
+        """Return whether the server still answers."""
         try:
-            self.greet(retries=1)
-        except openai.OpenAIError:
+            self._greet(retries=1)
+        except Exception:
             return False
         return True
 
-    def greet(self, retries: int | None = None) -> None:
-        """The smallest request that only a server with the model at work answers."""
-        self.ask(words, retries, messages=[{"role": "user", "content": "Hello"}], max_tokens=1)
+    def _greet(self, retries: int) -> None:
+        """Send the smallest request that needs the model. Raises any exception."""
+        hello = [{"role": "user", "content": "Hello"}]
+        self._ask(words, retries, messages=hello, max_tokens=1)
 
-    def ask(
-        self, read: Callable[[Choice], Answer], retries: int | None = None, **request
-    ) -> Answer:
-        """`read` of the first choice in the answer. Raises openai's errors, and Unreadable for what
-        is no answer."""
-        retries = self.retries if retries is None else retries
+    def _ask(self, read: Callable[[Choice], Answer], retries: int, **request) -> Answer:
+        """Return read(first choice of the answer). Raises TimeoutError or any other exception."""
         create = self.client.with_options(max_retries=retries).chat.completions.create
-        try:
-            within = 1.5 * self.timeout * (retries + 1) + PAUSE * retries
-            return waited_for(lambda: read(create(model=self.model, **request).choices[0]), within)
-        except openai.OpenAIError:
-            raise
-        except (
-            Exception
-        ) as error:  # no JSON, JSON of another kind, a probability of e to the billion
-            raise Unreadable(
-                f"an answer that cannot be read: {type(error).__name__}: {text(error)}"
-            ) from None
+
+        def ask() -> Answer:
+            return read(create(model=self.model, temperature=0.0, **request).choices[0])
+
+        seconds = 1.5 * self.timeout * (retries + 1) + PAUSE * retries
+        return background.start(ask).result(seconds)  # later the thread is left behind
+
+    def _chances(self, choice: Choice) -> dict[int, float]:
+        """Return {digit: probability} of an answer of one token. Raises RunError if it has none."""
+        if not (choice.logprobs and choice.logprobs.content):
+            raise RunError(
+                f"reward {self.name}: the server at {self.url} gives no probabilities. Remove "
+                "--judge-expected."
+            )
+        likely = choice.logprobs.content[0].top_logprobs
+        return digits((token.token, math.exp(token.logprob)) for token in likely)
 
 
-class Unreadable(openai.OpenAIError):
-    """An answer that is too long, takes too long, or is none of OpenAI's protocol."""
+def is_refusal(error: Exception) -> bool:
+    """Return whether an error is a server's refusal of a request."""
+    if not isinstance(error, openai.APIStatusError):
+        return False
+    return error.status_code < 500 and error.status_code != 429
 
 
-class NoChances(openai.OpenAIError):
-    """An answer without the probabilities that were asked for."""
+def words(choice: Choice) -> str:
+    """Return the text of an answer, cut at 1000 letters. Raises TypeError if it is not text."""
+    content = choice.message.content or ""
+    if not isinstance(content, str):
+        raise TypeError("the content of the answer is not text")
+    return content.encode(errors="replace").decode()[:1000]  # half a letter cannot be sent back
 
 
-http = importlib.import_module(
-    openai.DefaultHttpxClient.__base__.__module__
-)  # httpx, or what openai has in its place
+def sent(talk: Talk) -> Talk:
+    """Return a conversation in the protocol's form, with pictures inline."""
+    return [{**message, "content": [*map(inline, message["content"])]} for message in talk]
 
 
-class Bounded(http.SyncByteStream):
-    """The body of a response, as far as LONGEST bytes."""
+def inline(part: dict) -> dict:
+    """Return a part of a message; a picture becomes a JPEG of nearly lossless quality."""
+    if part["type"] != "image":
+        return part
+    file = io.BytesIO()
+    part["image"].save(file, "JPEG", quality=95, subsampling=0)
+    data = base64.b64encode(file.getvalue()).decode()
+    return {"type": "image_url", "image_url": {"url": f"data:image/jpeg;base64,{data}"}}
+
+
+def key() -> str:
+    """Return OPENAI_API_KEY, "none" if it is not set. Raises InputError without the key in it."""
+    given = os.environ.get("OPENAI_API_KEY") or "none"
+    if not (given.isascii() and given.isprintable()):
+        raise InputError("OPENAI_API_KEY: has letters that no key has. Set it without line breaks.")
+    return given
+
+
+class Limited(http.SyncByteStream):
+    """Read the body of a response. Raises ValueError after LARGEST bytes."""
 
     def __init__(self, stream: http.SyncByteStream) -> None:
         self.stream = stream
@@ -157,84 +181,16 @@ class Bounded(http.SyncByteStream):
         length = 0
         for part in self.stream:
             length += len(part)
-            if length > LONGEST:
-                raise Unreadable(f"an answer of more than {LONGEST} bytes")
+            if length > LARGEST:
+                raise ValueError(f"the answer is longer than {LARGEST} bytes")
             yield part
 
     def close(self) -> None:
-        """Closes the connection."""
+        """Close the connection."""
         self.stream.close()
 
 
-def bounded(response: http.Response) -> None:
-    """Makes a response end in time, before its body is read. Raises Unreadable for a compressed
-    one."""
-    if (
-        response.headers.get("content-encoding", "identity") != "identity"
-    ):  # a few bytes may be gigabytes
-        raise Unreadable("a compressed answer, which was not asked for")
-    response.stream = Bounded(response.stream)
-
-
-def waited_for(action: Callable[[], Any], seconds: float) -> Any:
-    """action() in a thread of its own, which is left behind after so many seconds, and keeps no
-    program from ending. Raises what action does, and Unreadable after that time."""
-    done = begin(action)
-    try:
-        return done.result(seconds)
-    except futures.TimeoutError:
-        if done.done():
-            raise
-        raise Unreadable(f"no whole answer in {seconds:g} seconds") from None
-
-
-def words(choice: Choice) -> str:
-    """What the first choice of an answer says, cut at 1000 letters; raises Unreadable."""
-    content = choice.message.content or ""
-    if not isinstance(content, str):
-        raise Unreadable("an answer whose content is no text")
-    content = content.encode(
-        errors="replace"
-    ).decode()  # half a letter, in JSON, could not be sent back
-    return content if len(content) <= 1000 else f"{content[:1000]}..."
-
-
-def chances(choice: Choice) -> dict[int, float]:
-    """{digit: probability} in the first choice of an answer; raises NoChances."""
-    if not (choice.logprobs and choice.logprobs.content):
-        raise NoChances
-    return digits(
-        (token.token, math.exp(token.logprob)) for token in choice.logprobs.content[0].top_logprobs
-    )
-
-
-def sent(talk: Talk) -> Talk:
-    """A conversation as the protocol has it: pictures inline, as JPEG of the best quality that is
-    still small."""
-    return [
-        {
-            **message,
-            "content": [
-                inline(part) if part["type"] == "image" else part for part in message["content"]
-            ],
-        }
-        for message in talk
-    ]
-
-
-def inline(part: dict) -> dict:
-    """A picture as the protocol has it."""
-    file = io.BytesIO()
-    part["image"].save(file, "JPEG", quality=95, subsampling=0)
-    data = base64.b64encode(file.getvalue()).decode()
-    return {"type": "image_url", "image_url": {"url": f"data:image/jpeg;base64,{data}"}}
-
-
-def key() -> dict[str, str]:
-    """The key in OPENAI_API_KEY; servers of one's own seldom ask for one. Raises InputError."""
-    given = os.environ.get("OPENAI_API_KEY")
-    if given and not (given.isascii() and given.isprintable()):
-        raise InputError(
-            "reward judge: OPENAI_API_KEY has letters that no key has: is there a line break in it?"
-        )
-    return {} if given else {"api_key": "none"}
+def limit(response: http.Response) -> None:
+    """Limit the body of a response before it is read. A compressed body is not unpacked."""
+    response.headers.pop("content-encoding", None)  # a megabyte may unpack to a gigabyte
+    response.stream = Limited(response.stream)

@@ -1,15 +1,13 @@
-"""A reward of one's own: a class in a Python file, `path/to/file.py:Class` where others have a
-name. What it has to have is in the head of __init__.py; here it is looked at, before any model is
-loaded.
+"""Load a reward from a user's file, `path/to/file.py:Class`.
 
-A file may import what lies beside it. A run's folder alone never makes such code run: see
-common/trainer/run_folder.py."""
+The docstring of __init__.py describes the class. The file may import other files of its folder. A
+run's folder never makes such code run: with --resume the reward must be named again.
+"""
 
 import importlib.util
 import math
 import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,56 +15,40 @@ from typing import Any
 from common import errors
 from common.errors import InputError
 
-MARK = ".py:"  # where the file ends and the class begins
+MARK = ".py:"  # between the file and the class
 
 
 def load(source: str) -> Any:
-    """An object of the class that `path/to/file.py:Class` names; raises InputError, whatever the
-    file does."""
+    """Return an object of the class `path/to/file.py:Class`. Raises InputError."""
     path, _, name = source.rpartition(":")
     if not Path(path).is_file():
-        raise InputError(f"reward {source}: there is no file {path}")
-    module = _guarded(source, f"{path} does not load", lambda: _module(Path(path).resolve()))
-    cls = getattr(module, name, None)
-    if not isinstance(cls, type):
-        own = [
-            key
-            for key, value in vars(module).items()
-            if getattr(value, "__module__", "") == module.__name__
-        ]
-        classes = [key for key in own if isinstance(getattr(module, key), type)]
-        raise InputError(
-            f"reward {source}: {path} has no class {name!r}; it has {', '.join(classes) or 'none'}"
-        )
-    scorer = _guarded(source, f"{name}() fails", cls)
-    if wrong := flaw(scorer):
-        raise InputError(
-            f"reward {source}: {wrong} (the head of common/rewards/__init__.py says what a "
-            "reward has)"
-        )
+        raise InputError(f"reward {source}: there is no file {path}. Correct the path.")
+    with errors.loading("reward", source, do="correct the file"):
+        module = _imported(Path(path).resolve())
+        cls = getattr(module, name, None)
+        if not isinstance(cls, type):
+            raise InputError(f"reward {source}: the file has no class {name!r}. Correct the name.")
+        scorer = cls()
+    wrong = flaw(scorer)
+    if wrong:
+        raise InputError(f"reward {source}: {wrong}. Read the head of common/rewards/__init__.py.")
     return scorer
 
 
 def flaw(scorer: Any) -> str:
-    """What a scorer lacks to be a reward, "" if nothing. What `score` returns, asking.try_out looks
-    at."""
+    """Return what is wrong with a scorer, "" if nothing. Rewards.smoke_test checks its scores."""
     if not callable(getattr(scorer, "score", None)):
         return "it has no score(media, prompts)"
     if not isinstance(getattr(scorer, "video", None), bool):
-        return "video must be True, if it scores clips whole, or False"
+        return "video must be True if it scores whole clips, else False"
     scale = getattr(scorer, "scale", None)
-    if not (_is_number(scale) and scale > 0):
-        return "scale must be a number above 0, its typical standard deviation within a group"
+    if not _is_number(scale) or scale <= 0:
+        return "scale must be a number above 0, the typical standard deviation within a group"
     bounds = getattr(scorer, "range", None)
-    pair = (
-        isinstance(bounds, tuple | list)
-        and len(bounds) == 2
-        and all(b is None or _is_number(b) for b in bounds)
-    )
-    if not pair or None not in bounds and not bounds[0] < bounds[1]:
-        return "range must be (lowest, highest) of its scores, None where there is no bound"
+    if not _is_range(bounds):
+        return "range must be (lowest, highest) of its scores, with None for no bound"
     fields = getattr(scorer, "fields", ())
-    if not (isinstance(fields, tuple | list) and all(isinstance(field, str) for field in fields)):
+    if not isinstance(fields, tuple | list) or not all(isinstance(field, str) for field in fields):
         return 'fields must be names of fields of the prompts, as in ("text",)'
     return ""
 
@@ -75,23 +57,20 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _module(path: Path) -> ModuleType:
-    """The file as a module of its own name, so that two files called alike are two."""
+def _is_range(bounds: Any) -> bool:
+    if not isinstance(bounds, tuple | list) or len(bounds) != 2:
+        return False
+    numbers = [bound for bound in bounds if bound is not None]
+    return all(map(_is_number, numbers)) and (len(numbers) < 2 or numbers[0] < numbers[1])
+
+
+def _imported(path: Path) -> ModuleType:
+    """Return the file as a module named after its path, so that equal file names do not clash."""
     name = re.sub(r"\W", "_", str(path))
     spec = importlib.util.spec_from_file_location(name, path)
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
     if str(path.parent) not in sys.path:
-        sys.path.append(str(path.parent))  # at the end: its neighbours hide nobody
+        sys.path.append(str(path.parent))  # last: its neighbours hide no installed package
     spec.loader.exec_module(module)
     return module
-
-
-def _guarded(source: str, what: str, action: Callable[[], Any]) -> Any:
-    try:
-        return action()
-    except BaseException as error:  # anybody's code: it may end the program
-        if errors.from_a_signal(error):
-            raise
-        raise InputError(
-            f"reward {source}: {what} ({type(error).__name__}: {errors.text(error)})"
-        ) from error

@@ -1,14 +1,13 @@
-"""Images as the learned rewards want them: 8-bit levels, resized as the official code does it,
-cropped or padded.
+"""Prepare images for the learned rewards: 8-bit levels, resized as in the official code.
 
-Images are [b, 3, H, W] float on any device. The official scorers read picture files, so every image
-is first rounded to the 8 bits a channel that a file of it would hold; values are levels 0 to 255
-until `normalised`.
+Images are [b, 3, H, W] float on any device. The official scorers read picture files. So every image
+is first rounded to 8 bits a channel, as in a file. Values are levels 0 to 255 until `normalised`.
 
 Most official code resizes with PIL, which computes in whole numbers and rounds after the rows and
-again after the columns. `resize_as_pil` is that arithmetic as two matrix products, batched, on any
-device: every pixel comes out the same (tests/test_rewards_clip.py). torchvision's own resize of a
-tensor rounds once and is up to 24 levels away."""
+again after the columns. `resize_as_pil` does the same with two matrix products, batched, on any
+device, and gives equal pixels (tests/test_rewards_clip.py). torchvision's resize of a tensor rounds
+once, and its pixels differ by up to 24 levels.
+"""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -27,14 +26,14 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 def levels(images: torch.Tensor) -> torch.Tensor:
-    """[..., H, W] in [0, 1] -> whole numbers 0 to 255, float32."""
+    """Return whole numbers 0 to 255, float32, of [..., H, W] in [0, 1]."""
     return (images.float().clamp(0, 1) * 255).round()
 
 
 def normalised(
     images: torch.Tensor, mean_std: tuple[Sequence[float], Sequence[float]] = OPENAI
 ) -> torch.Tensor:
-    """Levels [..., 3, H, W] -> (images / 255 - mean) / std"""
+    """Return (images / 255 - mean) / std of levels [..., 3, H, W]."""
     mean, std = (images.new_tensor(value)[:, None, None] for value in mean_std)
     return (images / 255 - mean) / std
 
@@ -42,13 +41,14 @@ def normalised(
 def resize_as_pil(
     images: torch.Tensor, height: int, width: int, mode: str = "bicubic"
 ) -> torch.Tensor:
-    """Levels [b, 3, H, W] -> levels [b, 3, height, width]: the width first, then the height; where
-    the height shrinks and the width grows, as the Pillow that is installed does. mode: "bicubic" or
-    "bilinear"."""
+    """Resize levels [b, 3, H, W] to [b, 3, height, width], as the installed Pillow does.
+
+    The width is resized first. Since Pillow 13 the height is first if it shrinks while the width
+    grows. mode: "bicubic" or "bilinear".
+    """
     before = images.shape[-2:]
-    for side in (
-        (0, 1) if HEIGHT_MAY_BE_FIRST and height < before[0] and width > before[1] else (1, 0)
-    ):
+    height_first = HEIGHT_MAY_BE_FIRST and height < before[0] and width > before[1]
+    for side in (0, 1) if height_first else (1, 0):
         if before[side] != (height, width)[side]:
             weights = pil_weights(before[side], (height, width)[side], mode).to(images.device)
             sums = images.double() @ weights.T if side else weights @ images.double()
@@ -58,8 +58,7 @@ def resize_as_pil(
 
 @functools.lru_cache(maxsize=16)
 def pil_weights(before: int, after: int, mode: str) -> torch.Tensor:
-    """PIL's weights of `before` pixels in each of `after`: [after, before] float64, whole numbers
-    of 1 / ONE.
+    """Return PIL's weights of `before` pixels in each of `after`: [after, before], units of 1/ONE.
 
     The filter grows with the factor when an image gets smaller (antialiasing). Pillow,
     src/libImaging/Resample.c."""
@@ -76,7 +75,7 @@ def pil_weights(before: int, after: int, mode: str) -> torch.Tensor:
 
 
 def _cubic(x: torch.Tensor, a: float = -0.5) -> torch.Tensor:
-    """Keys' cubic convolution at distances x >= 0."""
+    """Return Keys' cubic convolution at distances x >= 0."""
     near, far = ((a + 2) * x - (a + 3)) * x * x + 1, (((x - 5) * x + 8) * x - 4) * a
     return torch.where(x < 1, near, torch.where(x < 2, far, 0.0))
 
@@ -88,11 +87,11 @@ def _triangle(x: torch.Tensor) -> torch.Tensor:
 def shortest_side(
     images: torch.Tensor, size: int, mode: str = "bicubic", crop: Callable[[float], int] = round
 ) -> torch.Tensor:
-    """Levels [b, 3, H, W] -> [b, 3, size, size]: the shortest side becomes `size`, the middle is
-    cut out.
+    """Resize the shortest side to `size` and crop the centre: [b, 3, size, size].
 
-    Where the crop lies between two pixels torchvision rounds half to even (crop=round),
-    transformers down (crop=int)."""
+    If the crop starts between two pixels, torchvision rounds half to even (crop=round), and
+    transformers rounds down (crop=int).
+    """
     height, width = images.shape[-2:]
     short = min(height, width)
     height, width = (
@@ -104,16 +103,16 @@ def shortest_side(
 
 
 def squashed(images: torch.Tensor, size: int, mode: str = "bicubic") -> torch.Tensor:
-    """Levels [b, 3, H, W] -> [b, 3, size, size], whatever that does to the proportions."""
+    """Resize levels [b, 3, H, W] to [b, 3, size, size] without keeping proportions."""
     return resize_as_pil(images, size, size, mode)
 
 
 def longest_side(images: torch.Tensor, size: int) -> torch.Tensor:
-    """Levels [b, 3, H, W] -> [b, 3, size, size]: the longest side becomes `size`, black fills the
-    rest evenly.
+    """Resize the longest side to `size` and pad evenly with black: [b, 3, size, size].
 
-    HPSv2's transform: it resizes the tensor in one pass and does not round, so values leave [0,
-    255] a little."""
+    This is HPSv2's transform. It resizes the tensor in one pass without rounding, so values may be
+    slightly outside [0, 255].
+    """
     height, width = images.shape[-2:]
     scale = size / max(height, width)
     if scale != 1:

@@ -1,9 +1,9 @@
-"""VideoAlign's VideoReward (arXiv 2501.13918): visual quality, motion quality and text alignment of
-a clip.
+"""VideoAlign (arXiv 2501.13918): visual quality, motion quality and text alignment of a clip.
 
-Qwen2-VL-2B reads the clip and a fixed question in which three tokens of its own stand where the
-ratings belong (videoalign.txt, word for word as in training; MIT, Kling Team); a linear layer reads
-the rating off the state at each of them."""
+Its model VideoReward is Qwen2-VL-2B with a fixed question about the clip (videoalign.txt, word for
+word as in training; MIT, Kling Team). The question has a special token for each of three ratings. A
+linear layer computes each rating from the state at its token.
+"""
 
 import functools
 import json
@@ -30,26 +30,22 @@ from common.rewards import pixels, weights
 REPO, FILE = "KwaiVGI/VideoReward", "checkpoint-11352/model.pth"
 BASE = "Qwen/Qwen2-VL-2B-Instruct"
 RATED = ("<|VQ_reward|>", "<|MQ_reward|>", "<|TA_reward|>")
-MEAN, STD = (
-    (3.6757, 1.1646, 2.8105),
-    (2.2476, 1.3811, 2.5121),
-)  # of the ratings in the training data
+MEAN = (3.6757, 1.1646, 2.8105)  # of the ratings in the training data
+STD = (2.2476, 1.3811, 2.5121)
 LORA = 2.0  # alpha 128 over rank 64, of the adapters in the checkpoint
 RATE, FEWEST, MOST = 2.0, 4, 768  # frames a second, and in all
-SMALLEST, LARGEST, SIDE = (
-    128 * 28**2,
-    448**2,
-    28,
-)  # pixels of a frame, and what its sides are multiples of
+SMALLEST, LARGEST = 128 * 28**2, 448**2  # pixels of a frame
+SIDE = 28  # divides the sides of a frame
 QUESTION = Path(__file__).with_suffix(".txt").read_text()
 CHAT = (
     "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
-    "<|im_start|>user\n<|vision_start|><|video_pad|><|vision_end|>{}<|im_end|>\n<|im_start|>assistant\n"
+    "<|im_start|>user\n<|vision_start|><|video_pad|><|vision_end|>{}<|im_end|>\n"
+    "<|im_start|>assistant\n"
 )
 
 
 class Rated(torch.nn.Module):
-    """Qwen2-VL with a rating instead of a next token."""
+    """Compute ratings instead of a next token with Qwen2-VL."""
 
     def __init__(self, config: Qwen2VLConfig, ratings: int) -> None:
         super().__init__()
@@ -57,7 +53,7 @@ class Rated(torch.nn.Module):
         self.rm_head = torch.nn.Linear(config.text_config.hidden_size, ratings, bias=False)
 
     def forward(self, inputs: Mapping[str, torch.Tensor], tokens: list[int]) -> torch.Tensor:
-        """A batch of the processor's, and the numbers of the three tokens -> [b, 3]"""
+        """Return ratings [b, 3] of a processor's batch; tokens: ids of the three rating tokens."""
         ids = inputs["input_ids"]
         words = self.model.get_input_embeddings()(ids)
         video = inputs["pixel_values_videos"].to(words.dtype)
@@ -77,8 +73,7 @@ class Rated(torch.nn.Module):
 
 
 def renamed(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """model.pth's weights under the names of Rated, with the adapters added to the layers that they
-    adapt."""
+    """Return the weights of model.pth under the names of Rated, with the adapters merged."""
     named = {}
     for key, value in state.items():
         if "lora_" in key or "lm_head" in key:
@@ -96,27 +91,21 @@ def renamed(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 @functools.lru_cache(maxsize=1)  # four rewards, one model
 def shared(given: Path | None, batch: int) -> "Ratings":
-    """The model, loaded once for all of its ratings."""
+    """Return the model. It is loaded once for all of its ratings."""
     return Ratings(weights.Source("videoalign", {"videoalign": given} if given else None), batch)
 
 
 class Ratings:
-    """The model with its processor: clips and prompts -> standardised ratings [b, 3]."""
+    """Rate clips with the model and its processor."""
 
     def __init__(self, source: weights.Source, batch: int) -> None:
         path = source.find(REPO, FILE)
-        about, vocabulary = (
-            source.find(BASE, file, beside=True) for file in ("config.json", "tokenizer.json")
+        about = source.find(BASE, "config.json", beside=True)
+        vocabulary = source.find(BASE, "tokenizer.json", beside=True)
+        config = Qwen2VLConfig(**json.loads(about.read_text()))
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_file=str(vocabulary), pad_token="<|endoftext|>"
         )
-        try:
-            config = Qwen2VLConfig(**json.loads(about.read_text()))
-            tokenizer = PreTrainedTokenizerFast(
-                tokenizer_file=str(vocabulary), pad_token="<|endoftext|>"
-            )
-        except Exception as error:  # whatever a broken file makes tokenizers say
-            raise InputError(
-                f"reward videoalign: {about} and {vocabulary} are not Qwen2-VL's ({error!r})"
-            ) from None
         tokenizer.add_tokens(list(RATED), special_tokens=True)
         self.batch, self.tokens = batch, tokenizer.convert_tokens_to_ids(list(RATED))
         frames = Qwen2VLVideoProcessor(do_resize=False, do_sample_frames=False)
@@ -130,8 +119,10 @@ class Ratings:
 
     @torch.no_grad()
     def rate(self, media: torch.Tensor, prompts: list[str], fps: float) -> torch.Tensor:
-        """Clips [b, F, 3, H, W] in [0, 1] of b prompts -> ratings VQ, MQ, TA [b, 3]; the last ones
-        are remembered."""
+        """Return standardised ratings VQ, MQ, TA [b, 3] of clips [b, F, 3, H, W] in [0, 1].
+
+        The last ratings are kept, because four rewards may ask for the same clips.
+        """
         if self.last[0]() is media and self.last[1] == prompts:
             return self.last[2]
         device = media.device
@@ -154,11 +145,13 @@ class Ratings:
 
 
 def seen(clip: torch.Tensor, fps: float) -> torch.Tensor:
-    """[F, 3, H, W] in [0, 1] -> the frames that the model sees, levels [f, 3, h, w]: two a second,
-    an even number. Raises InputError for a single frame."""
+    """Return the model's frames, levels [f, 3, h, w], for a clip [F, 3, H, W] in [0, 1].
+
+    f is even, with two frames per second. Raises InputError for a single frame.
+    """
     length = len(clip)
     if length < 2:
-        raise InputError("reward videoalign: takes clips of two frames or more; give --frames")
+        raise InputError("reward videoalign: needs clips of two frames or more. Increase --frames.")
     number = min(max(length / fps * RATE, FEWEST), min(MOST, length) // 2 * 2)
     at = torch.linspace(0, length - 1, round(number / 2) * 2).round().long()
     levels = pixels.levels(clip[at.to(clip.device)]).byte()
@@ -167,8 +160,10 @@ def seen(clip: torch.Tensor, fps: float) -> torch.Tensor:
 
 
 def resized(height: int, width: int) -> tuple[int, int]:
-    """Sides of a frame as the model sees it: multiples of 28, of about the same shape, of 100,352
-    to 200,704 pixels."""
+    """Return height and width of a frame for the model.
+
+    They are multiples of 28 with about the same proportions, and 100,352 to 200,704 pixels.
+    """
     h, w = (max(SIDE, round(side / SIDE) * SIDE) for side in (height, width))
     factor = (height * width / LARGEST) ** 0.5
     if h * w > LARGEST:
@@ -180,12 +175,14 @@ def resized(height: int, width: int) -> tuple[int, int]:
 
 
 class VideoAlign:
-    """Reward: the sum of the three ratings, typically -3 to 5; no bounds. Clips alone.
+    """Score clips by the sum of the three ratings, typically -3 to 5 and without bounds.
 
-    `KwaiVGI/VideoReward` (checkpoint-11352/model.pth, 5 GB), Apache-2.0, with config.json and
-    tokenizer.json of `Qwen/Qwen2-VL-2B-Instruct`, Apache-2.0. Two frames a second by --fps, of at
-    most 448 x 448 pixels. Checked against a transcription of the official code on transformers'
-    Qwen2-VL (tests/test_rewards_videoalign.py). The scales are estimates."""
+    Weights: `KwaiVGI/VideoReward` (checkpoint-11352/model.pth, 5 GB), Apache-2.0, with config.json
+    and tokenizer.json of `Qwen/Qwen2-VL-2B-Instruct`, Apache-2.0. The model sees two frames per
+    second by --fps, of at most 448 x 448 pixels. Tests compare it with a transcription of the
+    official code on transformers' Qwen2-VL (tests/test_rewards_videoalign.py). The scales are
+    estimates.
+    """
 
     video, image = True, False
     scale = 1.5
@@ -193,28 +190,28 @@ class VideoAlign:
     parts = (0, 1, 2)
 
     def load(self, source: weights.Source, batch: int = 16) -> None:
-        """Fetches the weights; raises InputError if they are missing or do not fit."""
+        """Load the weights. Raises InputError if they are missing or do not fit."""
         self.ratings = shared(source.given or source.of("videoalign").given, batch)
 
     def score(self, media: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
-        """media [b, F, 3, H, W] in [0, 1], prompts b strings -> [b] float32."""
+        """Return the scores [b] float32 of clips [b, F, 3, H, W] in [0, 1] with b prompts."""
         assert len(media) == len(prompts), f"{len(media)} samples, {len(prompts)} prompts"
         return self.ratings.rate(media, list(prompts), self.fps)[:, self.parts].sum(1)
 
 
 class VisualQuality(VideoAlign):
-    """Reward: the rating of visual quality alone."""
+    """Score clips by visual quality only."""
 
     scale, parts = 0.6, (0,)
 
 
 class MotionQuality(VideoAlign):
-    """Reward: the rating of motion quality alone."""
+    """Score clips by motion quality only."""
 
     scale, parts = 0.6, (1,)
 
 
 class TextAlignment(VideoAlign):
-    """Reward: the rating of text alignment alone."""
+    """Score clips by text alignment only."""
 
     scale, parts = 0.6, (2,)

@@ -1,9 +1,10 @@
-"""VideoCLIP-XL (arXiv 2410.00741): whether a clip shows what a long description says.
+"""VideoCLIP-XL (arXiv 2410.00741): how well a clip matches a long description.
 
 The image encoder is ViCLIP's (arXiv 2307.06942): CLIP's ViT-L/14 in which the patches of all frames
-attend to each other. The text encoder is CLIP's with 248 positions, the first 20 of which are
-CLIP's own (Long-CLIP, 2403.15378). Both are put together here from open_clip's transformer, whose
-names for the weights are the checkpoint's."""
+attend to each other. The text encoder is CLIP's with 248 positions, the first 20 of which are those
+of CLIP (Long-CLIP, 2403.15378). Both are built from open_clip's transformer, whose weights have the
+same names as the checkpoint's.
+"""
 
 import math
 
@@ -22,7 +23,7 @@ KEPT = 20  # positions whose embedding is CLIP's own
 
 
 class ClipOfFrames(torch.nn.Module):
-    """ViCLIP's image encoder: [b, F, 3, H, W] -> [b, D], patches of all frames in one sequence."""
+    """Encode clips [b, F, 3, H, W] to [b, D] with ViCLIP: all frames' patches in one sequence."""
 
     def __init__(
         self, size: int, patch: int, width: int, layers: int, heads: int, output: int
@@ -37,7 +38,7 @@ class ClipOfFrames(torch.nn.Module):
         self.proj = torch.nn.Parameter(torch.zeros(width, output))
 
     def forward(self, clips: torch.Tensor) -> torch.Tensor:
-        """Frames [b, F, 3, H, W], normalised -> embeddings [b, D]."""
+        """Return embeddings [b, D] of normalised frames [b, F, 3, H, W]."""
         x = self.conv1(clips.transpose(1, 2)).flatten(3)  # [b, W, F, N]
         x = (
             x.permute(0, 2, 3, 1)
@@ -50,7 +51,7 @@ class ClipOfFrames(torch.nn.Module):
 
 
 class TwoEncoders(torch.nn.Module):
-    """Both encoders: `text` and `video`."""
+    """Hold both encoders, `text` and `video`."""
 
     def __init__(
         self,
@@ -61,7 +62,7 @@ class TwoEncoders(torch.nn.Module):
         output: int = 768,
         vocabulary: int = 49408,
     ) -> None:
-        """video, text: width, layers, heads."""
+        """Build the encoders. video, text: (width, layers, heads)."""
         super().__init__()
         self.size = size
         self.video, (width, layers, heads) = ClipOfFrames(size, patch, *video, output), text
@@ -71,9 +72,10 @@ class TwoEncoders(torch.nn.Module):
 
 
 def renamed(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """VideoCLIP-XL.bin's weights under the names of TwoEncoders. The two tables of positions become
-    one: CLIP's own for the first 20, the new ones after them. Its temperatures belong to the
-    training."""
+    """Return the weights of VideoCLIP-XL.bin under the names of TwoEncoders.
+
+    The two tables of positions become one: CLIP's for the first 20, then the new ones.
+    """
     named = {}
     for key, value in state.items():
         if key.startswith("vision_model.vision_encoder."):
@@ -92,8 +94,10 @@ def renamed(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def sizes(state: dict[str, torch.Tensor]) -> dict[str, int | tuple[int, int, int]]:
-    """The weights under TwoEncoders' names -> its sizes, which they tell; a head has 64 numbers, as
-    in every CLIP. Of weights that lack some, none: then its own sizes stand."""
+    """Return the arguments of TwoEncoders that fit its weights, {} if some weights are missing.
+
+    An attention head has 64 dimensions, as in every CLIP.
+    """
     try:
         width, _, _, patch, _ = state["video.conv1.weight"].shape
         places, output = len(state["video.positional_embedding"]) - 1, state["video.proj"].shape[1]
@@ -118,14 +122,14 @@ def sizes(state: dict[str, torch.Tensor]) -> dict[str, int | tuple[int, int, int
 
 
 class VideoClipXL(Cosine):
-    """Reward: the cosine of clip and prompt, typically 0.1 to 0.35. Needs clips of at least 8
-    frames.
+    """Score clips of at least 8 frames by the cosine with the prompt, typically 0.1 to 0.35.
 
-    `alibaba-pai/VideoCLIP-XL` (VideoCLIP-XL.bin), CC BY-NC-SA 4.0: not for commercial use. Of n
-    frames it takes `frames[:: n // 8][:8]`, each squashed to 224x224 without antialiasing, ImageNet
-    mean and std, as its demo does with OpenCV (whose bilinear weights are fixed-point numbers: a
-    level of difference here and there). Prompts are cut at 248 tokens. Checked against a float32
-    transcription of the official model (tests/test_rewards_videoclip_xl.py). Scale: an estimate.
+    Weights: `alibaba-pai/VideoCLIP-XL` (VideoCLIP-XL.bin), CC BY-NC-SA 4.0, not for commercial use.
+    For n frames the model sees `frames[:: n // 8][:8]`, each squashed to 224x224 without
+    antialiasing, with ImageNet's mean and std. Its demo does so with OpenCV, whose fixed-point
+    bilinear weights change some pixels by one level. Prompts are cut at 248 tokens. Tests compare
+    it with a float32 transcription of the official model (tests/test_rewards_videoclip_xl.py). The
+    scale is an estimate.
     """
 
     repo, file = "alibaba-pai/VideoCLIP-XL", "VideoCLIP-XL.bin"
@@ -133,7 +137,7 @@ class VideoClipXL(Cosine):
     scale = 0.02
 
     def build(self, source: weights.Source) -> torch.nn.Module:
-        """Fetches the weights and returns the module with them. Raises InputError."""
+        """Load the weights and return the module with them."""
         path = source.find(self.repo, self.file)
         self.tokens = open_clip.SimpleTokenizer(context_length=CONTEXT)
         state = renamed(weights.read(source.name, path))
@@ -142,12 +146,14 @@ class VideoClipXL(Cosine):
         return weights.fill(source.name, module, state, path)
 
     def media(self, clips: torch.Tensor) -> torch.Tensor:
-        """Clips [b, F, 3, H, W] in [0, 1] -> embeddings [b, D]. Raises InputError below 8
-        frames."""
+        """Return embeddings [b, D] of clips [b, F, 3, H, W] in [0, 1].
+
+        Raises InputError for clips of fewer than 8 frames.
+        """
         if clips.shape[1] < FRAMES:
             raise InputError(
-                f"reward videoclip-xl looks at {FRAMES} frames of a clip, these have "
-                f"{clips.shape[1]}; give --frames"
+                f"reward videoclip-xl: needs clips of {FRAMES} frames or more, these have "
+                f"{clips.shape[1]}. Increase --frames."
             )
         clips = pixels.levels(clips[:, :: clips.shape[1] // FRAMES][:, :FRAMES])
         frames = F.interpolate(clips.flatten(0, 1), (self.size, self.size), mode="bilinear").round()
@@ -156,5 +162,5 @@ class VideoClipXL(Cosine):
         )
 
     def texts(self, prompts: list[str], device: torch.device) -> torch.Tensor:
-        """n prompts -> embeddings [n, D]."""
+        """Return embeddings [n, D] of n prompts."""
         return self.module.text(self.tokens(prompts).to(device))

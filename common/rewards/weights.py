@@ -1,30 +1,31 @@
-"""Weights of the learned rewards: found by --reward-path, in the Hugging Face cache or on the hub,
-and loaded whole."""
+"""Find and load the weights of the learned rewards."""
 
 from pathlib import Path
 
 import torch
 
+from common import errors
 from common.errors import InputError
 
 
 class Source:
-    """Where the weights of one reward come from: what --reward-path says {name: path}, or else the
-    hub."""
+    """Find the weights of one reward: at a path of --reward-path, or on the hub."""
 
     def __init__(self, name: str, paths: dict[str, str | Path] | None = None) -> None:
-        self.name, self.paths = name, paths or {}
-        self.given = Path(self.paths[name]) if name in self.paths else None  # a file, or a folder
+        """Keep the name of the reward, and the paths {name: path} of --reward-path."""
+        self.name = name
+        self.paths = paths or {}
+        self.given = Path(self.paths[name]) if name in self.paths else None  # a file or a folder
 
     def of(self, name: str) -> "Source":
-        """That of another reward."""
+        """Return the Source of another reward."""
         return Source(name, self.paths)
 
     def find(self, repo: str, file: str, beside: bool = False) -> Path:
-        """The path of a file; beside: of one that belongs to the weights and is looked for next to
-        them first.
+        """Return the path of a file: the given one, or `file` of the hub's `repo`.
 
-        Raises InputError with the file, the hub id and the flag.
+        beside: look for the file next to the weights first. Raises an InputError that names the
+        file, the repository and the flag.
         """
         if self.given:
             folder = self.given if self.given.is_dir() else self.given.parent
@@ -33,88 +34,59 @@ class Source:
                 return path
             if not beside:
                 raise InputError(
-                    f"reward {self.name}: there is no file {path} (--reward-path "
-                    f"{self.name}={self.given})"
+                    f"--reward-path {self.name}={self.given}: there is no file {path}. Correct the "
+                    "path."
                 )
-        return self._from_hub(repo, file)
+        from common import hub  # imports huggingface_hub
 
-    def _from_hub(self, repo: str, file: str) -> Path:
-        from common import hub  # and with it its client
-
-        try:
+        download = f"run `hf download {repo} {file}` where there is a network"
+        with errors.loading(
+            f"reward {self.name}:",
+            f"{file} of {repo}",
+            do=f"{download}, or give --reward-path {self.name}=FILE",
+        ):
             return hub.find(repo, file)
-        except hub.ERRORS:
-            raise InputError(
-                f"reward {self.name}: {file} of {repo} is not in the Hugging Face cache, and the "
-                "hub does not give it; "
-                f"run `hf download {repo} {file}` where there is a network, or give "
-                f"--reward-path {self.name}=FILE"
-            ) from None
 
 
 def read(name: str, path: Path) -> dict[str, torch.Tensor]:
-    """A checkpoint's weights {name: tensor} on the CPU; raises InputError for a file that holds
-    none."""
+    """Return the weights {name: tensor} of a checkpoint, on the CPU. Raises InputError."""
     from safetensors.torch import load_file
 
-    try:
+    with errors.loading(f"reward {name}: checkpoint", path, do="download it again"):
         if Path(path).suffix == ".safetensors":
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
         state = state.get("state_dict", state)
-        return {
-            key.removeprefix("module."): value
-            for key, value in state.items()
-            if torch.is_tensor(value)
-        }
-    except Exception as error:  # whatever a broken file makes torch say
-        raise InputError(
-            f"reward {name}: {path} is no checkpoint: {(str(error) or repr(error)).splitlines()[0]}"
-        ) from None
+        tensors = {key: value for key, value in state.items() if torch.is_tensor(value)}
+        return {key.removeprefix("module."): value for key, value in tensors.items()}
 
 
 def fill(
     name: str, module: torch.nn.Module, state: dict[str, torch.Tensor], path: Path
 ) -> torch.nn.Module:
-    """Puts `state` {name: tensor} into the module, every weight of it, ready to score; raises
-    InputError for a checkpoint of another shape. Weights on top of those are an error too: they are
-    another model's."""
-    expected = {key: value.shape for key, value in module.state_dict().items()}
-    state = {
-        key: value for key, value in state.items() if not key.endswith("position_ids")
-    }  # numbers 0, 1, 2, ...
-    wrong = [key for key in expected if key in state and state[key].shape != expected[key]]
-    missing, extra = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
-    if wrong or missing or extra:
-        reasons = [f"it lacks {missing[0]}"] if missing else []
-        reasons += [f"it also has {extra[0]}"] if extra else []
-        reasons += [
-            f"its {key} is {list(state[key].shape)}, not {list(expected[key])}" for key in wrong[:1]
-        ]
-        raise InputError(
-            f"reward {name}: {path} is the checkpoint of another model: {', '.join(reasons)} (of "
-            f"{len(expected)} "
-            f"weights {len(missing)} are missing and {len(wrong)} have another shape; "
-            f"{len(extra)} are unknown)"
-        )
-    module.load_state_dict(state)
+    """Return the module with exactly the weights `state` {name: tensor}, ready to score.
+
+    Raises InputError if a weight is missing, unknown or of another shape.
+    """
+    state = {key: value for key, value in state.items() if not key.endswith("position_ids")}
+    with errors.loading(f"reward {name}: checkpoint", path, do="give the checkpoint of this model"):
+        module.load_state_dict(state)
     return module.eval().requires_grad_(False)
 
 
 def placed(module: torch.nn.Module, device: torch.device) -> torch.nn.Module:
-    """The module on the device of the media, at the first call: in half precision on a GPU, in
-    float32 elsewhere."""
-    weight, dtype = next(module.parameters()), precision(device)
+    """Return the module on a device: in half precision on a GPU, in float32 elsewhere."""
+    weight = next(module.parameters())
+    dtype = precision(device)
     return module if (weight.device, weight.dtype) == (device, dtype) else module.to(device, dtype)
 
 
 def precision(device: torch.device) -> torch.dtype:
-    """The dtype of a reward model's weights on a device."""
+    """Return the dtype of a reward model's weights on a device."""
     return torch.float32 if device.type == "cpu" else torch.float16
 
 
 def autocast(device: torch.device) -> torch.autocast:
-    """Half precision on GPUs with float32 where it matters (norms, softmax); on a CPU float32
-    whatever is around."""
+    """Return a context of half precision on GPUs, and of float32 on a CPU."""
     dtype = precision(device)
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
