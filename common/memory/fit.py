@@ -1,0 +1,211 @@
+"""Measure the free memory, choose how the run fits, and take this process's turn to load."""
+
+import dataclasses
+import shlex
+import sys
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+
+from common import models
+from common.args import Args
+from common.errors import InputError
+from common.memory import activations, turns
+from common.memory.bytes import Launch, number, reward_modules
+from common.memory.ways import ROOM, Counter, MemoryPlan, as_asked, plan, resolved, ways
+from common.models import lora
+from common.models.family import Family
+
+SMALL = 2**30  # bytes of a model's files below which memory is not counted
+LORA = 64  # rank of the LoRA that is proposed when all weights do not fit
+
+
+class Plugin(Protocol):
+    """The settings of the launcher's FSDP2 that are read here."""
+
+    activation_checkpointing: bool
+
+
+class Processes(Protocol):
+    """The processes of a launch, as far as they are used here."""
+
+    device: torch.device
+    dtype: torch.dtype
+    world: int
+    per_machine: int
+    fsdp: Plugin | None
+    offloads: bool
+    """Whether shards are on the CPU between passes."""
+
+    def collect(self, thing: Any) -> list:
+        """Return the `thing` of every process."""
+
+    def mesh(self, shards: int) -> Any:
+        """Make the mesh of sharded weights, all processes together."""
+
+    def print(self, *words: object) -> None:
+        """Print on rank 0."""
+
+
+def settle(
+    args: Args, processes: Processes, scorers: Mapping[str, object], keep_initial: bool
+) -> MemoryPlan:
+    """Return how the run fits into memory, print what was chosen, and take the turn to load.
+
+    All processes call it together, before the model is loaded. `args` is not changed. Models whose
+    files are below 1 GiB are not counted: they run as asked. Once it has returned a plan with a
+    turn, processes must not wait for one another until that turn has ended.
+
+    scorers: {name: scorer}, loaded; keep_initial: whether a copy of the initial weights is kept.
+    Raises InputError with command lines that fit when no way to run does.
+    """
+    launch = launch_of(processes)
+    _check_launch(args, launch)
+    # before any process loads: what others load does not count, and all of them take part
+    measured = processes.collect((free_bytes(processes.device, launch.per_machine), turns.free()))
+    free, free_host = (min(values) for values in zip(*measured))
+    model = outline(args, launch.dtype)
+    if model is None:
+        return as_asked(args, launch)
+    rewards = launch.dtype.itemsize * sum(map(number, reward_modules(scorers.values())))
+    counter = Counter(model, launch, keep_initial, rewards)
+    found = plan(args, counter, free)
+    if found is None:
+        raise InputError(_refusal(args, counter, free))
+    for line in found.lines:
+        processes.print(line)
+    peak, kept = turns.loading_bytes(
+        model, found.args, launch=launch, shards=found.shards, keep_initial=keep_initial
+    )
+    if turns.in_turns(args.model, peak, kept, free_host):
+        if found.sharded:
+            processes.mesh(found.shards)  # processes must not wait for one another in a turn
+        return dataclasses.replace(found, turn=turns.Turn())
+    return found
+
+
+def launch_of(processes: Processes) -> Launch:
+    """Return what counting needs to know of the processes."""
+    fsdp = processes.fsdp
+    return Launch(
+        dtype=processes.dtype,
+        device=processes.device.type,
+        world=processes.world,
+        per_machine=processes.per_machine,
+        sharded=fsdp is not None,
+        checkpointing=fsdp is not None and bool(fsdp.activation_checkpointing),
+        offloads=fsdp is not None and processes.offloads,
+    )
+
+
+def _check_launch(args: Args, launch: Launch) -> None:
+    """Raise InputError for a setting that does not belong to this launch."""
+    if args.exchange_often and not launch.sharded:
+        raise InputError(
+            "--exchange-often: it needs sharded weights. Launch with configs/fsdp2.yaml, or give "
+            "--no-exchange-often to continue a run that was sharded."
+        )
+
+
+def outline(args: Args, dtype: torch.dtype) -> Family | None:
+    """Return the model without contents, with the LoRA that would be trained; None if it is small.
+
+    Weights that are not trained do not require gradients.
+    """
+    model = models.outline(args.model, dtype, SMALL, **args.model_settings())
+    if model is None:
+        return None
+    for module in model.trainable.values():
+        module.requires_grad_(not args.lora_rank)
+    if args.lora_rank:
+        with torch.device("meta"):
+            lora.adapt_model(
+                model,
+                args.lora_targets,
+                rank=args.lora_rank,
+                alpha=args.lora_rank,
+                seed=args.seed,
+                autocast=dtype != torch.float32,
+            )
+    return model
+
+
+def free_bytes(device: torch.device, per_machine: int) -> float:
+    """Return the bytes of memory that this process can take now.
+
+    On a CPU the processes of a machine share what it has.
+    """
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return turns.free() / per_machine
+
+
+# --- When no way fits ---
+
+
+def _refusal(args: Args, counter: Counter, free: float) -> str:
+    """Return why the run does not fit: the bytes of the way that needs the least, by kind."""
+    asked = as_asked(args, counter.launch)
+    kinds = counter.kinds(ways(asked.args, counter.launch)[-1], asked.batch)
+    listed = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in kinds.items() if size)
+    advice = "Make smaller samples (--height, --width, --frames), or use more GPUs."
+    if fits := commands_that_fit(args, counter, free):
+        advice = f"Commands that fit: {'; '.join(fits)}"
+    return (
+        f"--model {args.model}: each process needs at least {sum(kinds.values()) / 2**30:.1f} GiB "
+        f"({listed}) and may take {ROOM * free / 2**30:.1f} GiB. {advice}"
+    )
+
+
+def commands_that_fit(args: Args, counter: Counter, free: float) -> list[str]:
+    """Return command lines that fit: one row a pass, a LoRA, more GPUs. Arguments as of `plan`."""
+    script = shlex.join(sys.argv)
+    launch = counter.launch
+    small_pass = "" if resolved(args).micro_batch == 1 else " --micro-batch 1"
+    one_row = dataclasses.replace(args, micro_batch=1)
+    found = []
+    if small_pass and plan(one_row, counter, free):
+        found.append(f"accelerate launch {script}{small_pass}")
+    if not args.lora_rank:
+        lora = dataclasses.replace(one_row, lora_rank=LORA)
+        adapted = Counter(outline(lora, launch.dtype), launch, rewards=counter.rewards)
+        if plan(lora, adapted, free):
+            found.append(f"accelerate launch {script} --lora-rank {LORA}{small_pass}")
+    for world in (2, 4, 8, 16, 32):
+        if world <= launch.world or args.prompts_per_step * args.group_size % world:
+            continue
+        config = "fsdp2" if world <= 8 else "fsdp2_multi_node"
+        larger = dataclasses.replace(
+            launch,
+            world=world,
+            per_machine=min(world, 8),
+            sharded=True,
+            checkpointing=True,
+            offloads=False,
+        )
+        if plan(one_row, dataclasses.replace(counter, launch=larger), free):
+            words = f"accelerate launch --config_file configs/{config}.yaml"
+            found.append(f"{words} --num_processes {world} {script}{small_pass}")
+            break
+    return found
+
+
+# --- Used by slas.py --gamma auto ---
+
+
+def check_twice_differentiated(model: Family, dtype: torch.dtype, rows: int, free: float) -> None:
+    """Raise InputError if a pass that is differentiated twice does not fit into `free` bytes.
+
+    The caller has chosen an attention kernel that can be differentiated twice: it keeps the scores
+    of every block. rows: of a pass. Models below 1 GiB are not counted.
+    """
+    if 4 * sum(map(number, model.trainable.values())) < SMALL:
+        return
+    need = 2 * rows * activations.row_bytes(model, dtype, checkpointing=False)
+    if need > free:
+        raise InputError(
+            f"--gamma auto: measuring the Fisher matrix with {rows} rows needs "
+            f"{need / 2**30:.1f} GiB for attention scores, and {free / 2**30:.1f} GiB are free. "
+            "Choose a number for --gamma, or make smaller samples (--height, --width, --frames)."
+        )
