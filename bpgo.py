@@ -1,340 +1,386 @@
-"""Bayesian prior-guided optimization (BPGO, arXiv 2511.18919): how far is a reward trusted? Against
-grpo_base.py:
+"""Bayesian prior-guided optimization (BPGO, arXiv 2511.18919). Against grpo_base.py it adds:
 
-  1. a prior says which reward a prompt's samples are expected to get (section 4.1);
-  2. RAS: a group counts more when its mean is above the prior, less when it is below;
-  3. CRT: a second term whose advantages come from rewards stretched around the prior, on the same ratio.
+  Setup, Advantage   a prior: the reward that the samples of a prompt are expected to get
+  Advantage          reliability-aware scaling (RAS): groups that score above the prior get larger
+                     weights, others smaller ones
+  Advantage, Update  contrastive reward transformation (CRT): a second surrogate on the same ratio,
+                     with advantages from rewards that are stretched around the prior
+  Log                the prior, and how far groups are trusted
 
 The sampler of a flow model becomes a stochastic policy (common/sde.py): each denoising step is a
-Gaussian with an exact log-probability. A step samples G images for each of P prompts, scores them,
-and raises the probability of those above their group's mean:
+Gaussian with an exact log-probability. A training step samples G images for each of P prompts,
+scores them, and raises the probability of those that score above the mean of their group:
 
-    A_ij = (R_ij - mean_j R_ij) / (std_j R_ij + eps)                     compute_advantages
-    rho  = exp(log_prob_new - log_prob_old)                              sde.sde_step, to sample and to re-score
-    L    = - mean of min(rho A, clip(rho, 1 - c, 1 + c) A)               loss.clipped_surrogate
-    w_i  = 1 + alpha (2 sigmoid(k (mean_j R_ij - prior_i)) - 1)          reliability_weights       eq 2
-    Rt   = (lambda (R - prior) + 1[R > prior]) exp(R)                    contrastive_rewards       eq 4
-    L    = w_i L(A) + beta L(A of Rt)                                    Update                    eq 3, 5, 6
-           + kl_coef |mean - mean_ref|^2 / (2 std^2)                     loss.gaussian_kl
+    A_ij = (R_ij - mean_j R_ij) / (std_j R_ij + eps)                   compute_advantages
+    rho  = exp(log_prob_new - log_prob_old)                            main, Update; sde.sde_step
+    L(A) = - mean of min(rho A, clip(rho, 1 - c, 1 + c) A)             loss.clipped_surrogate
+    w_i  = 1 + alpha (2 sigmoid(k (mean_j R_ij - prior_i)) - 1)        reliability_weights   eq 2
+    Rt   = (lambda (R - prior) + 1[R > prior]) exp(R)                  contrastive_rewards   eq 4
+    L    = w_i L(A) + beta L(A of Rt)                       main, Advantage and Update    eq 3, 5, 6
+           + kl_coef |mean - mean_ref|^2 / (2 std^2)                   loss.gaussian_kl
 
-Shapes: P prompts a step, G samples a prompt (the group), B = P * G rows, b rows of this process, T
-denoising steps.
+Shapes: P prompts a step, G samples a prompt (the group); row = prompt * G + sample, b rows on each
+process; n rows of a micro-batch, the last of which may be padding; T denoising steps.
 
     python bpgo.py               # on GPUs: accelerate launch bpgo.py --model flux
 """
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Literal
 
 import torch
-from torch.nn.functional import pad
 
 import papers
-from common import cli, errors, loss, models, rewards, sde
+from common import cli, errors, groups, loss, memory, models, sde
+from common.args import Args as SharedArgs
+from common.args import From
+from common.models.family import Family
 from common.prompts import prompts_ahead, prompts_of_step, read_prompts
-from common.reporting.report import Clock, Report
-from common.rewards.scoring import Scoring
-from common.trainer import heldout
-from common.trainer.runtime import Runtime
+from common.rewards import Rewards
+from common.trainer import Checkpoints, Clock, Evaluator, Log, Policy, Processes
 
-EPS = 1e-8  # in every division by a standard deviation
-# steps that the running mean goes back: the mean of all while there are fewer, then exponential
-MEMORY = 50
+EPS = 1e-8  # added to every standard deviation that rewards are divided by
+RUNNING_MEAN_STEPS = 50  # the running mean is exact for so many steps, then exponential
 
 
 @dataclass
-class Args(cli.Args):
-    alpha: Annotated[float, cli.From(0, 1)] = 0.5
-    """RAS: how far trust goes from 1 (table 3: best of 0.1, 0.5, 0.7, 0.9); 0: a plain first
-    term."""
-    k: Annotated[float, cli.From(0, 1000)] = 1.0
-    """RAS: how steeply trust rises with (mean reward - prior) / scale."""
-    beta: Annotated[float, cli.From(0, 1000)] = 0.5
-    """CRT: weight of the second term; 0: RAS alone."""
+class Args(SharedArgs):
+    alpha: Annotated[float, From(0, 1)] = 0.5
+    """RAS: weights of groups lie in [1 - alpha, 1 + alpha]. 0 gives all groups weight 1."""
+    k: Annotated[float, From(0, 1000)] = 1.0
+    """RAS: how steeply the weight rises with (mean reward - prior) / reward scale."""
+    beta: Annotated[float, From(0, 1000)] = 0.5
+    """CRT: weight of the second surrogate. 0 disables it: RAS alone."""
     crt_alone: bool = False
-    """The second term by itself, without a weight: eq 5."""
-    lam: Annotated[float, cli.From(0, 1000)] = 1.0
-    """CRT: weight of (reward - prior) / scale beside the step at the prior."""
-    prior: Annotated[
-        Literal["running-mean", "sft", "first-frame", "constant"], cli.Start("sft")
-    ] = "running-mean"
-    """Mean of the rewards so far; of the initial weights' own samples; of the conditioning image;
-    --prior-value."""
-    prior_value: Annotated[float, cli.From(-1e6, 1e6)] = 0.0
-    """The reward that --prior constant expects."""
-    reward_scale: Annotated[float, cli.From(0, 1e6)] = 0.0
-    """Unit of reward - prior in --k and --lam; 0: the spread that the rewards declare; 1: the
-    equations as printed."""
-    SETTINGS, CURVES = papers.BPGO, ("prior", "trust")
+    """Train on the surrogate of CRT alone (eq 5), without RAS and --beta."""
+    lam: Annotated[float, From(0, 1000)] = 1.0
+    """CRT: weight of (reward - prior) / reward scale, added to the step of 1 at the prior."""
+    prior: Literal["running-mean", "sft", "first-frame", "constant"] = "running-mean"
+    """The expected reward: the mean of the rewards so far; the mean reward of the initial model's
+    samples of the prompt (sft); the reward of the prompt's image as a still video (first-frame,
+    image-to-video models only); or --prior-value."""
+    prior_value: Annotated[float, From(-1e6, 1e6)] = 0.0
+    """The expected reward of --prior constant."""
+    reward_scale: Annotated[float, From(0, 1e6)] = 0.0
+    """Unit of reward - prior in --k and --lam. 0: the spread within a group that the rewards
+    declare. 1: the equations as printed."""
+
+    SETTINGS = papers.BPGO
+    CURVES = ("prior", "trust")
+    TITLE = "Bayesian prior-guided optimization (BPGO)"
+    ARXIV = ("2511.18919",)
 
 
-def combine_scores(
-    scores: dict[str, torch.Tensor], weights: dict[str, float | torch.Tensor]
-) -> torch.Tensor:
-    """{name: [P, G]} and {name: weight} -> rewards [P, G]: the weighted sum."""
-    return rewards.weighted_sum(scores, weights)
+def combine_scores(scores: dict[str, torch.Tensor], weights: dict[str, float]) -> torch.Tensor:
+    """Return the weighted sum of the scores: {name: [P, G]}, {name: weight} -> rewards [P, G]."""
+    return sum(weight * scores[name] for name, weight in weights.items() if weight)
 
 
 def compute_advantages(reward: torch.Tensor, adv_clip_max: float) -> torch.Tensor:
-    """Rewards [P, G] -> advantages [P, G]: normalised within each group (population standard
-    deviation), clamped.
+    """Return the advantages: rewards [P, G] -> [P, G], normalised within each group and clamped.
 
-    A group whose rewards are all equal has advantage 0, exactly, as has a sample without a score
-    (NaN)."""
+    The standard deviation is the population one. A group whose rewards are all equal has advantage
+    0, exactly, as has a sample without a score (NaN).
+    """
     centred = reward - reward.nanmean(1, keepdim=True)
     advantages = centred / (centred.square().nanmean(1, keepdim=True).sqrt() + EPS)
-    return torch.where(zero_variance(reward) | reward.isnan(), 0.0, advantages).clamp(
-        -adv_clip_max, adv_clip_max
-    )
-
-
-def zero_variance(reward: torch.Tensor) -> torch.Tensor:
-    """Rewards [P, G] -> [P, 1]: groups that have nothing to teach: all their scores are equal, or
-    fewer than two."""
-    highest = reward.masked_fill(reward.isnan(), -torch.inf).amax(1, keepdim=True)
-    lowest = reward.masked_fill(reward.isnan(), torch.inf).amin(1, keepdim=True)
-    return highest <= lowest  # below it where no sample has a score
-
-
-def keep_rows(reward: torch.Tensor, best_of: int) -> torch.Tensor:
-    """Rewards [P, G] -> rows to train on [P, G] bool: those with a score (not NaN) in groups with
-    two or more of them; of these the best_of/2 highest and lowest of each group; 0: all."""
-    valid = ~reward.isnan()
-    number = valid.sum(1, keepdim=True)  # [P, 1]
-    order = reward.argsort(
-        dim=1, stable=True
-    )  # of each group the numbers of its samples, the worst first, NaN last
-    rank = order.argsort(dim=1)  # of each sample its place in that order
-    half = best_of // 2 if best_of else reward.shape[1]
-    return valid & (number > 1) & ((rank < half) | (rank >= number - half))
-
-
-def split_rows(kept: torch.Tensor, number: int) -> list[torch.Tensor]:
-    """Rows to train on [P, G] bool -> `number` disjoint minibatches of them, each with its share of
-    every group."""
-    turn = kept.cumsum(1)  # the samples of a group are dealt out in turn
-    return [kept & (turn % number == part) for part in range(number)]
+    advantages = torch.where(groups.zero_variance(reward) | reward.isnan(), 0.0, advantages)
+    return advantages.clamp(-adv_clip_max, adv_clip_max)
 
 
 def reliability_weights(
     group_mean: torch.Tensor, prior: torch.Tensor | float, alpha: float, k: float
 ) -> torch.Tensor:
-    """Mean rewards and priors, each [P, 1] -> trust [P, 1] in [1 - alpha, 1 + alpha] (eq 2); 1 for
-    NaN, no score."""
+    """Return the weight of each group, in [1 - alpha, 1 + alpha]: eq 2.
+
+    group_mean [P, 1], prior [P, 1] -> [P, 1]. A group without any score (NaN) has weight 1.
+    """
     return (1 + alpha * (2 * torch.sigmoid(k * (group_mean - prior)) - 1)).nan_to_num(1.0)
 
 
 def contrastive_rewards(
     rewards: torch.Tensor, prior: torch.Tensor | float, lam: float
 ) -> torch.Tensor:
-    """Rewards [P, G] and priors [P, 1] -> rewards stretched around the prior [P, G] (eq 4);
-    exponents stay in +-10."""
+    """Return rewards stretched around the prior: eq 4.
+
+    rewards [P, G], prior [P, 1] -> [P, G]. The exponent is clamped to [-10, 10].
+
+    main passes rewards - prior, and 0 for the prior: exp(R - prior) is exp(R) times a factor of the
+    group, which compute_advantages divides out, and it stays small. The exponent keeps the reward's
+    own unit. For rewards more than 1 below the prior the result falls as the reward rises.
+    """
     return (lam * (rewards - prior) + (rewards > prior)) * torch.exp(rewards.clamp(-10, 10))
 
 
-class Prior:
-    """The reward expected of each prompt's samples (section 4.1); checkpoints hold `state`. Raises
-    InputError."""
+# --- Priors: the expected reward of each prompt (section 4.1). `state` is saved and restored. ---
 
-    def __init__(
-        self, run: Runtime, model: "models.Family", scorers: dict, reward_weights: dict[str, float]
-    ) -> None:
-        self.run, self.about = run, (run, model, scorers, reward_weights)
-        self.ask = {"sft": heldout.initial_reward, "first-frame": heldout.still_reward}.get(
-            run.args.prior
-        )
-        self.state = {"mean": run.args.prior_value, "steps": 0, "known": {}}
-        if run.args.prior == "first-frame" and not hasattr(model, "still"):
-            raise errors.InputError(
-                f"--prior first-frame: {run.args.model} has no conditioning image, take another"
-            )
-        if run.args.prior == "sft":
-            run.keep_initial(model)
+
+class ConstantPrior:
+    """Expects --prior-value of every prompt."""
+
+    def __init__(self, value: float) -> None:
+        self.value = value
+        self.state = {}
 
     def expect(self, prompts: list[str], reward: torch.Tensor) -> torch.Tensor:
-        """P prompts and the rewards [P, G] of their samples -> priors [P, 1]; the running mean
-        moves on after that."""
-        mean, steps, known = (self.state[name] for name in ("mean", "steps", "known"))
-        if self.ask:
-            new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in known]
-            known.update(zip(map(str, new), self.ask(*self.about, new).tolist()) if new else ())
-            return reward.new_tensor([known[prompt] for prompt in prompts])[:, None]
-        if self.run.args.prior == "running-mean" and reward.isfinite().any():
+        """Return the expected reward of P prompts, [P, 1]; reward [P, G]: of their samples."""
+        return torch.full_like(reward[:, :1], self.value)
+
+
+class RunningMeanPrior:
+    """Expects the mean of the rewards of the steps before; in the first step, of that step."""
+
+    def __init__(self) -> None:
+        self.state = {"mean": 0.0, "steps": 0}
+
+    def expect(self, prompts: list[str], reward: torch.Tensor) -> torch.Tensor:
+        """Return the expected reward of P prompts, [P, 1]; then include reward [P, G] in it."""
+        mean, steps = self.state["mean"], self.state["steps"]
+        if reward.isfinite().any():
             own = reward.nanmean().item()
-            self.state |= {"mean": mean + (own - mean) / min(steps + 1, MEMORY), "steps": steps + 1}
-            mean = mean if steps else own  # the first step has no past
+            self.state["mean"] = mean + (own - mean) / min(steps + 1, RUNNING_MEAN_STEPS)
+            self.state["steps"] = steps + 1
+            if steps == 0:
+                mean = own
         return torch.full_like(reward[:, :1], mean)
 
 
-def main(args: Args) -> Report:
-    """Trains, and returns the Report. Raises InputError, RunError, Stopped (common/errors.py)."""
+class PromptPrior:
+    """Expects of each prompt what `measure` gives at the prompt's first visit."""
+
+    def __init__(self, measure: Callable[[list[str]], torch.Tensor]) -> None:
+        self.measure = measure  # n prompts -> rewards [n]
+        self.state = {"known": {}}
+
+    def expect(self, prompts: list[str], reward: torch.Tensor) -> torch.Tensor:
+        """Return the expected reward of P prompts, [P, 1]. Raises RunError if one has no score."""
+        known = self.state["known"]
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in known]
+        if new:
+            for prompt, value in zip(new, self.measure(new).tolist()):
+                if math.isnan(value):
+                    raise errors.RunError(f"--prior: {prompt!r} has no score. Take another prior.")
+                known[str(prompt)] = value  # a plain string: a prompt may carry fields
+        return reward.new_tensor([known[prompt] for prompt in prompts])[:, None]
+
+
+def initial_rewards(
+    policy: Policy, evaluator: Evaluator, rewards: Rewards, group_size: int, prompts: list[str]
+) -> torch.Tensor:
+    """Return the mean reward of the initial model's samples of each of n prompts: [n].
+
+    The samples are noise-free, group_size of each prompt.
+    """
+    samples = [prompt for prompt in prompts for _ in range(group_size)]
+    names = list(rewards.weights)  # not the rewards that are only watched
+    scores, _ = evaluator.sample_and_score(samples, names=names, weights=policy.reference)
+    return combine_scores(scores, rewards.weights).view(len(prompts), -1).nanmean(1)
+
+
+def still_rewards(
+    model: Family, evaluator: Evaluator, rewards: Rewards, prompts: list[str]
+) -> torch.Tensor:
+    """Return the reward of each of n prompts' conditioning images, as a still video: [n]."""
+    scores = evaluator.score_media(model.still, prompts, names=list(rewards.weights))
+    return combine_scores(scores, rewards.weights)
+
+
+def make_prior(
+    args: Args, policy: Policy, evaluator: Evaluator, rewards: Rewards
+) -> ConstantPrior | RunningMeanPrior | PromptPrior:
+    """Return the prior of --prior. Raises InputError for a model without conditioning images."""
+    if args.prior == "constant":
+        return ConstantPrior(args.prior_value)
+    if args.prior == "running-mean":
+        return RunningMeanPrior()
+    if args.prior == "sft":
+        return PromptPrior(partial(initial_rewards, policy, evaluator, rewards, args.group_size))
+    if not hasattr(policy.model, "still"):
+        raise errors.InputError(
+            f"--prior first-frame: {args.model} has no conditioning image. Take another prior."
+        )
+    return PromptPrior(partial(still_rewards, policy.model, evaluator, rewards))
+
+
+def main(args: Args) -> Log:
+    """Train, and return the log. Raises InputError, RunError or Stopped (common/errors.py)."""
     # --- Setup ---
     cli.check(args)
-    prompts, reward_weights = read_prompts(args.prompts), rewards.parse(args.reward)
+    processes = Processes(args.process_timeout)
+    rows = processes.rows(args.prompts_per_step * args.group_size)  # [b] global row numbers
+    checkpoints = Checkpoints(args, processes)  # chooses the run's folder, reads --resume
+    prompts = read_prompts(args.prompts)
     eval_prompts = read_prompts(args.eval_prompts) if args.eval_prompts else []
-    scorers = rewards.load(
-        [*args.reward, *args.watch], prompts + eval_prompts, **cli.of_rewards(args)
-    )
-    reward_weights = rewards.in_units(args.reward_units, reward_weights, scorers)
-    run = Runtime(args, scorers)
-    model = models.load(args.model, run.dtype, prompts + eval_prompts, **cli.of_model(args))
+    all_prompts = prompts + eval_prompts
+    rewards = Rewards(args, all_prompts, clips=models.family_of(args.model, args.source).video)
+    keep_initial = args.kl_coef > 0 or args.prior == "sft"
+    plan = memory.settle(args, processes, rewards.scorers, keep_initial)
+    args = plan.args  # --micro-batch auto and what the free memory decides are settled now
+    model = models.load(args.model, processes.dtype, all_prompts, **args.model_settings())
+    policy = Policy(model, args, processes, plan, keep_initial)
+    evaluator = Evaluator(args, model, rewards, eval_prompts, processes, checkpoints)
+    evaluator.smoke_test(prompts[0])  # one sample through model and rewards: faults show now
+    prior = make_prior(args, policy, evaluator, rewards)
+    start = checkpoints.resume(policy, {"prior": prior.state})
+    log = Log(args, checkpoints.output, processes, start)
+    P, G = args.prompts_per_step, args.group_size
     sigmas = model.sigmas(args.sampling_steps, args.shift)  # [T+1]
-    if args.kl_coef:
-        run.keep_initial(model)
-    prior = Prior(run, model, scorers, reward_weights)
-    stateful = {"optimizer": run.prepare(model), **model.trainable}  # what a checkpoint holds
-    stateful["prior"] = prior.state
-    rewards.try_out(scorers, model, prompts[0])
-    start = run.resume(stateful)
-    report = Report(run, start)
-    P, G, B = args.prompts_per_step, args.group_size, args.prompts_per_step * args.group_size
     transition = sde.TRANSITIONS[args.sde]
-    rows = run.rows(B)  # [b]
 
-    for step in report.steps(start, args.steps):
-        metrics = heldout.evaluate(run, report, model, scorers, reward_weights, eval_prompts, step)
-        clock = Clock(run.device)
+    for step in checkpoints.steps(args.steps):
+        metrics = evaluator.run(step, log) if evaluator.due(step) else {}
+        clock = Clock(processes.device)
 
         # --- Rollout ---
-        chance = torch.Generator().manual_seed(
-            args.seed * 1_000_003 + step
-        )  # the choices that all processes share
-        window = sde.random_window(
-            args.sde_steps or args.sampling_steps - 1, args.sde_window, chance
-        )
-        s = sde.diffusion_coefficients(sigmas, args.noise_level, args.sde, window)  # [T]
-        batch = prompts_of_step(prompts, step, P, args.seed)
-        captions = [batch[row // G] for row in rows]
-        cond = model.encode(captions, prompts_ahead(prompts, step, P, args.seed, rows // G))
-        first = rows // G * G if args.same_noise else rows  # whose initial noise a row starts from
-        trajectories, scoring = [], Scoring(scorers, model, captions, run.score_batch)
-        for mb in run.batches(len(rows)):
-            x = sde.RowNoise(args.seed, step, first[mb], run.device)(model.noise_shape)
-            noise = sde.RowNoise(
-                args.seed, step, B + rows[mb], run.device
-            )  # streams behind those of x
-            velocity = partial(model.velocity, cond=models.take(cond, mb))
-            with torch.no_grad():
-                trajectories.append(sde.rollout(velocity, x, sigmas, s, noise, transition))
-            scoring.add(
-                trajectories[-1][0][:, -1]
-            )  # a judge's server works while the next rows are sampled
-        latents, log_probs = (
-            torch.cat(part)[: len(rows)] for part in zip(*trajectories)
-        )  # [b, T+1, ...], [b, T]
+        # for choices that are equal on all processes: the window, the trained steps
+        generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
+        most = args.sde_steps or (args.sampling_steps - 1)  # the last step never has noise
+        window = sde.random_window(most, args.sde_window, generator)
+        # [T] noise of each step; 0 outside the window, where steps are deterministic
+        s = sde.diffusion_coefficients(sigmas, args.noise_level, args.sde, window)
+        step_prompts = prompts_of_step(prompts, step, P, args.seed)  # P prompts
+        row_prompts = [step_prompts[row // G] for row in rows]  # b prompts
+        # encoders that wait on the CPU encode prompts of later steps in the same visit
+        ahead = prompts_ahead(prompts, step, P, args.seed, rows // G)
+        cond = model.encode(row_prompts, ahead)  # {name: [b, ...]}
+        # with --same-noise a group shares the initial noise of its first row
+        start_rows = rows // G * G if args.same_noise else rows  # [b]
+        scoring = rewards.begin(model.decode, row_prompts, size=evaluator.score_batch)
+        latents, log_probs = [], []
+        for mb in processes.batches(len(rows), plan.batch):
+            checkpoints.stop_if_asked()  # after a signal: save, and raise Stopped everywhere
+            start_noise = sde.RowNoise(args.seed, step, start_rows[mb.index], processes.device)
+            # + P * G: other random streams than those of the initial noise
+            sde_noise = sde.RowNoise(args.seed, step, P * G + rows[mb.index], processes.device)
+            velocity_fn = partial(policy.velocity, cond=models.take(cond, mb.index))
+            with policy.sampling():  # no gradients
+                x = start_noise(model.noise_shape)  # [n, ...]
+                # [n, T+1, ...] and [n, T]
+                trajectory, log_prob = sde.rollout(velocity_fn, x, sigmas, s, sde_noise, transition)
+            latents.append(trajectory)
+            log_probs.append(log_prob)
+            scoring.add(trajectory[:, -1])  # a reward on a server works while others are sampled
+        checkpoints.stop_if_asked()  # the last time in this step: an update is never cut
+        # padding rows repeat the last row, so that all passes have one shape; they come last
+        latents = torch.cat(latents)[: len(rows)]  # [b, T+1, ...] float32
+        log_probs = torch.cat(log_probs)[: len(rows)]  # [b, T]
         metrics["rollout_seconds"] = clock.lap()
 
         # --- Reward ---
-        scores = {name: run.gather(score).view(P, G) for name, score in scoring.result().items()}
-        rewards.check_finite(scores, scorers, batch)
+        local_scores = scoring.result()  # {name: [b]}
+        scores = {name: processes.gather(x).view(P, G) for name, x in local_scores.items()}
+        rewards.check(scores, step_prompts)  # a reward that failed, or a score that is not finite
         metrics["reward_seconds"] = clock.lap()
 
         # --- Advantage ---
-        reward = combine_scores(scores, reward_weights)  # [P, G]
-        terms = rewards.terms(
-            args.aggregate, reward, scores, reward_weights
-        )  # what is normalised by itself
-        parts = [w * compute_advantages(r, args.adv_clip_max) for r, w in terms]  # [P, G]
+        reward = combine_scores(scores, rewards.weights)  # [P, G]
+        terms = rewards.terms(reward, scores)  # [(rewards [P, G], weight)], by --aggregate
+        parts = [weight * compute_advantages(r, args.adv_clip_max) for r, weight in terms]
         advantages = sum(parts)  # [P, G]
-        expected = prior.expect(batch, reward)  # [P, 1]
-        unit = args.reward_scale or rewards.scale(
-            scorers, reward_weights
-        )  # eq 4 of R - prior and 0: exp stays small
-        trust = reliability_weights(
-            reward.nanmean(1, keepdim=True), expected, args.alpha, args.k / unit
-        )  # [P, 1]
-        contrast = compute_advantages(
-            contrastive_rewards(reward - expected, 0, args.lam / unit), args.adv_clip_max
-        )
-        both = (
-            (contrast, 0 * contrast)
-            if args.crt_alone
-            else (trust * advantages, args.beta * contrast)
-        )  # eq 5; 3, 6
-        advantage, contrast = map(run.local, both)  # [b]
-        spread = (
-            (reward - reward.nanmean(1, keepdim=True)).square().nanmean(1, keepdim=True).sqrt()
-        )  # [P, 1]
-        kept = keep_rows(reward, args.best_of) & ~(spread < args.min_spread)  # [P, G]
-        minibatches = split_rows(kept, args.minibatches)
+        expected = prior.expect(step_prompts, reward)  # [P, 1]
+        unit = args.reward_scale or rewards.scale
+        group_mean = reward.nanmean(1, keepdim=True)  # [P, 1]
+        trust = reliability_weights(group_mean, expected, args.alpha, args.k / unit)  # [P, 1]
+        # eq 4 of R - prior: a factor common to a group cancels, and exp stays small
+        stretched = contrastive_rewards(reward - expected, 0, args.lam / unit)  # [P, G]
+        contrast = compute_advantages(stretched, args.adv_clip_max)  # [P, G]
+        ras_weight, crt_weight = trust, args.beta  # eq 3 and 6
+        if args.crt_alone:  # eq 5
+            ras_weight, crt_weight = torch.zeros_like(trust), 1.0
+        # a weight >= 0 may multiply the advantages instead of the surrogate
+        local_advantages = processes.local(ras_weight * advantages)  # [b]
+        local_contrast = processes.local(crt_weight * contrast)  # [b]
+        kept = groups.keep_rows(reward, args.best_of, args.min_spread)  # [P, G] bool: trained on
+        minibatches = groups.split_rows(kept, args.minibatches)  # a [P, G] mask for each
 
         # --- Update ---
-        run.blame = partial(
-            rewards.blame, scores, advantages, batch
-        )  # for a gradient that is no number
-        diagnostics = []
-        for update in range(args.updates_per_step * args.minibatches):
-            minibatch = minibatches[update % args.minibatches]
-            # rows without advantage and without KL have no gradient
-            learning = minibatch if args.kl_coef else minibatch & advantages.any(1, keepdim=True)
-            share = learning / minibatch.sum()  # of each sample in the loss [P, G]
-            row_share = pad(run.local(share), (0, 1))  # [b + 1]: 0 for row -1, the filler
+        diagnostics = []  # [update][pass]
+        for update in range(args.updates_per_step * args.minibatches):  # passes x minibatches
+            minibatch = minibatches[update % args.minibatches]  # [P, G] bool
+            learning = minibatch
+            if (
+                not args.kl_coef
+            ):  # groups without advantage have no gradient; they still count below
+                learning = minibatch & advantages.any(1, keepdim=True)
+            # [b] 1 / rows of the minibatch on all processes, whose gradients are summed
+            row_weight = processes.local(learning / minibatch.sum())
+            trained_steps = sde.noisy_steps(s, args.timestep_fraction, generator)
+            # a model may have two networks, for high and low noise: the last step of each
+            last_steps = {model.trained_at(sigmas[t]): t for t in trained_steps}
+            # equally many on every process, of equal size; none if no row learns
+            micro_batches = processes.micro_batches(learning, plan.batch)
             diagnostics.append([])
-            trained = sde.noisy_steps(s, args.timestep_fraction, chance)
-            last_steps = {model.trained_at(sigmas[t]): t for t in trained}  # of each trained module
-            batches = run.micro_batches(learning)
-            for mb in batches:
-                cond_mb = models.take(cond, mb)
-                for t in trained:
-                    x, x_next, at = (
-                        latents[mb, t],
-                        latents[mb, t + 1],
-                        (sigmas[t], sigmas[t + 1], s[t]),
-                    )
-                    # until a module's last pass each process adds up its own gradients
-                    run.exchange_gradients(mb is batches[-1] and t in last_steps.values())
-                    velocity = model.velocity(x, sigmas[t], cond_mb)
-                    _, log_prob, mean = transition(velocity, x, *at, x_next=x_next)
-                    ratio = torch.exp(log_prob - log_probs[mb, t])  # [mb]
-                    row_loss = loss.clipped_surrogate(ratio, advantage[mb], args.clip_range)
-                    row_loss += loss.clipped_surrogate(ratio, contrast[mb], args.clip_range)
-                    if args.kl_coef:
-                        with run.initial_weights():
-                            _, _, reference = transition(
-                                model.velocity(x, sigmas[t], cond_mb), x, *at
-                            )
-                        row_loss += args.kl_coef * loss.gaussian_kl(
-                            mean, reference, sde.transition_std(*at)
+            for mb in micro_batches:
+                cond_mb = models.take(cond, mb.index)
+                weight = row_weight[mb.index] * mb.real  # [n]: padding rows count nothing
+                for t in trained_steps:
+                    x, x_next = latents[mb.index, t], latents[mb.index, t + 1]
+                    sigma, sigma_next = sigmas[t], sigmas[t + 1]
+                    # processes exchange gradients in the last pass of each network
+                    last = mb is micro_batches[-1] and t in last_steps.values()
+                    with policy.sync_gradients(last):
+                        velocity = policy.velocity(x, sigma, cond_mb)
+                        # given x_next nothing is drawn: log_prob [n] and mean [n, ...] of it
+                        _, log_prob, mean = transition(
+                            velocity, x, sigma, sigma_next, s[t], x_next=x_next
                         )
-                    batch_loss = (row_share[mb] * row_loss).sum() / len(trained)
-                    run.backward(batch_loss)
+                        ratio = torch.exp(log_prob - log_probs[mb.index, t])  # [n]
+                        row_loss = loss.clipped_surrogate(
+                            ratio, local_advantages[mb.index], args.clip_range
+                        )
+                        row_loss += loss.clipped_surrogate(
+                            ratio, local_contrast[mb.index], args.clip_range
+                        )
+                        if args.kl_coef:
+                            with policy.reference():  # the initial weights, no gradients
+                                velocity_ref = policy.velocity(x, sigma, cond_mb)
+                            _, _, mean_ref = transition(velocity_ref, x, sigma, sigma_next, s[t])
+                            std = sde.transition_std(sigma, sigma_next, s[t])
+                            row_loss += args.kl_coef * loss.gaussian_kl(mean, mean_ref, std)
+                        loss_share = (weight * row_loss).sum() / len(trained_steps)
+                        policy.backward(loss_share)
                     diagnostics[-1].append(
-                        loss.diagnostics(ratio, args.clip_range, row_share[mb], batch_loss, update)
+                        loss.diagnostics(ratio, args.clip_range, weight, loss_share, update)
                     )
-            metrics["grad_norm"] = run.update() if batches else 0.0
+            metrics["grad_norm"] = 0.0  # the last update's is logged
+            if micro_batches:
+                metrics["grad_norm"] = policy.clip_gradients(args.max_grad_norm)
+                if not torch.isfinite(metrics["grad_norm"]):
+                    cause = rewards.explain(scores, advantages, step_prompts)
+                    raise errors.RunError(f"step {step}: the gradient is not finite. {cause}")
+                policy.step()
         metrics["update_seconds"] = clock.lap()
 
         # --- Log ---
-        metrics |= loss.summarise(diagnostics, run.gather)
-        run.check_ratio(metrics["ratio_error"])
-        metrics |= {
-            "reward_mean": reward.nanmean(),
-            "reward_std": spread.nanmean(),
-            "advantage_abs_mean": advantages.abs().mean(),
-            "masked_samples": reward.isnan().sum(),
-            "skipped_groups": (~kept.any(1)).sum(),
-        }
-        metrics |= {
-            "prior": expected.mean(),
-            **{f"trust_{n}": getattr(trust, n)() for n in ("mean", "min", "max")},
-        }
-        metrics |= {f"{name}_mean": score.nanmean() for name, score in scores.items()}
-        metrics |= rewards.shares(scores, reward_weights, parts)
-        metrics["samples_per_second"] = B / sum(
-            metrics[f"{part}_seconds"] for part in ("rollout", "reward", "update")
-        )
-        report.log(step, metrics)
+        metrics |= loss.summarise(diagnostics, processes.gather)
+        policy.check_ratio(metrics["ratio_error"])  # 1 in the first update, or a bug: RunError
+        metrics["reward_mean"] = reward.nanmean()
+        metrics["reward_std"] = groups.spread(reward).nanmean()
+        metrics["advantage_abs_mean"] = advantages.abs().mean()
+        metrics["masked_samples"] = reward.isnan().sum()
+        metrics["skipped_groups"] = (~kept.any(1)).sum()
+        metrics["prior"] = expected.mean()
+        metrics["trust_mean"] = trust.mean()
+        metrics["trust_min"] = trust.min()
+        metrics["trust_max"] = trust.max()
+        metrics |= rewards.summary(scores, parts)
+        seconds = [metrics[f"{phase}_seconds"] for phase in ("rollout", "reward", "update")]
+        metrics["samples_per_second"] = P * G / sum(seconds)
+        log.row(step, metrics)
 
         # --- Checkpoint ---
-        if run.due(step + 1):
-            run.save(step + 1, stateful)
+        checkpoints.finish(step + 1)
+        if checkpoints.due():
+            checkpoints.save()
+        checkpoints.stop_if_asked()
 
-    final = heldout.evaluate(
-        run, report, model, scorers, reward_weights, eval_prompts, args.steps, last=True
-    )
-    return report.finish(args.steps, final, run.export())
+    if evaluator.due(args.steps, last=True):
+        log.row(args.steps, evaluator.run(args.steps, log, last=True))
+    return log.finish(model, checkpoints.export())
 
 
 if __name__ == "__main__":
-    errors.run(main, cli.parse(Args, __doc__))
+    cli.launch(main, Args, __doc__)

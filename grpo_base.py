@@ -1,17 +1,16 @@
-"""GRPO for image and video generators: DanceGRPO (arXiv 2505.07818) and Flow-GRPO (arXiv
-2505.05470) in one file.
+"""GRPO for image and video generators: DanceGRPO (arXiv 2505.07818) and Flow-GRPO (2505.05470).
 
 The sampler of a flow model becomes a stochastic policy (common/sde.py): each denoising step is a
-Gaussian with an exact log-probability. A step samples G images for each of P prompts, scores them,
-and raises the probability of those above their group's mean:
+Gaussian with an exact log-probability. A training step samples G images for each of P prompts,
+scores them, and raises the probability of those that score above the mean of their group:
 
-    A_ij = (R_ij - mean_j R_ij) / (std_j R_ij + eps)                     compute_advantages
-    rho  = exp(log_prob_new - log_prob_old)                              sde.sde_step, to sample and to re-score
-    L    = - mean of min(rho A, clip(rho, 1 - c, 1 + c) A)               loss.clipped_surrogate
-           + kl_coef |mean - mean_ref|^2 / (2 std^2)                     loss.gaussian_kl
+    A_ij = (R_ij - mean_j R_ij) / (std_j R_ij + eps)                   compute_advantages
+    rho  = exp(log_prob_new - log_prob_old)                            main, Update; sde.sde_step
+    L    = - mean of min(rho A, clip(rho, 1 - c, 1 + c) A)             loss.clipped_surrogate
+           + kl_coef |mean - mean_ref|^2 / (2 std^2)                   loss.gaussian_kl
 
-Shapes: P prompts a step, G samples a prompt (the group), B = P * G rows, b rows of this process, T
-denoising steps.
+Shapes: P prompts a step, G samples a prompt (the group); row = prompt * G + sample, b rows on each
+process; n rows of a micro-batch, the last of which may be padding; T denoising steps.
 
     python grpo_base.py          # on GPUs: accelerate launch grpo_base.py --model flux
 """
@@ -20,220 +19,199 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch.nn.functional import pad
 
 import papers
-from common import cli, errors, loss, models, rewards, sde
+from common import cli, errors, groups, loss, memory, models, sde
+from common.args import Args as SharedArgs
 from common.prompts import prompts_ahead, prompts_of_step, read_prompts
-from common.reporting.report import Clock, Report
-from common.rewards.scoring import Scoring
-from common.trainer import heldout
-from common.trainer.runtime import Runtime
+from common.rewards import Rewards
+from common.trainer import Checkpoints, Clock, Evaluator, Log, Policy, Processes
 
-EPS = 1e-8  # in every division by a standard deviation
+EPS = 1e-8  # added to every standard deviation that rewards are divided by
 
 
 @dataclass
-class Args(cli.Args):
+class Args(SharedArgs):
     """GRPO has no settings beyond the shared ones."""
 
     SETTINGS = papers.GRPO
+    TITLE = "GRPO"
+    ARXIV = ("2505.07818", "2505.05470")
 
 
-def combine_scores(
-    scores: dict[str, torch.Tensor], weights: dict[str, float | torch.Tensor]
-) -> torch.Tensor:
-    """{name: [P, G]} and {name: weight} -> rewards [P, G]: the weighted sum."""
-    return rewards.weighted_sum(scores, weights)
+def combine_scores(scores: dict[str, torch.Tensor], weights: dict[str, float]) -> torch.Tensor:
+    """Return the weighted sum of the scores: {name: [P, G]}, {name: weight} -> rewards [P, G]."""
+    return sum(weight * scores[name] for name, weight in weights.items() if weight)
 
 
 def compute_advantages(reward: torch.Tensor, adv_clip_max: float) -> torch.Tensor:
-    """Rewards [P, G] -> advantages [P, G]: normalised within each group (population standard
-    deviation), clamped.
+    """Return the advantages: rewards [P, G] -> [P, G], normalised within each group and clamped.
 
-    A group whose rewards are all equal has advantage 0, exactly, as has a sample without a score
-    (NaN)."""
+    The standard deviation is the population one. A group whose rewards are all equal has advantage
+    0, exactly, as has a sample without a score (NaN).
+    """
     centred = reward - reward.nanmean(1, keepdim=True)
     advantages = centred / (centred.square().nanmean(1, keepdim=True).sqrt() + EPS)
-    return torch.where(zero_variance(reward) | reward.isnan(), 0.0, advantages).clamp(
-        -adv_clip_max, adv_clip_max
-    )
+    advantages = torch.where(groups.zero_variance(reward) | reward.isnan(), 0.0, advantages)
+    return advantages.clamp(-adv_clip_max, adv_clip_max)
 
 
-def zero_variance(reward: torch.Tensor) -> torch.Tensor:
-    """Rewards [P, G] -> [P, 1]: groups that have nothing to teach: all their scores are equal, or
-    fewer than two."""
-    highest = reward.masked_fill(reward.isnan(), -torch.inf).amax(1, keepdim=True)
-    lowest = reward.masked_fill(reward.isnan(), torch.inf).amin(1, keepdim=True)
-    return highest <= lowest  # below it where no sample has a score
-
-
-def keep_rows(reward: torch.Tensor, best_of: int) -> torch.Tensor:
-    """Rewards [P, G] -> rows to train on [P, G] bool: those with a score (not NaN) in groups with
-    two or more of them; of these the best_of/2 highest and lowest of each group; 0: all."""
-    valid = ~reward.isnan()
-    number = valid.sum(1, keepdim=True)  # [P, 1]
-    order = reward.argsort(
-        dim=1, stable=True
-    )  # of each group the numbers of its samples, the worst first, NaN last
-    rank = order.argsort(dim=1)  # of each sample its place in that order
-    half = best_of // 2 if best_of else reward.shape[1]
-    return valid & (number > 1) & ((rank < half) | (rank >= number - half))
-
-
-def split_rows(kept: torch.Tensor, number: int) -> list[torch.Tensor]:
-    """Rows to train on [P, G] bool -> `number` disjoint minibatches of them, each with its share of
-    every group."""
-    turn = kept.cumsum(1)  # the samples of a group are dealt out in turn
-    return [kept & (turn % number == part) for part in range(number)]
-
-
-def main(args: Args) -> Report:
-    """Trains, and returns the Report. Raises InputError, RunError, Stopped (common/errors.py)."""
+def main(args: Args) -> Log:
+    """Train, and return the log. Raises InputError, RunError or Stopped (common/errors.py)."""
     # --- Setup ---
     cli.check(args)
-    prompts, reward_weights = read_prompts(args.prompts), rewards.parse(args.reward)
+    processes = Processes(args.process_timeout)
+    rows = processes.rows(args.prompts_per_step * args.group_size)  # [b] global row numbers
+    checkpoints = Checkpoints(args, processes)  # chooses the run's folder, reads --resume
+    prompts = read_prompts(args.prompts)
     eval_prompts = read_prompts(args.eval_prompts) if args.eval_prompts else []
-    scorers = rewards.load(
-        [*args.reward, *args.watch], prompts + eval_prompts, **cli.of_rewards(args)
-    )
-    reward_weights = rewards.in_units(args.reward_units, reward_weights, scorers)
-    run = Runtime(args, scorers)
-    model = models.load(args.model, run.dtype, prompts + eval_prompts, **cli.of_model(args))
+    all_prompts = prompts + eval_prompts
+    rewards = Rewards(args, all_prompts, clips=models.family_of(args.model, args.source).video)
+    keep_initial = args.kl_coef > 0
+    plan = memory.settle(args, processes, rewards.scorers, keep_initial)
+    args = plan.args  # --micro-batch auto and what the free memory decides are settled now
+    model = models.load(args.model, processes.dtype, all_prompts, **args.model_settings())
+    policy = Policy(model, args, processes, plan, keep_initial)
+    evaluator = Evaluator(args, model, rewards, eval_prompts, processes, checkpoints)
+    evaluator.smoke_test(prompts[0])  # one sample through model and rewards: faults show now
+    start = checkpoints.resume(policy)
+    log = Log(args, checkpoints.output, processes, start)
+    P, G = args.prompts_per_step, args.group_size
     sigmas = model.sigmas(args.sampling_steps, args.shift)  # [T+1]
-    if args.kl_coef:
-        run.keep_initial(model)
-    stateful = {"optimizer": run.prepare(model), **model.trainable}  # what a checkpoint holds
-    rewards.try_out(scorers, model, prompts[0])
-    start = run.resume(stateful)
-    report = Report(run, start)
-    P, G, B = args.prompts_per_step, args.group_size, args.prompts_per_step * args.group_size
     transition = sde.TRANSITIONS[args.sde]
-    rows = run.rows(B)  # [b]
 
-    for step in report.steps(start, args.steps):
-        metrics = heldout.evaluate(run, report, model, scorers, reward_weights, eval_prompts, step)
-        clock = Clock(run.device)
+    for step in checkpoints.steps(args.steps):
+        metrics = evaluator.run(step, log) if evaluator.due(step) else {}
+        clock = Clock(processes.device)
 
         # --- Rollout ---
-        chance = torch.Generator().manual_seed(
-            args.seed * 1_000_003 + step
-        )  # the choices that all processes share
-        window = sde.random_window(
-            args.sde_steps or args.sampling_steps - 1, args.sde_window, chance
-        )
-        s = sde.diffusion_coefficients(sigmas, args.noise_level, args.sde, window)  # [T]
-        batch = prompts_of_step(prompts, step, P, args.seed)
-        captions = [batch[row // G] for row in rows]
-        cond = model.encode(captions, prompts_ahead(prompts, step, P, args.seed, rows // G))
-        first = rows // G * G if args.same_noise else rows  # whose initial noise a row starts from
-        trajectories, scoring = [], Scoring(scorers, model, captions, run.score_batch)
-        for mb in run.batches(len(rows)):
-            x = sde.RowNoise(args.seed, step, first[mb], run.device)(model.noise_shape)
-            noise = sde.RowNoise(
-                args.seed, step, B + rows[mb], run.device
-            )  # streams behind those of x
-            velocity = partial(model.velocity, cond=models.take(cond, mb))
-            with torch.no_grad():
-                trajectories.append(sde.rollout(velocity, x, sigmas, s, noise, transition))
-            scoring.add(
-                trajectories[-1][0][:, -1]
-            )  # a judge's server works while the next rows are sampled
-        latents, log_probs = (
-            torch.cat(part)[: len(rows)] for part in zip(*trajectories)
-        )  # [b, T+1, ...], [b, T]
+        # for choices that are equal on all processes: the window, the trained steps
+        generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
+        most = args.sde_steps or (args.sampling_steps - 1)  # the last step never has noise
+        window = sde.random_window(most, args.sde_window, generator)
+        # [T] noise of each step; 0 outside the window, where steps are deterministic
+        s = sde.diffusion_coefficients(sigmas, args.noise_level, args.sde, window)
+        step_prompts = prompts_of_step(prompts, step, P, args.seed)  # P prompts
+        row_prompts = [step_prompts[row // G] for row in rows]  # b prompts
+        # encoders that wait on the CPU encode prompts of later steps in the same visit
+        ahead = prompts_ahead(prompts, step, P, args.seed, rows // G)
+        cond = model.encode(row_prompts, ahead)  # {name: [b, ...]}
+        # with --same-noise a group shares the initial noise of its first row
+        start_rows = rows // G * G if args.same_noise else rows  # [b]
+        scoring = rewards.begin(model.decode, row_prompts, size=evaluator.score_batch)
+        latents, log_probs = [], []
+        for mb in processes.batches(len(rows), plan.batch):
+            checkpoints.stop_if_asked()  # after a signal: save, and raise Stopped everywhere
+            start_noise = sde.RowNoise(args.seed, step, start_rows[mb.index], processes.device)
+            # + P * G: other random streams than those of the initial noise
+            sde_noise = sde.RowNoise(args.seed, step, P * G + rows[mb.index], processes.device)
+            velocity_fn = partial(policy.velocity, cond=models.take(cond, mb.index))
+            with policy.sampling():  # no gradients
+                x = start_noise(model.noise_shape)  # [n, ...]
+                # [n, T+1, ...] and [n, T]
+                trajectory, log_prob = sde.rollout(velocity_fn, x, sigmas, s, sde_noise, transition)
+            latents.append(trajectory)
+            log_probs.append(log_prob)
+            scoring.add(trajectory[:, -1])  # a reward on a server works while others are sampled
+        checkpoints.stop_if_asked()  # the last time in this step: an update is never cut
+        # padding rows repeat the last row, so that all passes have one shape; they come last
+        latents = torch.cat(latents)[: len(rows)]  # [b, T+1, ...] float32
+        log_probs = torch.cat(log_probs)[: len(rows)]  # [b, T]
         metrics["rollout_seconds"] = clock.lap()
 
         # --- Reward ---
-        scores = {name: run.gather(score).view(P, G) for name, score in scoring.result().items()}
-        rewards.check_finite(scores, scorers, batch)
+        local_scores = scoring.result()  # {name: [b]}
+        scores = {name: processes.gather(x).view(P, G) for name, x in local_scores.items()}
+        rewards.check(scores, step_prompts)  # a reward that failed, or a score that is not finite
         metrics["reward_seconds"] = clock.lap()
 
         # --- Advantage ---
-        reward = combine_scores(scores, reward_weights)  # [P, G]
-        terms = rewards.terms(
-            args.aggregate, reward, scores, reward_weights
-        )  # what is normalised by itself
-        parts = [w * compute_advantages(r, args.adv_clip_max) for r, w in terms]  # [P, G]
+        reward = combine_scores(scores, rewards.weights)  # [P, G]
+        terms = rewards.terms(reward, scores)  # [(rewards [P, G], weight)], by --aggregate
+        parts = [weight * compute_advantages(r, args.adv_clip_max) for r, weight in terms]
         advantages = sum(parts)  # [P, G]
-        advantage = run.local(advantages)  # [b]
-        spread = (
-            (reward - reward.nanmean(1, keepdim=True)).square().nanmean(1, keepdim=True).sqrt()
-        )  # [P, 1]
-        kept = keep_rows(reward, args.best_of) & ~(spread < args.min_spread)  # [P, G]
-        minibatches = split_rows(kept, args.minibatches)
+        local_advantages = processes.local(advantages)  # [b]
+        kept = groups.keep_rows(reward, args.best_of, args.min_spread)  # [P, G] bool: trained on
+        minibatches = groups.split_rows(kept, args.minibatches)  # a [P, G] mask for each
 
         # --- Update ---
-        run.blame = partial(
-            rewards.blame, scores, advantages, batch
-        )  # for a gradient that is no number
-        diagnostics = []
-        for update in range(args.updates_per_step * args.minibatches):
-            minibatch = minibatches[update % args.minibatches]
-            # rows without advantage and without KL have no gradient
-            learning = minibatch if args.kl_coef else minibatch & advantages.any(1, keepdim=True)
-            share = learning / minibatch.sum()  # of each sample in the loss [P, G]
-            row_share = pad(run.local(share), (0, 1))  # [b + 1]: 0 for row -1, the filler
+        diagnostics = []  # [update][pass]
+        for update in range(args.updates_per_step * args.minibatches):  # passes x minibatches
+            minibatch = minibatches[update % args.minibatches]  # [P, G] bool
+            learning = minibatch
+            if (
+                not args.kl_coef
+            ):  # groups without advantage have no gradient; they still count below
+                learning = minibatch & advantages.any(1, keepdim=True)
+            # [b] 1 / rows of the minibatch on all processes, whose gradients are summed
+            row_weight = processes.local(learning / minibatch.sum())
+            trained_steps = sde.noisy_steps(s, args.timestep_fraction, generator)
+            # a model may have two networks, for high and low noise: the last step of each
+            last_steps = {model.trained_at(sigmas[t]): t for t in trained_steps}
+            # equally many on every process, of equal size; none if no row learns
+            micro_batches = processes.micro_batches(learning, plan.batch)
             diagnostics.append([])
-            trained = sde.noisy_steps(s, args.timestep_fraction, chance)
-            last_steps = {model.trained_at(sigmas[t]): t for t in trained}  # of each trained module
-            batches = run.micro_batches(learning)
-            for mb in batches:
-                cond_mb = models.take(cond, mb)
-                for t in trained:
-                    x, x_next, at = (
-                        latents[mb, t],
-                        latents[mb, t + 1],
-                        (sigmas[t], sigmas[t + 1], s[t]),
-                    )
-                    # until a module's last pass each process adds up its own gradients
-                    run.exchange_gradients(mb is batches[-1] and t in last_steps.values())
-                    velocity = model.velocity(x, sigmas[t], cond_mb)
-                    _, log_prob, mean = transition(velocity, x, *at, x_next=x_next)
-                    ratio = torch.exp(log_prob - log_probs[mb, t])  # [mb]
-                    row_loss = loss.clipped_surrogate(ratio, advantage[mb], args.clip_range)
-                    if args.kl_coef:
-                        with run.initial_weights():
-                            _, _, reference = transition(
-                                model.velocity(x, sigmas[t], cond_mb), x, *at
-                            )
-                        row_loss += args.kl_coef * loss.gaussian_kl(
-                            mean, reference, sde.transition_std(*at)
+            for mb in micro_batches:
+                cond_mb = models.take(cond, mb.index)
+                weight = row_weight[mb.index] * mb.real  # [n]: padding rows count nothing
+                for t in trained_steps:
+                    x, x_next = latents[mb.index, t], latents[mb.index, t + 1]
+                    sigma, sigma_next = sigmas[t], sigmas[t + 1]
+                    # processes exchange gradients in the last pass of each network
+                    last = mb is micro_batches[-1] and t in last_steps.values()
+                    with policy.sync_gradients(last):
+                        velocity = policy.velocity(x, sigma, cond_mb)
+                        # given x_next nothing is drawn: log_prob [n] and mean [n, ...] of it
+                        _, log_prob, mean = transition(
+                            velocity, x, sigma, sigma_next, s[t], x_next=x_next
                         )
-                    batch_loss = (row_share[mb] * row_loss).sum() / len(trained)
-                    run.backward(batch_loss)
+                        ratio = torch.exp(log_prob - log_probs[mb.index, t])  # [n]
+                        row_loss = loss.clipped_surrogate(
+                            ratio, local_advantages[mb.index], args.clip_range
+                        )
+                        if args.kl_coef:
+                            with policy.reference():  # the initial weights, no gradients
+                                velocity_ref = policy.velocity(x, sigma, cond_mb)
+                            _, _, mean_ref = transition(velocity_ref, x, sigma, sigma_next, s[t])
+                            std = sde.transition_std(sigma, sigma_next, s[t])
+                            row_loss += args.kl_coef * loss.gaussian_kl(mean, mean_ref, std)
+                        loss_share = (weight * row_loss).sum() / len(trained_steps)
+                        policy.backward(loss_share)
                     diagnostics[-1].append(
-                        loss.diagnostics(ratio, args.clip_range, row_share[mb], batch_loss, update)
+                        loss.diagnostics(ratio, args.clip_range, weight, loss_share, update)
                     )
-            metrics["grad_norm"] = run.update() if batches else 0.0
+            metrics["grad_norm"] = 0.0  # the last update's is logged
+            if micro_batches:
+                metrics["grad_norm"] = policy.clip_gradients(args.max_grad_norm)
+                if not torch.isfinite(metrics["grad_norm"]):
+                    cause = rewards.explain(scores, advantages, step_prompts)
+                    raise errors.RunError(f"step {step}: the gradient is not finite. {cause}")
+                policy.step()
         metrics["update_seconds"] = clock.lap()
 
         # --- Log ---
-        metrics |= loss.summarise(diagnostics, run.gather)
-        run.check_ratio(metrics["ratio_error"])
-        metrics |= {
-            "reward_mean": reward.nanmean(),
-            "reward_std": spread.nanmean(),
-            "advantage_abs_mean": advantages.abs().mean(),
-            "masked_samples": reward.isnan().sum(),
-            "skipped_groups": (~kept.any(1)).sum(),
-        }
-        metrics |= {f"{name}_mean": score.nanmean() for name, score in scores.items()}
-        metrics |= rewards.shares(scores, reward_weights, parts)
-        metrics["samples_per_second"] = B / sum(
-            metrics[f"{part}_seconds"] for part in ("rollout", "reward", "update")
-        )
-        report.log(step, metrics)
+        metrics |= loss.summarise(diagnostics, processes.gather)
+        policy.check_ratio(metrics["ratio_error"])  # 1 in the first update, or a bug: RunError
+        metrics["reward_mean"] = reward.nanmean()
+        metrics["reward_std"] = groups.spread(reward).nanmean()
+        metrics["advantage_abs_mean"] = advantages.abs().mean()
+        metrics["masked_samples"] = reward.isnan().sum()
+        metrics["skipped_groups"] = (~kept.any(1)).sum()
+        metrics |= rewards.summary(scores, parts)
+        seconds = [metrics[f"{phase}_seconds"] for phase in ("rollout", "reward", "update")]
+        metrics["samples_per_second"] = P * G / sum(seconds)
+        log.row(step, metrics)
 
         # --- Checkpoint ---
-        if run.due(step + 1):
-            run.save(step + 1, stateful)
+        checkpoints.finish(step + 1)
+        if checkpoints.due():
+            checkpoints.save()
+        checkpoints.stop_if_asked()
 
-    final = heldout.evaluate(
-        run, report, model, scorers, reward_weights, eval_prompts, args.steps, last=True
-    )
-    return report.finish(args.steps, final, run.export())
+    if evaluator.due(args.steps, last=True):
+        log.row(args.steps, evaluator.run(args.steps, log, last=True))
+    return log.finish(model, checkpoints.export())
 
 
 if __name__ == "__main__":
-    errors.run(main, cli.parse(Args, __doc__))
+    cli.launch(main, Args, __doc__)

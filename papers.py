@@ -1,53 +1,67 @@
-"""What each script trains each named model with: the settings that its paper prints, over those of
-the model.
+"""Set the defaults of each script for each named model, {model: {flag: value}}.
 
-The table in common/models has what belongs to a model whoever trains it, and DanceGRPO's settings,
-on which all three papers build. A pair with `paper` is one of that paper's; the others take what
-their script and their model suggest. docs/reproduce.md has the commands for the papers' tables,
-tests/test_reproduce.py the settings as they are printed."""
+The table in common/models has the settings of a model for any script, and those of DanceGRPO, on
+which all three papers build. This file replaces them by the settings that a script's paper prints.
+A pair of script and model with `paper` is from that paper. For the other pairs the script and the
+model suggest the values. docs/reproduce.md has the commands for the papers' tables, and
+tests/test_reproduce.py compares them with the printed settings.
+"""
 
-_DANCE, _FLOW, _BPGO, _SLAS, _PACED = (
-    "2505.07818",
-    "2505.05470",
-    "2511.18919",
-    "2605.10937",
-    "2511.19356",
-)  # arXiv
+from common import models
+
+# arXiv ids
+_DANCE = "2505.07818"
+_FLOW = "2505.05470"
+_BPGO = "2511.18919"
+_SLAS = "2605.10937"
+_PACED = "2511.19356"
+
+
+def over_the_models(own: dict[str, dict]) -> dict[str, dict]:
+    """Return {model: settings} of every named model, with the settings in `own` replaced."""
+    return {name: {**settings, **own.get(name, {})} for name, settings in models.MODELS.items()}
+
 
 # DanceGRPO's published code: FLUX on 16 GPUs with one prompt each, Stable Diffusion on 8 with four
 # and two updates, HunyuanVideo on 32 with one, by visual quality alone. Flow-GRPO's, for PickScore:
 # 48 prompts, and a weight of .01 of a KL that is -dt times ours, a tenth on average of 10 steps.
 # Its code divides by the standard deviation of all samples, its paper and this script by the
 # group's.
-GRPO = {
-    "flux": dict(paper=_DANCE, prompts_per_step=16),
-    "sd1.4": dict(paper=_DANCE, prompts_per_step=32, minibatches=2),
-    "sd3.5-medium": dict(paper=_FLOW, prompts_per_step=48, kl_coef=1e-3, reward=("pickscore",)),
-    "qwen-image": dict(paper=_FLOW, prompts_per_step=32, reward=("pickscore",)),
-    "hunyuan": dict(paper=_DANCE, prompts_per_step=32, steps=200, reward=("videoalign:vq",)),
-}
+GRPO = over_the_models(
+    {
+        "flux": dict(paper=_DANCE, prompts_per_step=16),
+        "sd1.4": dict(paper=_DANCE, prompts_per_step=32, minibatches=2),
+        "sd3.5-medium": dict(paper=_FLOW, prompts_per_step=48, kl_coef=1e-3, reward=("pickscore",)),
+        "qwen-image": dict(paper=_FLOW, prompts_per_step=32, reward=("pickscore",)),
+        "hunyuan": dict(paper=_DANCE, prompts_per_step=32, steps=200, reward=("videoalign:vq",)),
+    }
+)
 
 # Section 4.1 and appendix B. The videos' captions are not public; --prompts has DanceGRPO's
 # instead.
 _T2V = dict(prior="sft", reward=("videoclip-xl",), group_size=8, best_of=0)
-BPGO = {
-    "flux": dict(paper=_BPGO, reward=("hpsv2",)),
-    "sd1.4": dict(reward=("hpsv2",)),
-    "sd3.5-medium": dict(reward=("hpsv2",)),
-    "qwen-image": dict(reward=("hpsv2",)),
-    "wan2.1-1.3b": dict(_T2V, paper=_BPGO, prompts_per_step=32, steps=200),
-    "wan2.1-14b": _T2V,
-    "wan2.2-i2v": dict(_T2V, paper=_BPGO, prior="first-frame"),
-    "hunyuan": _T2V,
-}
+BPGO = over_the_models(
+    {
+        "flux": dict(paper=_BPGO, reward=("hpsv2",)),
+        "sd1.4": dict(reward=("hpsv2",)),
+        "sd3.5-medium": dict(reward=("hpsv2",)),
+        "qwen-image": dict(reward=("hpsv2",)),
+        "wan2.1-1.3b": dict(_T2V, paper=_BPGO, prompts_per_step=32, steps=200),
+        "wan2.1-14b": _T2V,
+        "wan2.2-i2v": dict(_T2V, paper=_BPGO, prior="first-frame"),
+        "hunyuan": _T2V,
+    }
+)
 
 # Section 6.1: two nodes of 8 GPUs for FLUX, one for Stable Diffusion, otherwise as DanceGRPO, whose
 # code adds up advantages.
 _MIXED = dict(paper=_SLAS, prompts="hpdv2", aggregate="advantages")
-SLAS = {
-    "flux": dict(GRPO["flux"], **_MIXED, reward=("hpsv2.1=0.7", "clip-h=1.4")),
-    "sd1.4": dict(GRPO["sd1.4"], **_MIXED, reward=("hpsv2.1", "clip-h")),
-}
+SLAS = over_the_models(
+    {
+        "flux": dict(GRPO["flux"], **_MIXED, reward=("hpsv2.1=0.7", "clip-h=1.4")),
+        "sd1.4": dict(GRPO["sd1.4"], **_MIXED, reward=("hpsv2.1", "clip-h")),
+    }
+)
 
 # Section 5.2 and appendix A. Images have no smoothness to judge, so two stages are left of three.
 _JUDGED = dict(
@@ -56,7 +70,7 @@ _JUDGED = dict(
 _JUDGED_IMAGES = dict(reward=("judge:quality", "judge:alignment"), thresholds=(0.75,))
 _SHAPES = dict(reward=("verifier:quality", "verifier:layout", "verifier"))
 _MOTION = dict(reward=("motion:quality", "motion:smooth", "motion"))
-SELF_PACED = {
+SELF_PACED = over_the_models({
     "flux": _JUDGED_IMAGES,
     "sd1.4": _JUDGED_IMAGES,
     "sd3.5-medium": _JUDGED_IMAGES,
@@ -65,11 +79,11 @@ SELF_PACED = {
     "wan2.1-14b": dict(_JUDGED, paper=_PACED, thresholds=(0.75, 0.73)),
     "wan2.2-i2v": _JUDGED,
     "hunyuan": dict(
-        _JUDGED, paper=_PACED, thresholds=(0.7, 0.68), height=240, width=416, group_size=16, noise_level=0.5,
-        learning_rate=2e-6, prompts_per_step=16,
+        _JUDGED, paper=_PACED, thresholds=(0.7, 0.68), height=240, width=416, group_size=16,
+        noise_level=0.5, learning_rate=2e-6, prompts_per_step=16,
     ),
     "tiny-flux": _SHAPES,  # the script's own thresholds, from --calibrate as those below
     "tiny-sd": dict(_SHAPES, thresholds=(0.963, 0.859)),
     "tiny-wan": dict(_MOTION, thresholds=(0.875, 0.441)),
     "tiny-wan-i2v": dict(_MOTION, thresholds=(0.922, 0.637)),
-}  # fmt: skip
+})  # fmt: skip

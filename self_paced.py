@@ -1,21 +1,26 @@
-"""Self-Paced GRPO (arXiv 2511.19356), whose reward grows with the generator. Against grpo_base.py:
+"""Self-Paced GRPO (arXiv 2511.19356): the reward grows with the generator. Against grpo_base.py:
 
-  --reward names ordered stages, easy to hard; each group mixes them, moving on past thresholds (appendix A).
+  Setup              --reward names ordered stages, easy to hard; held-out samples are scored by the
+                     last one; --calibrate measures the thresholds first (appendix A)
+  Advantage          each group mixes the stages, by gates that open as mean rewards pass thresholds
+  Log                the weight and the mean reward of each stage
 
 The sampler of a flow model becomes a stochastic policy (common/sde.py): each denoising step is a
-Gaussian with an exact log-probability. A step samples G images for each of P prompts, scores them,
-and raises the probability of those above their group's mean:
+Gaussian with an exact log-probability. A training step samples G images for each of P prompts,
+scores them, and raises the probability of those that score above the mean of their group:
 
-    S(r) = (sqrt(G) - |r|_1 / |r|_2) / (sqrt(G) - 1)                     hoyer_sparsity            eq 8
-    g_k  = sigmoid(slope (mean r_k-1 - tau_k-1)) + beta (S(r_k-1) - S(r_k))  stage_weights         eq 9
-    R    = sum_k w_k r_k,  w = softmax(alpha g)                          combine_scores            eq 5, 6
-    A_ij = (R_ij - mean_j R_ij) / (std_j R_ij + eps)                     compute_advantages
-    rho  = exp(log_prob_new - log_prob_old)                              sde.sde_step, to sample and to re-score
-    L    = - mean of min(rho A, clip(rho, 1 - c, 1 + c) A)               loss.clipped_surrogate
-           + kl_coef |mean - mean_ref|^2 / (2 std^2)                     loss.gaussian_kl
+    S(r) = (sqrt(G) - |r|_1 / |r|_2) / (sqrt(G) - 1)                   hoyer_sparsity     eq 8
+    g_k  = sigmoid(slope (mean r_k-1 - tau_k-1))                       stage_gates        eq 9
+           + beta (S(r_k-1) - S(r_k))
+    w    = softmax(alpha g)                                            stage_weights      eq 6
+    R    = sum_k w_k r_k                                               combine_scores     eq 5
+    A_ij = (R_ij - mean_j R_ij) / (std_j R_ij + eps)                   compute_advantages
+    rho  = exp(log_prob_new - log_prob_old)                            main, Update; sde.sde_step
+    L    = - mean of min(rho A, clip(rho, 1 - c, 1 + c) A)             loss.clipped_surrogate
+           + kl_coef |mean - mean_ref|^2 / (2 std^2)                   loss.gaussian_kl
 
-Shapes: P prompts a step, G samples a prompt (the group), B = P * G rows, b rows of this process, T
-denoising steps.
+Shapes: P prompts a step, G samples a prompt (the group); row = prompt * G + sample, b rows on each
+process; n rows of a micro-batch, the last of which may be padding; T denoising steps, K stages.
 
     python self_paced.py         # on GPUs: accelerate launch self_paced.py --model wan2.1-1.3b
 """
@@ -25,328 +30,355 @@ from functools import partial
 from typing import Annotated, Literal
 
 import torch
-from torch.nn.functional import pad
 
 import papers
-from common import cli, errors, loss, models, rewards, sde
+from common import cli, errors, groups, loss, memory, models, sde
+from common.args import Args as SharedArgs
+from common.args import From
 from common.prompts import prompts_ahead, prompts_of_step, read_prompts
-from common.reporting.report import Clock, Report
-from common.rewards.scoring import Scoring
-from common.trainer import heldout
-from common.trainer.runtime import Runtime
+from common.rewards import Rewards, shares
+from common.trainer import Checkpoints, Clock, Evaluator, Log, Policy, Processes, run_folder
 
-EPS = 1e-8  # in every division by a standard deviation
+EPS = 1e-8  # added to every standard deviation that rewards are divided by
 
 
 @dataclass
-class Args(cli.Args):
-    thresholds: Annotated[tuple[float, ...], cli.From(-1e6, 1e6)] = (0.929, 0.81)
-    """tau of each stage that opens a gate: the mean reward at which that gate is half open."""
+class Args(SharedArgs):
+    thresholds: Annotated[tuple[float, ...], From(-1e6, 1e6)] = (0.929, 0.81)
+    """tau: the mean reward, in [0, 1], at which each gate is half open. One less than stages."""
     gate: Literal["previous", "own"] = "previous"
-    """Whose mean reward opens a stage's gate: the stage's before it, as the text says; its own, as
-    eq 9 is printed."""
-    alpha: Annotated[float, cli.From(0, 1000)] = 4.0
-    """How sharply the weights follow the gates; 0: all stages count the same, the ablation
-    `joint`."""
-    beta: Annotated[float, cli.From(0, 1000)] = 0.5
-    """Weight of the difference in saturation between a stage and the one before."""
-    slope: Annotated[float, cli.From(0, 1000)] = 10.0
+    """Whose mean reward opens a stage's gate: that of the stage before it, as the text says, or its
+    own, as eq 9 is printed."""
+    alpha: Annotated[float, From(0, 1000)] = 4.0
+    """How sharply the weights follow the gates. 0 gives all stages the same weight."""
+    beta: Annotated[float, From(0, 1000)] = 0.5
+    """Weight of the difference in saturation between a stage and the stage before it."""
+    slope: Annotated[float, From(0, 1000)] = 10.0
     """How steeply a gate opens around its threshold."""
     saturation: Literal["hoyer", "one-minus-hoyer"] = "hoyer"
-    """The printed index, 0 for equal rewards; or what the paper says of it, that equal rewards are
-    saturated."""
-    only_stage: Annotated[int, cli.From(0, 100)] = 0
-    """Train on this stage alone, the ablations `one-stage` (1) and `two-stage` (2 holds 1); 0: on
-    all."""
+    """Index of saturation: Hoyer's as printed, 0 for equal rewards; or 1 minus it, as the text
+    describes it."""
+    only_stage: Annotated[int, From(0, 100)] = 0
+    """Train on this stage alone, counted from 1. 0 trains on all stages."""
     calibrate: bool = False
-    """Train each stage that opens a gate alone for 50 steps first; its tau is where it started +
-    0.7 * its gain."""
-    SETTINGS, CURVES = papers.SELF_PACED, ("weight", "competence")
+    """Train each stage that opens a gate alone for 50 steps first, and set its threshold to its
+    first reward plus 0.7 times what it gained."""
+
+    SETTINGS = papers.SELF_PACED
+    CURVES = ("weight", "competence")
+    TITLE = "Self-Paced GRPO"
+    ARXIV = ("2511.19356",)
 
 
 def combine_scores(
-    scores: dict[str, torch.Tensor], weights: dict[str, float | torch.Tensor]
+    scores: dict[str, torch.Tensor], weights: dict[str, torch.Tensor]
 ) -> torch.Tensor:
-    """{name: [P, G]} and {name: weight} -> rewards [P, G]: the weighted sum."""
-    return rewards.weighted_sum(scores, weights)
+    """Return the mix of the stages: {name: [P, G]}, {name: [P, 1]} -> rewards [P, G] (eq 5)."""
+    return sum(weight * scores[name] for name, weight in weights.items())
 
 
 def hoyer_sparsity(rewards: torch.Tensor) -> torch.Tensor:
-    """Rewards [..., G] -> [...] in [0, 1] (eq 8): 0 if they are all equal, 1 if one alone is not 0.
-    NaN: none."""
-    size, root = rewards.square().nansum(-1).sqrt(), rewards.isfinite().to(rewards).sum(-1).sqrt()
-    return torch.where(
-        size > 0, (root - rewards.abs().nansum(-1) / size) / (root - 1).clamp(min=EPS), 0.0
-    )
+    """Return Hoyer's index of each group: rewards [..., G] -> [...] in [0, 1] (eq 8).
+
+    0 if all rewards are equal, 1 if all but one are 0. NaN is a sample without a score.
+    """
+    norm = rewards.square().nansum(-1).sqrt()
+    root = rewards.isfinite().to(rewards).sum(-1).sqrt()
+    index = (root - rewards.abs().nansum(-1) / norm) / (root - 1).clamp(min=EPS)
+    return torch.where(norm > 0, index, 0.0)
 
 
-def stage_weights(
+def stage_gates(
     rewards: torch.Tensor,
     thresholds: tuple[float, ...],
-    alpha: float,
     beta: float,
     slope: float,
     saturation: str = "hoyer",
-    only: int = 0,
     gate: str = "previous",
 ) -> torch.Tensor:
-    """Rewards [K, P, G] of K stages, K - 1 thresholds -> weights [K, P] (eq 6, 9). The first gate
-    stands half open."""
-    S = hoyer_sparsity(rewards) if saturation == "hoyer" else 1 - hoyer_sparsity(rewards)  # [K, P]
-    above = (rewards[:-1] if gate == "previous" else rewards[1:]).nanmean(-1) - rewards.new_tensor(
-        thresholds
-    )[:, None]
-    gates = torch.cat(
-        [torch.full_like(S[:1], 0.5), torch.sigmoid(slope * above) + beta * (S[:-1] - S[1:])]
-    )  # [K, P]
-    alone = (
-        (torch.arange(1, len(gates) + 1) == only)[:, None].expand_as(gates).to(gates)
-    )  # 1 for that stage, 0 else
-    return alone if only else torch.softmax(alpha * gates, dim=0)
+    """Return the gates of K stages (eq 9): rewards [K, P, G], K - 1 thresholds -> [K, P].
+
+    The gate of the first stage is always half open.
+    """
+    S = hoyer_sparsity(rewards)  # [K, P]
+    if saturation == "one-minus-hoyer":
+        S = 1 - S
+    opener = rewards[:-1] if gate == "previous" else rewards[1:]  # [K-1, P, G]
+    above = opener.nanmean(-1) - rewards.new_tensor(thresholds)[:, None]  # [K-1, P]
+    first = torch.full_like(S[:1], 0.5)
+    return torch.cat([first, torch.sigmoid(slope * above) + beta * (S[:-1] - S[1:])])
 
 
-def check_stages(args: Args, scorers: dict, reward_weights: dict[str, float]) -> dict[str, float]:
-    """Raises InputError for stages that cannot be mixed; returns the evaluation's reward weights:
-    the last stage's."""
-    number, plain = (
-        len(reward_weights),
-        set(reward_weights.values()) == {1.0} and args.aggregate == "rewards",
-    )
-    if not plain or len(args.thresholds) != number - 1 or args.only_stage > number:
+def stage_weights(gates: torch.Tensor, alpha: float, only_stage: int = 0) -> torch.Tensor:
+    """Return the weights of K stages (eq 6): gates [K, P] -> [K, P], which sum to 1 over K.
+
+    only_stage: all weight for this stage, counted from 1; 0: by the gates.
+    """
+    if only_stage:
+        weights = torch.zeros_like(gates)
+        weights[only_stage - 1] = 1.0
+        return weights
+    return torch.softmax(alpha * gates, dim=0)
+
+
+def on_unit_interval(
+    scores: dict[str, torch.Tensor], ranges: dict[str, tuple[float, float]]
+) -> dict[str, torch.Tensor]:
+    """Return the scores of the stages on [0, 1]: {name: [P, G]}, {name: (low, high)} of each stage.
+
+    A sample without one of these scores (NaN) has none of them.
+    """
+    missing = sum(scores[name] for name in ranges).isnan()  # [P, G]
+    return {
+        name: ((scores[name] - low) / (high - low)).masked_fill(missing, torch.nan)
+        for name, (low, high) in ranges.items()
+    }
+
+
+def check_stages(args: Args, rewards: Rewards) -> None:
+    """Raise InputError for stages that cannot be mixed."""
+    number = len(rewards.weights)
+    if set(rewards.weights.values()) != {1.0}:
+        raise errors.InputError("--reward: stages have no weights. Leave =WEIGHT out.")
+    if args.aggregate != "rewards":
         raise errors.InputError(
-            f"{number} stages: a threshold less; no =WEIGHT, --aggregate, later --only-stage"
+            "--aggregate advantages: stages are mixed as rewards. Leave it out."
         )
-    rewards.require_range({name: scorers[name] for name in reward_weights})
-    return {list(reward_weights)[-1]: 1.0}
+    if len(args.thresholds) != number - 1:
+        raise errors.InputError(
+            f"--thresholds: {number} stages need {number - 1}, got {len(args.thresholds)}."
+        )
+    if args.only_stage > number:
+        raise errors.InputError(f"--only-stage {args.only_stage}: there are {number} stages.")
+    for name in rewards.weights:
+        if None in rewards.scorers[name].range:
+            raise errors.InputError(
+                f"--reward {name}: its scores have no bounds, so they cannot be a stage's."
+            )
 
 
 def calibrate(args: Args) -> Args:
-    """args with the run's own thresholds, or with new ones from runs of each stage that opens a
-    gate (appendix A)."""
-    folder, known = Runtime.find(args)
+    """Return args with thresholds from runs of each stage that opens a gate (appendix A).
+
+    A run that continues keeps the thresholds in its config.json.
+    """
+    if not args.calibrate:
+        return args
+    processes = Processes(args.process_timeout)
+    folder = processes.collect(run_folder.choose(args))[0]
+    source = run_folder.run_of(args.resume)  # whose checkpoint a new run begins with
+    known = run_folder.config_of(folder)
+    if source and not known:
+        known = run_folder.config_of(source)
     if known:
         return replace(args, thresholds=tuple(known.get("thresholds", args.thresholds)))
-    thresholds, alone = [], replace(args, thresholds=(), only_stage=0, steps=50, calibrate=False)
-    for name in args.reward[:-1] if args.gate == "previous" else args.reward[1:]:
+    thresholds = []
+    openers = args.reward[:-1] if args.gate == "previous" else args.reward[1:]
+    for name in openers:
+        short_name = name.split("/")[-1].replace(":", "-")
         alone = replace(
-            alone,
+            args,
             reward=(name,),
-            output=f"{folder}/calibrate-{name.split('/')[-1].replace(':', '-')}",
+            thresholds=(),
+            only_stage=0,
+            steps=50,
+            calibrate=False,
+            push_to_hub="",
+            output=f"{folder}/calibrate-{short_name}",
+            resume="latest" if args.resume else "",
         )
-        start, end = main(replace(alone, resume=args.resume and "latest")).ends("reward_mean", 5)
-        thresholds.append(start + 0.7 * (end - start))
-    Runtime.print("measured: --thresholds", *(f"{threshold:.3f}" for threshold in thresholds))
+        first, last = main(alone).ends("reward_mean", 5)
+        thresholds.append(first + 0.7 * (last - first))
+    measured = " ".join(f"{threshold:.3f}" for threshold in thresholds)
+    processes.print(f"measured: --thresholds {measured}")
     return replace(args, thresholds=tuple(thresholds), output=str(folder))
 
 
 def compute_advantages(reward: torch.Tensor, adv_clip_max: float) -> torch.Tensor:
-    """Rewards [P, G] -> advantages [P, G]: normalised within each group (population standard
-    deviation), clamped.
+    """Return the advantages: rewards [P, G] -> [P, G], normalised within each group and clamped.
 
-    A group whose rewards are all equal has advantage 0, exactly, as has a sample without a score
-    (NaN)."""
+    The standard deviation is the population one. A group whose rewards are all equal has advantage
+    0, exactly, as has a sample without a score (NaN).
+    """
     centred = reward - reward.nanmean(1, keepdim=True)
     advantages = centred / (centred.square().nanmean(1, keepdim=True).sqrt() + EPS)
-    return torch.where(zero_variance(reward) | reward.isnan(), 0.0, advantages).clamp(
-        -adv_clip_max, adv_clip_max
-    )
+    advantages = torch.where(groups.zero_variance(reward) | reward.isnan(), 0.0, advantages)
+    return advantages.clamp(-adv_clip_max, adv_clip_max)
 
 
-def zero_variance(reward: torch.Tensor) -> torch.Tensor:
-    """Rewards [P, G] -> [P, 1]: groups that have nothing to teach: all their scores are equal, or
-    fewer than two."""
-    highest = reward.masked_fill(reward.isnan(), -torch.inf).amax(1, keepdim=True)
-    lowest = reward.masked_fill(reward.isnan(), torch.inf).amin(1, keepdim=True)
-    return highest <= lowest  # below it where no sample has a score
-
-
-def keep_rows(reward: torch.Tensor, best_of: int) -> torch.Tensor:
-    """Rewards [P, G] -> rows to train on [P, G] bool: those with a score (not NaN) in groups with
-    two or more of them; of these the best_of/2 highest and lowest of each group; 0: all."""
-    valid = ~reward.isnan()
-    number = valid.sum(1, keepdim=True)  # [P, 1]
-    order = reward.argsort(
-        dim=1, stable=True
-    )  # of each group the numbers of its samples, the worst first, NaN last
-    rank = order.argsort(dim=1)  # of each sample its place in that order
-    half = best_of // 2 if best_of else reward.shape[1]
-    return valid & (number > 1) & ((rank < half) | (rank >= number - half))
-
-
-def split_rows(kept: torch.Tensor, number: int) -> list[torch.Tensor]:
-    """Rows to train on [P, G] bool -> `number` disjoint minibatches of them, each with its share of
-    every group."""
-    turn = kept.cumsum(1)  # the samples of a group are dealt out in turn
-    return [kept & (turn % number == part) for part in range(number)]
-
-
-def main(args: Args) -> Report:
-    """Trains, and returns the Report. Raises InputError, RunError, Stopped (common/errors.py)."""
+def main(args: Args) -> Log:
+    """Train, and return the log. Raises InputError, RunError or Stopped (common/errors.py)."""
     # --- Setup ---
     cli.check(args)
-    args = calibrate(args) if args.calibrate else args
-    prompts, reward_weights = read_prompts(args.prompts), rewards.parse(args.reward)
+    processes = Processes(args.process_timeout)
+    rows = processes.rows(args.prompts_per_step * args.group_size)  # [b] global row numbers
+    checkpoints = Checkpoints(args, processes)  # chooses the run's folder, reads --resume
+    prompts = read_prompts(args.prompts)
     eval_prompts = read_prompts(args.eval_prompts) if args.eval_prompts else []
-    scorers = rewards.load(
-        [*args.reward, *args.watch], prompts + eval_prompts, **cli.of_rewards(args)
-    )
-    reward_weights = rewards.in_units(args.reward_units, reward_weights, scorers)
-    reward_weights = check_stages(args, scorers, reward_weights)
-    run = Runtime(args, scorers)
-    model = models.load(args.model, run.dtype, prompts + eval_prompts, **cli.of_model(args))
+    all_prompts = prompts + eval_prompts
+    rewards = Rewards(args, all_prompts, clips=models.family_of(args.model, args.source).video)
+    check_stages(args, rewards)
+    ranges = {name: rewards.scorers[name].range for name in rewards.weights}  # of the stages
+    rewards.weights = {list(ranges)[-1]: 1.0}  # held-out samples are scored by the last stage
+    keep_initial = args.kl_coef > 0
+    plan = memory.settle(args, processes, rewards.scorers, keep_initial)
+    args = plan.args  # --micro-batch auto and what the free memory decides are settled now
+    model = models.load(args.model, processes.dtype, all_prompts, **args.model_settings())
+    policy = Policy(model, args, processes, plan, keep_initial)
+    evaluator = Evaluator(args, model, rewards, eval_prompts, processes, checkpoints)
+    evaluator.smoke_test(prompts[0])  # one sample through model and rewards: faults show now
+    start = checkpoints.resume(policy)
+    log = Log(args, checkpoints.output, processes, start)
+    P, G = args.prompts_per_step, args.group_size
     sigmas = model.sigmas(args.sampling_steps, args.shift)  # [T+1]
-    if args.kl_coef:
-        run.keep_initial(model)
-    stateful = {"optimizer": run.prepare(model), **model.trainable}  # what a checkpoint holds
-    rewards.try_out(scorers, model, prompts[0])
-    start = run.resume(stateful)
-    report = Report(run, start)
-    P, G, B = args.prompts_per_step, args.group_size, args.prompts_per_step * args.group_size
     transition = sde.TRANSITIONS[args.sde]
-    rows = run.rows(B)  # [b]
 
-    for step in report.steps(start, args.steps):
-        metrics = heldout.evaluate(run, report, model, scorers, reward_weights, eval_prompts, step)
-        clock = Clock(run.device)
+    for step in checkpoints.steps(args.steps):
+        metrics = evaluator.run(step, log) if evaluator.due(step) else {}
+        clock = Clock(processes.device)
 
         # --- Rollout ---
-        chance = torch.Generator().manual_seed(
-            args.seed * 1_000_003 + step
-        )  # the choices that all processes share
-        window = sde.random_window(
-            args.sde_steps or args.sampling_steps - 1, args.sde_window, chance
-        )
-        s = sde.diffusion_coefficients(sigmas, args.noise_level, args.sde, window)  # [T]
-        batch = prompts_of_step(prompts, step, P, args.seed)
-        captions = [batch[row // G] for row in rows]
-        cond = model.encode(captions, prompts_ahead(prompts, step, P, args.seed, rows // G))
-        first = rows // G * G if args.same_noise else rows  # whose initial noise a row starts from
-        trajectories, scoring = [], Scoring(scorers, model, captions, run.score_batch)
-        for mb in run.batches(len(rows)):
-            x = sde.RowNoise(args.seed, step, first[mb], run.device)(model.noise_shape)
-            noise = sde.RowNoise(
-                args.seed, step, B + rows[mb], run.device
-            )  # streams behind those of x
-            velocity = partial(model.velocity, cond=models.take(cond, mb))
-            with torch.no_grad():
-                trajectories.append(sde.rollout(velocity, x, sigmas, s, noise, transition))
-            scoring.add(
-                trajectories[-1][0][:, -1]
-            )  # a judge's server works while the next rows are sampled
-        latents, log_probs = (
-            torch.cat(part)[: len(rows)] for part in zip(*trajectories)
-        )  # [b, T+1, ...], [b, T]
+        # for choices that are equal on all processes: the window, the trained steps
+        generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
+        most = args.sde_steps or (args.sampling_steps - 1)  # the last step never has noise
+        window = sde.random_window(most, args.sde_window, generator)
+        # [T] noise of each step; 0 outside the window, where steps are deterministic
+        s = sde.diffusion_coefficients(sigmas, args.noise_level, args.sde, window)
+        step_prompts = prompts_of_step(prompts, step, P, args.seed)  # P prompts
+        row_prompts = [step_prompts[row // G] for row in rows]  # b prompts
+        # encoders that wait on the CPU encode prompts of later steps in the same visit
+        ahead = prompts_ahead(prompts, step, P, args.seed, rows // G)
+        cond = model.encode(row_prompts, ahead)  # {name: [b, ...]}
+        # with --same-noise a group shares the initial noise of its first row
+        start_rows = rows // G * G if args.same_noise else rows  # [b]
+        scoring = rewards.begin(model.decode, row_prompts, size=evaluator.score_batch)
+        latents, log_probs = [], []
+        for mb in processes.batches(len(rows), plan.batch):
+            checkpoints.stop_if_asked()  # after a signal: save, and raise Stopped everywhere
+            start_noise = sde.RowNoise(args.seed, step, start_rows[mb.index], processes.device)
+            # + P * G: other random streams than those of the initial noise
+            sde_noise = sde.RowNoise(args.seed, step, P * G + rows[mb.index], processes.device)
+            velocity_fn = partial(policy.velocity, cond=models.take(cond, mb.index))
+            with policy.sampling():  # no gradients
+                x = start_noise(model.noise_shape)  # [n, ...]
+                # [n, T+1, ...] and [n, T]
+                trajectory, log_prob = sde.rollout(velocity_fn, x, sigmas, s, sde_noise, transition)
+            latents.append(trajectory)
+            log_probs.append(log_prob)
+            scoring.add(trajectory[:, -1])  # a reward on a server works while others are sampled
+        checkpoints.stop_if_asked()  # the last time in this step: an update is never cut
+        # padding rows repeat the last row, so that all passes have one shape; they come last
+        latents = torch.cat(latents)[: len(rows)]  # [b, T+1, ...] float32
+        log_probs = torch.cat(log_probs)[: len(rows)]  # [b, T]
         metrics["rollout_seconds"] = clock.lap()
 
         # --- Reward ---
-        scores = {name: run.gather(score).view(P, G) for name, score in scoring.result().items()}
-        rewards.check_finite(scores, scorers, batch)
+        local_scores = scoring.result()  # {name: [b]}
+        scores = {name: processes.gather(x).view(P, G) for name, x in local_scores.items()}
+        rewards.check(scores, step_prompts)  # a reward that failed, or a score that is not finite
         metrics["reward_seconds"] = clock.lap()
 
         # --- Advantage ---
-        stages = rewards.on_unit_interval(
-            scores, scorers, rewards.parse(args.reward)
-        )  # K times [P, G]
-        pace = (
-            args.thresholds,
-            args.alpha,
-            args.beta,
-            args.slope,
-            args.saturation,
-            args.only_stage,
-            args.gate,
-        )
-        stage_weight = dict(
-            zip(stages, stage_weights(torch.stack([*stages.values()]), *pace)[:, :, None])
-        )  # [P, 1]
+        stages = on_unit_interval(scores, ranges)  # {name: [P, G]} of K stages
+        gates = stage_gates(
+            torch.stack(list(stages.values())),
+            thresholds=args.thresholds,
+            beta=args.beta,
+            slope=args.slope,
+            saturation=args.saturation,
+            gate=args.gate,
+        )  # [K, P]
+        weights = stage_weights(gates, args.alpha, args.only_stage)[:, :, None]  # [K, P, 1]
+        stage_weight = dict(zip(stages, weights))  # {name: [P, 1]}
         reward = combine_scores(stages, stage_weight)  # [P, G]
-        terms = rewards.terms(
-            args.aggregate, reward, scores, reward_weights
-        )  # what is normalised by itself
-        parts = [w * compute_advantages(r, args.adv_clip_max) for r, w in terms]  # [P, G]
+        terms = rewards.terms(reward, scores)  # [(rewards [P, G], weight)], by --aggregate
+        parts = [weight * compute_advantages(r, args.adv_clip_max) for r, weight in terms]
         advantages = sum(parts)  # [P, G]
-        advantage = run.local(advantages)  # [b]
-        spread = (
-            (reward - reward.nanmean(1, keepdim=True)).square().nanmean(1, keepdim=True).sqrt()
-        )  # [P, 1]
-        kept = keep_rows(reward, args.best_of) & ~(spread < args.min_spread)  # [P, G]
-        minibatches = split_rows(kept, args.minibatches)
+        local_advantages = processes.local(advantages)  # [b]
+        kept = groups.keep_rows(reward, args.best_of, args.min_spread)  # [P, G] bool: trained on
+        minibatches = groups.split_rows(kept, args.minibatches)  # a [P, G] mask for each
 
         # --- Update ---
-        run.blame = partial(
-            rewards.blame, scores, advantages, batch
-        )  # for a gradient that is no number
-        diagnostics = []
-        for update in range(args.updates_per_step * args.minibatches):
-            minibatch = minibatches[update % args.minibatches]
-            # rows without advantage and without KL have no gradient
-            learning = minibatch if args.kl_coef else minibatch & advantages.any(1, keepdim=True)
-            share = learning / minibatch.sum()  # of each sample in the loss [P, G]
-            row_share = pad(run.local(share), (0, 1))  # [b + 1]: 0 for row -1, the filler
+        diagnostics = []  # [update][pass]
+        for update in range(args.updates_per_step * args.minibatches):  # passes x minibatches
+            minibatch = minibatches[update % args.minibatches]  # [P, G] bool
+            learning = minibatch
+            if (
+                not args.kl_coef
+            ):  # groups without advantage have no gradient; they still count below
+                learning = minibatch & advantages.any(1, keepdim=True)
+            # [b] 1 / rows of the minibatch on all processes, whose gradients are summed
+            row_weight = processes.local(learning / minibatch.sum())
+            trained_steps = sde.noisy_steps(s, args.timestep_fraction, generator)
+            # a model may have two networks, for high and low noise: the last step of each
+            last_steps = {model.trained_at(sigmas[t]): t for t in trained_steps}
+            # equally many on every process, of equal size; none if no row learns
+            micro_batches = processes.micro_batches(learning, plan.batch)
             diagnostics.append([])
-            trained = sde.noisy_steps(s, args.timestep_fraction, chance)
-            last_steps = {model.trained_at(sigmas[t]): t for t in trained}  # of each trained module
-            batches = run.micro_batches(learning)
-            for mb in batches:
-                cond_mb = models.take(cond, mb)
-                for t in trained:
-                    x, x_next, at = (
-                        latents[mb, t],
-                        latents[mb, t + 1],
-                        (sigmas[t], sigmas[t + 1], s[t]),
-                    )
-                    # until a module's last pass each process adds up its own gradients
-                    run.exchange_gradients(mb is batches[-1] and t in last_steps.values())
-                    velocity = model.velocity(x, sigmas[t], cond_mb)
-                    _, log_prob, mean = transition(velocity, x, *at, x_next=x_next)
-                    ratio = torch.exp(log_prob - log_probs[mb, t])  # [mb]
-                    row_loss = loss.clipped_surrogate(ratio, advantage[mb], args.clip_range)
-                    if args.kl_coef:
-                        with run.initial_weights():
-                            _, _, reference = transition(
-                                model.velocity(x, sigmas[t], cond_mb), x, *at
-                            )
-                        row_loss += args.kl_coef * loss.gaussian_kl(
-                            mean, reference, sde.transition_std(*at)
+            for mb in micro_batches:
+                cond_mb = models.take(cond, mb.index)
+                weight = row_weight[mb.index] * mb.real  # [n]: padding rows count nothing
+                for t in trained_steps:
+                    x, x_next = latents[mb.index, t], latents[mb.index, t + 1]
+                    sigma, sigma_next = sigmas[t], sigmas[t + 1]
+                    # processes exchange gradients in the last pass of each network
+                    last = mb is micro_batches[-1] and t in last_steps.values()
+                    with policy.sync_gradients(last):
+                        velocity = policy.velocity(x, sigma, cond_mb)
+                        # given x_next nothing is drawn: log_prob [n] and mean [n, ...] of it
+                        _, log_prob, mean = transition(
+                            velocity, x, sigma, sigma_next, s[t], x_next=x_next
                         )
-                    batch_loss = (row_share[mb] * row_loss).sum() / len(trained)
-                    run.backward(batch_loss)
+                        ratio = torch.exp(log_prob - log_probs[mb.index, t])  # [n]
+                        row_loss = loss.clipped_surrogate(
+                            ratio, local_advantages[mb.index], args.clip_range
+                        )
+                        if args.kl_coef:
+                            with policy.reference():  # the initial weights, no gradients
+                                velocity_ref = policy.velocity(x, sigma, cond_mb)
+                            _, _, mean_ref = transition(velocity_ref, x, sigma, sigma_next, s[t])
+                            std = sde.transition_std(sigma, sigma_next, s[t])
+                            row_loss += args.kl_coef * loss.gaussian_kl(mean, mean_ref, std)
+                        loss_share = (weight * row_loss).sum() / len(trained_steps)
+                        policy.backward(loss_share)
                     diagnostics[-1].append(
-                        loss.diagnostics(ratio, args.clip_range, row_share[mb], batch_loss, update)
+                        loss.diagnostics(ratio, args.clip_range, weight, loss_share, update)
                     )
-            metrics["grad_norm"] = run.update() if batches else 0.0
+            metrics["grad_norm"] = 0.0  # the last update's is logged
+            if micro_batches:
+                metrics["grad_norm"] = policy.clip_gradients(args.max_grad_norm)
+                if not torch.isfinite(metrics["grad_norm"]):
+                    cause = rewards.explain(scores, advantages, step_prompts)
+                    raise errors.RunError(f"step {step}: the gradient is not finite. {cause}")
+                policy.step()
         metrics["update_seconds"] = clock.lap()
 
         # --- Log ---
-        metrics |= loss.summarise(diagnostics, run.gather)
-        run.check_ratio(metrics["ratio_error"])
-        metrics |= {
-            "reward_mean": reward.nanmean(),
-            "reward_std": spread.nanmean(),
-            "advantage_abs_mean": advantages.abs().mean(),
-            "masked_samples": reward.isnan().sum(),
-            "skipped_groups": (~kept.any(1)).sum(),
-        }
-        metrics |= {f"weight_{n}": x.nanmean() for n, x in stage_weight.items()} | rewards.shares(
-            stages, stage_weight
-        )
-        metrics |= {f"competence_{n}": x.nanmean() for n, x in stages.items()}
-        metrics |= {f"{name}_mean": score.nanmean() for name, score in scores.items()}
-        metrics |= rewards.shares(scores, reward_weights, parts)
-        metrics["samples_per_second"] = B / sum(
-            metrics[f"{part}_seconds"] for part in ("rollout", "reward", "update")
-        )
-        report.log(step, metrics)
+        metrics |= loss.summarise(diagnostics, processes.gather)
+        policy.check_ratio(metrics["ratio_error"])  # 1 in the first update, or a bug: RunError
+        metrics["reward_mean"] = reward.nanmean()
+        metrics["reward_std"] = groups.spread(reward).nanmean()
+        metrics["advantage_abs_mean"] = advantages.abs().mean()
+        metrics["masked_samples"] = reward.isnan().sum()
+        metrics["skipped_groups"] = (~kept.any(1)).sum()
+        metrics |= {f"weight_{name}": w.nanmean() for name, w in stage_weight.items()}
+        metrics |= shares(stages, stage_weight)
+        metrics |= {f"competence_{name}": r.nanmean() for name, r in stages.items()}
+        metrics |= rewards.summary(scores, parts)
+        seconds = [metrics[f"{phase}_seconds"] for phase in ("rollout", "reward", "update")]
+        metrics["samples_per_second"] = P * G / sum(seconds)
+        log.row(step, metrics)
 
         # --- Checkpoint ---
-        if run.due(step + 1):
-            run.save(step + 1, stateful)
+        checkpoints.finish(step + 1)
+        if checkpoints.due():
+            checkpoints.save()
+        checkpoints.stop_if_asked()
 
-    final = heldout.evaluate(
-        run, report, model, scorers, reward_weights, eval_prompts, args.steps, last=True
-    )
-    return report.finish(args.steps, final, run.export())
+    if evaluator.due(args.steps, last=True):
+        log.row(args.steps, evaluator.run(args.steps, log, last=True))
+    return log.finish(model, checkpoints.export())
 
 
 if __name__ == "__main__":
-    errors.run(main, cli.parse(Args, __doc__))
+    cli.launch(main, Args, __doc__, prepare=calibrate)

@@ -1,260 +1,341 @@
-"""The flags that all scripts share, in the groups that --help prints. A setting's bounds stand
-beside its type."""
+"""The flags that all scripts share, in the groups that --help prints.
 
+The bounds of a setting are part of its type, for example Annotated[int, From(1, 1000)]."""
+
+import dataclasses
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, TypeVar, get_type_hints
+
+from common.errors import InputError
+
+# The default for a LoRA of a folder or hub id; presets.py has those of the named models.
+LORA_LEARNING_RATE = 1e-4
+AnyArgs = TypeVar("AnyArgs", bound="Scored | Args")  # a script's own class
 
 
-@dataclass(
-    frozen=True
-)  # and no tuple: From(0, 1) and Above(0, 1) must differ, as typing caches Annotated by equality
+@dataclass(frozen=True)  # not a tuple: typing caches Annotated by equality
 class From:
-    """Allowed values of a setting: Annotated[float, From(0, 1)]"""
+    """Give the allowed values of a setting, with both ends: Annotated[float, From(0, 1)]."""
 
     low: float
     high: float
 
     def __contains__(self, value: float) -> bool:
-        return self.low <= value <= self.high  # false for NaN, too
+        return self.low <= value <= self.high  # false for NaN
 
     def __str__(self) -> str:
-        return f"{type(self).__name__.lower()} {self.low:g} and at most {self.high:g}"
+        return f"from {self.low:g} to {self.high:g}"
 
 
 class Above(From):
-    """The same without the lower end."""
+    """Give the allowed values of a setting, without the lower end."""
 
     def __contains__(self, value: float) -> bool:
         return self.low < value <= self.high
 
-
-@dataclass(frozen=True)
-class Start:
-    """A value of a setting for which a run keeps the weights of its start, as --kl-coef does."""
-
-    value: str
+    def __str__(self) -> str:
+        return f"above {self.low:g} and at most {self.high:g}"
 
 
 @dataclass
 class Model:
-    """What samples are made with."""
+    """Choose the model and how it samples."""
 
     model: str = "tiny-flux"
-    """A named model (--list-models), the folder of a diffusers pipeline, or a hub id."""
+    """Model to train or evaluate: a named model (--list-models prints them), the folder of a
+    diffusers pipeline, or a hub id OWNER/NAME."""
     source: str = ""
-    """Folder or hub id of other weights for a named --model, with its settings; default: the
-    model's own."""
+    """Folder or hub id with other weights for a named --model. The model's settings stay. Default:
+    the model's published weights."""
     height: Annotated[int, From(0, 1e5)] = 0
-    """Height of the samples in pixels; 0: the model's own."""
+    """Height of the samples in pixels. 0: the model's default."""
     width: Annotated[int, From(0, 1e5)] = 0
-    """Width of the samples in pixels; 0: the model's own."""
+    """Width of the samples in pixels. 0: the model's default."""
     frames: Annotated[int, From(0, 1e4)] = 0
-    """Frames of a clip; 0: the model's own, 53."""
+    """Number of frames of a clip, for video models. 0: the model's default, 53."""
     fps: Annotated[float, Above(0, 1000)] = 15.0
-    """Frames a second at which clips are saved and scored."""
+    """Frames per second at which clips are saved and scored."""
     sampling_steps: Annotated[int, From(2, 1000)] = 16
-    """T: denoising steps."""
+    """Number of denoising steps per sample (T). More steps give better samples and cost more
+    time."""
     shift: Annotated[float, Above(0, 100)] = 3.0
-    """Shift of the sigmas: larger spends more steps at high noise."""
+    """Shift of the noise levels (sigmas). 1: no shift. Larger values spend more steps at high
+    noise."""
     guidance: Annotated[float, From(0, 1000)] = 3.5
-    """Guidance scale, the same in rollout and update. Of classifier-free guidance 1 is none: Wan,
-    Stable Diffusion, Qwen-Image."""
+    """Guidance scale, the same in rollout and update. For classifier-free guidance (Wan, Stable
+    Diffusion, Qwen-Image), 1 disables it."""
     guidance_2: Annotated[float, From(0, 1000)] = 0.0
-    """Guidance scale of the second expert of a model that has two (Wan2.2); 0: the same."""
+    """Guidance scale of the second expert, for models with two (Wan2.2). 0: the value of
+    --guidance."""
     batched_guidance: bool = False
-    """Compute both halves of classifier-free guidance in one forward pass: faster, for twice the
-    memory."""
+    """Compute both halves of classifier-free guidance in one forward pass. This is faster and needs
+    twice the memory for activations."""
     micro_batch: Annotated[int | Literal["auto"], From(1, 1e6)] = 8
-    """Rows of one forward pass, of rollout and update alike; auto: in training on GPUs as many as
-    fit, else 1."""
+    """Samples per forward pass, in rollout and update. auto: the largest batch that fits on the
+    GPU; 1 on a CPU and in evaluate.py."""
     decode_batch: Annotated[int, From(0, 1e6)] = 0
-    """Rows that the VAE decodes at once; 0: a micro-batch."""
+    """Samples that the VAE decodes at once. 0: the value of --micro-batch."""
     offload_encoders: bool = False
-    """Keep the text and image encoders off the accelerator except when a new prompt has to be
-    encoded. Chosen by itself where the run would not fit otherwise, as is
-    --gradient-checkpointing."""
+    """Keep the text and image encoders on the CPU, and move them to the GPU only to encode new
+    prompts. Training turns this on when the run would not fit on the GPU otherwise."""
     trust_remote_code: bool = False
-    """Run the Python code that the repository of a --model or --judge-model brings along; else it
-    is refused."""
+    """Run Python code from the repository of --model or --judge-model. Without this flag such a
+    repository is refused."""
     process_timeout: Annotated[float, Above(0, 1e5)] = 60.0
-    """Minutes that processes wait for one another: the main one's export of a large model takes
-    some, a judge's retries too."""
+    """Minutes that processes wait for one another before the run fails. Increase it if the export
+    of a large model or the judge's retries take longer."""
+
+    def model_settings(self) -> dict[str, Any]:
+        """Return the keyword arguments of models.load that are flags."""
+        return {
+            "source": self.source,
+            "height": self.height,
+            "width": self.width,
+            "frames": self.frames,
+            "guidance": self.guidance,
+            "guidance_2": self.guidance_2,
+            "batched_guidance": self.batched_guidance,
+            "offload_encoders": self.offload_encoders,
+            "trust_remote_code": self.trust_remote_code,
+            "decode_batch": self.decode_batch or rows_of(self.micro_batch),
+        }
+
+
+def rows_of(micro_batch: int | Literal["auto"]) -> int:
+    """Return the rows of a pass before the memory is known: --micro-batch auto is 1."""
+    return 1 if micro_batch == "auto" else micro_batch
 
 
 @dataclass
 class Reward:
-    """What samples are scored with."""
+    """Choose the rewards that score the samples."""
 
     reward: tuple[str, ...] = ()
-    """Rewards, NAME or NAME=WEIGHT, several separated by spaces; common/rewards/README.md lists
-    them. For one of your own path/to/file.py:CLASS stands in the place of NAME."""
+    """Rewards to train on, as NAME or NAME=WEIGHT, separated by spaces; common/rewards/README.md
+    lists them. A reward of your own is path/to/file.py:CLASS instead of NAME."""
     reward_units: Literal["own", "spread"] = "own"
-    """What the weights count: each reward in its own unit; or in units of the spread within a group
-    that it declares, so that two of weight 1 have about the same say. share_NAME in the metrics is
-    the say that each had."""
+    """Unit of the weights. own: each reward counts in its own unit. spread: each reward is first
+    divided by its typical spread within a group, so equal weights have about equal influence. The
+    metric share_NAME is the influence of each."""
     reward_path: tuple[str, ...] = ()
-    """Weights of rewards that do not come from the hub: NAME=FILE, several separated by spaces."""
+    """Local weights of reward models, as NAME=FILE, separated by spaces. Default: they come from
+    the hub."""
     reward_batch: Annotated[int, From(1, 1e6)] = 16
-    """Images or clips that a reward model looks at at once."""
+    """Images or clips per forward pass of a reward model."""
     reward_frames: Annotated[int | Literal["first", "middle", "all"], From(1, 1e6)] = "all"
-    """Frames of a clip that a reward for images scores, as their mean: one, all, or so many, evenly
-    spaced."""
+    """Frames of a clip that an image reward scores; the clip's score is their mean. first, middle,
+    all, or a number of evenly spaced frames."""
 
 
 @dataclass
 class Judge:
-    """The rewards judge:..."""
+    """Set up the judge for the rewards judge:..."""
 
     judge_url: str = ""
-    """OpenAI-compatible server of the judge, http://HOST:PORT/v1; none: the judge is loaded into
-    this process."""
+    """Address of an OpenAI-compatible server for the judge, as http://HOST:PORT/v1. Empty: the
+    judge is loaded into this process."""
     judge_model: str = "Qwen/Qwen2.5-VL-7B-Instruct"
-    """The judge: a name that the server knows, or a hub id or folder."""
+    """Model of the judge: a name that the server knows, or without --judge-url a hub id or
+    folder."""
     judge_fps: Annotated[float, Above(0, 1000)] = 2.0
-    """Frames a second of a clip that the judge sees."""
+    """Frames per second of a clip that the judge sees."""
     judge_expected: bool = False
-    """Score by the judge's probabilities of the digits 0 to 9 instead of by the number that it
-    writes: finer."""
+    """Score by the probabilities of the digits 0 to 9 instead of the number that the judge writes.
+    Scores are finer then; the server must return log-probabilities."""
     judge_timeout: Annotated[float, Above(0, 1e5)] = 120.0
     """Seconds that the server has for an answer."""
     judge_retries: Annotated[int, From(0, 1000)] = 5
-    """Times that a request is repeated, after 0.5 seconds at first and 8 at last, before it counts
-    as failed."""
+    """Number of times that a failed request to the server is repeated, after pauses of 0.5 to 8
+    seconds. 0: never."""
     judge_concurrency: Annotated[int, From(1, 1000)] = 16
-    """Requests that each process has under way at once."""
+    """Number of requests that each process sends at the same time."""
 
 
 @dataclass
 class Scored(Judge, Reward, Model):
-    """A model, and rewards of its samples: the flags that evaluate.py has too."""
+    """Hold the flags of models and rewards, which evaluate.py has too."""
 
 
 @dataclass
 class Rollout:
-    """What a step samples."""
+    """Set what a step samples."""
 
     prompts: str = ""
-    """Text file with one prompt a line; for image-to-video models IMAGE <tab> PROMPT. Or
-    FILE:COLUMN of a table that is csv, tsv, jsonl, json or parquet; hub:OWNER/NAME/FILE:COLUMN of a
-    data set on the hub; or a set by its name (common/prompts/sets.py): dancegrpo:images,
-    dancegrpo:videos, hpdv2, first-frames. Other fields of jsonl go to the rewards that ask for
-    them."""
+    """Training prompts: a text file with one prompt per line (for image-to-video models IMAGE <tab>
+    PROMPT); FILE:COLUMN of a csv, tsv, jsonl, json or parquet table; hub:OWNER/NAME/FILE:COLUMN of
+    a data set on the hub; or a named set: dancegrpo:images, dancegrpo:videos, hpdv2, first-frames.
+    Other fields of a jsonl line are passed to rewards that ask for them."""
     eval_prompts: str = ""
-    """Held-out prompts for --eval-every and --sample-every, named in the same way, or a
-    benchmark's: hpsv2:STYLE (anime, concept-art, paintings, photo, all), geneval, unigenbench,
-    unigenbench:long, vbench. None: neither."""
+    """Held-out prompts for --eval-every and --sample-every, given as for --prompts, or those of a
+    benchmark: hpsv2:STYLE (anime, concept-art, paintings, photo, all), geneval, unigenbench,
+    unigenbench:long, vbench. Empty: no evaluation and no sample grids."""
     steps: Annotated[int, From(1, 1e9)] = 100
-    """Training steps: rollout, reward, advantage, update."""
+    """Number of training steps. Each step samples, scores and updates the model."""
     prompts_per_step: Annotated[int, From(1, 1e6)] = 8
-    """P: prompts of a step, over all processes."""
+    """Number of prompts per step (P), over all processes. Each has a group of --group-size
+    samples."""
     group_size: Annotated[int, From(2, 1e5)] = 12
-    """G: samples of each prompt."""
+    """Number of samples per prompt (G). Their rewards are compared with one another."""
     noise_level: Annotated[float, Above(0, 10)] = 0.3
-    """eta: scale of the noise that sampling adds. More explores more and blurs more."""
+    """Scale of the noise that sampling adds (eta). Larger values explore more and blur the samples
+    more."""
     sde: Literal["dance", "flow", "ddim"] = "dance"
-    """Noise: DanceGRPO's constant; Flow-GRPO's, growing with sigma; DDIM's, with a transition of
-    its own."""
+    """Noise schedule. dance: constant (DanceGRPO). flow: grows with the noise level (Flow-GRPO).
+    ddim: DDIM's transition, with --noise-level at most 1."""
     same_noise: bool = False
-    """Start all samples of a group from the same noise."""
+    """Start all samples of a group from the same initial noise."""
     sde_steps: Annotated[int, From(0, 1000)] = 0
-    """Add noise in this many steps only, the first; 0: in all but the last, which never is
-    noisy."""
+    """Add noise only in this many denoising steps, the first ones. 0: in all but the last, which
+    never has noise."""
     sde_window: Annotated[int, From(0, 1000)] = 0
-    """Of these, add noise in this many consecutive ones only, a new random window each training
-    step; 0: in all."""
+    """Of the steps with noise, use only this many consecutive ones, at a new random place in each
+    training step. 0: all of them."""
     watch: tuple[str, ...] = ()
-    """Rewards to score and log beside those, without training on them."""
+    """Further rewards to score and log without training on them, separated by spaces."""
 
 
 @dataclass
 class Update:
-    """What a step learns from them, and how."""
+    """Set how a step updates the model."""
 
     aggregate: Literal["rewards", "advantages"] = "rewards"
-    """Of several rewards: normalise their weighted sum, where the one with the largest spread
-    decides; or each by itself, and add up the advantages with the weights."""
+    """How several rewards are combined. rewards: add up the weighted rewards, then normalise; the
+    reward with the largest spread dominates. advantages: normalise each reward, then add up the
+    weighted advantages."""
     timestep_fraction: Annotated[float, Above(0, 1)] = 1.0
-    """Share of the noisy denoising steps that an update trains on, drawn at random for each
-    update."""
+    """Fraction of the noisy denoising steps that each update trains on, drawn at random. 1: all of
+    them."""
     best_of: Annotated[int, From(0, 1e5)] = 0
-    """Train on the n/2 best and n/2 worst samples of each group; advantages still come from all G.
-    0: train on all."""
+    """Train only on the n/2 best and n/2 worst samples of each group; n is even. Advantages still
+    use the whole group. 0: train on all samples."""
     min_spread: Annotated[float, From(0, 1e6)] = 0.0
-    """Leave out the groups whose rewards have a smaller standard deviation than this (2605.10937,
-    Imp1)."""
+    """Skip groups whose rewards have a smaller standard deviation than this (2605.10937, Imp1).
+    Unit: that of the reward. 0: skip none."""
     updates_per_step: Annotated[int, From(1, 1000)] = 1
-    """Passes over each rollout."""
+    """Number of passes over the samples of each step."""
     minibatches: Annotated[int, From(1, 1e5)] = 1
-    """Optimizer updates of a pass, each on its share of every group. The first update of a rollout
-    finds the ratio 1: only in later ones --clip-range does something."""
+    """Number of optimizer updates per pass; each trains on a part of every group. The first update
+    of a step has ratio 1, so --clip-range has an effect only in later ones."""
     clip_range: Annotated[float, Above(0, 1)] = 1e-4
-    """The ratio is clipped to 1 +- this."""
+    """Largest change of a sample's probability that an update rewards: the ratio of new to old
+    probability is clipped to 1 +- this value. Smaller values are more cautious."""
     adv_clip_max: Annotated[float, Above(0, 1e6)] = 5.0
-    """Advantages are clamped to +- this."""
+    """Largest absolute advantage. Larger ones are clamped to +- this value."""
     learning_rate: Annotated[float, Above(0, 1)] = 1e-5
-    """AdamW's learning rate, constant. With --lora-rank another default, for a LoRA."""
+    """Learning rate of AdamW, constant. Larger values learn faster and diverge earlier. With
+    --lora-rank the default is the model's rate for a LoRA."""
     weight_decay: Annotated[float, From(0, 1)] = 1e-4
-    """AdamW's weight decay."""
+    """Weight decay of AdamW. 0 disables it."""
     max_grad_norm: Annotated[float, Above(0, 1e6)] = 1.0
-    """Gradients are scaled down to this norm."""
+    """Largest norm of the gradients. Larger gradients are scaled down to it."""
     kl_coef: Annotated[float, From(0, 1e6)] = 0.0
-    """Weight of the KL term against the initial weights; above 0 it costs a second forward pass."""
+    """Weight of the KL term that keeps the model close to its initial weights. 0 disables it; above
+    0 an update needs a second forward pass."""
     lora_rank: Annotated[int, From(0, 4096)] = 0
-    """Rank of the LoRA that is trained; 0: all weights are."""
+    """Rank of the LoRA to train. 0: train all weights."""
     lora_targets: str = ""
-    """Regular expression of the layers that the LoRA adapts; default: the linear layers of the
-    blocks."""
+    """Regular expression for the names of the layers that the LoRA adapts; --list-models prints the
+    defaults. Default: the linear layers of the blocks."""
     ema: Annotated[float, From(0, 0.99999)] = 0.0
-    """Decay of a running average of the trained weights, exported beside them; 0: no average."""
+    """Decay of a moving average of the trained weights, which is exported to export_ema/. Typical:
+    0.99. 0 disables it."""
     gradient_checkpointing: bool = False
-    """Compute activations again in the backward pass instead of keeping them: slower, for much less
-    memory."""
+    """Recompute activations in the backward pass instead of storing them. This is slower and needs
+    much less memory. Training turns it on when the run would not fit otherwise."""
     compile: bool = False
-    """Compile the blocks of what is trained (torch.compile), the same ones in rollout and update:
-    faster steps, after a minute or more. Needs a C++ compiler."""
+    """Compile the blocks of the trained model with torch.compile. Steps are faster after a minute
+    or more of compilation. Needs a C++ compiler."""
     attention: Literal[
         "native", "_native_flash", "_native_cudnn", "_native_efficient", "_native_math", "flex",
         "flash", "flash_hub", "_flash_3", "_flash_3_hub", "xformers",
     ] = "native"  # fmt: skip
-    """Kernels of the transformer's attention, by diffusers' names (those that have gradients);
-    native: what torch or DIFFUSERS_ATTN_BACKEND chooses."""
+    """Attention kernel of the transformer, by its name in diffusers. native: the kernel that torch
+    or DIFFUSERS_ATTN_BACKEND chooses."""
     exchange_often: bool = False
-    """Sharded weights: processes exchange gradients after every backward pass instead of once an
-    update; more traffic, but none of them holds the gradients of all weights. Chosen by itself
-    where they would not fit otherwise."""
+    """For sharded weights: sync gradients after every backward pass instead of once per update.
+    This needs less memory and more communication. Training turns it on when the gradients would not
+    fit otherwise."""
 
 
 @dataclass
 class Run:
-    """The run and its folder."""
+    """Set the folder of the run, its checkpoints and its logs."""
 
     seed: Annotated[int, From(0, 2**31)] = 0
-    """Everything random follows from it."""
+    """Seed of all random numbers: noise, order of prompts, initial LoRA weights."""
     output: str = ""
-    """Folder of the run; default: runs/SCRIPT-MODEL-N with the next free N."""
+    """Folder of the run. Default: runs/SCRIPT-MODEL-N with the next free N."""
     resume: str = ""
-    """`latest`, or RUN/checkpoints/step_NNNNNN: go on from there with that run's settings; in a new
-    --output as a new run."""
+    """Continue from a checkpoint. `latest` continues the run in --output.
+    RUN/checkpoints/step_NNNNNN begins a new run in a new --output. The defaults of all flags are
+    then that run's settings. Empty: start from the model's weights."""
     keep_checkpoints: Annotated[int, From(0, 1e9)] = 0
-    """Keep this many of the latest checkpoints; 0: all."""
+    """Number of checkpoints to keep; older ones are deleted. 0: keep all."""
     save_every: Annotated[int | Literal["auto"], From(0, 1e9)] = "auto"
-    """Steps between checkpoints; the last step always saves. 0: only the last; auto: 20, or half an
-    hour of them, whichever comes first."""
+    """Steps between checkpoints; the last step is always saved. auto: every 20 steps, or every 30
+    minutes if that is earlier. 0: only the last step."""
     sample_every: Annotated[int, From(0, 1e9)] = 20
-    """Steps between grids of samples; 0: never."""
+    """Steps between grids of samples for --eval-prompts. 0: never."""
     eval_every: Annotated[int, From(0, 1e9)] = 20
-    """Steps between evaluations on --eval-prompts; first and last step always. 0: never."""
+    """Steps between evaluations on --eval-prompts; the first and the last step are always
+    evaluated. 0: never."""
     tracker: Literal["tensorboard", "wandb", "none"] = "tensorboard"
-    """Where the metrics go besides metrics.jsonl."""
+    """Where metrics are logged in addition to metrics.jsonl. none: nowhere else."""
     push_to_hub: str = ""
-    """OWNER/NAME of a repository of the hub, a private one if it is new, into which export/ goes in
-    the end."""
+    """Hub repository OWNER/NAME to which export/ is uploaded at the end. A new repository is
+    private. Empty: no upload."""
 
 
 @dataclass
 class Args(Judge, Run, Update, Rollout, Reward, Model):
-    """All of a training run's. A method's own are the fields of the class that its script
-    derives."""
+    """Hold all flags of a training run.
 
-    # of named models, beyond those of common/models; no field, as it has no annotation
-    SETTINGS = {}
+    A script derives its own class from this one and adds the flags of its method as fields.
+    Constants have no annotation, so they are not flags.
+    """
+
+    TITLE = ""  # name of the method on the model card; "" prints the script's name
+    ARXIV = ()  # arXiv ids of its papers
+    CURVES = ()  # NAME: a plot NAME.png of the metrics NAME and NAME_...
+    SETTINGS = {}  # {named model: {flag: default}}
+
+
+def defaults(cls: type[AnyArgs], model: str = "tiny-flux", **values: Any) -> AnyArgs:
+    """Return an instance of cls with the defaults of a named model, and `values` over them.
+
+    The defaults come from cls.SETTINGS, or from the fields for a folder or hub id. With lora_rank
+    the default learning rate is lora_learning_rate of the table, else LORA_LEARNING_RATE.
+    """
+    table = cls.SETTINGS.get(model, {})
+    flags = {field.name for field in dataclasses.fields(cls)} - {"source"}
+    chosen = {name: value for name, value in table.items() if name in flags}
+    chosen = {"model": model, **chosen, **values}
+    if chosen.get("lora_rank") and "learning_rate" not in values:
+        chosen["learning_rate"] = table.get("lora_learning_rate", LORA_LEARNING_RATE)
+    return cls(**chosen)
+
+
+def check_bounds(args: Any) -> None:
+    """Raise InputError for the first setting of a dataclass that is out of its bounds."""
+    for name, hint in get_type_hints(type(args), include_extras=True).items():
+        bounds = [bound for bound in getattr(hint, "__metadata__", ()) if isinstance(bound, From)]
+        value = getattr(args, name)
+        for part in value if isinstance(value, tuple) else (value,):
+            _check_value(flag_of(name), part, bounds)
+
+
+def _check_value(flag: str, value: Any, bounds: list[From]) -> None:
+    try:
+        str(value).encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{flag} {value!a:.300}: not UTF-8. Choose another name.") from None
+    if isinstance(value, str):  # "auto", where a number has bounds
+        return
+    for bound in bounds:
+        if value not in bound:
+            raise InputError(f"{flag} {str(value):.40}: must be {bound}.")
+
+
+def flag_of(name: str) -> str:
+    """Return the flag of a setting: "group_size" -> "--group-size"."""
+    return "--" + name.replace("_", "-")

@@ -1,8 +1,8 @@
 """The errors that a person can cause, and the one line that they get instead of a traceback.
 
-InputError    a wrong flag, file or setting, found before any work                      exit code 2
-RunError      a run that cannot continue: a reward that is not finite, a full disk      exit code 1
-Stopped       a signal asked the run to stop, and its work is saved          128 + the signal's number
+InputError    a wrong flag, file or setting, found before any work                exit code 2
+RunError      a run that cannot continue: a reward that is not finite, a full disk  exit code 1
+Stopped       a signal asked the run to stop, and its work is saved     128 + the signal's number
 
 Two contexts turn what others raise into these: `loading` around everything that comes from outside
 (a model's folder, a reward, a prompt file, a checkpoint, a server), and `phase` around each part of
@@ -22,11 +22,11 @@ from typing import Any, NoReturn, TextIO
 
 LONGEST = 500  # letters of another exception's message that are shown
 run_folder = Path()  # where error.log is written: the working directory, then the run's folder
-rescues = []  # functions that save the finished steps of the run when an error ends it
+rescue = None  # error -> None: saves the finished steps when an error ends the run
 
 
 class InputError(ValueError):
-    """A wrong flag, file or setting, found before any work."""
+    """A wrong flag, file or setting, almost always found before any work."""
 
 
 class RunError(RuntimeError):
@@ -34,7 +34,7 @@ class RunError(RuntimeError):
 
 
 class LocalError(RunError):
-    """A RunError of one process, which the others do not know of: they cannot save together."""
+    """A RunError of one process. The others do not know of it, so nothing is saved together."""
 
 
 class Diverged(RunError):
@@ -71,7 +71,7 @@ def loading(what: str, source: object = "", do: str = "") -> Iterator[None]:
         if from_a_signal(error):
             raise
         where = f"{what} {source}".strip()
-        advice = f"; {do}" if do else ""
+        advice = f"; {do}" if do and not out_of_memory(error) else ""
         raise InputError(f"{where} does not load ({described(error)}){advice}") from error
 
 
@@ -95,20 +95,18 @@ def out_of_memory(error: BaseException) -> bool:
     """Return whether Python, torch or the operating system had no memory left."""
     name = type(error).__name__
     return (
-        isinstance(error, MemoryError)
-        or "OutOfMemory" in name
-        or "allocate memory" in text(error)
+        isinstance(error, MemoryError) or "OutOfMemory" in name or "allocate memory" in text(error)
     )
 
 
 def from_a_signal(error: BaseException) -> bool:
-    """Return whether an exception is Ctrl-C, and not a KeyboardInterrupt that a user's code raised."""
+    """Return whether an exception is Ctrl-C, not a KeyboardInterrupt that a user's code raised."""
     default = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     return isinstance(error, Interrupted) or (isinstance(error, KeyboardInterrupt) and default)
 
 
 def text(error: BaseException) -> str:
-    """Return an exception's message on one line, its class when it has none; 500 letters at most."""
+    """Return an exception's message on one line, its class if it has none; 500 letters at most."""
     try:
         words = " ".join(str(error).split())
     except Exception:  # a class of a user's code
@@ -152,26 +150,20 @@ def one_line() -> Iterator[None]:
         try:
             yield
         except InputError as error:
-            _print("error", f"{text_of(error)}{_logged(error)}")
+            _print("error", f"{error}{_logged(error)}")
+            _rescue(error)  # a conditioning image, for example, is read in a step
             sys.exit(2)
         except Stopped as stopped:
             _print("stopped", str(stopped))
             sys.exit(128 + stopped.number)
         except KeyboardInterrupt:
-            _print(
-                "stopped", "SIGINT: at once; --resume latest continues from the last checkpoint"
-            )
+            _print("stopped", "SIGINT: at once")
             sys.exit(128 + signal.SIGINT)
         except Exception as error:
-            line = text_of(error) if isinstance(error, RunError) else described(error)
+            line = str(error) if isinstance(error, RunError) else described(error)
             _print("error", f"{line}{_hint(error)}{_logged(error)}")
             _rescue(error)
             sys.exit(1)
-
-
-def text_of(error: BaseException) -> str:
-    """Return the whole message of one of our own errors."""
-    return str(error) or type(error).__name__
 
 
 def _hint(error: BaseException) -> str:
@@ -208,7 +200,7 @@ def _rescue(error: Exception) -> None:
     while chained:  # the frames hold the memory that saving may need
         traceback.clear_frames(chained.__traceback__)
         chained = chained.__cause__
-    for rescue in list(rescues) if alone or everywhere else ():
+    if rescue and (alone or everywhere):
         try:
             rescue(error)
         except Exception as worse:
@@ -220,7 +212,8 @@ def _print(kind: str, line: str) -> None:
     # a server's answer or a file name may hold control characters
     line = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line)
     line = line if len(line) <= 1200 else f"{line[:800]} ... {line[-350:]}"
-    sys.stderr.write(f"{kind}: {line}\n")  # one write: other processes write too
+    start = "\n" if getattr(sys.stderr, "in_a_line", False) else ""
+    sys.stderr.write(f"{start}{kind}: {line}\n")  # one write: other processes write too
 
 
 @contextlib.contextmanager
@@ -264,12 +257,15 @@ class _Lasting:
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
         self.lost = None
+        self.in_a_line = False  # whether a progress bar left the cursor behind its words
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
 
     def write(self, words: str) -> int:
         self._try(self.stream.write, words)
+        if words:
+            self.in_a_line = not words.endswith(("\n", "\r"))
         return len(words)
 
     def flush(self) -> None:
@@ -283,16 +279,3 @@ class _Lasting:
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self.stream.fileno())  # the stream's buffer is flushed there, too
             os.close(nowhere)
-
-
-# --- Only until every caller uses `loading` and `phase` ---
-
-alarms = []
-last_checkpoint = ""
-
-
-def of_the_machine(error: Exception) -> str:
-    """Return a line for a machine without memory or disk; "" for all else."""
-    if out_of_memory(error):
-        return f"out of memory ({text(error)})"
-    return text(error) if isinstance(error, OSError) else ""

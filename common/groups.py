@@ -1,6 +1,6 @@
-"""Groups of samples: which of them are trained on, and in which minibatch. Needs torch alone.
+"""Groups of samples: which of them are trained on, in which minibatch. Needs torch alone.
 
-Shapes: P prompts, G samples of each prompt (the group). A reward of NaN is a sample without a score.
+Shapes: P prompts, G samples of each (the group). A reward of NaN is a sample without a score.
 """
 
 import torch

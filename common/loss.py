@@ -1,7 +1,8 @@
-"""The clipped surrogate, the KL term, and what the ratio says about the update. Needs torch alone.
+"""The clipped surrogate, the KL term, and diagnostics of an update's ratio. Needs torch alone.
 
-Shapes: B rows (samples). Everything is per row; the script averages, because methods weigh rows
-differently."""
+Shapes: B rows (samples). All losses are per row. The script averages them, because methods weigh
+rows differently.
+"""
 
 from collections.abc import Callable
 
@@ -11,8 +12,10 @@ import torch
 def clipped_surrogate(
     ratio: torch.Tensor, advantages: torch.Tensor, clip_range: float
 ) -> torch.Tensor:
-    """-min(rho * A, clip(rho, 1 - c, 1 + c) * A): ratio [B], advantages [B] -> [B]. 2511.18919 eq
-    1."""
+    """Return the clipped surrogate loss -min(rho * A, clip(rho, 1 - c, 1 + c) * A), [B].
+
+    ratio (rho): [B]; advantages (A): [B]; clip_range: c. 2511.18919 eq 1.
+    """
     assert ratio.shape == advantages.shape, (
         f"ratio {tuple(ratio.shape)}, advantages {tuple(advantages.shape)}"
     )
@@ -24,9 +27,11 @@ def clipped_surrogate(
 def gaussian_kl(
     mean: torch.Tensor, reference_mean: torch.Tensor, std: torch.Tensor | float
 ) -> torch.Tensor:
-    """KL of two Gaussians of equal standard deviation, |mean - reference_mean|^2 / (2 std^2),
-    averaged over dimensions: means [B, ...], std a scalar (not 0) or broadcastable -> [B].
-    Flow-GRPO 2505.05470."""
+    """Return the KL of two Gaussians of equal standard deviation (Flow-GRPO 2505.05470).
+
+    It is |mean - reference_mean|^2 / (2 std^2), averaged over the non-batch dimensions. mean,
+    reference_mean: [B, ...]; std: a scalar (not 0), or broadcastable to them -> [B].
+    """
     return ((mean - reference_mean) ** 2 / (2 * std**2)).flatten(1).mean(1)
 
 
@@ -34,13 +39,18 @@ def gaussian_kl(
 def diagnostics(
     ratio: torch.Tensor, clip_range: float, share: torch.Tensor, loss: torch.Tensor, update: int
 ) -> dict[str, torch.Tensor]:
-    """Of a micro-batch, over the rows that have a share in the loss (> 0): ratio [B], share [B],
-    loss a scalar, update the number of the rollout's update -> {name: scalar}, sums, but for the
-    largest error.
+    """Return the diagnostics of one micro-batch, {name: scalar}, over the rows with share > 0.
 
-    ratio_error max |rho - 1| before the first update (0) must be rounding: more means that the two
-    passes differ. approx_kl is Schulman's non-negative estimate (rho - 1) - log rho of KL(old ||
-    new)."""
+    ratio [B]; share [B]: the weight of each row in the loss; loss: a scalar; update: the number of
+    the rollout's update, from 0.
+
+    ratio_error    max |rho - 1| before the first update. More than rounding means that rollout and
+                   update compute different log-probabilities.
+    clip_fraction  the number of rows whose |rho - 1| is above clip_range
+    approx_kl      the sum of (rho - 1) - log rho: Schulman's estimate of KL(old || new), never
+                   negative
+    loss, rows     the loss, and the number of rows
+    """
     counts = share > 0
     ratio = torch.where(counts, ratio, 1.0)
     error = (ratio - 1).abs()
@@ -57,12 +67,13 @@ def summarise(
     diagnostics: list[list[dict[str, torch.Tensor]]],
     gather: Callable[[torch.Tensor], torch.Tensor] = lambda local: local,
 ) -> dict[str, float]:
-    """Lists of `diagnostics`, one for each update, of its micro-batches -> {name: number} over all
-    rows, processes and updates; and of each update N after the first, whose ratio has moved,
-    clip_fraction_N and approx_kl_N.
+    """Return the diagnostics of a step, {name: number}, over all rows, processes and updates.
 
-    gather: [b, ...] of each process -> [B, ...] on all of them. Where no row was trained on, all is
-    0."""
+    diagnostics: for each update a list with those of its micro-batches. gather: [b, ...] of each
+    process -> [B, ...] on all of them. The result also has clip_fraction_N and approx_kl_N for each
+    update N after the first, because only there the ratio has moved. If no row was trained on, all
+    values are 0.
+    """
     names = ("ratio_error", "clip_fraction", "approx_kl", "loss", "rows")
     later = {
         name: n

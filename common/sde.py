@@ -9,12 +9,14 @@ are one formula with a different diffusion coefficient s:
 
     mean   = x + (v + s^2 / (2 sigma) * (x + (1 - sigma) * v)) * dt,    dt = sigma_next - sigma < 0
     x_next = mean + std * z,    std = s * sqrt(-dt),    z ~ N(0, I)
-    log_prob = mean over all non-batch dimensions of log N(x_next; mean, std^2)               2605.10937 eq 3-4
+    log_prob = mean over all non-batch dimensions of log N(x_next; mean, std^2)
+
+The last line is 2605.10937 eq 3-4.
 
 That mean is (1 - sigma_next) x0_hat + c eps_hat with c = sigma_next - std^2 / (2 sigma), exact for
 small steps. DDIM (2010.02502 eq 12, as a policy in DDPO 2305.13301) has c = sqrt(sigma_next^2 -
-std^2), exact for steps of any size, and a std of its own. It is the third schedule, with
-`ddim_step` in the place of `sde_step`: same arguments, same results.
+std^2), exact for steps of any size, and a different std. It is the third schedule. Its transition
+is `ddim_step`, with the same arguments and results as `sde_step`.
 
 One name, one quantity: `s` is the coefficient of the SDE, `std` the standard deviation of the
 transition. Shapes: B rows, T denoising steps, `...` the latent's own dimensions."""
@@ -29,11 +31,11 @@ Scalars = float | torch.Tensor  # a scalar, or one for each row [B]
 
 
 def shifted_sigmas(steps: int, shift: float) -> torch.Tensor:
-    """sigmas [T+1] float32 from 1 to 0: shift * u / (1 + (shift - 1) * u) of u = linspace(1, 0,
-    T+1).
+    """Return T+1 sigmas, float32, from 1 to 0.
 
-    A larger shift spends more steps at high noise. Never hand these to a scheduler that shifts them
-    a second time."""
+    They are shift * u / (1 + (shift - 1) * u) for u = linspace(1, 0, T+1). A larger shift spends
+    more steps at high noise. Do not pass them to a scheduler that shifts them again.
+    """
     u = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
     return (shift * u / (1 + (shift - 1) * u)).float()
 
@@ -41,16 +43,20 @@ def shifted_sigmas(steps: int, shift: float) -> torch.Tensor:
 def diffusion_coefficients(
     sigmas: torch.Tensor, eta: float, schedule: str, window: tuple[int, int] | None = None
 ) -> torch.Tensor:
-    """The coefficient s of each step: sigmas [T+1] -> [T].
+    """Return the coefficient s [T] of each step, for sigmas [T+1] and a schedule:
 
-    `dance`: s = eta (2505.07818). `flow`: s = eta * sqrt(sigma / (1 - sigma)) (2505.05470); where
-    sigma is 1 (some schedulers start at 0.999999) this has a pole: the denominator alone takes the
-    next sigma, so std is eta there. `ddim`: so that std = s sqrt(-dt) is DDIM's, eta sqrt((1 -
-    a'^2) / (1 - a^2) (1 - a^2 / a'^2)) in the units of the variance-preserving z = x / h, where h =
-    hypot(1 - sigma, sigma), a = (1 - sigma) / h; a' and h' at sigma_next. The last step is an ODE
-    step (s = 0): its log-probability has no finite limit, so it is never trained and decodes to
-    x0_hat. `window` = (start, length) keeps noise in those steps only and makes the others ODE
-    steps."""
+    dance: s = eta (2505.07818).
+    flow:  s = eta * sqrt(sigma / (1 - sigma)) (2505.05470). It has a pole at sigma = 1 (some
+           schedulers start at 0.999999). There the denominator takes the next sigma, so that the
+           std of the step is eta.
+    ddim:  s such that std = s sqrt(-dt) is DDIM's. For the variance-preserving z = x / h that is
+           eta sqrt((1 - a'^2) / (1 - a^2) (1 - a^2 / a'^2)), with h = hypot(1 - sigma, sigma) and
+           a = (1 - sigma) / h; a' and h' are their values at sigma_next.
+
+    The last step is always an ODE step (s = 0) and ends at x0_hat. It is never trained, because its
+    log-probability has no finite limit. window = (start, length): add noise in these steps only;
+    all others become ODE steps. Raises ValueError for an unknown schedule.
+    """
     sigma, sigma_next = sigmas[:-1], sigmas[1:]
     if schedule == "dance":
         s = torch.full_like(sigma, eta)
@@ -77,8 +83,10 @@ def diffusion_coefficients(
 
 
 def random_window(steps: int, length: int, generator: torch.Generator) -> tuple[int, int]:
-    """(start, length) of a random window within the first `steps` steps, all of them for length
-    0."""
+    """Return (start, length) of a random window of steps within the first `steps` steps.
+
+    Length 0 returns (0, steps): all of them.
+    """
     return (
         (torch.randint(steps - length + 1, (), generator=generator).item(), length)
         if length
@@ -87,8 +95,10 @@ def random_window(steps: int, length: int, generator: torch.Generator) -> tuple[
 
 
 def noisy_steps(s: torch.Tensor, fraction: float, generator: torch.Generator) -> list[int]:
-    """Indices of a random `fraction` of the steps with noise (rounded, at least one), sorted: s [T]
-    -> [int]."""
+    """Return the sorted indices of a random `fraction` of the steps with noise.
+
+    s [T]: the coefficients, 0 for a step without noise. The number is rounded, and at least one.
+    """
     noisy = s.nonzero().flatten()
     number = max(1, round(fraction * len(noisy)))
     return sorted(noisy[torch.randperm(len(noisy), generator=generator)[:number]].tolist())
@@ -104,12 +114,13 @@ def sde_step(
     noise: torch.Tensor | None = None,
     x_next: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """One transition, to sample (give `noise`) or to re-score a stored sample (give `x_next`); same
-    arithmetic, so the ratio of the two is exactly 1 for the same velocity.
+    """Return x_next [B, ...], log_prob [B] and mean [B, ...] of one transition of the SDE.
+
+    Give `noise` to sample, or `x_next` to re-score a stored sample. Both use the same arithmetic,
+    so their ratio is exactly 1 for the same velocity. With s = 0 this is the Euler step of the ODE,
+    and log_prob is 0.
 
     velocity, x, noise, x_next: [B, ...] float; sigma, sigma_next, s: scalars or [B].
-    Returns x_next [B, ...], log_prob [B], mean [B, ...]. With s = 0 this is the Euler step of the ODE and log_prob is
-    0.
     """
     assert noise is None or x_next is None, "give noise to sample or x_next to re-score, not both"
     sigma, sigma_next, s = (_per_row(value, x) for value in (sigma, sigma_next, s))
@@ -128,7 +139,7 @@ def ddim_step(
     noise: torch.Tensor | None = None,
     x_next: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The transition of DDIM, used as `sde_step` is. 2010.02502 eq 12."""
+    """Return what `sde_step` returns, for DDIM's transition (2010.02502 eq 12)."""
     assert noise is None or x_next is None, "give noise to sample or x_next to re-score, not both"
     sigma, sigma_next, s = (_per_row(value, x) for value in (sigma, sigma_next, s))
     std = transition_std(sigma, sigma_next, s)
@@ -150,15 +161,15 @@ def _draw_or_score(
 
 
 def transition_std(sigma: Scalars, sigma_next: Scalars, s: Scalars) -> Scalars:
-    """Standard deviation of the transition: s * sqrt(-dt)."""
+    """Return the standard deviation of the transition, s * sqrt(-dt)."""
     return s * (sigma - sigma_next) ** 0.5
 
 
 def gaussian_log_prob(x: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
-    """log N(x; mean, std^2), averaged over the non-batch dimensions: [B, ...] -> [B]; 0 where std
-    is 0.
+    """Return log N(x; mean, std^2) averaged over the non-batch dimensions: [B, ...] -> [B].
 
-    The average, not the sum, is what makes a clip range of 1e-4 meaningful for latents of any size.
+    Rows with std 0 get 0. The average instead of the sum makes a clip range of 1e-4 meaningful for
+    latents of any size.
     """
     safe = torch.where(std > 0, std, 1.0)
     log_prob = -((x - mean) ** 2) / (2 * safe**2) - safe.log() - 0.5 * math.log(2 * math.pi)
@@ -166,7 +177,7 @@ def gaussian_log_prob(x: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) ->
 
 
 def _per_row(value: Scalars, x: torch.Tensor) -> torch.Tensor:
-    """A scalar or [B] as a tensor that broadcasts against x [B, ...]."""
+    """Return a scalar or [B] as a tensor that broadcasts against x [B, ...]."""
     value = torch.as_tensor(value, dtype=x.dtype, device=x.device)
     assert value.ndim == 0 or value.shape == x.shape[:1], (
         f"expected a scalar or [{len(x)}], got {tuple(value.shape)}"
@@ -175,11 +186,12 @@ def _per_row(value: Scalars, x: torch.Tensor) -> torch.Tensor:
 
 
 class RowNoise:
-    """Standard normal noise, for each row a stream of its own that depends on (seed, step, row) and
-    on nothing else.
+    """Draw standard normal noise with a separate random stream for each row.
 
-    So one process and many draw the same noise for the same row, and a resumed run repeats it.
-    Drawn on the CPU, whose generator gives the same numbers on every machine."""
+    A stream depends on (seed, step, row) and on nothing else. So a row gets the same noise on one
+    process and on many, and a resumed run repeats it. Drawing happens on the CPU, whose generator
+    gives the same numbers on every machine.
+    """
 
     def __init__(
         self, seed: int, step: int, rows: Iterable[int], device: torch.device | str = "cpu"
@@ -194,7 +206,7 @@ class RowNoise:
         self.device = device
 
     def __call__(self, shape: Iterable[int]) -> torch.Tensor:
-        """The next draw of every row: [B, *shape] float32."""
+        """Return the next draw of every row, [B, *shape] float32."""
         return torch.stack([torch.randn(shape, generator=g) for g in self.generators]).to(
             self.device
         )
@@ -209,24 +221,30 @@ def rollout(
     transition: Callable = sde_step,
     means: bool = False,
 ) -> tuple[torch.Tensor, ...]:
-    """Samples a batch and keeps what re-scoring needs.
+    """Sample a batch, and return what re-scoring needs.
 
-    velocity: (x [B, ...], sigma) -> [B, ...]; x: standard normal noise [B, ...]; sigmas [T+1]; s
-    [T]; noise: shape -> [B, *shape], None where no step has any; transition: the function of the
-    schedule (TRANSITIONS). Returns latents [B, T+1, ...] float32 (the last is x0, ready to decode)
-    and log_probs [B, T]; with `means` also those of the transitions [B, T, ...] float32, for a
-    method that compares them with an update's. Latents stay float32: rounding them to bf16 moves
-    the log-probability by more than the clip range."""
-    # where a schedule starts below 1 (Stable Diffusion), the noise stands in for latents of unit
-    # variance at that sigma
-    latents, log_probs, kept = [x.float() * torch.hypot(1 - sigmas[0], sigmas[0])], [], []
+    velocity: (x [B, ...], sigma) -> [B, ...]; x: standard normal noise [B, ...]; sigmas [T+1];
+    s [T]; noise: shape -> [B, *shape], None if no step has noise; transition: the function of the
+    schedule (TRANSITIONS).
+
+    Returns latents [B, T+1, ...] float32, the last of which is x0, and log_probs [B, T]. With
+    means=True it also returns the means of the transitions [B, T, ...], for a method that compares
+    them with those of an update. Latents stay float32: rounding them to bf16 changes the
+    log-probability by more than the clip range.
+    """
+    # a schedule may start below 1 (Stable Diffusion): latents at that sigma have this deviation
+    latents = [x.float() * torch.hypot(1 - sigmas[0], sigmas[0])]
+    log_probs, kept_means = [], []
     for t in range(len(s)):
         x = latents[-1]
         z = noise(x.shape[1:]) if s[t] > 0 else None
-        x, log_prob, mean = transition(
-            velocity(x, sigmas[t]), x, sigmas[t], sigmas[t + 1], s[t], noise=z
-        )
+        v = velocity(x, sigmas[t])
+        x, log_prob, mean = transition(v, x, sigmas[t], sigmas[t + 1], s[t], noise=z)
         latents.append(x)
         log_probs.append(log_prob)
-        kept += [mean] * means
-    return tuple(torch.stack(parts, 1) for parts in (latents, log_probs, kept) if parts)
+        if means:
+            kept_means.append(mean)
+    found = [torch.stack(latents, 1), torch.stack(log_probs, 1)]
+    if means:
+        found.append(torch.stack(kept_means, 1))
+    return tuple(found)

@@ -1,12 +1,12 @@
-"""Checkpoints of a run: folders OUTPUT/checkpoints/step_NNNNNN, each whole or not there at all. In
-this order,
+"""The files of a checkpoint: OUTPUT/checkpoints/step_NNNNNN, complete or absent.
 
-    begin       clears a folder beside the final one
-    put         writes states into it: NAME.pt, or each process its share of a sharded one, NAME.PART.pt
-    publish     renames it, and removes the oldest checkpoints
-    read        all of a checkpoint, by whatever number of processes it was written
+checkpoint.json    {"step": finished steps, "parts": {name: number of files, 0 if not sharded}}
+NAME.pt            a state: the optimizer, a trained module, a method's own
+NAME.PART.pt       one process's shard of it
 
-of which the first three are what `Saving.save` (saving.py) does.
+A checkpoint is written in this order: `begin` makes a folder beside the final one, `put` writes
+into it, `publish` renames it. `read` loads one, written by any number of processes, without running
+code from it (torch.load with weights_only; torch's distributed checkpoint unpickles its metadata).
 """
 
 import json
@@ -16,202 +16,189 @@ import shutil
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
 
 class Broken(ValueError):
-    """A folder that is no checkpoint, or no longer one."""
+    """A folder that is not a complete checkpoint."""
 
 
 @dataclass
 class Pieces:
-    """A tensor that several processes wrote: theirs in order, cut along the first dimension."""
+    """A tensor that several processes wrote, cut along its first dimension, in their order."""
 
     tensors: list[torch.Tensor]
 
 
+# --- Writing ---
+
+
 def begin(output: Path, step: int) -> None:
-    """Makes the empty folder beside the checkpoint of a step, into which `put` writes. Raises
-    OSError."""
-    beside = _beside(output, step)
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
+    """Make the empty folder that `put` writes into. Raises OSError."""
+    unfinished = _unfinished(output, step)
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
 
 
 def put(output: Path, step: int, states: dict[str, dict], part: int | None = None) -> None:
-    """Writes {name: state}, with `part` the number of this process. Raises OSError or RuntimeError
-    (torch's word for a full disk)."""
+    """Write states {name: state}; part: the number of this shard.
+
+    Raises OSError, or RuntimeError, which torch raises on a full disk.
+    """
     for name, state in states.items():
         file_name = f"{name}.pt" if part is None else f"{name}.{part}.pt"
-        with (_beside(output, step) / file_name).open("wb") as file:
+        with (_unfinished(output, step) / file_name).open("wb") as file:
             torch.save(state, file)
-            file.flush()
-            os.fsync(
-                file.fileno()
-            )  # a machine that dies must not leave a renamed folder of empty files
+            _sync(file)
 
 
-def publish(output: Path, step: int, parts: dict[str, int], run: str = "", keep: int = 0) -> None:
-    """Makes what was put the checkpoint of a step, or raises OSError; removes the oldest ones
-    beyond `keep` that this run wrote, 0: none. parts {name: how many processes wrote it, 0: not
-    sharded}; run: its name in config.json."""
-    beside, final = _beside(output, step), output / "checkpoints" / name_of(step)
-    (beside / "checkpoint.json").write_text(json.dumps({"step": step, "parts": parts, "run": run}))
-    if not _wrote(final, run, or_nobody=True):
-        _make_way(final)
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(beside, final)
-    own = [folder for folder in newest_first(output) if _wrote(folder, run)]
-    for folder in own[keep:] if keep else ():
-        shutil.rmtree(folder, ignore_errors=True)
+def publish(output: Path, step: int, parts: dict[str, int], keep: int = 0) -> None:
+    """Rename what was put, and remove the oldest checkpoints beyond `keep` (0 keeps all).
+
+    parts: {name: number of files, 0 if not sharded}. Raises OSError.
+    """
+    unfinished = _unfinished(output, step)
+    with (unfinished / "checkpoint.json").open("w") as file:
+        file.write(json.dumps({"step": step, "parts": parts}))
+        _sync(file)
+    _rename(unfinished, output, step)
+    if keep:  # a later one is broken, or resuming would not have come here
+        own = [folder for folder in newest_first(output) if number_of(folder) <= step]
+        for folder in own[keep:]:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def discard(output: Path, step: int) -> None:
-    """Removes what was put: the checkpoints that were there before are all there still."""
-    shutil.rmtree(_beside(output, step), ignore_errors=True)
+    """Remove what was put. Earlier checkpoints are not touched."""
+    shutil.rmtree(_unfinished(output, step), ignore_errors=True)
 
 
-def copy(folder: Path, output: Path, step: int) -> None:
-    """Another run's checkpoint as this one's first. Its files are linked where the disk can: no
-    checkpoint is ever written to again. Raises OSError."""
-    beside, final = _beside(output, step), output / "checkpoints" / name_of(step)
-    if not os.path.exists(final):
-        shutil.rmtree(beside, ignore_errors=True)
-        shutil.copytree(folder, beside, copy_function=_link)
-        os.replace(beside, final)
+def copy(checkpoint: Path, output: Path, step: int) -> None:
+    """Make another run's checkpoint the first of this run. Raises OSError.
+
+    Files are hard links where the disk allows it: a checkpoint's files are never written again.
+    """
+    begin(output, step)
+    unfinished = _unfinished(output, step)
+    shutil.copytree(checkpoint, unfinished, copy_function=_link, dirs_exist_ok=True)
+    _rename(unfinished, output, step)
 
 
-def name_of(step: int) -> str:
-    """The folder's name of a step's checkpoint."""
-    return f"step_{step:06d}"
+def _sync(file: IO) -> None:
+    """Write a file to the disk now: a power failure must not leave a renamed folder without it."""
+    file.flush()
+    os.fsync(file.fileno())
 
 
-def number_of(folder: Path) -> int | None:
-    """The step that a checkpoint's name says; None if that is no name of a checkpoint."""
-    match = re.fullmatch("step_([0-9]+)", folder.name)
-    return match and int(match[1])
-
-
-def newest_first(output: Path) -> list[Path]:
-    """The folders of a run's checkpoints, by their numbers. What lies beside them under other names
-    is somebody's."""
-    folders = [
-        folder for folder in output.glob("checkpoints/step_*") if number_of(folder) is not None
-    ]
-    return sorted(folders, key=number_of, reverse=True)
-
-
-def read(folder: Path, names: Collection[str] | None = None) -> tuple[int, dict[str, dict]]:
-    """-> (step, {name: state} on the CPU, sharded tensors as Pieces), of those `names` that it has,
-    or of all; raises Broken with the reason."""
-    about, states = _about(folder), {}
-    for name, number in about["parts"].items():
-        if names is not None and name not in names:
-            continue
-        try:
-            states[name] = (
-                _join([_load(folder / f"{name}.{part}.pt", mmap=True) for part in range(number)])
-                if number
-                else _load(folder / f"{name}.pt")
-            )
-        except (KeyError, TypeError, IndexError):
-            raise Broken(f"the parts of its {name} do not belong together") from None
-    return about["step"], states
-
-
-def flaw(states: dict[str, dict], process: int = 0, processes: int = 1) -> str:
-    """Why states are none to go on from: a tensor with something in it that is no number; "" if
-    there is none. Each of `processes` looks at its share of the tensors."""
-    tensors = [(name, tensor) for name, state in states.items() for tensor in _tensors(state)]
-    for name, tensor in tensors[process::processes]:
-        if not tensor.isfinite().all():
-            return f"its {name} holds values that are no numbers"
-    return ""
-
-
-def _about(folder: Path) -> dict:
-    """checkpoint.json: {"step", "parts", "run"}; raises Broken."""
-    try:
-        about = json.loads((folder / "checkpoint.json").read_text())
-    except (OSError, ValueError, RecursionError):
-        raise Broken("it has no checkpoint.json that can be read") from None
-    step, parts = (
-        (about.get(name) for name in ("step", "parts")) if isinstance(about, dict) else (None, None)
-    )
-    if (
-        not _natural(step)
-        or not isinstance(parts, dict)
-        or not parts
-        or not all(map(_natural, parts.values()))
-    ):
-        raise Broken("its checkpoint.json names no step, or no parts")
-    return about
-
-
-def _natural(number: Any) -> bool:
-    return type(number) is int and number >= 0
-
-
-def _wrote(folder: Path, run: str, or_nobody: bool = False) -> bool:
-    """Whether this run wrote a folder, as the checkpoint that its name says."""
-    try:
-        about = _about(folder)
-    except Broken:
-        return or_nobody
-    return about.get("run") == run and folder.name == name_of(about["step"])
-
-
-def _make_way(folder: Path) -> None:
-    """Another name for a folder, which is not this run's to remove."""
-    number = 1
-    while os.path.exists(other := folder.with_name(f"{folder.name}_other_{number}")):
-        number += 1
-    os.replace(folder, other)
+def _rename(unfinished: Path, output: Path, step: int) -> None:
+    """Make a complete folder the checkpoint of this step, in the place of an earlier one."""
+    final = output / "checkpoints" / name_of(step)
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(unfinished, final)
 
 
 def _link(source: str, target: str) -> None:
     try:
         os.link(source, target)
-    except OSError:  # another disk, or one that knows no links
+    except OSError:  # another disk, or one without links
         shutil.copy(source, target)
 
 
-def _beside(output: Path, step: int) -> Path:
+# --- Names ---
+
+
+def name_of(step: int) -> str:
+    """Return the folder's name of a step's checkpoint."""
+    return f"step_{step:06d}"
+
+
+def number_of(folder: Path) -> int | None:
+    """Return the step in a checkpoint's name; None for another name."""
+    match = re.fullmatch("step_([0-9]+)", folder.name)
+    return int(match[1]) if match else None
+
+
+def newest_first(output: Path) -> list[Path]:
+    """Return the folders of a run's checkpoints."""
+    folders = [path for path in output.glob("checkpoints/step_*") if number_of(path) is not None]
+    return sorted(folders, key=number_of, reverse=True)
+
+
+def _unfinished(output: Path, step: int) -> Path:
     return output / "checkpoints" / f".{name_of(step)}.tmp"
 
 
-def _load(file: Path, mmap: bool = False) -> dict:
+# --- Reading ---
+
+
+def read(folder: Path, names: Collection[str] | None = None) -> tuple[int, dict[str, dict]]:
+    """Return the step and {name: state} on the CPU, sharded tensors as Pieces.
+
+    names: which states, None for all. Raises Broken with the reason.
+    """
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
-    except Exception as error:  # whatever a broken file makes torch say
+        about = json.loads((folder / "checkpoint.json").read_text())
+        step, parts = int(about["step"]), dict(about["parts"])
+        if not parts:
+            raise ValueError("its checkpoint.json names no parts")
+        states = {}
+        for name, number in parts.items():
+            if names is None or name in names:
+                states[name] = _read(folder, name, number)
+        return step, states
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever a broken file makes json and torch raise
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise Broken(f"its {file.name} does not load: {reason}") from None
+        raise Broken(reason) from error
+
+
+def not_finite(states: dict[str, dict], rank: int = 0, world: int = 1) -> str:
+    """Return the name of a state with a tensor that is not finite, "" if there is none.
+
+    Each of `world` processes looks at its share of the tensors.
+    """
+    tensors = [(name, tensor) for name, state in states.items() for tensor in _tensors(state)]
+    for name, tensor in tensors[rank::world]:
+        if not tensor.isfinite().all():
+            return name
+    return ""
+
+
+def _read(folder: Path, name: str, number: int) -> dict:
+    if not number:
+        return _load(folder / f"{name}.pt")
+    # the first missing file raises: a broken checkpoint.json may name a billion of them
+    return _join([_load(folder / f"{name}.{part}.pt") for part in range(number)])
+
+
+def _load(file: Path) -> dict:
+    state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     if not isinstance(state, dict):
-        raise Broken(f"its {file.name} holds a {type(state).__name__}, no state")
+        raise ValueError(f"{file.name} holds a {type(state).__name__} instead of a state")
     return state
 
 
 def _join(parts: list) -> Any:
-    """The states that several processes wrote -> one, with Pieces for the tensors of which each
-    wrote its share."""
+    """Return one state from those of several processes, with Pieces for the sharded tensors."""
     first = parts[0]
     if isinstance(first, dict):
         if first.keys() == {"shard"}:
             return Pieces([part["shard"] for part in parts])
         return {name: _join([part[name] for part in parts]) for name in first}
-    return [_join(list(values)) for values in zip(*parts)] if isinstance(first, list) else first
+    if isinstance(first, list):
+        return [_join(list(values)) for values in zip(*parts)]
+    return first
 
 
 def _tensors(state: Any) -> list[torch.Tensor]:
-    """The tensors of numbers with a point in a tree of dictionaries, lists and Pieces."""
+    """Return the floating-point tensors in a tree of dictionaries, lists and Pieces."""
     if isinstance(state, Pieces):
         state = state.tensors
-    if isinstance(state, (dict, list)):
-        return [
-            leaf
-            for part in (state.values() if isinstance(state, dict) else state)
-            for leaf in _tensors(part)
-        ]
+    if isinstance(state, dict):
+        state = list(state.values())
+    if isinstance(state, list):
+        return [leaf for part in state for leaf in _tensors(part)]
     return [state] if torch.is_tensor(state) and state.is_floating_point() else []

@@ -1,183 +1,301 @@
-"""Checkpoints of a run that goes on, and going on from them.
+"""The run's folder, its checkpoints, and the signal that stops a run.
 
-`stateful` is all that a checkpoint holds: {name: module, or another object with state_dict and
-load_state_dict, or dictionary}. The files: checkpoints.py."""
+Everything that must survive a restart is a state: an object with state_dict and load_state_dict, or
+a dictionary. The policy has some (weights, optimizer, average); a method may add its own.
+"""
 
+import contextlib
 import copy
+import dataclasses
+import shlex
+import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
 
 from common import errors
+from common.args import Args
 from common.errors import InputError, RunError
-from common.memory import preflight
-from common.trainer import checkpoints, run_folder, sharding
+from common.trainer import checkpoint_files, disk, export, run_folder, sharding
+from common.trainer.policy import Policy
 from common.trainer.processes import Processes
 
-AUTO_STEPS, AUTO_SECONDS = 20, 1800.0  # between checkpoints, whichever comes first
+AUTO_SECONDS = 1800.0  # the longest time between checkpoints of --save-every auto
 
 
-class Saving(Processes):
-    """The part of a Runtime that saves and resumes."""
+class Checkpoints:
+    """The run's folder `output` and its checkpoints.
 
-    step = saved = 0  # finished steps, and those that a checkpoint holds
-    last_saved = 0.0  # when, by time.monotonic
-    stateful, kept = (
-        {},
-        {},
-    )  # what a checkpoint holds; the method's own of it as it was after the last finished step
-    name = ""  # what checkpoints call the run, on the main process
-    checkpoint = None  # (folder, step, states) of --resume, until they are loaded
-    changes = ""  # the settings that --resume came with, as a line
+    Chooses the folder and reads the checkpoint that --resume names. Raises InputError if --output
+    and --resume do not fit each other, or the settings are those of another run.
+    """
 
-    def claim(self) -> None:
-        """Writes config.json: from here on the folder is this run's. Raises InputError where
-        nothing can be written."""
-        if self.is_main:
-            self.name, moved = run_folder.claim(
-                self.output, self.asked, self.checkpoint and self.checkpoint[:2]
-            )
-            if moved:
-                self.print(moved)
+    def __init__(self, args: Args, processes: Processes) -> None:
+        self.args = dataclasses.replace(args)  # as the user gave them: config.json
+        self.processes = processes
+        self.output = self._choose()
+        self.changes = run_folder.check(self.output, self.args)
+        self.step = 0  # finished steps
+        self.saved = 0  # finished steps that a checkpoint holds
+        self.last_saved = 0.0  # when, by time.monotonic
+        self.signal = 0  # number of the signal that asked this process to stop
+        self.policy = None  # from `resume` on
+        self.own = {}  # {name: state} of the method
+        self.kept = {}  # {name: state} of the method after the last finished step
+        self.updates = 0  # of the policy after that step
+        self.checkpoint = self._read()  # (folder, step, states) until `resume` has loaded it
 
-    def due(self, step: int) -> bool:
-        """All processes together: whether a checkpoint of this many steps is due. By --save-every
-        auto, where a step takes long, more often: of half an hour no more than that is lost."""
-        every = self.args.save_every
-        if step == self.args.steps or every != "auto":
-            return step == self.args.steps or bool(every) and step % every == 0
-        return self.any(step % AUTO_STEPS == 0 or time.monotonic() - self.last_saved > AUTO_SECONDS)
+    def _choose(self) -> Path:
+        folder = run_folder.choose(self.args)
+        if self.args.output or self.args.resume:
+            return folder
+        return self.processes.collect(folder)[0]  # another process may have made the next one
 
-    def save(self, step: int, stateful: dict[str, Any]) -> None:
-        """All processes together: writes checkpoints/step_NNNNNN. Raises RunError where the disk
-        does not take it, and Diverged for weights that are no numbers."""
-        if self.any(not self.finite()):
-            raise errors.Diverged(
-                f"the weights after step {step} are no numbers: lower --learning-rate"
-            )
-        states = {name: self._state(thing) for name, thing in stateful.items()}
-        shares = {
-            name: sharding.local(state)
-            for name, state in states.items()
-            if sharding.has_shards(state)
-        }
-        others = {name: state for name, state in states.items() if name not in shares}
-        parts = {name: self.shards * (name in shares) for name in sorted(states)}
-        self._on_disk(self.is_main, checkpoints.begin, self.output, step)
-        self._on_disk(self.is_main, checkpoints.put, self.output, step, others)
-        here, part = sharding.writes(self.mesh) if shares else (False, None)
-        self._on_disk(here, checkpoints.put, self.output, step, shares, part)
-        keep = self.args.keep_checkpoints
-        self._on_disk(self.is_main, checkpoints.publish, self.output, step, parts, self.name, keep)
-        every, self.saved, self.last_saved = step - self.saved, step, time.monotonic()
-        if self.is_main and self.args.save_every == "auto" and every < AUTO_STEPS:
-            preflight.warn_of_disk(self, step, every)
-        errors.last_checkpoint = str(self.output / "checkpoints" / checkpoints.name_of(step))
-
-    def _on_disk(self, here: bool, action: Callable, output: Path, step: int, *arguments) -> None:
-        """A part of saving, on the processes that are `here`: where it fails on one, all of them
-        stop."""
-        reason = ""
-        try:
-            if here:
-                action(output, step, *arguments)
-        except (OSError, RuntimeError) as error:
-            reason = f"{error}"
-        if reason := self.first(reason):
-            checkpoints.discard(output, step)
-            raise RunError(
-                f"cannot save step {step} in {output}/checkpoints ({reason}); is the disk full? "
-                "Earlier checkpoints are intact"
-            )
-
-    def finish(self, step: int) -> None:
-        """Counts a step as finished: from now on `rescue` saves it."""
-        self.step, self.moved = step, False
-        self.kept = {
-            name: copy.deepcopy(state)
-            for name, state in self.stateful.items()
-            if isinstance(state, dict)
-        }
-
-    def resume(self, stateful: dict[str, Any]) -> int:
-        """Loads the checkpoint of --resume into `stateful` and returns its step; 0 without one.
-        Raises InputError where it does not fit."""
-        if self.average:
-            stateful["ema"] = self.average
-        self.stateful = stateful
-        self.watch()
-        errors.last_checkpoint = ""
-        if self.checkpoint is None:
-            return 0
-        folder, step, states = self.checkpoint
-        self.checkpoint = None  # gigabytes
-        for names, verb in (
-            (set(stateful) - set(states), "lacks"),
-            (set(states) - set(stateful), "also has"),
-        ):
-            if names:
-                raise InputError(
-                    f"--resume: {folder} {verb} {', '.join(sorted(names))}: it is another "
-                    "script's checkpoint"
-                )
-        for name, thing in stateful.items():
+    def _read(self) -> tuple[Path, int, dict[str, dict]] | None:
+        """Return the newest complete checkpoint that --resume allows, None without one."""
+        folders = run_folder.find_checkpoint(self.output, self.args)
+        for folder in folders:
+            step, states, reason = 0, {}, ""
             try:
-                self._load_state(thing, states[name])
-            except (ValueError, RuntimeError, LookupError, TypeError, AttributeError) as error:
-                reason = (str(error) or type(error).__name__).splitlines()[0]
-                raise InputError(f"--resume: {folder}/{name}.pt does not fit: {reason}") from None
-        for group in self.optimizer.param_groups:  # the state has those that it was saved with
-            group.update(lr=self.args.learning_rate, weight_decay=self.args.weight_decay)
-        self.print(
-            f"resuming {self.output} at step "
-            f"{step}{f', from here on with {self.changes}' * bool(self.changes)}"
-        )
-        self.saved = self.step = step
-        errors.last_checkpoint = str(folder)
+                step, states = checkpoint_files.read(folder)
+                reason = self._unfit(folder, step, states)
+            except checkpoint_files.Broken as error:
+                reason = errors.text(error)
+            reason = self.processes.first(reason)
+            if not reason and step > self.args.steps:
+                raise InputError(
+                    f"--steps {self.args.steps}: {folder} is already at step {step}. Raise "
+                    "--steps, or begin a new run with an earlier checkpoint (--resume CHECKPOINT "
+                    "--output NEW)."
+                )
+            if not reason:
+                return folder, step, states
+            self.processes.print(f"passing over {folder}: {reason}")
+        if folders:
+            raise InputError(f"--resume {self.args.resume}: no checkpoint can be loaded.")
+        if self.args.resume:
+            self.processes.print(f"{self.output} has no checkpoint yet: starting at step 0")
+        return None
+
+    def _unfit(self, folder: Path, step: int, states: dict[str, dict]) -> str:
+        number = checkpoint_files.number_of(folder)
+        if number is not None and number != step:
+            return f"its checkpoint.json has step {step}"
+        processes = self.processes
+        name = checkpoint_files.not_finite(states, rank=processes.rank, world=processes.world)
+        return f"its {name} is not finite" if name else ""
+
+    # --- Resuming ---
+
+    def resume(self, policy: Policy, own: dict[str, Any] | None = None) -> int:
+        """Claim the folder, load the checkpoint of --resume, and return its number of steps.
+
+        own: {name: state} of the method. Raises InputError if the checkpoint does not fit.
+        From now on an error that ends the program saves the finished steps first.
+        """
+        self.policy = policy
+        self.own = own or {}
+        folder, step, states = self.checkpoint or (None, 0, {})
+        self.checkpoint = None  # gigabytes
+        if self.processes.is_main:
+            with contextlib.suppress(OSError):  # of a folder that `claim` will refuse
+                self._check_disk(step)
+            run_folder.claim(self.output, self.args, checkpoint=folder, step=step)
+        errors.run_folder = self.output
+        self.processes.print(f"writing into {self.output}")
+        things = {**policy.state(), **self.own}
+        if folder:
+            self._load(things, folder, states)
+            changes = f", from now on with {self.changes}" if self.changes else ""
+            self.processes.print(f"resuming {self.output} at step {step}{changes}")
+        self.last_saved = time.monotonic()
+        self.saved = step
+        self.finish(step)
+        errors.rescue = self.rescue
         return step
 
-    def _state(self, thing: Any) -> dict:
-        """What is saved of a thing; of a module the weights that are trained and no others: a
-        LoRA's base stays out, and its buffers too, of Stable Diffusion 3.5 most of a GiB."""
-        if isinstance(thing, dict):
-            return thing
-        if not isinstance(thing, torch.nn.Module):
-            return thing.state_dict()
-        module = self.accelerator.unwrap_model(thing)
-        trained = {name for name, weight in module.named_parameters() if weight.requires_grad}
-        return {
-            n: value
-            for n, value in module.state_dict().items()
-            if n in trained or not self.args.lora_rank
+    def _load(self, things: dict[str, Any], folder: Path, states: dict[str, dict]) -> None:
+        if things.keys() != states.keys():
+            names = ", ".join(sorted(things.keys() ^ states.keys()))
+            raise InputError(
+                f"--resume: {folder} is a checkpoint of other settings or another script: only one "
+                f"of them has {names}."
+            )
+        for name, thing in things.items():
+            with errors.loading(f"--resume: {folder}/{name}.pt"):
+                if isinstance(thing, dict):
+                    _fill(thing, states[name])
+                else:
+                    thing.load_state_dict(states[name])
+
+    # --- Steps, and the signals that end them ---
+
+    def steps(self, stop: int) -> Iterator[int]:
+        """Yield the steps that are left. Meanwhile a signal only sets a flag: see stop_if_asked."""
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # not under nohup
+            handlers[signal.SIGHUP] = signal.getsignal(signal.SIGHUP)
+
+        def note(number: int, frame: FrameType | None) -> None:
+            self.signal = self.signal or number
+            signal.signal(number, handlers[number])  # the same signal again ends the run at once
+            with contextlib.suppress(RuntimeError):  # it may interrupt another print
+                name = signal.Signals(number).name
+                self.processes.print(f"\n{name}: saving after this update; once more stops at once")
+
+        try:
+            for number in handlers:
+                signal.signal(number, note)
+            yield from range(self.step, stop)
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+    def stop_if_asked(self) -> None:
+        """Save and raise Stopped on every process if one of them got a signal.
+
+        It is safe wherever the weights have not changed since the last finished step.
+        """
+        number = self.signal
+        if self.processes.world > 1:
+            caught = torch.tensor([self.signal], device=self.processes.device)
+            number = int(self.processes.gather(caught).max())
+        if number:
+            self.rescue()
+            name = signal.Signals(number).name
+            raise errors.Stopped(number, f"{name}: stopped after {self.step} steps")
+
+    def finish(self, step: int) -> None:
+        """Count a step as finished: from now on `save` and `rescue` save it."""
+        self.step = step
+        self.updates = self.policy.updates
+        self.kept = {name: copy.deepcopy(_state(thing)) for name, thing in self.own.items()}
+
+    # --- Saving ---
+
+    def due(self) -> bool:
+        """Return whether the finished step is to be saved.
+
+        With --save-every auto a slow run saves more often: half an hour of work is the most that
+        can be lost.
+        """
+        every = self.args.save_every
+        if self.step == self.args.steps:
+            return True
+        if every == "auto":
+            late = time.monotonic() - self.last_saved > AUTO_SECONDS
+            return self.processes.any(self.step % disk.AUTO_STEPS == 0 or late)
+        return every > 0 and self.step % every == 0
+
+    def save(self) -> None:
+        """Write the finished step to checkpoints/step_NNNNNN, all processes together.
+
+        Raises RunError if the disk is full, Diverged if a state is not finite.
+        """
+        states = {
+            **{name: _state(thing) for name, thing in self.policy.state().items()},
+            **self.kept,
         }
+        local = {name: sharding.local(state) for name, state in states.items()}
+        name = self.processes.first(checkpoint_files.not_finite(local))
+        if name:
+            raise errors.Diverged(
+                f"the {name} is not finite after step {self.step}. Lower --learning-rate."
+            )
+        meshes = {name: sharding.mesh_in(state) for name, state in states.items()}
+        mesh = next(filter(None, meshes.values()), None)
+        part, writes = sharding.part_of(mesh) if mesh else (None, False)
+        whole = {name: state for name, state in states.items() if not meshes[name]}
+        shards = {name: state for name, state in local.items() if meshes[name]}
+        number = mesh.size(mesh.ndim - 1) if mesh else 0
+        parts = {name: number if meshes[name] else 0 for name in sorted(states)}
+        output, step, is_main = self.output, self.step, self.processes.is_main
+        self._write(is_main, lambda: checkpoint_files.begin(output, step))
+        self._write(is_main, lambda: checkpoint_files.put(output, step, whole))
+        self._write(writes, lambda: checkpoint_files.put(output, step, shards, part=part))
+        keep = self.args.keep_checkpoints
+        self._write(is_main, lambda: checkpoint_files.publish(output, step, parts, keep=keep))
+        self.saved = step
+        self.last_saved = time.monotonic()
 
-    def _load_state(self, thing: Any, state: dict) -> None:
-        if isinstance(thing, dict):
-            if {name: type(value) for name, value in thing.items()} != {
-                n: type(value) for n, value in state.items()
-            }:
-                raise ValueError(f"it is {state}")
-            return thing.update(state)
-        if not isinstance(thing, torch.nn.Module):
-            sharded = thing is self.optimizer or thing is self.average
-            thing.load_state_dict(sharding.deal(state, self.mesh if sharded else None))
-            if thing is self.optimizer and not all(map(_belong, thing.state, thing.state.values())):
-                raise ValueError("its moments are those of other weights")
-            return None
-        expected = self._state(thing)
-        if expected.keys() != state.keys():
-            raise ValueError(f"it has {len(state)} weights, {len(expected)} are trained here")
-        self.accelerator.unwrap_model(thing).load_state_dict(
-            sharding.deal(state, self.mesh), strict=False
+    def _check_disk(self, start: int) -> None:
+        args = self.args
+        number = disk.checkpoints_at_once(
+            args.steps, args.save_every, keep=args.keep_checkpoints, start=start
         )
+        number -= len(checkpoint_files.newest_first(self.output))  # they are on the disk already
+        checkpoint, export_size = self._sizes()
+        disk.check(self.output, checkpoint, number=max(0, number), export=export_size)
+
+    def _sizes(self) -> tuple[int, int]:
+        """Return the bytes of one checkpoint, and of the export."""
+        trained = sum(weight.numel() for weight in self.policy.weights)
+        ema, lora = self.args.ema > 0, self.args.lora_rank > 0
+        weights = 0
+        for part in self.policy.model.pipe.components.values():
+            if isinstance(part, torch.nn.Module):
+                weights += sum(weight.numel() for weight in part.parameters())
+        pipeline = self.processes.dtype.itemsize * weights
+        export_size = disk.export_bytes(trained, pipeline, lora=lora, ema=ema)
+        return disk.checkpoint_bytes(trained, ema=ema), export_size
+
+    def _write(self, here: bool, action: Callable[[], None]) -> None:
+        """Do a part of saving on the processes that are `here`; if it fails on one, all stop."""
+        reason = self.processes.together(here, action)
+        if reason:
+            checkpoint_files.discard(self.output, self.step)
+            errors.rescue = None  # a full disk stays full
+            raise RunError(
+                f"cannot save step {self.step} in {self.output}/checkpoints ({reason}). Is the "
+                "disk full? Earlier checkpoints are intact."
+            )
+
+    def rescue(self, error: Exception | None = None) -> None:
+        """Save the finished steps before the program ends, unless the weights have changed since.
+
+        It is also called in the middle of a step that has only sampled.
+        """
+        errors.rescue = None  # once
+        unchanged = self.policy.updates == self.updates
+        if self.step > self.saved and unchanged and not isinstance(error, errors.Diverged):
+            self.save()
+        if self.saved:
+            output = shlex.quote(str(self.output))
+            self.processes.print(
+                f"{self.saved} steps are saved; continue with --output {output} --resume latest"
+            )
+
+    # --- The end ---
+
+    def export(self) -> str:
+        """Write the trained weights to export/ (the average to export_ema/) for plain diffusers.
+
+        Returns the Python line that loads them. With --ema the policy has the averaged weights
+        afterwards. Raises RunError.
+        """
+        policy, processes = self.policy, self.processes
+        lora = bool(self.args.lora_rank)
+        line = export.write(policy.model, self.output / "export", lora=lora, processes=processes)
+        if policy.average:
+            policy.average.copy_to(policy.weights)
+            folder = self.output / "export_ema"
+            averaged = export.write(policy.model, folder, lora=lora, processes=processes)
+            line = f"{line}; the averaged one: {averaged}"
+        errors.rescue = None  # nothing is left to save, and it holds the model
+        return line
 
 
-def _belong(weight: torch.Tensor, moments: dict) -> bool:
-    """Whether AdamW's moments are this weight's: torch asks only when it uses them."""
-    return all(
-        getattr(moments.get(name), "shape", None) == weight.shape
-        for name in ("exp_avg", "exp_avg_sq")
-    )
+def _state(thing: Any) -> dict:
+    return thing if isinstance(thing, dict) else thing.state_dict()
+
+
+def _fill(thing: dict, state: dict) -> None:
+    """Put a saved state into a method's dictionary. Raises ValueError for another kind of state."""
+    for name, value in thing.items():
+        if type(state.get(name)) is not type(value):
+            raise ValueError(f"it lacks {name}")
+    thing.update({name: state[name] for name in thing})

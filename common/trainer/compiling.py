@@ -1,14 +1,12 @@
-"""Regional compilation of the trained modules: torch.compile of each class of blocks, in rollout
-and update the same.
+"""Regional compilation (torch.compile of each class of blocks) and attention kernels.
 
-torch compiles a block twice, once for passes without gradients and once for those with, and the two
-round otherwise: in bfloat16 the ratio would be off by more than the clip range. So a block computes
-as with gradients in every pass, and the rollout drops what is only kept for the backward pass. Its
-inputs ask for gradients in any case, as most do in the update: one graph serves the first block of
-a LoRA, too.
+torch compiles a block twice, once for passes with gradients and once for those without, and the two
+round differently: in bfloat16 the ratio would be off by more than the clip range. So a block always
+computes as with gradients, and the rollout drops what is only kept for the backward pass. A block's
+inputs always require gradients, as most do in the update, so that one graph serves every block.
 
-Batches of another shape than the run's (an evaluation's last) are not compiled anew: they take the
-blocks as they were."""
+Batches of another size than the run's (the last of an evaluation) are not compiled.
+"""
 
 import contextlib
 import inspect
@@ -16,62 +14,45 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from common.errors import InputError, text
+from common.errors import InputError, loading
 
-STATES = (
-    "hidden_states",
-    "encoder_hidden_states",
-    "temb",
-)  # a block's inputs that gradients go through
+STATES = ("hidden_states", "encoder_hidden_states", "temb")  # inputs that gradients go through
 _off = False
 
 
 def check(device: torch.device) -> None:
-    """Compiles a line. Raises InputError where this machine cannot: torch wants a C++ compiler, on
-    GPUs Triton and Python's headers."""
-    try:
+    """Compile one line. Raises InputError if this machine cannot."""
+    needs = "install a C++ compiler (g++; on GPUs also Triton and Python's headers)"
+    with loading("--compile: torch.compile", do=needs):
         torch.compile(lambda x: x.sin() + 1)(torch.ones(2, device=device))
-    except Exception as error:  # whatever is missing
-        raise InputError(
-            f"--compile: torch cannot compile on this machine ({text(error):.200}); it wants a "
-            "C++ compiler (g++; on "
-            "GPUs Triton and Python's headers as well); install them, or leave --compile out"
-        ) from None
 
 
 def compile_blocks(module: torch.nn.Module, classes: Sequence[str], rows: int) -> None:
-    """In place, the blocks of a module, of these classes: those that take hidden_states (of a U-Net
-    the transformers, not its convolutions), in passes of `rows` rows, or twice as many. Names and
-    weights stay as they are."""
-    torch._dynamo.config.optimize_ddp = (
-        False  # blocks are small: nothing is gained by splitting them into buckets
-    )
+    """Compile a module's blocks of these classes in place, for passes of `rows` or 2 * `rows` rows.
+
+    Blocks without hidden_states (a U-Net's convolutions) stay as they are, and so do all names.
+    """
+    torch._dynamo.config.optimize_ddp = False  # splitting small blocks into buckets gains nothing
     for block in module.modules():
-        if (
-            type(block).__name__ in classes
-            and "hidden_states" in inspect.signature(block.forward).parameters
-        ):
-            block.forward = _compiled(block.forward, (rows, 2 * rows))
+        if type(block).__name__ in classes:
+            if "hidden_states" in inspect.signature(block.forward).parameters:
+                block.forward = _compiled(block.forward, (rows, 2 * rows))
 
 
 def set_attention(module: torch.nn.Module, backend: str) -> None:
-    """Has a module's attention computed by these kernels, by diffusers' name for them. Raises
-    InputError where they are missing, and for a module that leaves no choice."""
-    if not any(
-        hasattr(getattr(part, "processor", None), "_attention_backend") for part in module.modules()
-    ):
+    """Choose the attention kernels of a module, by diffusers' names. Raises InputError."""
+    processors = [getattr(part, "processor", None) for part in module.modules()]
+    if not any(hasattr(processor, "_attention_backend") for processor in processors):
         raise InputError(
-            f"--attention {backend}: of a {type(module).__name__} it cannot be chosen; leave it out"
+            f"--attention {backend}: a {type(module).__name__} has no choice. Leave it out."
         )
-    try:
+    with loading("--attention", backend, do="install its package, or leave the flag out"):
         module.set_attention_backend(backend)
-    except (ValueError, RuntimeError, ImportError) as error:  # a package is missing
-        raise InputError(f"--attention {backend}: {text(error):.300}") from None
 
 
 @contextlib.contextmanager
 def off() -> Iterator[None]:
-    """Inside, blocks are as they were: a compiled one cannot be differentiated twice."""
+    """Leave blocks uncompiled inside: a compiled block cannot be differentiated twice."""
     global _off
     before, _off = _off, True
     try:
@@ -81,7 +62,8 @@ def off() -> Iterator[None]:
 
 
 def _compiled(forward: Callable, sizes: tuple[int, int]) -> Callable:
-    compiled, parameters = torch.compile(forward, dynamic=False), inspect.signature(forward)
+    compiled = torch.compile(forward, dynamic=False)
+    parameters = inspect.signature(forward)
 
     def call(*args, **kwargs) -> torch.Tensor | tuple[torch.Tensor, ...]:
         bound = parameters.bind(*args, **kwargs)

@@ -1,29 +1,30 @@
-"""Evaluation, a run's own and evaluate.py's: noise-free samples of held-out prompts, from the same
-initial noise every time."""
+"""Held-out evaluation: noise-free samples of fixed prompts from fixed initial noise, scored.
 
-from collections.abc import Callable
+The Evaluator does it during training; evaluate.py uses `sample` and `sample_and_score`.
+"""
+
+import math
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 
 from common import models, sde
-from common.errors import RunError
-from common.rewards.asking import check_finite, score
-from common.rewards.mixing import weighted_sum
+from common.args import Args
+from common.errors import phase
+from common.models.family import Family
+from common.rewards import Rewards, weighted_sum
+from common.trainer.checkpoints import Checkpoints
+from common.trainer.log import SHOWN, Log
+from common.trainer.processes import Processes
 
-if TYPE_CHECKING:  # they load more than torch
-    from common.models.family import Family
-    from common.reporting.report import Report
-    from common.trainer.runtime import Runtime
-
-NOISE = 2**31 - 1  # the "step" whose noise the evaluation starts from; no training step has it
+NOISE = 2**31 - 1  # the "step" whose noise an evaluation starts from; no training step has it
 
 
 @torch.no_grad()
 def sample(
-    model: "Family",
+    model: Family,
     prompts: list[str],
     streams: torch.Tensor,
     sigmas: torch.Tensor,
@@ -31,145 +32,146 @@ def sample(
     device: torch.device | str = "cpu",
     seed: int = 0,
 ) -> torch.Tensor:
-    """Noise-free samples [b, C, H, W] (clips [b, F, C, H, W]) in [0, 1] of b prompts, each from the
-    fixed noise of its stream [b] (int); sigmas [T+1]; micro_batch: rows of a pass."""
+    """Return noise-free samples of b prompts, [b, C, H, W] (clips [b, F, C, H, W]) in [0, 1].
+
+    streams [b] int: which fixed noise each starts from; sigmas [T+1]; micro_batch: rows of a pass.
+    """
     cond = model.encode(prompts)
-    images = []
-    for mb in torch.arange(len(prompts)).split(micro_batch):
-        x = sde.RowNoise(seed, NOISE, streams[mb], device)(model.noise_shape)
-        velocity = partial(model.velocity, cond=models.take(cond, mb))
+    media = []
+    for rows in torch.arange(len(prompts)).split(micro_batch):
+        x = sde.RowNoise(seed, NOISE, streams[rows], device)(model.noise_shape)
+        velocity = partial(model.velocity, cond=models.take(cond, rows))
         latents, _ = sde.rollout(velocity, x, sigmas, torch.zeros(len(sigmas) - 1), None)
-        images.append(model.decode(latents[:, -1]))
-    return torch.cat(images)
+        media.append(model.decode(latents[:, -1]))
+    return torch.cat(media)
 
 
-def sample_and_score(
-    model: "Family",
-    scorers: dict,
-    prompts: list[str],
-    streams: torch.Tensor,
-    sigmas: torch.Tensor,
-    micro_batch: int,
-    device: torch.device | str = "cpu",
-    seed: int = 0,
-    policy: Callable[[], AbstractContextManager] = nullcontext,
-) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """`sample`, in the context of `policy`, and every scorer on it: ({name: [b]}, samples). What a
-    scorer raised waits for `check_finite`."""
-    with policy():
-        media = sample(model, prompts, streams, sigmas, micro_batch, device, seed)
-    return score(scorers, media, prompts), media
+class Evaluator:
+    """Scores noise-free samples of held-out prompts, during training and for a method's prior."""
 
+    def __init__(
+        self,
+        args: Args,
+        model: Family,
+        rewards: Rewards,
+        prompts: list[str],
+        processes: Processes,
+        checkpoints: Checkpoints,
+    ) -> None:
+        self.model = model
+        self.rewards = rewards
+        self.prompts = prompts
+        self.processes = processes
+        self.checkpoints = checkpoints
+        self.eval_every = args.eval_every
+        self.sample_every = args.sample_every
+        self.micro_batch = args.micro_batch
+        self.score_batch = score_batch(args.micro_batch, args.reward_batch)
+        self.sigmas = model.sigmas(args.sampling_steps, args.shift)  # [T+1]
 
-def scores_of(
-    run: "Runtime",
-    model: "Family",
-    scorers: dict,
-    prompts: list[str],
-    shown: int = 0,
-    policy: Callable[[], AbstractContextManager] = nullcontext,
-) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
-    """Every scorer on one noise-free sample of each of n prompts: {name: [n]}, the same on every
-    process, and up to `shown` of this process's samples as `sample` gives them, None for 0, on the
-    main process those of the first prompts. policy: a context to sample in, as
-    Runtime.initial_weights. Between batches it hears signals. Raises what `check_finite` does, and
-    Stopped."""
-    # equal shares for all processes: the first prompts fill up the last share, and are dropped
-    # again below
-    numbers = run.rows(-(-len(prompts) // run.world) * run.world) % len(prompts)
-    mine = [prompts[i] for i in numbers]
-    sigmas = model.sigmas(run.args.sampling_steps, run.args.shift)
-    parts, images = [], []
-    for part in torch.arange(len(mine)).split(run.score_batch):  # a clip is a quarter of a gigabyte
-        run.check_signals()
-        captions = [mine[i] for i in part]
-        settings = sigmas, run.args.micro_batch, run.device
-        scores, media = sample_and_score(
-            model, scorers, captions, numbers[part], *settings, policy=policy
+    def smoke_test(self, prompt: str) -> None:
+        """Run model and rewards on one sample of nothing, so that what fails, fails now.
+
+        Raises InputError.
+        """
+        self.rewards.smoke_test(self.model.try_out(prompt), prompt)
+
+    def due(self, step: int, last: bool = False) -> bool:
+        """Return whether held-out samples are scored or pictured before this step."""
+        return bool(self.prompts) and (
+            self._every(self.eval_every, step, last) or self._every(self.sample_every, step, last)
         )
-        parts.append(scores)
-        images += media[: max(0, shown - len(images))].cpu()
-    scores = {
-        name: run.gather(torch.cat([part[name] for part in parts]))[: len(prompts)]
-        for name in scorers
-    }
-    check_finite({name: value[:, None] for name, value in scores.items()}, scorers, prompts)
-    return scores, torch.stack(images) if images else None
+
+    def run(self, step: int, log: Log, last: bool = False) -> dict[str, torch.Tensor]:
+        """Return the metrics eval_reward and eval_NAME, means over the prompts; log a picture.
+
+        Before a step that only --sample-every names, 16 prompts are sampled and nothing returned.
+        """
+        scored = self._every(self.eval_every, step, last)
+        pictured = self._every(self.sample_every, step, last)
+        prompts = self.prompts if scored else self.prompts[:SHOWN]
+        scores, media = self.sample_and_score(prompts, shown=SHOWN if pictured else 0)
+        reward = weighted_sum(scores, self.rewards.weights)
+        if pictured:
+            log.samples(step, media, prompts, reward)
+        if not scored:
+            return {}
+        means = {f"eval_{name}": score.nanmean() for name, score in scores.items()}
+        return {"eval_reward": reward.nanmean(), **means}
+
+    @staticmethod
+    def _every(interval: int, step: int, last: bool) -> bool:
+        return interval > 0 and (last or step % interval == 0)
+
+    def sample_and_score(
+        self,
+        prompts: list[str],
+        shown: int = 0,
+        names: Iterable[str] | None = None,
+        weights: Callable[[], AbstractContextManager] = nullcontext,
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
+        """Score one noise-free sample of each of n prompts.
+
+        shown: how many samples are returned, too; names: the rewards, None for all; weights: a
+        context to sample in, such as Policy.reference. Returns {name: [n]}, the same on every
+        process, and up to `shown` of this process's samples, on the main process those of the first
+        prompts. Raises RunError, Stopped.
+        """
+        processes = self.processes
+        # every process takes an equal share: the first prompts fill up the last share
+        share = math.ceil(len(prompts) / processes.world)
+        numbers = processes.rows(share * processes.world) % len(prompts)
+        parts, pictures = [], []
+        for part in numbers.split(self.score_batch):
+            self.checkpoints.stop_if_asked()
+            own = [prompts[number] for number in part]
+            with weights(), phase("the evaluation", memory="lower --micro-batch"):
+                media = sample(
+                    self.model,
+                    own,
+                    streams=part,
+                    sigmas=self.sigmas,
+                    micro_batch=self.micro_batch,
+                    device=processes.device,
+                )
+            parts.append(self.rewards.score(media, own, names))
+            pictures += media[: max(0, shown - len(pictures))].cpu()
+        scores = {}
+        for name in parts[0]:
+            local = torch.cat([part[name] for part in parts])
+            scores[name] = processes.gather(local)
+        # all of them are checked: a scorer may have failed on a row that only fills up
+        everyone = [prompts[i % len(prompts)] for i in range(share * processes.world)]
+        self.rewards.check({name: score[:, None] for name, score in scores.items()}, everyone)
+        scores = {name: score[: len(prompts)] for name, score in scores.items()}
+        return scores, torch.stack(pictures) if pictures else None
+
+    def score_media(
+        self,
+        make: Callable[[list[str]], torch.Tensor],
+        prompts: list[str],
+        names: Iterable[str] | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """Score the media that `make` gives of prompts: {name: [n]}, the same on every process.
+
+        Used by bpgo.py --prior first-frame.
+
+        Every process scores all of them: a judge may answer each differently, the main one counts.
+        Raises RunError.
+        """
+        parts = []
+        for start in range(0, len(prompts), self.score_batch):
+            part = prompts[start : start + self.score_batch]
+            parts.append(self.rewards.score(make(part), part, names))
+        gathered = {}
+        for name in parts[0]:
+            local = torch.cat([part[name] for part in parts])
+            gathered[name] = self.processes.gather(local[None]).T  # [n, processes]
+        self.rewards.check(gathered, prompts)
+        return {name: scores[:, 0] for name, scores in gathered.items()}
 
 
-def initial_reward(
-    run: "Runtime",
-    model: "Family",
-    scorers: dict,
-    reward_weights: dict[str, float],
-    prompts: list[str],
-) -> torch.Tensor:
-    """Mean reward of --group-size noise-free samples of each of n prompts by the weights before
-    training: [n]. Raises RunError if one has none."""
-    samples = [prompt for prompt in prompts for _ in range(run.args.group_size)]
-    scorers = {name: scorers[name] for name in reward_weights}  # not those that are only watched
-    scores, _ = scores_of(run, model, scorers, samples, policy=run.initial_weights)
-    return expected(weighted_sum(scores, reward_weights).view(len(prompts), -1).nanmean(1), prompts)
-
-
-def still_reward(
-    run: "Runtime",
-    model: "Family",
-    scorers: dict,
-    reward_weights: dict[str, float],
-    prompts: list[str],
-) -> torch.Tensor:
-    """Reward of each of n prompts' conditioning images as a still video: [n]. Raises RunError if
-    one has none."""
-    scorers = {name: scorers[name] for name in reward_weights}
-    parts = [prompts[i : i + run.score_batch] for i in range(0, len(prompts), run.score_batch)]
-    found = [score(scorers, model.still(part), part) for part in parts]
-    scores = {name: torch.cat([part[name] for part in found]) for name in scorers}
-    scores = {name: run.gather(value[None]).T for name, value in scores.items()}  # [n, processes]
-    check_finite(scores, scorers, prompts)
-    return expected(
-        weighted_sum(scores, reward_weights)[:, 0], prompts
-    )  # a judge may answer each process otherwise
-
-
-def expected(rewards: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-    """Rewards [n] of n prompts, as they are; raises RunError if one has none (NaN): a prior cannot
-    do without."""
-    for reward, prompt in zip(rewards.tolist(), prompts):
-        if reward != reward:
-            raise RunError(
-                f"the prompt {prompt!r} got no score for its prior; start again, or take another "
-                "--prior"
-            )
-    return rewards
-
-
-def evaluate(
-    run: "Runtime",
-    report: "Report",
-    model: "Family",
-    scorers: dict,
-    reward_weights: dict[str, float],
-    prompts: list[str],
-    step: int,
-    last: bool = False,
-) -> dict[str, torch.Tensor]:
-    """The evaluation before the steps that --eval-every and --sample-every name, and after the
-    `last`: {"eval_reward", "eval_<scorer>"}, scalars, means over the prompts; else {}. Raises
-    RunError, Stopped."""
-    args = run.args
-    due = args.eval_every and (last or step % args.eval_every == 0)
-    grid = args.sample_every and (last or step % args.sample_every == 0)
-    if not prompts or not (due or grid):
-        return {}
-    prompts = prompts if due else prompts[:16]
-    scores, images = scores_of(run, model, scorers, prompts, shown=16)
-    reward = weighted_sum(scores, reward_weights)
-    if grid:
-        report.samples(step, images, prompts, reward)
-    if not due:
-        return {}
-    return {
-        "eval_reward": reward.nanmean(),
-        **{f"eval_{name}": value.nanmean() for name, value in scores.items()},
-    }
+def score_batch(micro_batch: int, reward_batch: int) -> int:
+    """Return how many samples are decoded and scored together: whole micro-batches that make up a
+    batch of the rewards."""
+    return micro_batch * max(1, reward_batch // micro_batch)

@@ -1,66 +1,93 @@
-"""The trained weights as plain diffusers reads them."""
+"""The trained weights as plain diffusers loads them: a LoRA, or the whole pipeline."""
 
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
-from accelerate import init_empty_weights
-from safetensors import SafetensorError
 
 from common.errors import RunError
+from common.models.family import Family
 from common.trainer import sharding
-
-if TYPE_CHECKING:  # which imports this file
-    from common.trainer.runtime import Runtime
+from common.trainer.processes import Processes
 
 
-def write(run: "Runtime", folder: Path) -> str:
-    """All processes together: the LoRA, or the whole trained pipeline, into a folder; returns the
-    line that loads it. It is written beside and moved, so that who stops it leaves the one before.
-    Raises RunError."""
-    pipe, lora = run.model.pipe, run.args.lora_rank
-    modules = {name: getattr(pipe, name) for name in run.model.trainable}
-    weights = {name: trained_weights(module, run, lora) for name, module in modules.items()}
-    beside, reason = folder.with_name(f".{folder.name}.tmp"), ""
-    try:
-        if run.is_main:
-            shutil.rmtree(beside, ignore_errors=True)
-            save(run, beside, modules, weights)
-            shutil.copytree(beside, folder, copy_function=_move, dirs_exist_ok=True)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        reason = f"{error}"
-    finally:
-        if run.is_main:
-            shutil.rmtree(beside, ignore_errors=True)
-    if reason := run.first(reason):
+def write(model: Family, folder: Path, lora: bool, processes: Processes) -> str:
+    """Write the trained weights into a folder, all processes together.
+
+    Returns the Python line that loads them. The folder is written beside its place and renamed.
+    Raises RunError.
+    """
+    pipe = model.pipe
+    modules = {name: getattr(pipe, name) for name in model.trainable}
+    weights = {
+        name: trained_weights(module, dtype=processes.dtype, lora=lora)
+        for name, module in modules.items()
+    }
+    unfinished = folder.with_name(f".{folder.name}.tmp")
+
+    def save() -> None:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        try:
+            if lora:
+                _save_lora(model, unfinished, modules, weights)
+            else:
+                _save_pipeline(pipe, unfinished, modules, weights)
+            _make_readable(unfinished)
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(unfinished, folder)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+
+    reason = processes.together(processes.is_main, save)
+    if reason:
         raise RunError(
-            f"cannot write {folder} ({reason}); is the disk full? --resume latest writes it once "
-            "more"
+            f"cannot write {folder} ({reason}). Is the disk full? --resume latest writes it again."
         )
-    return (
-        f'pipe.load_lora_weights("{folder}")'
-        if lora
-        else f'{type(pipe).__name__}.from_pretrained("{folder}")'
-    )
+    if lora:
+        return f'pipe.load_lora_weights("{folder}")'
+    return f'{type(pipe).__name__}.from_pretrained("{folder}")'
 
 
-def save(
-    run: "Runtime",
-    folder: Path,
-    modules: dict[str, torch.nn.Module],
-    weights: dict[str, dict[str, torch.Tensor]],
-) -> None:
-    """The weights {name: state} of the pipeline's trained modules {name: module}, as files."""
-    pipe = run.model.pipe
-    if run.args.lora_rank:
-        from peft import get_peft_model_state_dict
+def trained_weights(
+    module: torch.nn.Module, dtype: torch.dtype, lora: bool
+) -> dict[str, torch.Tensor]:
+    """Return a module's weights on the CPU, sharded ones put together by all processes.
 
-        layers = {
-            name: get_peft_model_state_dict(modules[name], state) for name, state in weights.items()
-        }
-        return run.model.save_lora(folder, layers)
+    For a LoRA these are its own weights, else all, with those in float32 cast to dtype.
+    """
+    state = {}
+    for name, value in module.state_dict().items():
+        if lora and "lora_" not in name:
+            continue
+        value = sharding.whole(value)
+        smaller = not lora and value.dtype == torch.float32
+        state[name] = value.to("cpu", dtype if smaller else value.dtype)
+    return state
+
+
+def plain_copy(module: torch.nn.Module, state: dict[str, torch.Tensor]) -> torch.nn.Module:
+    """Return a module of the same class and configuration, without wrappers, with these weights."""
+    from accelerate import init_empty_weights
+
+    classes = type(module).__mro__
+    plain = next(cls for cls in classes if cls.__module__.startswith("diffusers"))
+    with init_empty_weights():
+        copy = plain.from_config(module.config)
+    copy.load_state_dict(state, assign=True)
+    return copy
+
+
+def _save_lora(model: Family, folder: Path, modules: dict, weights: dict) -> None:
+    from peft import get_peft_model_state_dict
+
+    layers = {
+        name: get_peft_model_state_dict(modules[name], state) for name, state in weights.items()
+    }
+    model.save_lora(folder, layers)
+
+
+def _save_pipeline(pipe: object, folder: Path, modules: dict, weights: dict) -> None:
     try:
         for name, state in weights.items():
             setattr(pipe, name, plain_copy(modules[name], state))
@@ -70,34 +97,10 @@ def save(
             setattr(pipe, name, module)
 
 
-def _move(source: str, target: str) -> None:
-    """safetensors makes its files readable by their owner alone; others shall load a model as they
-    may read the run."""
+def _make_readable(folder: Path) -> None:
+    """Make files readable by others, as the umask allows it: safetensors does not."""
     mask = os.umask(0)
     os.umask(mask)
-    os.chmod(source, 0o666 & ~mask)
-    os.replace(source, target)
-
-
-def trained_weights(module: torch.nn.Module, run: "Runtime", lora: int) -> dict[str, torch.Tensor]:
-    """All processes together: for the main one a module's state on the CPU, whole; of a LoRA (its
-    rank `lora` is above 0) its weights, else all, with those in float32 in the run's dtype. For the
-    others nothing."""
-    state = {}
-    for name, value in module.state_dict().items():
-        if not lora or "lora_" in name:
-            value = sharding.whole(value)
-            if run.is_main:
-                smaller = not lora and value.dtype == torch.float32
-                state[name] = value.to("cpu", run.dtype if smaller else value.dtype)
-    return state
-
-
-def plain_copy(module: torch.nn.Module, state: dict[str, torch.Tensor]) -> torch.nn.Module:
-    """A module of the same class and configuration with these weights, as it was before anything
-    wrapped it."""
-    cls = next(cls for cls in type(module).__mro__ if cls.__module__.startswith("diffusers"))
-    with init_empty_weights():
-        copy = cls.from_config(module.config)
-    copy.load_state_dict(state, assign=True)
-    return copy
+    for path in folder.rglob("*"):
+        if path.is_file():
+            os.chmod(path, 0o666 & ~mask)

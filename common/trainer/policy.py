@@ -1,214 +1,304 @@
-"""The weights in training and their update.
+"""The policy: the weights in training, their optimizer, and the initial weights.
 
-keep_initial, prepare              before the first step: what is trained, the optimizer
-initial_weights, plain_modules     contexts for other passes than the update's
-exchange_gradients, backward       a micro-batch
-update                             the optimizer's step, with clipped gradients
-check_ratio                        whether rollout and update saw the same weights
+A training step is
+
+    with policy.sampling():                  rollout, without gradients
+        policy.velocity(x, sigma, cond)
+    with policy.sync_gradients(last):        one forward and backward pass of the update
+        policy.velocity(x, sigma, cond)
+        with policy.reference(): ...         the same by the initial weights, for the KL term
+        policy.backward(loss)
+    policy.clip_gradients(max_norm)
+    policy.step()
 """
 
 import contextlib
 import copy
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 
-from common.errors import InputError, RunError
-from common.memory import preflight
-from common.trainer import compiling, placing, sharding
+from common.args import Args
+from common.errors import RunError, phase
+from common.memory import MemoryPlan
+from common.models import lora, place
+from common.models.family import Family
+from common.trainer import compiling, sharding
 from common.trainer.processes import Processes
 
-if TYPE_CHECKING:  # they load more than torch
-    from diffusers.training_utils import EMAModel
-
-    from common.models.family import Family
-
-# Largest |rho - 1| before the first update that can be rounding: float32, and bf16 autocast.
+# Largest |ratio - 1| before the first update that is rounding: float32, and bf16 autocast.
 RATIO_LIMIT = {"no": 1e-4, "bf16": 0.05}
 
 
-class Update(Processes):
-    """The part of a Runtime that holds what is trained: `model`, `optimizer`, `trained` (the weights), `average` (of
-    --ema)."""
+class Policy:
+    """A model in training.
 
-    frozen = {}  # copies of what is trained as it was before, where `initial_weights` needs them
-    moved = False  # whether the step that is not finished has changed the weights
-    cure = None  # (flag, value): the setting of a new run that may get past what ended this one
+    model      its trained modules are placed, sharded or compiled, with a LoRA or without
+    weights    the trained tensors, float32; sharded ones as they are sharded
+    optimizer  AdamW on them
+    average    their moving average (--ema), diffusers' EMAModel, or None
+    updates    number of optimizer steps of this process
 
-    @staticmethod
-    def blame() -> str:
-        """What to say of a gradient that is no number; the scripts put something better in its
-        place."""
-        return "lower --learning-rate"
+    keep_initial: whether `reference` is needed; all weights get a frozen copy then, a LoRA is
+    switched off. Raises InputError for --lora-targets or --attention that the model cannot have.
+    """
 
-    def keep_initial(self, model: "Family") -> None:
-        """Before `prepare`: makes `initial_weights` work. Full weights get a frozen copy then; a
-        LoRA needs none."""
-        if not self.args.lora_rank:
-            self.frozen = dict.fromkeys(model.trainable)
+    def __init__(
+        self,
+        model: Family,
+        args: Args,
+        processes: Processes,
+        plan: MemoryPlan,
+        keep_initial: bool,
+    ) -> None:
+        self.model = model
+        self.processes = processes
+        self.lora_rank = args.lora_rank
+        self.clip_range = args.clip_range
+        self.attention = args.attention
+        self.exchange_often = args.exchange_often
+        self.updates = 0
+        self.fsdp = processes.fsdp
+        if plan.sharded and not self.fsdp:
+            self.fsdp = sharding.own_plugin()
+        self.mesh = None
+        if self.fsdp:
+            self.mesh = processes.mesh(plan.shards)
+        self._prepare_modules(args)
+        self._place(args, plan, keep_initial=keep_initial)
+        modules = torch.nn.ModuleList(model.trainable.values())
+        self.weights = [weight for weight in modules.parameters() if weight.requires_grad]
+        optimizer = torch.optim.AdamW(
+            self.weights, lr=args.learning_rate, weight_decay=args.weight_decay, fused=True
+        )
+        self.optimizer = processes.accelerator.prepare(optimizer)
+        self.average = None
+        if args.ema:
+            from diffusers.training_utils import EMAModel
 
-    def prepare(self, model: "Family") -> torch.optim.Optimizer:
-        """Moves the model to the device, makes its weights or a LoRA trainable in float32, returns
-        the optimizer; model.trainable then holds the prepared modules. Raises InputError for what
-        does not fit, before it moves."""
-        args = self.args
-        for module in model.trainable.values():
+            self.average = EMAModel(self.weights, decay=args.ema)
+        self._describe(args, plan)
+
+    def _prepare_modules(self, args: Args) -> None:
+        recompute = args.gradient_checkpointing
+        if self.fsdp and self.fsdp.activation_checkpointing:
+            recompute = True
+        for module in self.model.trainable.values():
             module.requires_grad_(False).eval()
-            if args.gradient_checkpointing or (
-                self.sharding and self.sharding.activation_checkpointing
-            ):
+            if recompute:
                 module.enable_gradient_checkpointing()
             if args.attention != "native":
                 compiling.set_attention(module, args.attention)
         if args.lora_rank:
-            placing.adapt(self, model, args.lora_targets, args.lora_rank)
-        preflight.check(self, model)
-        self.claim()
-        self._place(model)
-        self.model = model
-        # for good: between two passes a sharded module may show others
-        self.trained = weights = placing.trained(torch.nn.ModuleList(model.trainable.values()))
-        optimizer = torch.optim.AdamW(
-            weights, lr=args.learning_rate, weight_decay=args.weight_decay, fused=True
-        )
-        self.optimizer = self.accelerator.prepare(optimizer)
-        self.average = _average(weights, args.ema) if args.ema else None
-        self.print(
-            f"{args.model}: training {sum(w.numel() for w in weights) / 1e6:.2f}M weights"
-            f"{' (LoRA)' * bool(args.lora_rank)} on {self.world} x {self.device.type}"
-            f"{', sharded' * bool(self.sharding)}"
-            f"{f' by {self.shards}' * (bool(self.sharding) and self.shards < self.world)}, "
-            f"{args.prompts_per_step} x {args.group_size} samples a step, into {self.output}"
-        )
-        return self.optimizer
-
-    def _place(self, model: "Family") -> None:
-        """Moves the model, where memory is scarce in turn with a machine's other processes, and
-        prepares it."""
-        placing.settle(self, model)
-        for name, module in model.trainable.items():
-            if not self.sharding:
-                module.to(self.device)  # where there is room for the copy
-            if name in self.frozen:
-                self.frozen[name] = placing.put(self, copy.deepcopy(module), model)
-            placing.put(self, module, model)
-            if not self.args.lora_rank:
-                for name, weight in module.float().named_parameters():
-                    weight.requires_grad_(model.learns(name))
-        if self.turn:
-            self.turn.end()
-        self.accelerator.wait_for_everyone()
-        for name, module in model.trainable.items():
-            model.trainable[name] = self.accelerator.prepare_model(
-                module, evaluation_mode=bool(self.sharding)
+            lora.adapt_model(
+                self.model,
+                args.lora_targets,
+                rank=args.lora_rank,
+                alpha=args.lora_rank,
+                seed=args.seed,
+                autocast=self.processes.precision != "no",
             )
 
-    def weights(self) -> list[torch.Tensor]:
-        """The trained weights; sharded ones as they are sharded."""
-        return self.trained
+    def _place(self, args: Args, plan: MemoryPlan, keep_initial: bool) -> None:
+        """Move the model to the device and wrap its modules; where memory is scarce, in turn."""
+        place(self.model, self.processes.device, offload_encoders=args.offload_encoders)
+        self.frozen = {}  # copies of the trained modules with their initial weights
+        for name, module in self.model.trainable.items():
+            if not self.fsdp:
+                module.to(self.processes.device)  # there is room for the copy
+            if keep_initial and not args.lora_rank:
+                self.frozen[name] = self._wrap(copy.deepcopy(module), args, rows=plan.batch)
+            self._wrap(module, args, rows=plan.batch)
+            if not args.lora_rank:
+                for weight_name, weight in module.float().named_parameters():
+                    weight.requires_grad_(self.model.learns(weight_name))
+        if plan.turn:
+            plan.turn.end()
+        accelerator = self.processes.accelerator
+        accelerator.wait_for_everyone()
+        for name, module in self.model.trainable.items():
+            prepared = accelerator.prepare_model(module, evaluation_mode=bool(self.fsdp))
+            self.model.trainable[name] = prepared
 
-    def finite(self) -> bool:
-        """Whether all of this process's share of the weights are numbers."""
-        return all(weight.isfinite().all() for weight in map(sharding.mine, self.trained))
+    def _wrap(self, module: torch.nn.Module, args: Args, rows: int) -> torch.nn.Module:
+        """Compile a module's blocks (--compile) and move or shard it."""
+        if args.compile:
+            compiling.compile_blocks(module, self.model.blocks, rows)
+        if self.fsdp:
+            dtype = self.processes.dtype
+            return sharding.shard(module, self.model.blocks, self.fsdp, self.mesh, dtype)
+        return module.to(self.processes.device)
+
+    def _describe(self, args: Args, plan: MemoryPlan) -> None:
+        world = self.processes.world
+        words = f"{args.model}: training {sum(w.numel() for w in self.weights) / 1e6:.2f}M weights"
+        if args.lora_rank:
+            words += " (LoRA)"
+        words += f" on {world} x {self.processes.device.type}"
+        if self.fsdp:
+            words += ", sharded"
+            if plan.shards < world:
+                words += f" by {plan.shards}"
+        words += f", {args.prompts_per_step} x {args.group_size} samples a step"
+        self.processes.print(words)
+
+    # --- Passes ---
+
+    def velocity(
+        self, x: torch.Tensor, sigma: float | torch.Tensor, cond: dict[str, torch.Tensor]
+    ) -> torch.Tensor:
+        """Return the model's velocity [n, ...] float32 at x [n, ...] and sigma (a scalar)."""
+        return self.model.velocity(x, sigma, cond)
 
     @contextlib.contextmanager
-    def plain_modules(self) -> Iterator[None]:
-        """Inside, model.velocity can be differentiated otherwise than by `backward`: processes
-        exchange nothing. Raises InputError for sharded weights, and for --attention."""
-        if self.sharding:
-            raise InputError(
-                "sharded weights can be differentiated by the update only; take configs/ddp.yaml"
-            )
-        if self.args.attention != "native":
-            raise InputError(
-                f"--attention {self.args.attention} cannot be differentiated twice; leave it out"
-            )
-        trained = self.model.trainable
-        self.model.trainable = {
-            name: self.accelerator.unwrap_model(module) for name, module in trained.items()
-        }
-        try:
-            with compiling.off():
-                yield
-        finally:
-            self.model.trainable = trained
+    def sampling(self) -> Iterator[None]:
+        """Compute without gradients inside: the rollout."""
+        flags = "lower --micro-batch or --prompts-per-step, or add --offload-encoders"
+        with torch.no_grad(), phase("the rollout", memory=flags):
+            yield
 
     @contextlib.contextmanager
-    def initial_weights(self) -> Iterator[None]:
-        """Inside, model.velocity is that before training: the LoRA is off, or the frozen copy
-        stands in."""
+    def reference(self) -> Iterator[None]:
+        """Compute with the initial weights inside, without gradients.
+
+        The LoRA is switched off, or the frozen copy takes the place of the trained modules.
+        """
+        accelerator = self.processes.accelerator
         trained = self.model.trainable
-        with torch.no_grad(), self.accelerator.autocast():
-            modules = (
-                []
-                if self.frozen
-                else [self.accelerator.unwrap_model(module) for module in trained.values()]
-            )
-            for module in modules:
+        adapted = []
+        if not self.frozen:
+            adapted = [accelerator.unwrap_model(module) for module in trained.values()]
+        with torch.no_grad(), accelerator.autocast():
+            for module in adapted:
                 module.disable_adapters()
             self.model.trainable = self.frozen or trained
             try:
                 yield
             finally:
                 self.model.trainable = trained
-                for module in modules:
+                for module in adapted:
                     module.enable_adapters()
 
-    def exchange_gradients(self, now: bool) -> None:
-        """Whether processes exchange gradients in the next forward and backward pass; until then
-        each adds up its own.
+    @contextlib.contextmanager
+    def sync_gradients(self, now: bool) -> Iterator[None]:
+        """Do one forward and backward pass of the update inside.
 
-        Data parallelism decides in the forward pass, so `no_sync` around a backward pass alone does
-        nothing. Sharded weights need whole gradients until then; --exchange-often saves that
-        memory."""
-        for module in self.model.trainable.values():
-            if self.sharding:
-                module.set_requires_gradient_sync(now or self.args.exchange_often)
-                module.set_requires_all_reduce(now)  # with the other machines
-            elif isinstance(module, torch.nn.parallel.DistributedDataParallel):
-                module.require_backward_grad_sync = now
+        now: whether the processes exchange gradients in it; until then each sums up its own.
+        Sharded weights need room for whole gradients until then, which --exchange-often saves.
+        """
+        flags = (
+            "lower --micro-batch, add --gradient-checkpointing or --exchange-often, or train a "
+            "LoRA (--lora-rank)"
+        )
+        with phase("the update", memory=flags), contextlib.ExitStack() as stack:
+            for module in self.model.trainable.values():
+                if self.fsdp:
+                    module.set_requires_gradient_sync(now or self.exchange_often)
+                    module.set_requires_all_reduce(now)  # with the other machines
+                elif not now:
+                    stack.enter_context(self.processes.accelerator.no_sync(module))
+            yield
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Adds the gradients of this process's share of the loss, a scalar."""
-        self.accelerator.backward(loss * self.world)  # data parallelism averages, the loss is a sum
+        """Add the gradients of this process's part of the loss, a scalar."""
+        # data parallelism averages over processes, and the loss is a sum
+        self.processes.accelerator.backward(loss * self.processes.world)
 
-    def update(self) -> torch.Tensor:
-        """Clips the gradients, steps the optimizer, and returns the norm before clipping, a scalar.
-        Raises RunError for one that is no number."""
-        weights = self.weights()
-        norm = sharding.whole(self.accelerator.clip_grad_norm_(weights, self.args.max_grad_norm))
-        if not torch.isfinite(norm):
-            self.cure = (
-                ("--learning-rate", self.args.learning_rate / 10)
-                if self.moved
-                else ("--seed", self.args.seed + 1)
-            )
-            raise RunError(
-                f"the gradient norm of step {self.step} is {norm.item()}; {self.blame()}"
-            )
-        self.moved = True
+    # --- The optimizer's step ---
+
+    def clip_gradients(self, max_norm: float) -> torch.Tensor:
+        """Scale the gradients down to max_norm; return their norm before, a scalar."""
+        norm = self.processes.accelerator.clip_grad_norm_(self.weights, max_norm)
+        return sharding.whole(norm)
+
+    def step(self) -> None:
+        """Step the optimizer, clear the gradients, and update the average."""
+        self.updates += 1
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.average:
-            self.average.step(weights)
-        return norm
+            self.average.step(self.weights)
 
     def check_ratio(self, error: float) -> None:
-        """Raises RunError for a first ratio that is not 1 (error: max |rho - 1|): its policy
-        gradient would be that of another policy, and what is beyond the clip range clipped on one
-        side: an error that the sign of A chooses."""
-        limit = min(RATIO_LIMIT[self.precision], self.args.clip_range)
+        """Raise RunError if the ratio before the first update was not 1.
+
+        error: max |ratio - 1|. A ratio that is off by more than rounding means that rollout and
+        update computed different policies; beyond the clip range the surrogate would be clipped.
+        """
+        limit = min(RATIO_LIMIT[self.processes.precision], self.clip_range)
         if not error <= limit:
             raise RunError(
-                f"the ratio is off by {error:.1e} before the first update (limit {limit:.0e}"
-                f"{', the clip range' * (limit == self.args.clip_range)}): rollout and update "
-                "see different weights, "
-                "dtypes, guidance, conditioning or kernels"
+                f"the ratio is off by {error:.1e} before the first update (limit {limit:.0e}): "
+                "rollout and update differ in weights, dtype, guidance, conditioning or kernels"
             )
 
+    # --- What a checkpoint holds ---
 
-def _average(weights: list[torch.Tensor], decay: float) -> "EMAModel":
-    from diffusers.training_utils import EMAModel
+    def state(self) -> dict[str, Any]:
+        """Return {name: stateful object} of the optimizer, the trained modules and the average."""
+        states = {"optimizer": _OptimizerState(self.optimizer, self.mesh)}
+        for name, module in self.model.trainable.items():
+            plain = self.processes.accelerator.unwrap_model(module)
+            states[name] = _ModuleState(plain, lora=bool(self.lora_rank), mesh=self.mesh)
+        if self.average:
+            states["ema"] = _AverageState(self.average, self.mesh)
+        return states
 
-    return EMAModel(weights, decay=decay)
+
+class _ModuleState:
+    """The trained weights of a module. Of a LoRA neither the base nor buffers are saved."""
+
+    def __init__(self, module: torch.nn.Module, lora: bool, mesh: Any) -> None:
+        self.module = module
+        self.lora = lora
+        self.mesh = mesh
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        state = self.module.state_dict()
+        if not self.lora:
+            return state
+        named = self.module.named_parameters()
+        trained = {name for name, weight in named if weight.requires_grad}
+        return {name: value for name, value in state.items() if name in trained}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        expected = self.state_dict()
+        if expected.keys() != state.keys():
+            raise ValueError(f"it has {len(state)} weights, {len(expected)} are trained here")
+        self.module.load_state_dict(sharding.distribute(state, self.mesh), strict=False)
+
+
+class _OptimizerState:
+    """The optimizer's moments. The learning rate and weight decay stay those of this run."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, mesh: Any) -> None:
+        self.optimizer = optimizer
+        self.mesh = mesh
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        settings = [(group["lr"], group["weight_decay"]) for group in self.optimizer.param_groups]
+        self.optimizer.load_state_dict(sharding.distribute(state, self.mesh))
+        for weight, moments in self.optimizer.state.items():
+            for name in ("exp_avg", "exp_avg_sq"):  # torch would look at the shape when it steps
+                if getattr(moments.get(name), "shape", None) != weight.shape:
+                    raise ValueError("its moments are those of other weights")
+        for group, (learning_rate, weight_decay) in zip(self.optimizer.param_groups, settings):
+            group.update(lr=learning_rate, weight_decay=weight_decay)
+
+
+class _AverageState:
+    """The moving average of the weights."""
+
+    def __init__(self, average: Any, mesh: Any) -> None:
+        self.average = average
+        self.mesh = mesh
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.average.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.average.load_state_dict(sharding.distribute(state, self.mesh))

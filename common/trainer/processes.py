@@ -4,6 +4,7 @@ together. Training and evaluate.py share it."""
 import gc
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch.nn.functional import pad
 
-from common.errors import InputError
+from common.errors import InputError, text
 from common.trainer import sharding
 
 # Accelerate's name for the precision of the forward passes, and the dtype of frozen weights.
@@ -41,6 +42,7 @@ class Processes:
     rank, world        number of this process, number of processes; is_main: rank 0
     per_machine        processes on each machine; all of them if machines differ
     fsdp               Accelerate's FSDP2 plugin if the launcher asked for it, else None
+    offloads           whether its shards are on the CPU between passes
     accelerator        Accelerate's object: autocast, distributed modules, gradient clipping
 
     timeout_minutes: how long processes wait for one another. Raises InputError for a launch with
@@ -65,6 +67,8 @@ class Processes:
         self.world = state.num_processes
         self.is_main = state.is_main_process
         self.fsdp = sharding.take_plugin()
+        self.offloads = bool(self.fsdp) and sharding.offloads(self.fsdp, self.device.type)
+        self.meshes = {}  # {shards: mesh}
         self.per_machine = self._per_machine()
         self.accelerator = Accelerator(
             mixed_precision=self.precision,
@@ -77,6 +81,15 @@ class Processes:
         own = int(os.environ.get("LOCAL_WORLD_SIZE", self.world))
         alike = set(self.collect(own)) == {own}
         return own if own > 1 and alike and self.world % own == 0 else self.world
+
+    def mesh(self, shards: int) -> Any:
+        """Return the mesh of sharded weights, with `shards` processes to a copy.
+
+        The first call for a number of shards is made by all processes together.
+        """
+        if shards not in self.meshes:
+            self.meshes[shards] = sharding.mesh_of(self.device, self.world, shards)
+        return self.meshes[shards]
 
     # --- Rows ---
 
@@ -130,7 +143,20 @@ class Processes:
 
         return gather_object([thing]) if self.world > 1 else [thing]
 
-    def first(self, reason: str | Exception) -> str | Exception:
+    def together(self, here: bool, action: Callable[[], None]) -> str:
+        """Do something on the processes that are `here`; return why it failed on one, else "".
+
+        All processes call it, and all get the same answer.
+        """
+        reason = ""
+        try:
+            if here:
+                action()
+        except Exception as error:  # a full disk, whatever torch and safetensors make of it
+            reason = text(error)
+        return self.first(reason)
+
+    def first(self, reason: str) -> str:
         """Return the first reason that any process has; "" if none has one."""
         return next(filter(None, self.collect(reason)), "")
 

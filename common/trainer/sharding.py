@@ -1,42 +1,42 @@
-"""Weights sharded over processes: torch's FSDP2 (`fully_shard`), as Accelerate's launcher and
-config file ask for it.
+"""Weights sharded over processes by torch's FSDP2 (`fully_shard`), as Accelerate's launcher and
+config file ask for it (configs/fsdp2.yaml).
 
-Accelerate's own `prepare` shards one model, together with its optimizer, and on GPUs only. Wan2.2
-trains two experts with one optimizer, and whoever has no GPUs wants to see it work: so the plugin
-is read here, and each expert is sharded by itself. configs/fsdp2.yaml is such a file."""
+Accelerate's own `prepare` shards one model together with its optimizer, and on GPUs only. Wan2.2
+trains two experts with one optimizer, and the tests shard on CPUs. So the plugin is read here, and
+each module is sharded by itself.
+"""
 
 import os
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from common.errors import InputError
-from common.trainer.checkpoints import Pieces
+from common.trainer.checkpoint_files import Pieces
 
-if TYPE_CHECKING:  # --help need not wait for it
-    from accelerate.utils import FullyShardedDataParallelPlugin
-
-asked = False  # whether the launcher did, for another run of this program (--calibrate)
+asked = False  # whether the launcher asked for FSDP, for another run of this program
 
 
-def take_plugin() -> "FullyShardedDataParallelPlugin | None":
-    """Accelerate's FSDP plugin if the launcher asked for it, else None. It is taken out of the
-    environment: otherwise the Accelerator would shard too. Raises InputError for DeepSpeed, and for
-    FSDP1."""
+def take_plugin() -> Any:
+    """Return Accelerate's FSDP plugin if the launcher asked for it, else None.
+
+    It is removed from the environment: otherwise the Accelerator would shard, too. Raises
+    InputError for DeepSpeed and for FSDP1.
+    """
     global asked
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         raise InputError(
-            "DeepSpeed wants a model and its optimizer in one engine, which two experts are not; "
-            "configs/fsdp2.yaml shards weights, gradients and optimizer as its stage 3 does"
+            "DeepSpeed is not supported: it needs one model and one optimizer in one engine. "
+            "configs/fsdp2.yaml shards weights, gradients and optimizer as its stage 3 does."
         )
     if os.environ.pop("ACCELERATE_USE_FSDP", "false").lower() != "true" and not asked:
         return None
     if os.environ.get("FSDP_VERSION", "1") != "2":
         raise InputError(
-            "only FSDP2 is supported: write fsdp_version: 2, as configs/fsdp2.yaml does"
+            "FSDP1 is not supported. Write fsdp_version: 2, as configs/fsdp2.yaml does."
         )
     from accelerate.utils import FullyShardedDataParallelPlugin
 
@@ -44,9 +44,8 @@ def take_plugin() -> "FullyShardedDataParallelPlugin | None":
     return FullyShardedDataParallelPlugin()
 
 
-def own_plugin() -> "FullyShardedDataParallelPlugin":
-    """What configs/fsdp2.yaml asks for, where no config file asks for anything and weights fit only
-    so."""
+def own_plugin() -> Any:
+    """Return the plugin of configs/fsdp2.yaml, for weights that only fit sharded."""
     from accelerate.utils import FullyShardedDataParallelPlugin
 
     return FullyShardedDataParallelPlugin(
@@ -54,28 +53,20 @@ def own_plugin() -> "FullyShardedDataParallelPlugin":
     )
 
 
-def on_a_machine(processes: int) -> int:
-    """All processes together: how many of them each machine has, as the launcher says; all of them
-    where it has one, or another one has more."""
-    from accelerate.utils import gather_object
+def mesh_of(device: torch.device, world: int, shards: int) -> DeviceMesh:
+    """Return a mesh of `world` processes, in rows of `shards` with one copy of the weights each.
 
-    own = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
-    alike = processes == 1 or set(gather_object([own])) == {own}
-    return own if own > 1 and alike and processes % own == 0 else processes
-
-
-def mesh_of(device: torch.device, processes: int, shards: int) -> DeviceMesh:
-    """The processes in rows of `shards`, each row with all weights among its processes: where these
-    are the processes of a machine, no weights cross the network, only their gradients do, once an
-    update. Dimensions ("replicas", "shards"); of a single row ("shards",)."""
-    rows, names = (processes // shards, shards), ("replicas", "shards")
-    kept = slice(rows[0] == 1, None)
-    return init_device_mesh(device.type, rows[kept], mesh_dim_names=names[kept])
+    If a row is a machine, weights do not cross the network, only gradients do, once an update.
+    Dimensions ("replicas", "shards"), or ("shards",) for a single row.
+    """
+    if shards == world:
+        return init_device_mesh(device.type, (shards,), mesh_dim_names=("shards",))
+    names = ("replicas", "shards")
+    return init_device_mesh(device.type, (world // shards, shards), mesh_dim_names=names)
 
 
-def offloads(plugin: "FullyShardedDataParallelPlugin", device_type: str) -> bool:
-    """Whether the shards wait on the CPU between passes. The plugin holds a policy, which is true
-    in any case."""
+def offloads(plugin: Any, device_type: str) -> bool:
+    """Return whether the shards wait on the CPU between passes."""
     from torch.distributed.fsdp import CPUOffloadPolicy
 
     return isinstance(plugin.cpu_offload, CPUOffloadPolicy) and device_type != "cpu"
@@ -84,13 +75,15 @@ def offloads(plugin: "FullyShardedDataParallelPlugin", device_type: str) -> bool
 def shard(
     module: torch.nn.Module,
     blocks: Sequence[str],
-    plugin: "FullyShardedDataParallelPlugin",
+    plugin: Any,
     mesh: DeviceMesh,
     dtype: torch.dtype,
 ) -> torch.nn.Module:
-    """Shards a module's weights in place, block by block: those of the classes that the config file
-    names, or else of the names in `blocks`. The forward and backward passes see them in `dtype`;
-    gradients are averaged in float32. Returns the module."""
+    """Shard a module's weights in place, block by block, and return the module.
+
+    Blocks are the classes that the config file names, or else those in `blocks`. Passes see the
+    weights in `dtype`; gradients are averaged in float32.
+    """
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
     policy = MixedPrecisionPolicy(
@@ -109,58 +102,59 @@ def shard(
     return fully_shard(module, **settings)
 
 
-def writes(mesh: DeviceMesh) -> tuple[bool, int]:
-    """Whether this process writes its shards into a checkpoint, as one of the first row does; and
-    the number of it."""
-    return mesh.ndim == 1 or mesh.get_local_rank("replicas") == 0, mesh.get_local_rank("shards")
+def mesh_in(state: Any) -> DeviceMesh | None:
+    """Return the mesh of the first sharded tensor in a state; None without one."""
+    if isinstance(state, dict):
+        state = list(state.values())
+    if isinstance(state, list):
+        return next(filter(None, map(mesh_in, state)), None)
+    return state.device_mesh if is_sharded(state) else None
 
 
-def has_shards(state: Any) -> bool:
-    """Whether a state (dictionaries, lists, tensors) holds a sharded tensor."""
-    if isinstance(state, (dict, list)):
-        return any(map(has_shards, state.values() if isinstance(state, dict) else state))
-    return is_sharded(state)
+def part_of(mesh: DeviceMesh) -> tuple[int, bool]:
+    """Return the number of this process's shard, and whether it writes it into a checkpoint.
+
+    The processes of the first row write.
+    """
+    first_row = mesh.ndim == 1 or mesh.get_local_rank("replicas") == 0
+    return mesh.get_local_rank("shards"), first_row
 
 
 def local(state: Any) -> Any:
-    """A state with this process's share, {"shard": tensor}, in place of each sharded tensor: what
-    it writes into a checkpoint."""
+    """Return a state with this process's shard, {"shard": tensor}, for each sharded tensor."""
     if isinstance(state, dict):
         return {name: local(value) for name, value in state.items()}
     if isinstance(state, list):
         return [local(value) for value in state]
-    return {"shard": mine(state)} if is_sharded(state) else state
+    return {"shard": state.to_local()} if is_sharded(state) else state
 
 
-def deal(state: Any, mesh: DeviceMesh | None = None) -> Any:
-    """The reverse, from a checkpoint that any number of processes wrote: tensors as they are
-    sharded over the mesh, or whole ones without a mesh."""
+def distribute(state: Any, mesh: DeviceMesh | None = None) -> Any:
+    """Return a state that any number of processes wrote, its tensors sharded over the mesh.
+
+    Without a mesh its tensors are whole.
+    """
     if isinstance(state, dict):
-        return {name: deal(value, mesh) for name, value in state.items()}
+        return {name: distribute(value, mesh) for name, value in state.items()}
     if isinstance(state, list):
-        return [deal(value, mesh) for value in state]
+        return [distribute(value, mesh) for value in state]
     if isinstance(state, Pieces):
         state = torch.cat(state.tensors)
     if mesh is None or not isinstance(state, torch.Tensor) or not state.dim():
         return state
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-    return distribute_tensor(
-        state, mesh, [Replicate()] * (mesh.ndim - 1) + [Shard(0)], src_data_rank=None
-    )
-
-
-def mine(tensor: torch.Tensor) -> torch.Tensor:
-    """This process's share of a sharded tensor; any other as it is."""
-    return tensor.to_local() if is_sharded(tensor) else tensor
+    placements = [Shard(0)]
+    if mesh.ndim == 2:
+        placements = [Replicate(), Shard(0)]
+    return distribute_tensor(state, mesh, placements, src_data_rank=None)
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """All processes together: a sharded tensor put together on the CPU; any other as it is."""
+    """Return a sharded tensor put together on the CPU by all processes; any other as it is."""
     return tensor.full_tensor().cpu() if is_sharded(tensor) else tensor
 
 
 def is_sharded(thing: Any) -> bool:
-    """Whether it is torch's DTensor, told by what it can do: importing the class takes half a
-    second."""
+    """Return whether it is a DTensor; importing that class would take half a second."""
     return hasattr(thing, "full_tensor")
