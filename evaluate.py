@@ -1,20 +1,24 @@
-"""Evaluate and compare: the base model and runs on the same prompts from the same noise, noise-free
-as a user samples.
+"""Compare the base model and runs on the same prompts and initial noise.
 
-    python evaluate.py RUN [RUN ...]             # on GPUs: accelerate launch evaluate.py RUN --prompts hpsv2:all ...
+Samples are made without noise in the denoising steps, as users make them.
 
-A RUN is a training run's folder (its newest checkpoint, or else its export),
-RUN/checkpoints/step_NNNNNN, RUN/export or RUN/export_ema: all weights, LoRA or sharded alike. The
-flags' defaults are the first run's settings, so that a checkpoint gets the reward of its own
-evaluation once more (eval_reward in metrics.jsonl). Without a RUN, --model is looked at.
+    python evaluate.py RUN [RUN ...]
+    accelerate launch evaluate.py RUN --prompts hpsv2:all ...     # on several GPUs
 
-On the screen, in results.json and results.csv: of each reward the mean over prompts, a 95% interval
-(bootstrap over prompts), and how often a run's sample beats the base's of the same prompt and
-noise, ties counted half. Scores are kept as they come: the same command goes on after a kill, on
-any number of processes, to the same table bit for bit.
+A RUN is the folder of a training run (its newest checkpoint, or else its export),
+RUN/checkpoints/step_NNNNNN, RUN/export or RUN/export_ema. Full weights, LoRAs and sharded
+checkpoints can be compared. The defaults of the flags are the settings of the first run, so a
+checkpoint gets the eval_reward that metrics.jsonl has for it. Without a RUN, --model is evaluated.
 
-Shapes: S samples of each of P prompts, each from noise of its own; a part, the unit of work, are n
-of these P * S."""
+The results are printed and written to results.json and results.csv. For each reward they hold the
+mean over prompts, a 95% interval (bootstrap over prompts), and the win rate: how often a run's
+sample beats the base's for the same prompt and noise, with ties counted half. Scores are saved
+after every part. The same command continues after a kill, on any number of processes, and gives
+the same table bit for bit.
+
+Shapes: S samples of each of P prompts, each with its own noise; a part, the unit of work, has n of
+these P * S.
+"""
 
 import dataclasses
 import json
@@ -28,213 +32,249 @@ import torch
 from tqdm import tqdm
 from tyro.conf import Positional, arg
 
-from common import cli, errors, models, rewards
-from common.cli import From
+from common import cli, errors, models
+from common.args import From, Scored, check_bounds, rows_of
+from common.args import defaults as defaults_of
 from common.errors import InputError
+from common.models.family import Family
 from common.prompts import fields_of, read_prompts
-from common.trainer import placing, run_folder
-from common.trainer.processes import Processes
+from common.reporting.files import write_text
+from common.rewards import Rewards, weighted_sum
+from common.trainer import Processes
+from common.trainer.evaluator import score_batch
 from evaluation import layouts, tables, trained
-from evaluation.folder import Evaluator, Folder, digest
+from evaluation.folder import Folder, digest
+from evaluation.sampler import Sampler
+from evaluation.trained import Trained
 from worlds.scene import parse
 
 
 @dataclass
-class Args(cli.Scored):
-    SETTINGS = {}
+class Args(Scored):
+    SETTINGS = models.MODELS
 
     runs: Annotated[Positional[tuple[str, ...]], arg(metavar="[RUN ...]")] = ()
-    """RUN, RUN/checkpoints/step_NNNNNN, RUN/export or RUN/export_ema, several separated by spaces,
-    before all flags."""
+    """Runs to evaluate: RUN, RUN/checkpoints/step_NNNNNN, RUN/export or RUN/export_ema, separated
+    by spaces, before all flags. None: evaluate --model alone."""
     averaged: bool = False
-    """Of each run the moving average of the weights (--ema) instead of the weights."""
+    """Evaluate the moving average of each run's weights (--ema) instead of the weights."""
 
     # --- Samples ---
     prompts: str = ""
-    """Prompts, named as for training, or a benchmark's: hpsv2:STYLE, geneval, unigenbench,
-    unigenbench:long, vbench. Default: the run's --eval-prompts."""
+    """Prompts to evaluate on: a file or set as for training, or a benchmark: hpsv2:STYLE, geneval,
+    unigenbench, unigenbench:long, vbench. Default: the --eval-prompts of the first run."""
     samples: Annotated[int, From(1, 1000)] = 1
-    """Samples of each prompt."""
+    """Number of samples per prompt."""
     seed: Annotated[int, From(0, 2**31)] = 0
-    """Of the noise that samples start from; 0 is that of the training's evaluations."""
+    """Seed of the initial noise of the samples. 0: the noise of the evaluations during training."""
 
-    # --- What is left of it ---
+    # --- Results ---
     layout: Literal["", "geneval", "vbench", "unigenbench", "hpsv2"] = ""
-    """Write the samples as this benchmark's own tool reads them, of its own prompts (or a file like
-    its own, --prompts) and as many as it wants; then print its command. Scores only by the --reward
-    that is given."""
+    """Write the samples in the folders that this benchmark's official tool reads, and print the
+    tool's command. The benchmark sets the prompts (--prompts may name a file in its format) and the
+    number of samples. Add --reward to score them as well. Empty: no such folders."""
     output: str = ""
-    """Folder of the evaluation, in which it goes on; more runs may join. Default: one by the
-    settings, below runs/."""
+    """Folder of the evaluation. The same command continues it, and may name more runs. Default:
+    runs/evaluation-XXXXXXXX, a hash of the settings and runs."""
     shown: Annotated[int, From(0, 64)] = 8
-    """Prompts in the picture of the models side by side."""
+    """Number of prompts in the picture that shows the models side by side. 0: no picture."""
 
 
-# What changes no number: an evaluation goes on with others of these.
+# Settings that change no number, so an evaluation continues with other values of them.
 FREE = (
-    "runs",
-    "averaged",
-    "output",
-    "shown",
-    "offload_encoders",
-    "process_timeout",
-    "trust_remote_code",
-    "judge_url",
+    *("runs", "averaged", "output", "shown", "offload_encoders", "process_timeout"),
+    *("trust_remote_code", "judge_url", "judge_timeout", "judge_retries", "judge_concurrency"),
 )
-FREE += ("judge_timeout", "judge_retries", "judge_concurrency")
+# Settings that are not taken from the first run, or from the model.
+OWN = ("prompts", "seed", "output", "trust_remote_code")
 PASSED = "verifier:passed"  # the reward that makes a table of GenEval's tasks
 
 
+# --- Settings ---
+
+
 def defaults(words: list[str]) -> Args:
-    """What a flag is that the command line does not have: the first run's setting, or that of
-    --model. Raises InputError for what is no run."""
+    """Return the default of every flag: the first run's setting, or that of --model.
+
+    words: the command line. Raises InputError if its first word is neither a flag nor a run.
+    """
     if words and not words[0].startswith("-"):
-        run = trained.find(words[0])
-        own = run.settings()
-        if [*own.reward] != run.config.get(
-            "reward"
-        ):  # code in a file, which a run's folder alone does not make run
-            own.reward = ()
+        found = trained.find(words[0])
+        source = found.settings()
+        if list(source.reward) != found.config.get("reward"):
+            source.reward = ()  # a reward in a file of code: a run's folder alone does not run code
     else:
-        own = cli.defaults(cli.Args, *cli.given(words, "--model"))
-    names = {field.name for field in dataclasses.fields(Args)} & {
-        field.name for field in dataclasses.fields(own)
-    }
-    values = {
-        name: getattr(own, name)
-        for name in names
-        if name not in ("seed", "output", "trust_remote_code")
-    }
-    of_layout = dict(prompts="", reward=()) if any(cli.given(words, "--layout")) else {}
-    return Args(**{**values, "prompts": own.eval_prompts, **of_layout})
+        source = defaults_of(cli.Args, cli.given(words, "--model") or "tiny-flux")
+    shared = {field.name for field in dataclasses.fields(cli.Args)} - {*OWN}
+    values = {}
+    for field in dataclasses.fields(Args):
+        if field.name in shared:
+            values[field.name] = getattr(source, field.name)
+    if cli.given(words, "--layout"):
+        values["reward"] = ()
+    else:
+        values["prompts"] = source.eval_prompts
+    return Args(**values)
 
 
-def check(args: Args, run: Processes, runs: list[trained.Trained]) -> None:
-    """Raises InputError for what flags, runs and launch cannot mean together."""
-    cli.check_bounds(args)
+def check(args: Args, runs: list[Trained]) -> None:
+    """Raise InputError for flags and runs that do not fit together."""
+    check_bounds(args)
     if runs and sys.argv[1].startswith("-"):
         raise InputError(
-            "name runs before flags, which have the first one's settings: evaluate.py "
-            f"{args.runs[0]} ..."
+            f"{args.runs[0]}: runs come before flags, whose defaults are the first run's settings. "
+            "Move it to the front."
         )
     if args.averaged and not runs:
-        raise InputError(
-            "--averaged belongs to a run, before all flags: evaluate.py RUN --averaged"
-        )
-    if run.sharding:
-        raise InputError(
-            "evaluate.py does not shard the model; launch it with configs/ddp.yaml: it reads "
-            "sharded runs"
-        )
+        raise InputError("--averaged: needs a run. Name it before all flags.")
     if runs and runs[0].config["model"] != args.model:
         raise InputError(
-            f"--model {args.model}: {args.runs[0]} trained {runs[0].config['model']}; name runs "
-            "before flags"
+            f"--model {args.model}: {args.runs[0]} trained {runs[0].config['model']}. Leave it out."
         )
-    if not args.prompts and not args.layout:
+    if args.layout:
+        _check_layout(args)
+        return
+    if not args.prompts:
+        raise InputError("--prompts: the run has no --eval-prompts. Give a file or a set's name.")
+    if not args.reward:
+        raise InputError("--reward: the run has none, or one in a file of code. Name a reward.")
+
+
+def _check_layout(args: Args) -> None:
+    if args.samples > 1:
         raise InputError(
-            "--prompts is missing: the run has no --eval-prompts; give a file or the name of a set"
+            f"--samples {args.samples}: --layout {args.layout} sets the number of samples of each "
+            "prompt. Leave it out."
         )
-    if not args.reward and not args.layout:
-        raise InputError(
-            "--reward is missing: the run's own is code in a file, or it has none; name it, or "
-            "others"
-        )
-    if args.layout and args.samples > 1:
-        raise InputError(
-            f"--samples {args.samples}: --layout {args.layout} says how many there are of each "
-            "prompt"
-        )
-    if args.layout and models.family_of(args.model, args.source).video != (args.layout == "vbench"):
-        raise InputError(
-            f"--layout {args.layout}: it takes {'clips' if args.layout == 'vbench' else 'images'}"
-        )
+    if models.family_of(args.model, args.source).video != (args.layout == "vbench"):
+        media = "clips" if args.layout == "vbench" else "images"
+        raise InputError(f"--layout {args.layout}: takes {media}. Choose another --model.")
+
+
+# --- The evaluation ---
 
 
 def evaluate(args: Args) -> None:
-    """Scores base and runs, and writes tables and pictures. Raises InputError, RunError."""
+    """Score base and runs, and write tables and pictures. Raises InputError or RunError."""
     # --- Setup ---
-    run, runs = Processes(args), trained.find_all(args.runs, args.averaged)
-    args.micro_batch = cli.rows_of(args.micro_batch)
-    check(args, run, runs)
+    processes = Processes(args.process_timeout)
+    if processes.fsdp:
+        raise InputError("evaluate.py: does not shard the model. Launch it with configs/ddp.yaml.")
+    runs = trained.find_all(args.runs, args.averaged)
+    args = dataclasses.replace(args, micro_batch=rows_of(args.micro_batch))
+    check(args, runs)
     layout = layouts.plan(args.layout, args.prompts) if args.layout else None
     prompts = layout.prompts if layout else read_prompts(args.prompts)
-    reward_weights = rewards.parse(args.reward) if args.reward or not layout else {}
-    scorers = rewards.load(args.reward, prompts, **cli.of_rewards(args))
-    reward_weights = rewards.in_units(args.reward_units, reward_weights, scorers)
-    found = {"base": None, **{weights.name: weights for weights in runs}}
-    whose = {
-        name: weights.identity() if weights else {"base": args.source or args.model}
-        for name, weights in found.items()
-    }
-    settings = {name: value for name, value in dataclasses.asdict(args).items() if name not in FREE}
-    folder = Folder(
-        args.output, {**settings, "prompts_sha256": digest(prompts, map(fields_of, prompts))}, whose
+    rewards = Rewards(args, prompts, clips=models.family_of(args.model, args.source).video)
+    weights = {"base": None, **{run.name: run for run in runs}}  # {model: Trained}
+    folder = _folder(args, prompts, weights)
+    model = models.load(args.model, processes.dtype, prompts, **args.model_settings())
+    place(model, processes, offload_encoders=args.offload_encoders)
+    rewards.smoke_test(model.try_out(prompts[0]), prompts[0])
+    sampler = Sampler(
+        model,
+        rewards,
+        prompts,
+        sigmas=model.sigmas(args.sampling_steps, args.shift),
+        micro_batch=args.micro_batch,
+        device=processes.device,
+        seed=args.seed,
+        folder=folder,
+        layout=layout,
+        fps=args.fps,
+        pictured=args.shown,
     )
-    model = models.load(args.model, run.dtype, prompts, **cli.of_model(args))
-    placing.place(run, model)
-    rewards.try_out(scorers, model, prompts[0])
-    sigmas = model.sigmas(args.sampling_steps, args.shift)  # [T+1]
-    evaluator = Evaluator(run, model, scorers, sigmas, prompts, folder, layout, args.shown)
-    samples = (
-        layout.samples()
-        if layout
-        else [(p, which) for which in range(args.samples) for p in range(len(prompts))]
-    )
-    parts = torch.tensor(samples).split(run.score_batch)
-    folder.together(run, evaluator.begin)
-    todo = {
-        name: [n for n, part in enumerate(parts) if evaluator.lacks(name, n, part)]
-        for name in found
-    }
-    run.together(None)  # all have looked before anyone writes
+    samples = [(p, which) for which in range(args.samples) for p in range(len(prompts))]
+    if layout:
+        samples = layout.samples()
+    parts = torch.tensor(samples).split(score_batch(args.micro_batch, args.reward_batch))
+    with folder.writing(processes):
+        if processes.is_main:
+            sampler.begin()
+    todo = {}  # {model: numbers of parts}
+    for name in weights:
+        todo[name] = [n for n, part in enumerate(parts) if sampler.lacks(name, n, part)]
+    processes.collect(None)  # all have looked before one writes
 
     # --- Samples and scores ---
     left = sum(len(parts[n]) for numbers in todo.values() for n in numbers)
-    total = len(found) * len(samples)
+    total = len(weights) * len(samples)
     bar = tqdm(
         total=total,
         initial=total - left,
-        disable=not run.is_main,
+        disable=not processes.is_main,
         dynamic_ncols=True,
         unit="sample",
     )
     with bar:  # an error's line is not written behind it
-        for name in sorted(found, key=lambda name: trains_all(found[name])):
-            if found[name] and todo[name]:
-                trained.load(run, model, found[name])
-            for start in range(0, len(todo[name]), run.world):
-                turn = todo[name][start : start + run.world]  # a part for each process
-                mine = [evaluator.score(name, parts[n]) for n in turn[run.index :][:1]]
-                scored = [part for of_process in run.together(mine) for part in of_process]
-                evaluator.check(scored, torch.cat([parts[n] for n in turn]))
-                folder.together(
-                    run, folder.add, name, {n: given for n, (given, _) in zip(turn, scored)}
-                )
-                bar.update(sum(len(parts[n]) for n in turn))
+        for name in sorted(weights, key=lambda name: trains_all(weights[name])):
+            if weights[name] and todo[name]:
+                trained.load(model, weights[name], autocast=processes.precision != "no")
+            for start in range(0, len(todo[name]), processes.world):
+                numbers = todo[name][start : start + processes.world]  # a part for each process
+                found = []  # this process's, none if there are fewer parts
+                with folder.writing(processes):
+                    for number in numbers[processes.rank :][:1]:
+                        media = sampler.sample(name, parts[number])
+                        found.append(sampler.score(media, parts[number]))
+                        sampler.keep(name, media, parts[number])
+                scores = [one for of_process in processes.collect(found) for one in of_process]
+                sampler.check(scores, torch.cat([parts[n] for n in numbers]))
+                with folder.writing(processes):
+                    if processes.is_main:
+                        for number, one in zip(numbers, scores):
+                            folder.add(name, number, one)
+                bar.update(sum(len(parts[n]) for n in numbers))
 
-    # --- Table ---
-    if layout:
-        folder.together(run, tell_layout, layout, folder, found)
-    if scorers:
-        folder.together(run, tell, args, folder, prompts, reward_weights, found, parts)
+    # --- Results ---
+    with folder.writing(processes):
+        if processes.is_main and layout:
+            print_layout(layout, folder, weights)
+        if processes.is_main and rewards.scorers:
+            write_results(args, folder, prompts, rewards.weights, names=weights, parts=parts)
 
 
-def trains_all(weights: trained.Trained | None) -> bool:
-    """Whether they are all weights of the model and no LoRA: these come last, as nothing brings the
-    base's back. None: the base's."""
-    return bool(weights) and not weights.config.get("lora_rank")
+def _folder(args: Args, prompts: list[str], weights: dict[str, Trained | None]) -> Folder:
+    """Return the evaluation's folder, identified by the settings and the weights."""
+    settings = {name: value for name, value in dataclasses.asdict(args).items() if name not in FREE}
+    settings["prompts_sha256"] = digest(prompts, map(fields_of, prompts))
+    whose = {}
+    for name, run in weights.items():
+        whose[name] = run.identity() if run else {"base": args.source or args.model}
+    return Folder(args.output, settings, whose)
 
 
-def tell_layout(layout: layouts.Layout, folder: Folder, names: Iterable[str]) -> None:
-    """Checks the samples of each model in the folder and prints what the benchmark's own tool is
-    started with. Raises InputError."""
+def place(model: Family, processes: Processes, offload_encoders: bool) -> None:
+    """Move the model to the device and prepare it for sampling without gradients."""
+    models.place(model, processes.device, offload_encoders)
+    for name, module in model.trainable.items():
+        module.requires_grad_(False).eval().to(processes.device)
+        prepared = processes.accelerator.prepare_model(module, evaluation_mode=True)
+        model.trainable[name] = prepared
+
+
+def trains_all(weights: Trained | None) -> bool:
+    """Return whether a run trained all weights, not a LoRA. None is the base.
+
+    Such runs are evaluated last, because nothing restores the base's weights after them.
+    """
+    return weights is not None and not weights.config.get("lora_rank")
+
+
+# --- Results ---
+
+
+def print_layout(layout: layouts.Layout, folder: Folder, names: Iterable[str]) -> None:
+    """Check each model's files and print the commands of the benchmark's own tool.
+
+    Raises InputError.
+    """
     for name in names:
         layout.check(folder.path, name)
         print(*layout.commands(folder.path, name), sep="\n")
 
 
-def tell(
+def write_results(
     args: Args,
     folder: Folder,
     prompts: list[str],
@@ -242,43 +282,47 @@ def tell(
     names: Iterable[str],
     parts: Sequence[torch.Tensor],
 ) -> None:
-    """The tables on the screen and as files, and the picture, of the models `names`, the base
-    first; parts: all of them, each [n, 2]. Raises OSError."""
-    shape, asked = (
-        (len(prompts), int(max(part[:, 1].max() for part in parts)) + 1),
-        sum(map(len, parts)),
-    )
+    """Print and write the tables of the models `names`, the base first, and save the picture.
+
+    parts: all parts, each [n, 2]. Raises OSError.
+    """
+    asked = sum(map(len, parts))
+    shape = (len(prompts), 1 + max(int(part[:, 1].max()) for part in parts))  # (P, S)
+    first = next(iter(reward_weights))
     table, tasks, marks, base = {}, {}, {}, {}
-    for name in names:  # the base first
-        found = {reward: folder.scores(name, reward, parts, shape) for reward in reward_weights}
-        if len(found) > 1:
-            found["sum"] = rewards.weighted_sum(found, reward_weights)
-        table[name] = {r: tables.summary(v, base.get(r), asked) for r, v in found.items()}
-        base = base or found
-        if PASSED in found:
-            tasks[name] = tables.by_task(found[PASSED], [parse(prompt).task for prompt in prompts])
-        marks[name] = found[next(iter(reward_weights))][: args.shown, 0]
-    run_folder.write_text(folder.path / "results.csv", tables.as_csv(table, tasks))
+    for name in names:
+        scores = {r: folder.scores(name, r, parts, shape) for r in reward_weights}
+        if len(scores) > 1:
+            scores["sum"] = weighted_sum(scores, reward_weights)
+        table[name] = {r: tables.summary(v, base.get(r), asked) for r, v in scores.items()}
+        base = base or scores
+        if PASSED in scores:
+            tasks[name] = tables.by_task(scores[PASSED], [parse(p).task for p in prompts])
+        marks[name] = scores[first][: args.shown, 0]
+    write_text(folder.path / "results.csv", tables.as_csv(table, tasks))
     results = {
         "settings": folder.settings,
         "weights": folder.whose,
         "rewards": table,
         "tasks": tasks,
     }
-    run_folder.write_text(folder.path / "results.json", json.dumps(results, indent=2) + "\n")
-    print(tables.table(table), *[tables.task_table(tasks)] * bool(tasks), sep="\n\n")
-    shown = f" and {folder.picture(prompts[: args.shown], marks, args.fps)}" if args.shown else ""
+    write_text(folder.path / "results.json", json.dumps(results, indent=2) + "\n")
+    print(tables.table(table))
+    if tasks:
+        print(f"\n{tables.task_table(tasks)}")
+    shown = ""
+    if args.shown:
+        shown = f" and {folder.picture(prompts[: args.shown], marks, args.fps)}"
     print(f"look at {folder.path}/results.csv{shown}")
 
 
 def main(args: Args) -> None:
-    """`evaluate`; Ctrl-C ends it with a line that says how to go on: raises Stopped."""
+    """Run the evaluation. Raises Stopped for Ctrl-C."""
     try:
         evaluate(args)
     except KeyboardInterrupt:
-        raise errors.Stopped(
-            signal.SIGINT, "SIGINT: the scores so far are kept; the same command goes on"
-        ) from None
+        line = "SIGINT: the scores so far are saved; the same command continues"
+        raise errors.Stopped(signal.SIGINT, line) from None
 
 
 if __name__ == "__main__":

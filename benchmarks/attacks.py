@@ -1,7 +1,7 @@
 """Attacks runs from a seed: bad flags, prompts, pictures, folders, checkpoints, servers, rewards,
 machines.
 
-    python -m benchmarks.attacks                            # 300, in under 20 minutes on two cores; prints the table
+    python -m benchmarks.attacks     # 300, in under 20 minutes on two cores; prints the table
     python -m benchmarks.attacks --only folders --number 40 --seed 7
 
 Each attack is a small run that ends well: it comes to its end, or says in one line what is wrong;
@@ -39,7 +39,7 @@ import self_paced
 import slas
 from benchmarks import servers
 from common import cli, errors, models, rewards
-from common.trainer import checkpoints  # noqa: F401
+from common.trainer import checkpoint_files
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = {"grpo_base": grpo_base, "bpgo": bpgo, "slas": slas, "self_paced": self_paced}
@@ -121,11 +121,13 @@ def prompts(rng, folder):
         for _ in range(rng.choice([1, 9, 90, 900]))
     )
     contents = {
-        "bytes": rng.randbytes(200), "UTF-16": line.encode("utf-16"), "Latin-1": "é".encode("latin-1"),
-        "nothing": b"", "blank lines": b"\n \n\t\n", "NUL": b"\0" * 50, "one line of 3 "
+        "bytes": rng.randbytes(200), "UTF-16": line.encode("utf-16"),
+        "Latin-1": "é".encode("latin-1"), "nothing": b"", "blank lines": b"\n \n\t\n",
+        "NUL": b"\0" * 50, "one line of 3 "
                                                                         "MB": b"red " * 750_000,
-        "letters": line.encode(), "dollars": b"a $x_1$ \\frac{1}{2$ for $5", "tabs": b"a\tb\tc\n\t\n", "CR": b"a\rb\r",
-        "many": b"a red circle\n" * 50_000, "JSON nested deep": b"[" * 200_000, "rows": b'{"prompt": 5}\n[]\n"a"\n',
+        "letters": line.encode(), "dollars": b"a $x_1$ \\frac{1}{2$ for $5",
+        "tabs": b"a\tb\tc\n\t\n", "CR": b"a\rb\r", "many": b"a red circle\n" * 50_000,
+        "JSON nested deep": b"[" * 200_000, "rows": b'{"prompt": 5}\n[]\n"a"\n',
         "columns": b"a,b\n1,2\n", "half a JSON": b'[{"prompt": "a', "a quote": b'prompt\n"a red',
     }  # fmt: skip
     what, ending = (
@@ -226,8 +228,9 @@ def spoilt(rng, folder):
     ]
     tensors = [path for path in files if path.suffix == ".safetensors"]
     how = rng.choice(
-        ["cut", "cut", "gone", "gone", "bytes", "empty", "folder", "loop", "value", "value", "value", "value", "tensor",
-         "tensor", "numbers", "type", "code", "swap", "half a JSON", "pointer"]
+        ["cut", "cut", "gone", "gone", "bytes", "empty", "folder", "loop", "value", "value",
+         "value", "value", "tensor", "tensor", "numbers", "type", "code", "swap", "half a JSON",
+         "pointer"]
     )  # fmt: skip
     if how == "cut":
         os.truncate(file, rng.randrange(file.stat().st_size + 1))
@@ -347,15 +350,19 @@ def server(rng, folder):
 def reward(rng, folder):
     when, raises = rng.choice([1, 2, 3, 4]), rng.random() < 0.5
     error = rng.choice(
-        [ValueError("x"), KeyboardInterrupt(), SystemExit(0), MemoryError(), OSError(28, "No space left on device"),
-         RecursionError(), StopIteration(), GeneratorExit(), ValueError("\x1b[2J" * 99)]
+        [ValueError("x"), KeyboardInterrupt(), SystemExit(0), MemoryError(),
+         OSError(28, "No space left on device"), RecursionError(), StopIteration(),
+         GeneratorExit(), ValueError("\x1b[2J" * 99)]
     )  # fmt: skip
     returned = {
         "None": lambda m: None, "words": lambda m: ["a"] * len(m), "a scalar": lambda m: 0.5,
-        "a graph": lambda m: m.flatten(1).mean(1).requires_grad_(), "a list": lambda m: [0.5] * len(m),
-        "NaN": lambda m: torch.full((len(m),), torch.nan), "too many": lambda m: torch.zeros(len(m) + 1),
-        "infinite": lambda m: torch.full((len(m),), 1e400), "complex": lambda m: torch.zeros(len(m)) * 1j,
-        "elsewhere": lambda m: torch.zeros(len(m), device="meta"), "large": lambda m: torch.arange(len(m)) * 1e37,
+        "a graph": lambda m: m.flatten(1).mean(1).requires_grad_(),
+        "a list": lambda m: [0.5] * len(m), "NaN": lambda m: torch.full((len(m),), torch.nan),
+        "too many": lambda m: torch.zeros(len(m) + 1),
+        "infinite": lambda m: torch.full((len(m),), 1e400),
+        "complex": lambda m: torch.zeros(len(m)) * 1j,
+        "elsewhere": lambda m: torch.zeros(len(m), device="meta"),
+        "large": lambda m: torch.arange(len(m)) * 1e37,
         "changed media": lambda m: m.zero_().flatten(1).mean(1),
     }  # fmt: skip
     kind = rng.choice(list(returned))
@@ -370,7 +377,7 @@ def reward(rng, folder):
             return returned[kind](media) if Odd.calls >= when else media.flatten(1).mean(1)
 
     def begin():
-        rewards.REWARDS["odd"] = ("odd", "Odd")
+        rewards.REWARDS["odd"] = "odd:Odd"
         sys.modules["odd"] = SimpleNamespace(Odd=Odd)
         return []
 
@@ -473,8 +480,9 @@ def resumed(rng, folder):
 
 
 KINDS = {
-    "flags": flags, "prompts": prompts, "pictures": pictures, "folders": folders, "rewards' weights": weights,
-    "servers": server, "rewards": reward, "the machine": machine, "checkpoints": resumed,
+    "flags": flags, "prompts": prompts, "pictures": pictures, "folders": folders,
+    "rewards' weights": weights, "servers": server, "rewards": reward, "the machine": machine,
+    "checkpoints": resumed,
 }  # fmt: skip
 ROUND = (
     ["flags"] * 4
@@ -575,10 +583,10 @@ def lost(attack, folder, code, line):
         steps = sum(
             "reward_mean" in row for row in rows
         )  # the last evaluation has a row of its own
-        done = checkpoints.newest_first(run)
+        done = checkpoint_files.newest_first(run)
         try:
-            saved = checkpoints.read(done[0])[0] if done else 0
-        except checkpoints.Broken as error:
+            saved = checkpoint_files.read(done[0])[0] if done else 0
+        except checkpoint_files.Broken as error:
             return "a loss", str(error)
         if saved != steps or (code == 0 and not (run / "export").is_dir()):
             return "a loss", f"{steps} steps, {saved} saved: {line}"
@@ -623,8 +631,8 @@ def main(args):
         "tiny-wan-i2v",
     ):  # once, for all that are forked
         models.load(name, torch.float32)
-    for module, _ in rewards.REWARDS.values():
-        importlib.import_module(module)
+    for place in rewards.REWARDS.values():
+        importlib.import_module(place.partition(":")[0])
     started, running, table, failed = time.time(), {}, Counter(), []
     with tempfile.TemporaryDirectory() as temporary:
         waiting = attacks(args, Path(temporary))

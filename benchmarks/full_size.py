@@ -1,11 +1,13 @@
-"""GRPO steps of a full-size model with random weights on one GPU: seconds, memory, FLOPs, ratio,
-against their floor.
+"""Measure GRPO steps of a full-size model with random weights on one GPU against their floor.
+
+It reports seconds, memory, FLOPs and the ratio.
 
     python -m benchmarks.full_size --model flux            # FLUX.1-dev, 720x720, LoRA of rank 64
     python -m benchmarks.full_size --model wan2.1-1.3b     # 480x832x53, LoRA of rank 64
-    python -m benchmarks.full_size --model flux --compile  # the blocks compiled, the same ones in rollout and update
-    python -m benchmarks.full_size --model tiny-flux       # the same script in small, on a CPU too
-    python -m benchmarks.full_size --wheels                # what a machine without a network needs, for pip download
+    python -m benchmarks.full_size --model flux --compile  # with compiled blocks
+    python -m benchmarks.full_size --model tiny-flux       # a small model, also on a CPU
+    python -m benchmarks.full_size --wheels                # list packages for pip download, for a
+                                                           # machine without a network
 
 Each phase ends with a JSON line, so that a run that is cut short has said something: `built`,
 `matmul` (the card's rate), `floor` (one micro-batch, which warms up as well), of each step
@@ -19,7 +21,6 @@ and as many forwards and backwards as the update has, to the inputs alone, from 
 timed by itself. FLOPs are those that torch counts in these passes; of the backward pass with what
 checkpointing computes again."""
 
-import contextlib
 import importlib.metadata
 import json
 import re
@@ -52,12 +53,12 @@ from transformers import (
 
 import grpo_base
 from benchmarks import memory
+from benchmarks.replaced import replaced
 from benchmarks.results import write
-from common import cli, models
+from common import models
+from common.args import defaults
 from common.errors import RunError
-from common.reporting import report
-from common.trainer import compiling
-from common.trainer.runtime import Runtime
+from common.trainer import Checkpoints, Clock, Policy, compiling
 from worlds.building import clip_tokenizer, t5_tokenizer
 
 CAPTIONS = ["a red circle", "a blue square and a green cross"]
@@ -104,8 +105,9 @@ def flux():
         text_encoder=CLIPTextModel(clip), text_encoder_2=T5EncoderModel(t5),
         vae=AutoencoderKL(
             block_out_channels=(128, 256, 512, 512), down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=2, latent_channels=16, sample_size=1024,
-            scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False,
+            up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=2, latent_channels=16,
+            sample_size=1024, scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False,
+            use_post_quant_conv=False,
         ),
         transformer=FluxTransformer2DModel(guidance_embeds=True),
     )  # fmt: skip
@@ -124,26 +126,31 @@ def wan():
 
 
 def build(name, dtype, prompts=(), trust_remote_code=False, source="", **settings):
-    """In the place of models.load: random weights in bf16, made on the GPU, where there is room and
-    speed for them."""
+    """Return a model with random bf16 weights, in place of models.load, on a GPU if possible."""
     with memory.weights_in_bfloat16(), torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         pipe = {"flux": flux, "wan2.1-1.3b": wan}[name]()
     return memory.FAMILIES[name](pipe, **settings)
 
 
 def outline(name, dtype, large, trust_remote_code=False, **settings):
-    """In the place of models.outline: the released sizes, text encoders too."""
+    """Take the place of models.outline: return the released sizes, text encoders too."""
     return memory.full_size(name, 0)
+
+
+def family_of(name, source=""):
+    """Take the place of models.family_of, which would read the released files."""
+    return memory.FAMILIES[name]
 
 
 # --- Measuring ---
 
 
 class Phases:
-    """Says what each phase took, as a JSON line; the last of each kind stays in `found`."""
+    """Prints what each phase took, as a JSON line; `found` keeps the last of each kind."""
 
     def __init__(self):
-        self.started, self.found = time.perf_counter(), {}
+        self.started = time.perf_counter()
+        self.found = {}
 
     def say(self, phase, **numbers):
         peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
@@ -151,43 +158,31 @@ class Phases:
             numbers["peak_gib"] = round(peak / 2**30, 2)
             torch.cuda.reset_peak_memory_stats()
         self.found[phase] = numbers
-        print(
-            json.dumps(
-                {"phase": phase, "at": round(time.perf_counter() - self.started, 1), **numbers}
-            ),
-            flush=True,
-        )
+        at = round(time.perf_counter() - self.started, 1)
+        print(json.dumps({"phase": phase, "at": at, **numbers}), flush=True)
 
 
-def wait():
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def seconds_of(action, number=3):
-    """The median of some times, after one that does not count."""
+def seconds_of(action, device, number=3):
+    """Return the median seconds of `number` calls, after one that does not count."""
+    clock = Clock(device)
     times = []
     for _ in range(number + 1):
-        wait()
-        started = time.perf_counter()
         action()
-        wait()
-        times.append(time.perf_counter() - started)
+        times.append(clock.lap())
     return statistics.median(times[1:])
 
 
 def matmul_rate(device, dtype):
-    """FLOP/s of a large matrix product: what the card can do in practice."""
+    """Return the FLOP/s of a large matrix product: what the card can do in practice."""
     size = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    return 2 * size**3 / seconds_of(lambda: a @ b)
+    return 2 * size**3 / seconds_of(lambda: a @ b, device)
 
 
-def bare(run, rows):
-    """(forward, forward and backward) of so many rows by the transformer without its LoRA, as
-    functions."""
-    model = run.model
-    x = torch.randn(rows, *model.noise_shape, device=run.device, requires_grad=True)
+def floor(policy, rows, phases):
+    """Time the transformer without its LoRA on one micro-batch, and count its FLOPs."""
+    model, processes = policy.model, policy.processes
+    x = torch.randn(rows, *model.noise_shape, device=processes.device, requires_grad=True)
     cond = model.encode(CAPTIONS[:1] * rows)
 
     def forward():
@@ -196,38 +191,32 @@ def bare(run, rows):
 
     def both():
         model.velocity(x, torch.tensor(0.5), cond).sum().backward()
-        run.optimizer.zero_grad()
+        policy.optimizer.zero_grad()
 
-    return forward, both
-
-
-def floor(run, phases):
-    """Times the bare transformer, one micro-batch at a time, and counts its FLOPs."""
-    modules = [run.accelerator.unwrap_model(module) for module in run.model.trainable.values()]
-    for module in modules if run.args.lora_rank else ():
+    adapted = []
+    if policy.lora_rank:
+        unwrap = processes.accelerator.unwrap_model
+        adapted = [unwrap(module) for module in model.trainable.values()]
+    for module in adapted:
         module.disable_adapters()
-    forward, both = bare(run, run.batch)
-    seconds = [seconds_of(action) for action in (forward, both)]
-    flops = []
-    for action in (forward, both):
-        with FlopCounterMode(display=False) as counter:
-            action()
-        flops.append(counter.get_total_flops())
-    for module in modules if run.args.lora_rank else ():
-        module.enable_adapters()
     rate = phases.found["matmul"]["tflops"] * 1e12
-    numbers = {"rows": run.batch, "tokens": tokens(run.model)}
-    for name, took, counted in zip(("forward", "forward_backward"), seconds, flops):
-        numbers |= {
-            f"{name}_s": took,
-            f"{name}_tflop": counted / 1e12,
-            f"{name}_mfu": counted / took / rate,
-        }
+    numbers = {"rows": rows, "tokens": tokens(model)}
+    with compiling.off():
+        for name, action in (("forward", forward), ("forward_backward", both)):
+            seconds = seconds_of(action, processes.device)
+            with FlopCounterMode(display=False) as counter:
+                action()
+            flops = counter.get_total_flops()
+            numbers[f"{name}_s"] = seconds
+            numbers[f"{name}_tflop"] = flops / 1e12
+            numbers[f"{name}_mfu"] = flops / seconds / rate
+    for module in adapted:
+        module.enable_adapters()
     phases.say("floor", **numbers)
 
 
 def tokens(model):
-    """Of one row."""
+    """Return the tokens of one row."""
     first, *rest = model.noise_shape
     patch = getattr(next(iter(model.trainable.values())).config, "patch_size", 1)
     if not isinstance(patch, (tuple, list)):
@@ -235,84 +224,76 @@ def tokens(model):
     return torch.Size(rest).numel() // torch.Size(patch).numel()
 
 
-@contextlib.contextmanager
-def replaced(owner, **values):
-    """Inside, the owner's attributes have other values."""
-    before = {name: getattr(owner, name) for name in values}
-    for name, value in values.items():
-        setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(owner, name, value)
+def watched(phases, steps):
+    """Return {name: class}, which take the place of grpo_base's own: they report each phase."""
+    names = iter(["rollout", "reward", "update"] * steps)
 
-
-def hooks(args, phases):
-    """What the Runtime and the Clock of the run do besides: they say what each phase took."""
-    prepare, resume = Runtime.prepare, Runtime.resume
-    names = iter(["rollout", "reward", "update"] * args.steps)
-
-    class Clock(report.Clock):
+    class WatchedClock(Clock):
         def lap(self):
             seconds = super().lap()
             phases.say(next(names), s=seconds)
             return seconds
 
-    def prepared(run, model):
-        phases.say(
-            "built",
-            weights=sum(w.numel() for m in model.trainable.values() for w in m.parameters()),
-        )
-        optimizer = prepare(run, model)
-        phases.say("matmul", tflops=matmul_rate(run.device, run.dtype) / 1e12)
-        return optimizer
+    class WatchedPolicy(Policy):
+        def __init__(self, model, args, processes, plan, keep_initial):
+            modules = torch.nn.ModuleList(model.trainable.values())
+            phases.say("built", weights=sum(weight.numel() for weight in modules.parameters()))
+            super().__init__(model, args, processes, plan, keep_initial)
+            self.rows = plan.batch  # of a pass
+            rate = matmul_rate(processes.device, processes.dtype)
+            phases.say("matmul", tflops=rate / 1e12)
 
-    def resumed(run, stateful):  # the last thing before the steps
-        with compiling.off():
-            floor(run, phases)
-        return resume(run, stateful)
+    class Unsaved(Checkpoints):
+        """Writes no weights."""
 
-    return Clock, dict(
-        prepare=prepared,
-        resume=resumed,
-        due=lambda run, step: False,
-        export=lambda run: "nothing was written",
-    )
+        def resume(self, policy, own=None):
+            floor(policy, policy.rows, phases)
+            return super().resume(policy, own)
+
+        def _check_disk(self, start):
+            pass
+
+        def save(self):
+            pass
+
+        def export(self):
+            return "nothing was written"
+
+    return {"Clock": WatchedClock, "Policy": WatchedPolicy, "Checkpoints": Unsaved}
 
 
 def measured(args, phases, folder):
-    """Runs grpo_base.main; returns its settings, and what it logged of the last step."""
-    settings = dict(group_size=args.rows, prompts_per_step=1, steps=args.steps)
-    settings |= dict(
-        best_of=0, minibatches=1, sampling_steps=args.sampling_steps, micro_batch=args.micro_batch
-    )
-    settings |= dict(
-        reward=("jpeg",), prompts=f"{folder}/prompts.txt", eval_prompts="", save_every=0
-    )
-    settings |= dict(
-        lora_rank=args.lora_rank, compile=args.compile, tracker="none", output=f"{folder}/run"
-    )
-    run_args = cli.defaults(grpo_base.Args, args.model, **settings)
+    """Run grpo_base.main; return its settings, and what it logged of the last step."""
     (folder / "prompts.txt").write_text("\n".join(CAPTIONS))
-    clock, runtime = hooks(args, phases)
-    loading = (
-        {}
-        if args.model.startswith("tiny")
-        else dict(load=build, outline=outline, family_of=memory.FAMILIES.get)
+    run_args = defaults(
+        grpo_base.Args,
+        args.model,
+        prompts=f"{folder}/prompts.txt",
+        eval_prompts="",
+        reward=("jpeg",),
+        output=f"{folder}/run",
+        tracker="none",
+        save_every=0,
+        steps=args.steps,
+        prompts_per_step=1,
+        group_size=args.rows,
+        best_of=0,
+        minibatches=1,
+        sampling_steps=args.sampling_steps,
+        micro_batch=args.micro_batch,
+        lora_rank=args.lora_rank,
+        compile=args.compile,
     )
-    with (
-        replaced(models, **loading),
-        replaced(Runtime, **runtime),
-        replaced(grpo_base, Clock=clock),
-    ):
-        grpo_base.main(run_args)
-    rows = (folder / "run/metrics.jsonl").read_text().splitlines()
-    return run_args, json.loads(rows[args.steps - 1])
+    loading = {}
+    if not args.model.startswith("tiny"):
+        loading = {"load": build, "outline": outline, "family_of": family_of}
+    with replaced(models, **loading), replaced(grpo_base, **watched(phases, args.steps)):
+        log = grpo_base.main(run_args)
+    return run_args, next(row for row in log.rows if row["step"] == args.steps - 1)
 
 
 def summary(args, run_args, row, phases):
-    """What the last step says, {column: cell}."""
+    """Return the numbers of the last step, {column: cell}."""
     one, rate = phases.found["floor"], phases.found["matmul"]["tflops"]
     passes, T = -(-args.rows // one["rows"]), args.sampling_steps
     trained = max(1, round(run_args.timestep_fraction * (T - 1)))
@@ -321,9 +302,11 @@ def summary(args, run_args, row, phases):
     seconds = {part: row[f"{part}_seconds"] for part in ("rollout", "reward", "update")}
     passing = seconds["rollout"] + seconds["update"]
     peaks = [phases.found[part].get("peak_gib", "-") for part in ("rollout", "reward", "update")]
+    model = f"{args.model}, {f'LoRA {args.lora_rank}' if args.lora_rank else 'all weights'}"
+    if args.compile:
+        model += ", compiled"
     return {
-        "model": f"{args.model}, {f'LoRA {args.lora_rank}' if args.lora_rank else 'all weights'}"
-        f"{', compiled' * args.compile}, {args.rows} rows, T = {T}, {trained} trained",
+        "model": f"{model}, {args.rows} rows, T = {T}, {trained} trained",
         "rollout, reward, update s": ", ".join(f"{value:.2f}" for value in seconds.values()),
         "over the floor": f"{sum(seconds.values()) / bare_seconds:.3f}",
         "tokens/s": f"{args.rows * one['tokens'] * (T + trained) / passing:.0f}",
@@ -336,13 +319,11 @@ def summary(args, run_args, row, phases):
 
 
 def wheels():
-    """The packages of requirements.txt and all that they need here, NAME==VERSION."""
+    """Return the packages of requirements.txt and all that they need here, NAME==VERSION."""
     from packaging.requirements import Requirement
 
-    found, queue = (
-        {},
-        [Requirement(line) for line in (ROOT / "requirements.txt").read_text().split() if line],
-    )
+    found = {}
+    queue = [Requirement(line) for line in (ROOT / "requirements.txt").read_text().split()]
     while queue:
         need = queue.pop()
         name = re.sub("[-_.]+", "-", need.name.lower())
@@ -364,18 +345,24 @@ def wheels():
 
 def main(args):
     if args.wheels:
-        return print(*wheels(), sep="\n")
+        print(*wheels(), sep="\n")
+        return
     phases = Phases()
     with tempfile.TemporaryDirectory() as folder:
         try:
             run_args, row = measured(args, phases, Path(folder))
-        except RunError as error:  # the ratio's alarm: that is a result
-            return phases.say("stopped", why=str(error))
+        except RunError as error:  # a ratio that is off is a result
+            phases.say("stopped", why=str(error))
+            return
     cells = summary(args, run_args, row, phases)
     phases.say("total", **cells)
     lines = [f"| {' | '.join(line)} |" for line in (cells, ["---"] * len(cells), cells.values())]
     if args.write:
-        words = f"--model {args.model}{' --compile' * args.compile}{' --lora-rank 0' * (not args.lora_rank)}"
+        words = f"--model {args.model}"
+        if args.compile:
+            words += " --compile"
+        if not args.lora_rank:
+            words += " --lora-rank 0"
         write(f"Full-size steps (`python -m benchmarks.full_size {words}`)", lines)
 
 

@@ -1,7 +1,7 @@
 """Kills runs at random moments, lets `--resume latest` finish them, and compares them with runs
 that nothing disturbed.
 
-    python -m benchmarks.kills                 # 20 kills (SIGKILL): all scripts, and all that a checkpoint has to hold
+    python -m benchmarks.kills     # 20 kills (SIGKILL): all scripts and all contents of checkpoints
     python -m benchmarks.kills --script bpgo --times 3
 
 Same means, bit for bit: every number of metrics.jsonl but the timings, every tensor of the last
@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 import tyro
 
-from common.trainer import checkpoints
+from common.trainer import checkpoint_files
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 6
@@ -125,7 +125,7 @@ def _written(folder, pattern, began):
 
 
 def _saved(folder):
-    return max([0, *map(checkpoints.number_of, checkpoints.newest_first(folder))])
+    return max([0, *map(checkpoint_files.number_of, checkpoint_files.newest_first(folder))])
 
 
 def _wait(process, until):
@@ -140,7 +140,7 @@ def same(folder, whole):
     for run in (folder, whole):
         rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         numbers.append([{name: row[name] for name in row if name not in TIMINGS} for row in rows])
-        step, state = checkpoints.read(checkpoints.newest_first(run)[0])
+        step, state = checkpoint_files.read(checkpoint_files.newest_first(run)[0])
         states.append([step, *torch.utils._pytree.tree_leaves(state)])
         files = [path for path in run.glob("export*/**/*") if path.is_file()]
         exports.append({path.relative_to(run): path.read_bytes() for path in files})

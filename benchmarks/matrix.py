@@ -1,8 +1,8 @@
 """Is it green on every Python and every kind of processor that docs/machines.md names?
 
-    python3 benchmarks/matrix.py                                        # every Python, one with every kernel: an hour
-    python3 benchmarks/matrix.py --all                                  # every pair of the two
-    python3 benchmarks/matrix.py --pythons 3.10 --kernels avx2          # one cell
+    python3 benchmarks/matrix.py             # every Python, and one with every kernel: an hour
+    python3 benchmarks/matrix.py --all       # every pair of the two
+    python3 benchmarks/matrix.py --pythons 3.10 --kernels avx2      # one cell
     python3 benchmarks/matrix.py --pythons 3.10 --kernels default --versions oldest
 
 A cell is a Python and the kernels of a kind of processor. In it `bash run.sh` trains for two steps
@@ -69,8 +69,8 @@ def cell(python, kernels, args):
     log = args.logs / f"{python}-{kernels}-{args.versions}.log"
     log.unlink(missing_ok=True)
     environment = {
-        **os.environ, **KERNELS[kernels], "PYTHON": interpreter(python), "VENV": str(venv(python, args)),
-        "VERSIONS": args.versions,
+        **os.environ, **KERNELS[kernels], "PYTHON": interpreter(python),
+        "VENV": str(venv(python, args)), "VERSIONS": args.versions,
     }  # fmt: skip
     _, said, code = run(
         ["test", "--version"], environment, log

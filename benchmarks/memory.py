@@ -1,14 +1,14 @@
-"""GPU memory that each model takes, counted without a GPU; writes docs/train.md's table.
+"""Count the GPU memory that each model takes, without a GPU; writes the table in docs/train.md.
 
     python -m benchmarks.memory
 
-The modules have the released sizes and tensors without contents (FakeTensorMode). All is counted as
-before every run, by common/memory/counting.py: weights, gradients, optimizer, samples, and the
-activations of one row at the model's default size and settings (gradient checkpointing). Not
-counted: rewards, what a kernel needs while it runs, and the allocator's gaps, for which a tenth is
-left."""
+The modules have the released sizes and tensors without contents (FakeTensorMode). common/memory/
+counts weights, gradients, optimizer, samples, and the activations of one row at the model's default
+size and settings (gradient checkpointing), as it does before every run. Not counted: rewards, the
+workspace of kernels, and the allocator's gaps; a tenth of the memory is left for them."""
 
 import contextlib
+import dataclasses
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +20,11 @@ import tyro
 from peft import LoraConfig
 
 import grpo_base
-from common import cli, models
-from common.memory import counting, preflight
+from common import models
+from common.args import defaults
+from common.memory import activations
+from common.memory.bytes import Launch, process_bytes
+from common.memory.ways import ROOM as SHARE
 from common.models.flux import Flux
 from common.models.hunyuan import HunyuanVideo
 from common.models.qwen import QwenImage
@@ -30,7 +33,7 @@ from common.models.sd3 import StableDiffusion3
 from common.models.wan import Wan, WanImageToVideo
 
 PAGE = Path(__file__).resolve().parents[1] / "docs/train.md"
-ROOM = preflight.ROOM * 79  # GiB of an 80 GB GPU that this may take
+ROOM = SHARE * 79  # GiB of an 80 GB GPU that this may take
 RANK = 64
 WAN = dict(num_attention_heads=40, ffn_dim=13824, num_layers=40)
 SMALL_WAN = dict(num_attention_heads=12, ffn_dim=8960, num_layers=30)
@@ -96,8 +99,9 @@ def llama():
 
 def qwen():
     text = dict(
-        vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
-        num_key_value_heads=4, rope_parameters={"rope_type": "default", "mrope_section": [16, 24, 24]},
+        vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28,
+        num_attention_heads=28, num_key_value_heads=4,
+        rope_parameters={"rope_type": "default", "mrope_section": [16, 24, 24]},
     )  # fmt: skip
     vision = dict(
         depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, out_hidden_size=3584
@@ -123,33 +127,38 @@ def wan(experts=1, channels=16, **config):
 
 COMPONENTS = {
     "flux": lambda: dict(
-        transformer=diffusers.FluxTransformer2DModel(guidance_embeds=True), text_encoder=clip(), text_encoder_2=t5(),
+        transformer=diffusers.FluxTransformer2DModel(guidance_embeds=True), text_encoder=clip(),
+        text_encoder_2=t5(),
         vae=kl_vae(latent_channels=16, use_quant_conv=False, use_post_quant_conv=False),
     ),
     "sd1.4": lambda: dict(
-        unet=diffusers.UNet2DConditionModel(sample_size=64, cross_attention_dim=768), text_encoder=clip(), vae=kl_vae()
+        unet=diffusers.UNet2DConditionModel(sample_size=64, cross_attention_dim=768),
+        text_encoder=clip(), vae=kl_vae()
     ),
     "sd3.5-medium": lambda: dict(
-        transformer=diffusers.SD3Transformer2DModel(**SD3), text_encoder=clip_with_projection(768, 12, 12),
+        transformer=diffusers.SD3Transformer2DModel(**SD3),
+        text_encoder=clip_with_projection(768, 12, 12),
         text_encoder_2=clip_with_projection(1280, 32, 20), text_encoder_3=t5(),
         vae=kl_vae(latent_channels=16, use_quant_conv=False, use_post_quant_conv=False),
     ),
     "qwen-image": lambda: dict(
-        transformer=diffusers.QwenImageTransformer2DModel(), text_encoder=qwen(), vae=diffusers.AutoencoderKLQwenImage()
+        transformer=diffusers.QwenImageTransformer2DModel(), text_encoder=qwen(),
+        vae=diffusers.AutoencoderKLQwenImage()
     ),
     "wan2.1-1.3b": lambda: wan(**SMALL_WAN),
     "wan2.1-14b": lambda: wan(**WAN),
     "wan2.2-i2v": lambda: wan(experts=2, channels=36, **WAN),
     "hunyuan": lambda: dict(
-        transformer=diffusers.HunyuanVideoTransformer3DModel(guidance_embeds=True), text_encoder=llama(),
-        text_encoder_2=clip(), vae=diffusers.AutoencoderKLHunyuanVideo(),
+        transformer=diffusers.HunyuanVideoTransformer3DModel(guidance_embeds=True),
+        text_encoder=llama(), text_encoder_2=clip(), vae=diffusers.AutoencoderKLHunyuanVideo(),
     ),
 }  # fmt: skip
 
 
 FAMILIES = {
-    "flux": Flux, "sd1.4": StableDiffusion, "sd3.5-medium": StableDiffusion3, "qwen-image": QwenImage,
-    "wan2.1-1.3b": Wan, "wan2.1-14b": Wan, "wan2.2-i2v": WanImageToVideo, "hunyuan": HunyuanVideo,
+    "flux": Flux, "sd1.4": StableDiffusion, "sd3.5-medium": StableDiffusion3,
+    "qwen-image": QwenImage, "wan2.1-1.3b": Wan, "wan2.1-14b": Wan, "wan2.2-i2v": WanImageToVideo,
+    "hunyuan": HunyuanVideo,
 }  # fmt: skip
 
 
@@ -208,35 +217,32 @@ class Tokenizer:
 
 
 def row(name, lora):
-    """The first of the configurations in which a model fits."""
+    """Return the table's row of a model: the first launch in which it fits."""
     model = full_size(name, lora)
-    args = cli.defaults(
-        grpo_base.Args, name, lora_rank=RANK * lora, offload_encoders=True, micro_batch=1
-    )
-    kept = counting.activations(model, torch.bfloat16, args.gradient_checkpointing)
+    rank = RANK if lora else 0
+    args = defaults(grpo_base.Args, name, lora_rank=rank, offload_encoders=True, micro_batch=1)
+    kept = activations.row_bytes(model, torch.bfloat16, args.gradient_checkpointing)
+    start = f"| `{name}` | {'LoRA' if lora else 'all'} |"
+    end = f"| {kept / 2**30:.1f} |"
     for gpus in (1, 2, 4, 8, 16, 32):
+        launch = Launch(torch.bfloat16, "cuda", world=gpus, sharded=gpus > 1)
         for often in (False, True) if gpus > 1 else (False,):
-            args.exchange_often = often
-            kinds = counting.memory(model, args, 2, gpus, activations=kept)
-            size = sum((kinds | counting.samples(model, args, gpus)).values()) / 2**30
+            tried = dataclasses.replace(args, exchange_often=often)
+            kinds = process_bytes(model, tried, launch=launch, shards=gpus, activations=kept)
+            size = sum(kinds.values()) / 2**30
             if size <= ROOM:
-                config = (
-                    "one_process"
-                    if gpus == 1
-                    else "fsdp2_two_experts"
-                    if name == "wan2.2-i2v"
-                    else "fsdp2"
-                )
-                config = (
-                    ("fsdp2_multi_node" if gpus > 8 else config)
-                    + ".yaml"
-                    + " --exchange-often" * often
-                )
-                cells = (f"`{name}`", "LoRA" if lora else "all", f"`{config}`", gpus, f"{size:.0f}")
-                return f"| {' | '.join(map(str, cells))} | {kept / 2**30:.1f} |"
-    return (
-        f"| `{name}` | {'LoRA' if lora else 'all'} | more than 32 GPUs | | | {kept / 2**30:.1f} |"
-    )
+                return f"{start} `{configuration(name, gpus, often)}` | {gpus} | {size:.0f} {end}"
+    return f"{start} more than 32 GPUs | | {end}"
+
+
+def configuration(name, gpus, often):
+    """Return the file in configs/ for so many GPUs, and --exchange-often if it is needed."""
+    file = "fsdp2_two_experts.yaml" if name == "wan2.2-i2v" else "fsdp2.yaml"
+    if gpus == 1:
+        file = "one_process.yaml"
+    if gpus > 8:
+        file = "fsdp2_multi_node.yaml"
+    return f"{file} --exchange-often" if often else file
 
 
 def main(args):

@@ -1,7 +1,8 @@
-"""What each method costs over grpo_base on tiny-flux: time per training step, in alternating runs
-of one process.
+"""Measure the time per training step of each method against grpo_base on tiny-flux.
 
-python -m benchmarks.methods     # rewrites its part of RESULTS.md
+The runs alternate in one process.
+
+    python -m benchmarks.methods     # rewrites its part of RESULTS.md
 """
 
 import statistics
@@ -16,9 +17,10 @@ import bpgo
 import grpo_base
 import self_paced
 import slas
+from benchmarks.replaced import replaced
 from benchmarks.results import write
-from common import cli
-from common.reporting.report import Report
+from common.args import defaults
+from common.trainer import Checkpoints
 
 SMALL = dict(eval_every=0, sample_every=0, save_every=0, tracker="none")
 METHODS = {
@@ -40,25 +42,23 @@ class Args:
 
 
 def seconds(script, steps, **settings):
-    """Median seconds of a training step, by the clock and of the processor: the second is hardly
-    disturbed by other programs on the machine."""
+    """Return the median seconds of a training step, [by the clock, of the processor].
+
+    The second is hardly disturbed by other programs on the machine.
+    """
     taken = []
 
-    class Timed(Report):
-        def steps(self, start, stop):
-            for step in super().steps(start, stop):
+    class Timed(Checkpoints):
+        def steps(self, stop):
+            for step in super().steps(stop):
                 clock, processor = time.perf_counter(), time.process_time()
                 yield step
                 taken.append((time.perf_counter() - clock, time.process_time() - processor))
 
-    honest, script.Report, sys.argv = script.Report, Timed, [script.__file__]
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            script.main(
-                cli.defaults(script.Args, steps=steps, output=folder + "/run", **SMALL, **settings)
-            )
-    finally:
-        script.Report = honest
+    sys.argv = [script.__file__]
+    with replaced(script, Checkpoints=Timed), tempfile.TemporaryDirectory() as folder:
+        output = f"{folder}/run"
+        script.main(defaults(script.Args, steps=steps, output=output, **SMALL, **settings))
     # the first step warms up, the last saves a checkpoint as well
     return [statistics.median(column) for column in zip(*taken[1:-1])]
 

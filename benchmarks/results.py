@@ -24,7 +24,10 @@ def write(title, lines):
     """Puts the lines under `## title`, in place of what stood there."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     versions = f"torch {torch.__version__}, diffusers {diffusers.__version__}"
-    machine = f"{platform.machine()}, {torch.get_num_threads()} threads, {versions}, {device}, commit {commit()}"
+    machine = (
+        f"{platform.machine()}, {torch.get_num_threads()} threads, {versions}, {device}, "
+        f"commit {commit()}"
+    )
     text = RESULTS.read_text() if RESULTS.exists() else "# Measured results\n"
     old = re.compile(rf"\n## {re.escape(title)}\n.*?(?=\n## |\Z)", re.S)
     RESULTS.write_text(

@@ -122,7 +122,9 @@ HARM = {  # what a handler does instead of an answer
     "a body that drips": lambda h: begun(h, b" ", pause=0.1, seconds=3),
     "a head that drips": head_that_drips,
     "a large body": lambda h: begun(h, b"1" * 65536, Content_Length=str(300_000_000)),
-    "a small body that unpacks to a megabyte": lambda h: h.raw(gzip.compress(bytes(2**20)), Content_Encoding="gzip"),
+    "a small body that unpacks to a megabyte": lambda h: h.raw(
+        gzip.compress(bytes(2**20)), Content_Encoding="gzip"
+    ),
     "half a body": half,
     "silence": lambda h: time.sleep(3),
     "a broken line": lambda h: h.hang_up(),

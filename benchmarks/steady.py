@@ -1,7 +1,7 @@
-"""Whether a long run stays as it began: its memory, its open files and its time per step over 300
-small steps.
+"""Measure whether a long run stays as it began: its memory, its open files and its time per step
+over 300 small steps.
 
-python -m benchmarks.steady      # rewrites its part of RESULTS.md
+    python -m benchmarks.steady      # rewrites its part of RESULTS.md
 """
 
 import statistics
@@ -17,14 +17,15 @@ import bpgo
 import grpo_base
 import self_paced
 import slas
+from benchmarks.replaced import replaced
 from benchmarks.results import write
-from common import cli
-from common.reporting.report import Report
+from common.args import defaults
+from common.trainer import Log
 
 SCRIPTS = (grpo_base, bpgo, slas, self_paced)
 SMALL = dict(
-    prompts_per_step=2, group_size=4, sampling_steps=4, micro_batch=8, minibatches=1, eval_every=50, sample_every=50,
-    save_every=50, keep_checkpoints=2, tracker="tensorboard",
+    prompts_per_step=2, group_size=4, sampling_steps=4, micro_batch=8, minibatches=1, eval_every=50,
+    sample_every=50, save_every=50, keep_checkpoints=2, tracker="tensorboard",
 )  # fmt: skip
 # steps until every cache that is bounded has filled: each prompt's embeddings, the allocator's
 # arenas
@@ -40,26 +41,25 @@ class Args:
 
 
 def watched(script, steps):
-    """Each step's (MiB of memory, open files, threads, seconds) at its end, but for evaluation,
-    samples, checkpoint."""
-    process, rows = psutil.Process(), []
+    """Return [(MiB of memory, open files, threads, seconds)] at the end of each step.
 
-    class Watched(Report):
-        def log(self, step, metrics):
-            super().log(step, metrics)
+    The seconds are those of rollout, reward and update.
+    """
+    process = psutil.Process()
+    rows = []
+
+    class Watched(Log):
+        def row(self, step, metrics):
+            super().row(step, metrics)
             if "rollout_seconds" not in metrics:  # the last evaluation
                 return
+            memory = process.memory_info().rss / 2**20
             spent = sum(metrics[f"{part}_seconds"] for part in ("rollout", "reward", "update"))
-            rows.append(
-                (process.memory_info().rss / 2**20, process.num_fds(), process.num_threads(), spent)
-            )
+            rows.append((memory, process.num_fds(), process.num_threads(), spent))
 
-    honest, script.Report, sys.argv = script.Report, Watched, [script.__file__]
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            script.main(cli.defaults(script.Args, steps=steps, output=folder + "/run", **SMALL))
-    finally:
-        script.Report = honest
+    sys.argv = [script.__file__]
+    with replaced(script, Log=Watched), tempfile.TemporaryDirectory() as folder:
+        script.main(defaults(script.Args, steps=steps, output=f"{folder}/run", **SMALL))
     return rows
 
 

@@ -1,21 +1,28 @@
-"""Does a reward prefer some kinds of prompts? The coefficient of variation of its mean scores over
-clusters of them, as in Self-Paced GRPO (arXiv 2511.19356, eq 3 and figures 2, 4, 5, 8, 9).
+"""Measure whether a reward prefers some kinds of prompts.
 
-    python -m evaluation.bias wan2.1-1.3b --reward videoalign judge:quality --real clips.txt  # of clips that you have
-    python -m evaluation.bias runs/bpgo-tiny-flux-1 --reward verifier jpeg                    # of samples of a run's model
+It prints the coefficient of variation of the mean scores over clusters of prompts, as in Self-Paced
+GRPO (arXiv 2511.19356, eq 3, figures 2, 4, 5, 8, 9).
 
-Captions become vectors (the model's own text encoder, mean over the tokens, unit length), k-means
-makes clusters:
+    # clips that you have
+    python -m evaluation.bias wan2.1-1.3b --reward videoalign judge:quality --real clips.txt
+    # samples of a run's model
+    python -m evaluation.bias runs/bpgo-tiny-flux-1 --reward verifier jpeg
+
+The model's text encoder turns captions into vectors (mean over the tokens, unit length), and
+k-means makes clusters:
 
     mu_c    = mean score of the captions in cluster c
-    kappa   = 100 * std(mu_1 ... mu_k) / |mean(mu_1 ... mu_k)|          over the clusters, as the figures have it
-    kappa_c = 100 * std(scores in c) / |mu_c|                           within each, as eq 3 is printed
+    kappa   = 100 * std(mu_1 ... mu_k) / |mean(mu_1 ... mu_k)|    over the clusters, as in the
+                                                                  figures
+    kappa_c = 100 * std(scores in c) / |mu_c|                     within each, as in eq 3
 
-Chance alone makes kappa larger than 0: the captions, dealt out anew to clusters of these sizes 1000
-times, say how much. `beyond_chance` is sqrt(kappa^2 - the mean of those kappa^2), and p how often
-chance reaches kappa. What the samples show counts as well as the reward: a model that draws some
-prompts badly looks like a reward that dislikes them. So for a reward alone give --real pictures of
-one quality. And kappa divides by a mean: of scores around 0 it says nothing."""
+Chance alone makes kappa larger than 0. To measure this, the captions are assigned at random to
+clusters of the same sizes 1000 times. `beyond_chance` is sqrt(kappa^2 - the mean of those kappa^2),
+and p is the share of random assignments that reach kappa. The samples matter as well as the reward:
+a model that draws some prompts badly looks like a reward that dislikes them. To measure the reward
+alone, give --real pictures of equal quality. kappa divides by a mean, so it is meaningless for
+scores around 0.
+"""
 
 import csv
 import json
@@ -23,68 +30,79 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import Annotated, NoReturn
 
 import imageio.v3 as imageio
 import numpy as np
 import torch
 import tyro
 
-from common import cli, errors, models, rewards
+from common import cli, errors, models
+from common.args import From, check_bounds, defaults, rows_of
 from common.errors import InputError
+from common.models.family import Family
 from common.prompts import caption_of, files, image_of, prompts_of_step, read_prompts
-from common.reporting.report import pyplot
-from common.trainer import heldout
+from common.reporting.pictures import pyplot
+from common.rewards import Rewards
+from common.trainer.evaluator import sample
+from evaluation import sampler, trained
 
-if TYPE_CHECKING:
-    from common.models.family import Family
-
-DEALT = 1000  # times that the captions are dealt out anew
+SHUFFLES = 1000  # random assignments of the captions to clusters
 MOVING = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".gif")
+# Settings of a run that its samples are made with.
+SETTINGS = (
+    *("height", "width", "frames", "guidance", "guidance_2", "sampling_steps", "shift", "fps"),
+    *("micro_batch", "source"),
+)
 
 
 @dataclass
 class Args:
     model: tyro.conf.Positional[str]
-    """A named model, the folder of a pipeline, a hub id, or a run's folder."""
+    """Model whose text encoder and samples are used: a named model, the folder of a pipeline, a hub
+    id, or the folder of a run."""
     reward: tuple[str, ...] = ()
-    """Rewards to look at, as for training; without: the model's own."""
+    """Rewards to measure, as for training. Default: those of the model."""
     prompts: str = ""
-    """Prompts to sample, as for training; without: the model's own."""
+    """Prompts to sample, as for training. Default: those of the model."""
     real: str = ""
-    """Instead of samples: a text file with lines FILE <tab> CAPTION of pictures or clips, counted
-    from its folder."""
-    number: Annotated[int, cli.From(0, 1e9)] = 2000
-    """How many of them, chosen by the seed; 0: all."""
-    samples: Annotated[int, cli.From(1, 1000)] = 1
-    """Samples of each prompt, whose scores are averaged."""
-    clusters: Annotated[tuple[int, ...], cli.From(2, 1e6)] = (10, 15, 20)
-    """Numbers of clusters to try; the tables show the last."""
+    """Pictures or clips to score instead of samples: a text file with lines FILE <tab> CAPTION,
+    with paths relative to its folder. Empty: sample the model."""
+    number: Annotated[int, From(0, 1e9)] = 2000
+    """Number of prompts, chosen by the seed. 0: all."""
+    samples: Annotated[int, From(1, 1000)] = 1
+    """Number of samples per prompt, whose scores are averaged."""
+    clusters: Annotated[tuple[int, ...], From(2, 1e6)] = (10, 15, 20)
+    """Numbers of clusters to try; the table of clusters shows the last."""
     reward_path: tuple[str, ...] = ()
-    """Weights of rewards that do not come from the hub: NAME=FILE."""
+    """Local weights of reward models, as NAME=FILE. Default: they come from the hub."""
     judge_url: str = ""
-    """OpenAI-compatible server of the judge; none: it is loaded here."""
+    """Address of an OpenAI-compatible server for the judge. Empty: load it into this process."""
     judge_model: str = "Qwen/Qwen2.5-VL-7B-Instruct"
-    """The judge."""
-    seed: Annotated[int, cli.From(0, 2**31)] = 0
-    """Chooses prompts, starts k-means, deals out."""
+    """Name, hub id or folder of the judge."""
+    seed: Annotated[int, From(0, 2**31)] = 0
+    """Seed of the choice of prompts, of k-means and of the random assignments."""
     output: str = "runs/bias"
-    """Folder for bias.png, bias.json and bias.csv."""
+    """Folder for bias.png, bias.json, bias.csv and clusters.csv."""
 
 
 # --- The numbers ---
 
 
 def kappa(scores: np.ndarray, labels: np.ndarray, number: int) -> float:
-    """Scores [n] and the cluster of each [n] -> per cent: the spread of the clusters' means over
-    their mean."""
+    """Return the spread of the clusters' means over their mean, in per cent.
+
+    scores [n], labels [n]: the cluster of each, below `number`.
+    """
     means = cluster_means(scores, labels, number)
     return 100 * np.nanstd(means) / abs(np.nanmean(means))
 
 
 def cluster_means(scores: np.ndarray, labels: np.ndarray, number: int) -> np.ndarray:
-    """[k], of the scores that are there: what a judge could not score is NaN, as is a cluster
-    without any."""
+    """Return the mean of each cluster's scores that are finite, [number].
+
+    A cluster without any is NaN.
+    """
     known = np.isfinite(scores)
     with np.errstate(invalid="ignore"):
         sums = np.bincount(labels[known], scores[known], number)
@@ -92,80 +110,75 @@ def cluster_means(scores: np.ndarray, labels: np.ndarray, number: int) -> np.nda
 
 
 def within(scores: np.ndarray, labels: np.ndarray, number: int) -> np.ndarray:
-    """Eq 3 as printed: per cent [k], the spread of the scores in each cluster over their mean."""
+    """Return the spread of the scores in each cluster over their mean, in per cent [number]."""
     means = cluster_means(scores, labels, number)
     return 100 * np.sqrt(cluster_means((scores - means[labels]) ** 2, labels, number)) / abs(means)
 
 
 def against_chance(
-    scores: np.ndarray, labels: np.ndarray, number: int, seed: int = 0, dealt: int = DEALT
+    scores: np.ndarray, labels: np.ndarray, number: int, seed: int = 0, shuffles: int = SHUFFLES
 ) -> dict[str, float]:
-    """{kappa, chance: what 95% of the deals stay below, beyond_chance, p}"""
-    scores, labels = scores[np.isfinite(scores)], labels[np.isfinite(scores)]
-    random, found = np.random.default_rng(seed), kappa(scores, labels, number)
-    by_chance = np.array([kappa(scores, random.permutation(labels), number) for _ in range(dealt)])
+    """Return {kappa, chance, beyond_chance, p}.
+
+    chance: the value that 95% of the random assignments stay below.
+    """
+    known = np.isfinite(scores)
+    scores, labels = scores[known], labels[known]
+    random = np.random.default_rng(seed)
+    found = kappa(scores, labels, number)
+    by_chance = [kappa(scores, random.permutation(labels), number) for _ in range(shuffles)]
+    by_chance = np.array(by_chance)
     return {
         "kappa": float(found),
         "chance": float(np.quantile(by_chance, 0.95)),
         "beyond_chance": float(np.sqrt(max(0.0, found**2 - np.mean(by_chance**2)))),
-        "p": float((1 + np.sum(by_chance >= found)) / (1 + dealt)),
+        "p": float((1 + np.sum(by_chance >= found)) / (1 + shuffles)),
     }
 
 
 def clustered(vectors: np.ndarray, number: int, seed: int) -> np.ndarray:
-    """Vectors [n, D] -> the cluster of each [n]; raises InputError where there is no k-means, or
-    too few of them."""
+    """Return the cluster of each vector: [n, D] -> [n].
+
+    Raises InputError without scikit-learn, or if there are too few vectors.
+    """
     try:
         from sklearn.cluster import KMeans
     except ImportError:
-        raise InputError(
-            "evaluation.bias takes its k-means from scikit-learn: pip install scikit-learn"
-        ) from None
+        raise InputError("evaluation.bias: needs scikit-learn. pip install scikit-learn.") from None
     if not 2 <= number <= len(np.unique(vectors, axis=0)):
         raise InputError(
-            f"--clusters {number}: from 2 to the number of different prompts, here {len(vectors)}"
+            f"--clusters {number}: must be from 2 to the number of different prompts, here "
+            f"{len(vectors)}."
         )
     return KMeans(number, n_init=10, random_state=seed).fit_predict(vectors)
 
 
-# --- What they are of ---
+# --- Model and scores ---
 
 
-def run_of(model: str) -> dict:
-    """config.json of a run's folder, {} for any other model."""
-    config = Path(model) / "config.json"
-    return (
-        json.loads(config.read_text())
-        if config.is_file() and (Path(model) / "export").is_dir()
-        else {}
-    )
+def run_of(model: str) -> trained.Trained | None:
+    """Return the exported weights of a run's folder, None for any other model."""
+    folder = Path(model)
+    if (folder / "config.json").is_file() and (folder / "export").is_dir():
+        return trained.find(folder / "export")
+    return None
 
 
-def load(args: Args, prompts: list[str]) -> "tuple[Family, cli.Args]":
-    """The model, on a GPU if there is one, and the settings that it samples with: a run's own, or
-    its defaults."""
-    folder, run = Path(args.model), run_of(args.model)
-    lora = run and not (folder / "export/model_index.json").is_file()
-    source = args.model if not run else run["model"] if lora else str(folder / "export")
-    names = (
-        "height",
-        "width",
-        "frames",
-        "guidance",
-        "guidance_2",
-        "sampling_steps",
-        "shift",
-        "fps",
-        "micro_batch",
-    )
-    known = {name: run[name] for name in (*names, *["source"] * bool(lora)) if name in run}
-    settings = replace(cli.defaults(cli.Args, run.get("model", args.model)), **known, model=source)
-    settings.micro_batch = cli.rows_of(settings.micro_batch)
+def load(args: Args, prompts: list[str]) -> tuple[Family, cli.Args]:
+    """Return the model, on a GPU if possible, and the settings for its samples.
+
+    For a run these are the run's settings. Raises InputError.
+    """
+    run = run_of(args.model)
+    config = run.config if run else {}
+    known = {name: config[name] for name in SETTINGS if name in config}
+    settings = defaults(cli.Args, config.get("model", args.model), **known)
+    settings.micro_batch = rows_of(settings.micro_batch)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    model = models.load(source, dtype, prompts, **cli.of_model(settings))
-    if lora:
-        model.pipe.load_lora_weights(folder / "export")
+    model = models.load(settings.model, dtype, prompts, **settings.model_settings())
+    if run:
+        trained.load(model, run)
     for part in model.pipe.components.values():
         if isinstance(part, torch.nn.Module):
             part.to(device).requires_grad_(False).eval()
@@ -173,9 +186,11 @@ def load(args: Args, prompts: list[str]) -> "tuple[Family, cli.Args]":
 
 
 @torch.no_grad()
-def vectors_of(model: "Family", captions: Iterable[str]) -> np.ndarray:
-    """b captions -> [b, D] of unit length: the text encoder's states, mean over the tokens. Padding
-    that is zero, or that the model masks, does not count."""
+def vectors_of(model: Family, captions: Iterable[str]) -> np.ndarray:
+    """Return the text encoder's states of b captions, mean over the tokens, unit length: [b, D].
+
+    Padding that is zero or masked by the model is left out of the mean.
+    """
     vectors = []
     for caption in captions:
         cond = model.text(caption)
@@ -186,101 +201,114 @@ def vectors_of(model: "Family", captions: Iterable[str]) -> np.ndarray:
 
 
 def scores_of_samples(
-    args: Args, model: "Family", settings: cli.Args, scorers: dict, prompts: list[str]
+    model: Family, settings: cli.Args, rewards: Rewards, prompts: list[str], samples: int
 ) -> dict[str, np.ndarray]:
-    """{reward: [n * samples]} of noise-free samples, from the fixed noise that the evaluations of
-    runs start from."""
-    sigmas, rows = model.sigmas(settings.sampling_steps, settings.shift), []
-    every = [prompt for prompt in prompts for _ in range(args.samples)]
+    """Return {reward: [n * samples]} of noise-free samples of n prompts.
+
+    The samples start from the fixed noise of evaluations.
+    """
+    sigmas = model.sigmas(settings.sampling_steps, settings.shift)
+    every = [prompt for prompt in prompts for _ in range(samples)]
+    rows = []
     for part in torch.arange(len(every)).split(settings.micro_batch):
         batch = [every[i] for i in part]
-        media = heldout.sample(model, batch, part, sigmas, settings.micro_batch, model.device)
-        rows.append(checked(scorers, media, batch))
+        media = sample(
+            model,
+            batch,
+            streams=part,
+            sigmas=sigmas,
+            micro_batch=settings.micro_batch,
+            device=model.device,
+        )
+        rows.append(scores_of(rewards, media, batch))
         print(f"\r{part[-1] + 1} of {len(every)} samples", end="", flush=True)
     print()
-    return {name: np.concatenate([row[name] for row in rows]) for name in scorers}
+    return {name: np.concatenate([row[name] for row in rows]) for name in rewards.scorers}
 
 
 def scores_of_files(
-    scorers: dict, prompts: list[str], device: torch.device
+    rewards: Rewards, prompts: list[str], device: torch.device
 ) -> dict[str, np.ndarray]:
-    """{reward: [n]} of the pictures and clips of lines FILE <tab> CAPTION."""
-    rows = [
-        checked(scorers, medium(image_of(prompt)).to(device), [caption_of(prompt)])
-        for prompt in prompts
-    ]
-    return {name: np.concatenate([row[name] for row in rows]) for name in scorers}
+    """Return {reward: [n]} of the pictures and clips of n lines FILE <tab> CAPTION."""
+    rows = []
+    for prompt in prompts:
+        media = medium(image_of(prompt)).to(device)
+        rows.append(scores_of(rewards, media, [caption_of(prompt)]))
+    return {name: np.concatenate([row[name] for row in rows]) for name in rewards.scorers}
 
 
-def checked(scorers: dict, media: torch.Tensor, prompts: list[str]) -> dict[str, np.ndarray]:
-    """{reward: [b]} of media [b, ...]; raises RunError where rewards.check_finite does."""
-    scores = rewards.score(scorers, media, prompts)
-    rewards.check_finite({name: value[:, None] for name, value in scores.items()}, scorers, prompts)
+def scores_of(rewards: Rewards, media: torch.Tensor, prompts: list[str]) -> dict[str, np.ndarray]:
+    """Return {reward: [b]} of media [b, ...]. Raises RunError for scores that cannot be counted."""
+    scores = rewards.score(media, prompts)
+    sampler.check(rewards, scores, prompts)
     return {name: value.cpu().numpy().astype(float) for name, value in scores.items()}
 
 
 def medium(path: str) -> torch.Tensor:
-    """A picture [1, 3, H, W] or a clip [1, F, 3, H, W] in [0, 1]; raises InputError."""
-    try:
+    """Return a picture [1, 3, H, W] or a clip [1, F, 3, H, W] in [0, 1]. Raises InputError."""
+    with errors.loading("--real: picture or clip", path):
         if Path(path).suffix.lower() in MOVING:
             pixels = np.stack([frame[..., :3] for frame in imageio.imiter(path)])
         else:
             pixels = imageio.imread(path, mode="RGB")
-    except Exception as error:  # whatever a broken file makes the readers say
-        raise InputError(
-            f"--real: {path} is no picture or clip that can be read ({errors.text(error)})"
-        ) from None
-    return torch.from_numpy(pixels.copy()).movedim(-1, -3)[None].float() / 255
+        return torch.from_numpy(pixels.copy()).movedim(-1, -3)[None].float() / 255
 
 
 def main(args: Args) -> list[dict]:
-    """Chooses, embeds, clusters, scores and writes; returns what `write` does. Raises
-    InputError."""
-    cli.check_bounds(args)
+    """Choose, embed, cluster and score the prompts, and return what `write` does.
+
+    Raises InputError.
+    """
+    check_bounds(args)
     if not args.clusters:
-        raise InputError("--clusters: name at least one number of clusters")
-    base = cli.defaults(cli.Args, run_of(args.model).get("model", args.model))
+        raise InputError("--clusters: name at least one number of clusters.")
+    run = run_of(args.model)
+    base = defaults(cli.Args, run.config["model"] if run else args.model)
     if args.real:
         prompts = files.read(args.real)
-        if missing := [prompt for prompt in prompts if not image_of(prompt)]:
-            raise InputError(
-                f"--real: {missing[0][:60]!r} has no file; write lines FILE <tab> CAPTION"
-            )
+        for prompt in prompts:
+            if not image_of(prompt):
+                raise InputError(
+                    f"--real: {prompt[:60]!r} has no file. Write lines FILE <tab> CAPTION."
+                )
     else:
         prompts = read_prompts(args.prompts or base.prompts or _missing("prompts"))
     if args.number:
-        prompts = prompts_of_step(prompts, 0, min(args.number, len(prompts)), args.seed)
-    prompts = prompts if args.real else list(dict.fromkeys(prompts))
+        number = min(args.number, len(prompts))
+        prompts = prompts_of_step(prompts, 0, number=number, seed=args.seed)
+    if not args.real:
+        prompts = list(dict.fromkeys(prompts))
     captions = [caption_of(prompt) for prompt in prompts]
     model, settings = load(args, captions if args.real else prompts)
     settings = replace(
-        settings, **{n: getattr(args, n) for n in ("reward_path", "judge_url", "judge_model")}
+        settings,
+        reward=args.reward or base.reward or _missing("reward"),
+        reward_path=args.reward_path,
+        judge_url=args.judge_url,
+        judge_model=args.judge_model,
     )
-    of_rewards = cli.of_rewards(settings) | ({"clips": None} if args.real else {})
-    scorers = rewards.load(args.reward or base.reward or _missing("reward"), prompts, **of_rewards)
+    rewards = Rewards(settings, prompts, clips=None if args.real else model.video)
 
     distinct, place = np.unique(captions, return_inverse=True)
     vectors = vectors_of(model, map(str, distinct))
-    labels = {
-        number: clustered(vectors, number, args.seed) for number in args.clusters
-    }  # before any sample
+    labels = {}  # before any sample
+    for number in args.clusters:
+        labels[number] = clustered(vectors, number, args.seed)
     if args.real:
-        scores = scores_of_files(scorers, prompts, model.device)
+        scores = scores_of_files(rewards, prompts, model.device)
     else:
-        scores, place = (
-            scores_of_samples(args, model, settings, scorers, prompts),
-            np.repeat(place, args.samples),
-        )
-    # the samples of one caption are not independent: its mean counts
+        scores = scores_of_samples(model, settings, rewards, prompts, samples=args.samples)
+        place = np.repeat(place, args.samples)
+    # the samples of one caption are not independent, so their mean counts
     scores = {name: cluster_means(value, place, len(distinct)) for name, value in scores.items()}
-    return write(Path(args.output), distinct, vectors, labels, scores, args.seed)
+    return write(Path(args.output), distinct, vectors, labels, scores, seed=args.seed)
 
 
 def _missing(name: str) -> NoReturn:
-    raise InputError(f"--{name} is missing: this model has no default for it")
+    raise InputError(f"--{name}: this model has no default. Name one.")
 
 
-# --- What comes out ---
+# --- Tables and picture ---
 
 
 def write(
@@ -291,7 +319,11 @@ def write(
     scores: dict[str, np.ndarray],
     seed: int,
 ) -> list[dict]:
-    """bias.json, bias.csv, bias.png and the tables on the screen; returns the rows of the first."""
+    """Write bias.json, bias.csv, clusters.csv and bias.png, and print the tables.
+
+    captions [n], vectors [n, D], labels {number of clusters: [n]}, scores {reward: [n]}. Returns
+    the rows of bias.json, one for each reward and number of clusters. Raises OSError.
+    """
     rows = [
         {"reward": name, "clusters": number, **against_chance(value, found, number, seed)}
         for name, value in scores.items()
@@ -319,8 +351,7 @@ def kinds_of(
     labels: dict[int, np.ndarray],
     scores: dict[str, np.ndarray],
 ) -> Iterator[dict]:
-    """Of each of the last number of clusters: how many captions, one of them, and by each reward
-    mu_c and kappa_c."""
+    """Yield a row for each cluster of the last number: captions, a typical one, mu_c, kappa_c."""
     number, found = list(labels.items())[-1]
     of_rewards = {name: cluster_means(value, found, number) for name, value in scores.items()}
     of_rewards |= {
@@ -338,14 +369,16 @@ def kinds_of(
 
 
 def typical(captions: np.ndarray, vectors: np.ndarray, members: np.ndarray) -> str:
-    """The caption that is nearest to the middle of its cluster: captions [n], vectors [n, D],
-    members [n] bool."""
+    """Return the caption nearest to the mean of a cluster.
+
+    captions [n], vectors [n, D], members [n] bool: which are in the cluster.
+    """
     own = vectors[members]
     return str(captions[members][np.square(own - own.mean(0)).sum(1).argmin()])
 
 
 def markdown(rows: list[dict]) -> str:
-    """The rows as a table, with a column for each key of the first."""
+    """Return the rows as a table, with a column for each key of the first."""
 
     def cell(value: str | float | None) -> str:
         return f"{value:.3g}" if isinstance(value, float) else str(value).replace("|", "\\|")
@@ -355,8 +388,7 @@ def markdown(rows: list[dict]) -> str:
 
 
 def draw(path: Path, rows: list[dict], kinds: list[dict], names: list[str]) -> None:
-    """kappa over the number of clusters, with what chance reaches; and the clusters' means, in
-    parts of their mean."""
+    """Plot kappa and its value by chance over the number of clusters, and the clusters' means."""
     plt = pyplot()
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(12, 4), gridspec_kw={"width_ratios": (1, 2)}

@@ -1,11 +1,12 @@
-"""Samples as the official tools of public benchmarks read them, below a folder of each model:
+"""Write samples for the official tools of public benchmarks, in a folder for each model:
 
-    geneval       00000/metadata.jsonl (the prompt's own line), 00000/samples/00000.png to 00003.png     2310.11513
-    vbench        PROMPT-0.mp4 to PROMPT-4.mp4; of temporal_flickering's prompts to PROMPT-24.mp4         2311.17982
-    unigenbench   eval_data/LANGUAGE/MODEL/INDEX_0.png to INDEX_3.png                                     2510.18701
-    hpsv2         anime, concept-art, paintings, photo: anime/00000.jpg, one of each prompt               2306.09341
+    geneval       00000/metadata.jsonl (the prompt's line), 00000/samples/00000.png to 00003.png
+    vbench        PROMPT-0.mp4 to PROMPT-4.mp4; to PROMPT-24.mp4 for temporal_flickering's prompts
+    unigenbench   eval_data/LANGUAGE/MODEL/INDEX_0.png to INDEX_3.png
+    hpsv2         anime, concept-art, paintings, photo: anime/00000.jpg, one for each prompt
 
-The tools pass over what is missing, or count what is too much: so `check` does not.
+Papers: 2310.11513, 2311.17982, 2510.18701, 2306.09341. The tools ignore missing files and count
+surplus ones, so `check` refuses both.
 """
 
 import json
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from common.errors import InputError, text
 from common.prompts import files, sets
-from common.trainer.run_folder import write_beside, write_text
+from common.reporting.files import write_beside, write_text
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,8 +35,10 @@ DIMENSIONS = (
 
 @dataclass
 class Layout:
-    """A benchmark's prompts, [P]; the samples of each, [(prompt, which)] -> file; and its other
-    files -> text."""
+    """Hold a benchmark's prompts [P], the file of each sample (prompt, which), and other files.
+
+    texts: {other file: its text}.
+    """
 
     name: str
     prompts: list[str] = field(default_factory=list)
@@ -44,25 +47,27 @@ class Layout:
     place: str = ""  # between the layout's folder and the model's
 
     def add(self, prompt: str, paths: list[str]) -> None:
-        """A prompt and the files of its samples."""
+        """Add a prompt and the files of its samples."""
         self.files |= {(len(self.prompts), which): path for which, path in enumerate(paths)}
         self.prompts.append(prompt)
 
     def samples(self) -> list[tuple[int, int]]:
-        """[(prompt, which)]: every prompt's first, then every prompt's second, ..."""
+        """Return all samples [(prompt, which)]: the first of every prompt, then the second, ..."""
         return sorted(self.files, key=lambda sample: sample[::-1])
 
     def root(self, folder: Path, model: str) -> Path:
-        """The folder of a model, in an evaluation's, that the tool is pointed at."""
+        """Return the folder of a model, in that of the evaluation, which the tool reads."""
         return Path(folder) / self.name / self.place / model
 
     def path(self, folder: Path, model: str, sample: tuple[int, int]) -> Path:
-        """The file of a sample (prompt, which)."""
+        """Return the file of a sample (prompt, which)."""
         return self.root(folder, model) / self.files[sample]
 
     def begin(self, folder: Path, model: str) -> None:
-        """Writes what is no sample, and clears what a killed process left half written. Raises
-        OSError, and InputError for a file that does not belong there."""
+        """Write the files other than samples, and delete what a killed process left half written.
+
+        Raises OSError, and InputError for a file that does not belong there.
+        """
         root = self.root(folder, model)
         root.mkdir(parents=True, exist_ok=True)
         for path in root.rglob(".tmp-*"):
@@ -73,24 +78,24 @@ class Layout:
             write_text(root / name, words)
 
     def check(self, folder: Path, model: str, whole: bool = True) -> None:
-        """Raises InputError for a file too much; with `whole`, for one that is missing, too."""
+        """Raise InputError for a surplus file, and with `whole` for a missing one."""
         root = self.root(folder, model)
         there = {str(path.relative_to(root)) for path in root.rglob("*") if not path.is_dir()}
         wanted = {*self.files.values(), *self.texts}
-        said = f"{root}: {self.name} has {len(wanted)} files;"
+        said = f"{root}: {self.name} has {len(wanted)} files,"
         if missing := wanted - there if whole else ():
             raise InputError(
-                f"{said} {len(missing)} are missing, {min(missing)!r} among them; the same "
-                "command makes them"
+                f"{said} {len(missing)} are missing, {min(missing)!r} among them. Run the same "
+                "command again."
             )
         if surplus := there - wanted:
             raise InputError(
-                f"{said} {len(surplus)} others are there, {min(surplus)!r} among them; move them "
-                "away"
+                f"{said} {len(surplus)} others are there, {min(surplus)!r} among them. Move them "
+                "away."
             )
 
     def commands(self, folder: Path, model: str) -> list[str]:
-        """What its authors' tool wants to be told."""
+        """Return the commands of the benchmark's tool for a model's folder."""
         there = shlex.quote(str(self.root(folder, model).absolute()))
         return COMMANDS[self.name](there, self.place.rpartition("/")[2])
 
@@ -118,8 +123,10 @@ COMMANDS = {
 
 
 def plan(name: str, spec: str = "") -> Layout:
-    """The layout of a benchmark for its own prompts, or for those of `spec`: a set's name, or a
-    file that is made as the benchmark's own is. Raises InputError."""
+    """Return the layout of a benchmark for its prompts, or for those of `spec`.
+
+    spec: the name of a set, or a file in the benchmark's format. Raises InputError.
+    """
     return PLANS[name](spec or {"hpsv2": "hpsv2:all"}.get(name, name))
 
 
@@ -133,14 +140,15 @@ def _geneval(spec: str) -> Layout:
 
 
 def _vbench(spec: str) -> Layout:
-    """Prompts that are there twice, of several dimensions, have one set of files."""
+    """Return VBench's layout. A prompt of several dimensions has one set of files."""
     layout, dimensions = Layout("vbench"), {}
     for row in _rows(spec, prompt_en=_words, dimension=_list_of_words):
         dimensions.setdefault(row["prompt_en"], []).extend(row["dimension"])
     for prompt, of_prompt in dimensions.items():
         if "/" in prompt or "\0" in prompt or len(f".tmp-{prompt}-00.mp4".encode()) > 255:
             raise InputError(
-                f"--layout vbench: no file can be called {prompt[:100]!r}-0.mp4, as VBench wants it"
+                f"--layout vbench: no file can be called {prompt[:100]!r}-0.mp4, as VBench wants "
+                "it. Shorten or rename the prompt."
             )
         number = FLICKERING if "temporal_flickering" in of_prompt else SAMPLES["vbench"]
         layout.add(files.one_line(prompt), [f"{prompt}-{which}.mp4" for which in range(number)])
@@ -152,12 +160,14 @@ def _unigenbench(spec: str) -> Layout:
     column = next((name for name in ("prompt_en", "prompt_zh") if name in rows[0]), None)
     if column is None:
         raise InputError(
-            f"--layout unigenbench: {spec} has neither a column prompt_en nor prompt_zh"
+            f"--layout unigenbench: {spec} has neither a column prompt_en nor prompt_zh. Give the "
+            "benchmark's file."
         )
     rows, numbers = _rows(spec, **{column: _words}), [int(row["index"]) for row in rows]
     if len(set(numbers)) < len(numbers):
         raise InputError(
-            f"--layout unigenbench: {spec} has an index twice; their images would be the same files"
+            f"--layout unigenbench: {spec} has an index twice, whose images would be the same "
+            "files. Give each prompt another index."
         )
     language = column[-2:] + "_long" * ("long" in Path(spec).name)
     layout = Layout("unigenbench", place=f"eval_data/{language}")
@@ -170,7 +180,7 @@ def _unigenbench(spec: str) -> Layout:
 def _hpsv2(spec: str) -> Layout:
     family, _, style = spec.partition(":")
     if family != "hpsv2":
-        raise InputError(f"--layout hpsv2 takes its own prompts, --prompts hpsv2:STYLE, not {spec}")
+        raise InputError(f"--layout hpsv2: takes --prompts hpsv2:STYLE, not {spec}. Give a style.")
     layout = Layout("hpsv2")
     for name in sets.HPSV2 if style == "all" else (style,):
         for number, prompt in enumerate(sets.read(f"hpsv2:{name}")):
@@ -182,11 +192,14 @@ PLANS = {"geneval": _geneval, "vbench": _vbench, "unigenbench": _unigenbench, "h
 
 
 def _rows(spec: str, **columns) -> list[dict[str, Any]]:
-    """The rows [{column: value}] of a published set, or of a file; columns: those that are needed,
-    with a function that says whether a value will do. Raises InputError."""
+    """Return the rows [{column: value}] of a published set, or of a file.
+
+    columns: the needed columns, each with a function that returns whether a value is valid. Raises
+    InputError.
+    """
     path = sets.path_of(spec) if spec in sets.PUBLISHED else Path(spec)
     try:
-        rows = files.ROWS[path.suffix.lower()](path, next(iter(columns)))
+        rows = files.rows_of(path, next(iter(columns)))
     except (
         OSError,
         KeyError,
@@ -194,22 +207,22 @@ def _rows(spec: str, **columns) -> list[dict[str, Any]]:
         RecursionError,
     ) as error:  # csv's own errors do not come of readable text
         raise InputError(
-            f"prompts: {spec} is no file of the benchmark that can be read ({text(error)})"
+            f"prompts: {spec} is not a readable file of the benchmark ({text(error)}). Give "
+            "another file."
         ) from None
     for number, row in enumerate(rows, 1):
         if missing := [name for name in columns if not isinstance(row, dict) or name not in row]:
             raise InputError(
                 f"prompts: row {number} of {spec} has no {missing[0]!r}: it is not the "
-                "benchmark's file"
+                "benchmark's file. Give another file."
             )
         if wrong := [name for name, will_do in columns.items() if not will_do(row[name])]:
             raise InputError(
                 f"prompts: row {number} of {spec} has {str(row[wrong[0]])[:40]!r} as "
-                f"{wrong[0]!r}: it is not the "
-                "benchmark's file"
+                f"{wrong[0]!r}: it is not the benchmark's file. Give another file."
             )
     if not rows:
-        raise InputError(f"prompts: {spec} has no prompt in it")
+        raise InputError(f"prompts: {spec} has no prompt in it. Give another file.")
     return rows
 
 
@@ -226,8 +239,11 @@ def _number(value: Any) -> bool:
 
 
 def write(path: Path, sample: "torch.Tensor", fps: float) -> None:
-    """A sample in [0, 1], [3, H, W], or [F, 3, H, W] for .mp4, fps frames a second, as the file
-    that the path's name says; whole or not at all. Raises OSError."""
+    """Write a sample [3, H, W], or a clip [F, 3, H, W] for .mp4, in [0, 1] to a file.
+
+    The name sets the format; fps: frames per second of a clip. A partly written file never has the
+    final name. Raises OSError.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = sample.float().clamp(0, 1).mul(255).round().byte().movedim(-3, -1).cpu().numpy()
     write_beside(path, lambda beside: WRITERS[path.suffix](beside, pixels, fps))

@@ -1,5 +1,4 @@
-"""What scores say: means with intervals, how often a model wins, and the tables that people read.
-Needs torch alone."""
+"""Summarise scores: means with intervals, win rates, and tables as text. Needs torch alone."""
 
 import csv
 import io
@@ -18,8 +17,10 @@ TASKS = (
 
 
 def interval(values: torch.Tensor, resamples: int = RESAMPLES) -> tuple[float, float]:
-    """values [n] of n > 0 prompts -> (low, high): 95% percentile bootstrap of their mean. Its draws
-    are the same every time."""
+    """Return (low, high), the 95% interval of the mean of values [n] of n > 0 prompts.
+
+    It is a percentile bootstrap, with the same draws every time.
+    """
     values, n, generator = values.double(), len(values), torch.Generator().manual_seed(0)
     size = max(1, 2_000_000 // n)
     means = [
@@ -32,9 +33,11 @@ def interval(values: torch.Tensor, resamples: int = RESAMPLES) -> tuple[float, f
 
 
 def win_rate(scores: torch.Tensor, base: torch.Tensor) -> float | None:
-    """Scores [P, S] of samples and of the base's from the same noise -> how often they are higher,
-    ties counted half; pairs of which one has no score (NaN) count nowhere, prompts count alike.
-    None if no pair is left."""
+    """Return how often scores [P, S] are above those of the base from the same noise, from 0 to 1.
+
+    Ties count half. Pairs with a missing score (NaN) are left out, and all prompts have equal
+    weight. Returns None if no pair is left.
+    """
     wins = (scores > base) + (scores == base).double() / 2
     wins = wins.masked_fill((scores + base).isnan(), torch.nan).nanmean(1).nanmean().item()
     return wins if wins == wins else None
@@ -43,10 +46,12 @@ def win_rate(scores: torch.Tensor, base: torch.Tensor) -> float | None:
 def summary(
     scores: torch.Tensor, base: torch.Tensor | None = None, asked: int | None = None
 ) -> dict:
-    """Scores [P, S] of S samples of P prompts, NaN where there is none -> {"mean", "low", "high",
-    "win_rate", "prompts", "samples", "missing"}: the mean over prompts of the mean over a prompt's
-    samples, its interval, the win rate against the scores of `base`, and how many of the `asked`
-    samples have no score."""
+    """Return the summary of scores [P, S] of S samples of P prompts, NaN for a missing one.
+
+    Its keys are "mean" (over prompts, of the mean over a prompt's samples), "low" and "high" (its
+    interval), "win_rate" (against the scores of `base`), "prompts" and "samples" (those with a
+    score), and "missing" (how many of the `asked` samples have no score).
+    """
     by_prompt, number = scores.nanmean(1), (~scores.isnan()).sum().item()
     known = by_prompt[~by_prompt.isnan()]
     low, high = interval(known) if len(known) else (None, None)
@@ -62,9 +67,11 @@ def summary(
 
 
 def by_task(passed: torch.Tensor, tasks: list[str]) -> dict[str, float | None]:
-    """passed [P, S], the task of each of P prompts -> {task: share of samples that passed,
-    "overall": their mean}, as GenEval has it; a task without a prompt is None and not in the
-    mean."""
+    """Return {task: share of samples that passed, "overall": their mean}, as GenEval does.
+
+    passed [P, S]; tasks: that of each of P prompts. A task without a prompt is None, and left out
+    of the mean.
+    """
     shares = {task: passed[[name == task for name in tasks]].nanmean().item() for task in TASKS}
     known = [share for share in shares.values() if share == share]
     shares = {task: share if share == share else None for task, share in shares.items()}
@@ -75,7 +82,7 @@ def by_task(passed: torch.Tensor, tasks: list[str]) -> dict[str, float | None]:
 
 
 def cell(found: dict) -> str:
-    """A summary in a few letters."""
+    """Return a summary as a short text."""
     if found["mean"] is None:
         return "no score"
     words = f"{found['mean']:.4g} [{found['low']:.4g}, {found['high']:.4g}]"
@@ -84,7 +91,7 @@ def cell(found: dict) -> str:
 
 
 def aligned(rows: list[tuple[str, ...]]) -> str:
-    """Rows of words -> lines with aligned columns."""
+    """Return rows of words as lines with aligned columns."""
     widths = [max(map(len, column)) for column in zip(*rows)]
     return "\n".join(
         "  ".join(word.ljust(width) for word, width in zip(row, widths)).rstrip() for row in rows
@@ -92,7 +99,7 @@ def aligned(rows: list[tuple[str, ...]]) -> str:
 
 
 def table(found: dict[str, dict[str, dict]]) -> str:
-    """{model: {reward: summary}} -> text: a model a line."""
+    """Return {model: {reward: summary}} as text, one line a model."""
     names = list(next(iter(found.values())))
     return aligned(
         [
@@ -103,7 +110,7 @@ def table(found: dict[str, dict[str, dict]]) -> str:
 
 
 def task_table(found: dict[str, dict[str, float | None]]) -> str:
-    """{model: by_task} -> text."""
+    """Return {model: by_task} as text, one line a model."""
     names = (*TASKS, "overall")
     percent = {None: "-"}
     rows = [
@@ -114,7 +121,7 @@ def task_table(found: dict[str, dict[str, float | None]]) -> str:
 
 
 def as_csv(found: dict[str, dict[str, dict]], tasks: dict[str, dict[str, float | None]]) -> str:
-    """Both as CSV: a line for each model and reward, then one for each model and task."""
+    """Return both as CSV: a line for each model and reward, then one for each model and task."""
     file = io.StringIO()
     names = ("mean", "low", "high", "win_rate", "prompts", "samples", "missing")
     writer = csv.writer(file, lineterminator="\n")

@@ -1,80 +1,89 @@
-"""Draws README's pictures from a finished run on an embedded model: docs/before_after.png and
+"""Draw README's pictures from a finished run on an embedded model: docs/before_after.png and
 docs/reward.png.
 
-python -m lab.before_after runs/bpgo-tiny-flux-1
-python -m lab.before_after runs/bpgo-tiny-wan-1 --prefix wan_
+    python -m lab.before_after runs/bpgo-tiny-flux-1
+    python -m lab.before_after runs/bpgo-tiny-wan-1 --prefix wan_
 """
 
-import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import torch
 import tyro
 
-from common import errors, models, rewards
+from common import errors, models
 from common.errors import InputError
 from common.prompts import caption_of, read_prompts
-from common.trainer import heldout
+from common.reporting.pictures import pyplot
+from common.rewards import Rewards, own
+from common.trainer.evaluator import sample
+from evaluation import sampler, trained
 
 
 @dataclass
 class Args:
     run: tyro.conf.Positional[str]
-    """The folder of the run."""
+    """Folder of the run."""
     output: str = "docs"
-    """Where the pictures go."""
+    """Folder of the pictures."""
     prefix: str = ""
-    """What their names begin with."""
+    """What the names of the pictures begin with."""
     columns: int = 8
-    """Prompts to show, the first of the held-out file."""
+    """Number of prompts to show, the first of the held-out ones."""
 
 
 def main(args):
-    config = json.loads((Path(args.run) / "config.json").read_text())
-    prompts = read_prompts(config["eval_prompts"])[: args.columns]
-    if rewards.own.MARK in config["reward"][-1]:
+    weights = trained.find(Path(args.run) / "export")
+    reward = weights.config["reward"][-1]
+    if own.MARK in reward:
         raise InputError(
-            f"{args.run} is trained on a reward in a file of code, which a run's folder alone "
-            "does not run"
+            f"{args.run}: its reward is in a file of code, and a run's folder alone does not run "
+            "code."
         )
-    scorers = rewards.load(config["reward"][-1:], prompts, config.get("reward_path", ()))
-    settings = {
-        name: config[name] for name in ("height", "width", "frames", "guidance", "guidance_2")
-    }
-    figure, axes = plt.subplots(
-        2, args.columns, figsize=(1.5 * args.columns, 4.0 if not config["frames"] else 14.0)
-    )
-    for line, (name, source) in enumerate(
-        (("before", config["model"]), ("after", f"{args.run}/export"))
-    ):
-        model = models.load(source, torch.float32, prompts, **settings)
-        sigmas = model.sigmas(config["sampling_steps"], config["shift"])
-        media = heldout.sample(model, prompts, torch.arange(len(prompts)), sigmas, len(prompts))
-        (scores,) = rewards.score(scorers, media, prompts).values()
-        media = (
-            media if media.ndim == 4 else torch.cat(media.unbind(1), 2)
-        )  # a clip's frames, one under another
-        for axis, image, prompt, reward in zip(axes[line], media, map(caption_of, prompts), scores):
-            axis.imshow(image.movedim(0, -1), interpolation="nearest")
-            axis.set(xticks=[], yticks=[], xlabel=f"{reward:.2f}")
-            if line == 0:
-                axis.set_title(
-                    prompt.replace(" and ", "\nand ")
-                    .replace(" moving ", "\nmoving ")
-                    .replace(" a ", "\na ", prompt.count(" of ")),
-                    fontsize=8,
-                )
-        axes[line, 0].set_ylabel(name)
+    settings = replace(weights.settings(), reward=(reward,), watch=())
+    prompts = read_prompts(settings.eval_prompts)[: args.columns]
+    rewards = Rewards(settings, prompts)
+    model = models.load(settings.model, torch.float32, prompts, **settings.model_settings())
+    height = 14.0 if model.video else 4.0
+    plt = pyplot()
+    figure, axes = plt.subplots(2, args.columns, figsize=(1.5 * args.columns, height))
+    draw(axes[0], "before", model, settings=settings, rewards=rewards, prompts=prompts)
+    for axis, prompt in zip(axes[0], prompts):
+        axis.set_title(in_lines(caption_of(prompt)), fontsize=8)
+    trained.load(model, weights)
+    draw(axes[1], "after", model, settings=settings, rewards=rewards, prompts=prompts)
     figure.tight_layout()
-    Path(args.output).mkdir(exist_ok=True)
-    figure.savefig(Path(args.output) / f"{args.prefix}before_after.png", dpi=100)
-    shutil.copy(Path(args.run) / "reward.png", Path(args.output) / f"{args.prefix}reward.png")
+    output = Path(args.output)
+    output.mkdir(exist_ok=True)
+    figure.savefig(output / f"{args.prefix}before_after.png", dpi=100)
+    shutil.copy(Path(args.run) / "reward.png", output / f"{args.prefix}reward.png")
+
+
+def draw(axes, name, model, settings, rewards, prompts):
+    """Draw a sample of each prompt and its reward in a line of the picture."""
+    media = sample(
+        model,
+        prompts,
+        streams=torch.arange(len(prompts)),
+        sigmas=model.sigmas(settings.sampling_steps, settings.shift),
+        micro_batch=len(prompts),
+    )
+    scores = rewards.score(media, prompts)
+    sampler.check(rewards, scores, prompts)
+    (scores,) = scores.values()
+    if media.ndim == 5:
+        media = torch.cat(media.unbind(1), 2)  # a clip's frames, one under another
+    for axis, image, reward in zip(axes, media, scores):
+        axis.imshow(image.movedim(0, -1), interpolation="nearest")
+        axis.set(xticks=[], yticks=[], xlabel=f"{reward:.2f}")
+    axes[0].set_ylabel(name)
+
+
+def in_lines(caption):
+    """Return a caption in lines that are as short as a picture is wide."""
+    lines = caption.replace(" and ", "\nand ").replace(" moving ", "\nmoving ")
+    return lines.replace(" a ", "\na ", caption.count(" of "))
 
 
 if __name__ == "__main__":

@@ -9,8 +9,9 @@ the other side, else *undecided at this scale*.
 Image claims are put to tiny-flux and tiny-sd, video claims to tiny-wan and tiny-wan-i2v and, marked
 so, to images, on which more seeds can be had. TASKS are what is rewarded:
 
-    proxy       the tiny CLIP, learned and therefore wrong at times (SLAS); the verifier is only watched
-    doubtful    the verifier with noise, and unsure of vague captions (BPGO); the verifier is only watched
+    proxy       the tiny CLIP, a learned reward with some errors (SLAS); the verifier is watched
+    doubtful    the verifier with noise, and unsure of vague captions (BPGO); the verifier is
+                watched
     truth       the verifier itself
     stages      quality, then layout (clips: smoothness), then the verifier itself (Self-Paced)
 
@@ -24,6 +25,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from common import cli
+from common.args import defaults
 
 SEEDS, MAIN_SEEDS = 5, 8  # of a comparison, and of those that the papers' first figures make
 SEARCH_SEEDS = (100, 101)  # that no claim uses
@@ -50,11 +52,16 @@ SIZE = {
     ),
 }
 _IMAGE_TASKS = {
-    "truth": dict(reward=("verifier",), watch=("verifier:quality", "verifier:layout", f"{OWN}Vague")),
-    "proxy": dict(
-        reward=("clip",), reward_path=("clip=assets/tiny-clip",), watch=("verifier", "verifier:quality")
+    "truth": dict(
+        reward=("verifier",), watch=("verifier:quality", "verifier:layout", f"{OWN}Vague")
     ),
-    "doubtful": dict(reward=(f"{OWN}NoisyAmbiguous",), watch=("verifier", "verifier:quality", f"{OWN}Vague")),
+    "proxy": dict(
+        reward=("clip",), reward_path=("clip=assets/tiny-clip",),
+        watch=("verifier", "verifier:quality")
+    ),
+    "doubtful": dict(
+        reward=(f"{OWN}NoisyAmbiguous",), watch=("verifier", "verifier:quality", f"{OWN}Vague")
+    ),
     "stages": dict(reward=("verifier:quality", "verifier:layout", "verifier")),
 }  # fmt: skip
 _CLIP_TASKS = {
@@ -120,7 +127,7 @@ def setting(script, model, task, **flags):
     if script == "self_paced":  # those of the model, of which a change makes other runs
         import self_paced
 
-        flags = {"thresholds": cli.defaults(self_paced.Args, model).thresholds, **flags}
+        flags = {"thresholds": defaults(self_paced.Args, model).thresholds, **flags}
     if script == "bpgo":
         flags = {"prior": PRIORS[model], **flags}
     return Setting(script, model, task, tuple(sorted(flags.items())))
@@ -133,8 +140,7 @@ def setting(script, model, task, **flags):
 # clipped.
 STARTS = {
     model: {
-        name: getattr(cli.defaults(cli.Args, model), name)
-        for name in ("learning_rate", "clip_range")
+        name: getattr(defaults(cli.Args, model), name) for name in ("learning_rate", "clip_range")
     }
     for model in IMAGES + CLIPS
 }
@@ -167,7 +173,8 @@ def points(model, task):
     ]
 
 
-# --- Measures of a run, {"steps", "evaluations": {name: [...]}, "training": {name: [...]}, "numbers": {name: x}} ---
+# --- Measures of a run ---
+# A run is {"steps", "evaluations": {name: [...]}, "training": {name: [...]}, "numbers": {name: x}}.
 
 
 @dataclass(frozen=True)
@@ -177,7 +184,8 @@ class Measure:
 
 
 NAMES = {
-    "truth": "verifier", "reward": "reward trained on", "quality": "quality", "vague": "verifier, vague captions"
+    "truth": "verifier", "reward": "reward trained on", "quality": "quality",
+    "vague": "verifier, vague captions"
 }  # fmt: skip
 
 
@@ -298,11 +306,13 @@ def slas():
                   area("reward"), slas, (grpo,), seeds=seeds),
             Claim("slas-higher", "SLAS", figure, "SLAS ends higher than GRPO on the proxy",
                   end("reward"), slas, (grpo,), seeds=seeds),
-            Claim("grpo-hacks", "SLAS", "table 1", hacks[0], change("truth"), grpo, lower=hacks[1], seeds=seeds),
+            Claim("grpo-hacks", "SLAS", "table 1", hacks[0],
+                  change("truth"), grpo, lower=hacks[1], seeds=seeds),
             Claim("slas-keeps", "SLAS", "table 1", "SLAS on the proxy ends with more truth than "
                                                    "GRPO",
                   end("truth"), slas, (grpo,), seeds=seeds),
-            Claim("slas-gains", "SLAS", "table 1", "SLAS on the proxy gains truth", change("truth"), slas, seeds=seeds),
+            Claim("slas-gains", "SLAS", "table 1", "SLAS on the proxy gains truth",
+                  change("truth"), slas, seeds=seeds),
         ]  # fmt: skip
     model, half = "tiny-flux", setting("slas", "tiny-flux", "proxy")
     for gamma in (0.0, 0.25, 1.0, "auto"):  # the paper prints none; that it is not 0 is its claim
@@ -382,9 +392,12 @@ def bpgo():
                       unsteadiness("truth"), crt, (ras,)),
                 Claim("ras-grpo", "BPGO", "section 4.3", "RAS alone ends higher than "
                                                          "GRPO", end("truth"), ras, (grpo,)),
-                Claim("crt-grpo", "BPGO", CRT[model], "CRT alone ends higher than GRPO", end("truth"), crt, (grpo,)),
-                Claim("both-ras", "BPGO", TABLE_2, "both end higher than RAS alone", end("truth"), both, (ras,)),
-                Claim("both-crt", "BPGO", TABLE_2, "both end higher than CRT alone", end("truth"), both, (crt,)),
+                Claim("crt-grpo", "BPGO", CRT[model], "CRT alone ends higher than GRPO",
+                      end("truth"), crt, (grpo,)),
+                Claim("both-ras", "BPGO", TABLE_2, "both end higher than RAS alone",
+                      end("truth"), both, (ras,)),
+                Claim("both-crt", "BPGO", TABLE_2, "both end higher than CRT alone",
+                      end("truth"), both, (crt,)),
             ]  # fmt: skip
     alone = setting("bpgo", "tiny-flux", "doubtful", crt_alone=True)
     both = setting("bpgo", "tiny-flux", "doubtful")
@@ -447,16 +460,19 @@ def self_paced():
                 Claim(f"quality-{name}", "Self-Paced", table, "progressive keeps more quality "
                                                               f"than {words}",
                       end("quality"), paced, (other,))
-                for name, words, other in (("one", "the first stage alone", one), ("two", "the second stage", two),
+                for name, words, other in (("one", "the first stage alone", one),
+                                           ("two", "the second stage", two),
                                            ("joint", "all stages at once", joint))
             ),
             Claim("paced-moves", "Self-Paced", text, "the last stage's weight grows with "
                                                      "competence",
                   shift(f"weight_{last}", "its weight, last 5 steps less first 5"), paced),
             Claim("paced-leaves", "Self-Paced", text, "the first stage's weight shrinks",
-                  shift(f"weight_{first}", "its weight, last 5 steps less first 5"), paced, lower=True),
+                  shift(f"weight_{first}", "its weight, last 5 steps less first 5"), paced,
+                  lower=True),
             Claim("hoyer", "Self-Paced", "ours: eq 8",
-                  "Hoyer's index as printed is better than what the prose says of it", end("truth"), paced, (meant,)),
+                  "Hoyer's index as printed is better than what the prose says of it", end("truth"),
+                  paced, (meant,)),
             Claim("saturates", "Self-Paced", figure, "a static easy reward tells samples apart "
                                                      "less and less",
                   late_over_early("reward_std", "log of spread in a group, last 5 steps over "
@@ -511,7 +527,8 @@ def ours():
                         "(Flow-GRPO)", sde="dance"),
         factor("same-noise", "one initial noise for a group is better than its own for each "
                              "sample", same_noise=True),
-        factor("best-of", "the best 3 and worst 3 of 12 teach more than all 8 of 8", group_size=12, best_of=6),
+        factor("best-of", "the best 3 and worst 3 of 12 teach more than all 8 of 8",
+               group_size=12, best_of=6),
         factor("window", "4 noisy steps at random places, all trained on, are better than 7 of "
                          "which 4 are",
                sde_window=4, timestep_fraction=1.0),

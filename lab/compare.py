@@ -23,8 +23,9 @@ import tyro
 
 from common import errors, rewards
 from common.errors import InputError
-from common.reporting.report import pyplot
-from common.trainer.run_folder import NEUTRAL, rows_before
+from common.reporting.files import rows_before
+from common.reporting.pictures import pyplot
+from common.trainer.run_folder import NEUTRAL
 
 LAST = 5  # steps that the first and the last training reward are the mean of
 WIDEST = 60  # letters of a setting's name that lists what differs; above that it is its first run's
@@ -242,7 +243,10 @@ def cell(row: dict) -> str:
     if row["end"] is None:
         return "-"
     between = f" ({row['lowest']:.3f} to {row['highest']:.3f})" if row["runs"] > 1 else ""
-    return f"{row['start']:.3f} -> {row['end']:.3f}{between}{', training' * (row['samples'] == 'training')}"
+    return (
+        f"{row['start']:.3f} -> {row['end']:.3f}{between}"
+        f"{', training' * (row['samples'] == 'training')}"
+    )
 
 
 def main(args: Args) -> None:

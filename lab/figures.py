@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common.reporting.report import pyplot
+from common.reporting.pictures import pyplot
 from lab import claims, verdicts
 from lab.study_results import FOLDER, Results
 
@@ -36,13 +36,15 @@ ALONE = [  # of Self-Paced's stages
     ({"alpha": 0.0}, "all at once", "#56B4E9"),
 ]  # fmt: skip
 VERDICTS = {
-    verdicts.HOLDS: "#0072B2", verdicts.FAILS: "#D55E00", verdicts.UNDECIDED: "#8C8C8C", verdicts.FEW: "#CCCCCC"
+    verdicts.HOLDS: "#0072B2", verdicts.FAILS: "#D55E00", verdicts.UNDECIDED: "#8C8C8C",
+    verdicts.FEW: "#CCCCCC"
 }  # fmt: skip
 FURTHEST = 4.0  # half intervals from 0 that a claim is drawn at
 STYLE = {
-    "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#E5E5E5",
-    "grid.linewidth": 0.7, "axes.axisbelow": True, "axes.titlesize": 10, "axes.titleweight": "bold",
-    "legend.frameon": False, "axes.edgecolor": "#888888", "lines.linewidth": 1.8,
+    "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
+    "grid.color": "#E5E5E5", "grid.linewidth": 0.7, "axes.axisbelow": True, "axes.titlesize": 10,
+    "axes.titleweight": "bold", "legend.frameon": False, "axes.edgecolor": "#888888",
+    "lines.linewidth": 1.8,
 }  # fmt: skip
 
 
@@ -155,7 +157,8 @@ def ablation(results, plt):
     figure, axes = plt.subplots(1, 3, figsize=(10, 3.3))
     for axis, model in zip(axes, ("tiny-flux", "tiny-wan", "tiny-wan-i2v")):
         lines = [("grpo_base", {}, "GRPO", GREY), ("bpgo", {"beta": 0.0}, "RAS alone", "#56B4E9"),
-                 ("bpgo", {"alpha": 0.0}, "CRT alone", "#CC79A7"), ("bpgo", {}, "both", "#D55E00")]  # fmt: skip
+                 ("bpgo", {"alpha": 0.0}, "CRT alone", "#CC79A7"),
+                 ("bpgo", {}, "both", "#D55E00")]  # fmt: skip
         every = [
             results.of(claims.setting(script, model, "doubtful", **flags))
             for script, flags, _, _ in lines
@@ -339,7 +342,10 @@ def forest(results, plt):
         if v in said
     ]
     figure.legend(handles=handles, loc="lower right", bbox_to_anchor=(1, 1), ncols=4, fontsize=8)
-    units = "bars: 95% intervals, each in units of its own half; numbers: differences in the claim's favour"
+    units = (
+        "bars: 95% intervals, each in units of its own half; numbers: differences in the claim's "
+        "favour"
+    )
     figure.text(0.01, 1.008, units, fontsize=8, color="#555555")
     return figure
 

@@ -1,9 +1,9 @@
-"""First frames for image to video, which nobody publishes; --prompts first-frames, wan2.2-i2v's
-default, takes them.
+"""Make first frames for image to video, for --prompts first-frames, the default of wan2.2-i2v.
 
-    python -m lab.first_frames                                     # FLUX draws 64 of DanceGRPO's video prompts
+    python -m lab.first_frames                      # FLUX draws 64 of DanceGRPO's video prompts
     python -m lab.first_frames --model sd1.4 --prompts captions.txt --number 500
-    python -m lab.first_frames --clips clips.txt                   # lines CLIP <tab> CAPTION: where your clips begin
+    python -m lab.first_frames --clips clips.txt    # the first frames of clips, from lines
+                                                    # CLIP <tab> CAPTION
 
 It writes a PNG for each and prompts.txt with lines IMAGE <tab> CAPTION; stopped and started again
 it goes on. BPGO (2511.18919, appendix B) starts from the first frames of real clips, from which
@@ -21,7 +21,7 @@ from PIL import Image, ImageOps
 from common import models
 from common.errors import InputError, run
 from common.prompts import caption_of, image_of, prompts_of_step, read_prompts, sets
-from common.trainer import heldout
+from common.trainer.evaluator import sample
 
 
 @dataclass
@@ -121,7 +121,9 @@ def artist(args, prompts):
     )
 
     def draw(i, prompt):
-        (image,) = heldout.sample(model, [prompt], torch.tensor([i]), sigmas, 1, device)
+        (image,) = sample(
+            model, [prompt], torch.tensor([i]), sigmas=sigmas, micro_batch=1, device=device
+        )
         return Image.fromarray((image.movedim(0, -1) * 255).round().byte().cpu().numpy())
 
     return draw

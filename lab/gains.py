@@ -3,7 +3,7 @@ table.
 
     python -m lab.gains                          # all of them: hours on two cores
     python -m lab.gains --only tiny-flux         # those whose command has these words
-    python -m lab.gains --seeds                  # no runs: writes the table again from docs/gains.json
+    python -m lab.gains --seeds                  # no runs: write the table from docs/gains.json
 
 Each job runs in a process of its own, as many at once as --workers, one thread each. A run that is
 there already counts; one that was stopped goes on. docs/gains.json keeps every run's held-out

@@ -1,5 +1,4 @@
-"""Prints the functions of a script that need nothing but torch, as they stand: a method's
-equations, to be copied.
+"""Print the functions of a script that need torch alone: a method's equations, to be copied.
 
 python -m lab.lift slas > slas_equations.py
 """
@@ -14,9 +13,13 @@ from typing import Literal
 import tyro
 
 ROOT = Path(__file__).resolve().parents[1]
-HEAD = '''"""The equations of vgrpo's {name}.py (Apache-2.0), which says whose paper they are. Needs torch alone."""
+COPIED = {"groups"}  # modules of common/ that need torch alone and are copied whole
+HEAD = '''\
+"""The equations of vgrpo's {name}.py (Apache-2.0), which names their paper. Needs torch alone."""
 
 import torch
+
+import groups  # common/groups.py
 
 EPS = 1e-8  # in every division by a standard deviation
 '''
@@ -25,43 +28,50 @@ EPS = 1e-8  # in every division by a standard deviation
 @dataclass
 class Args:
     script: tyro.conf.Positional[Literal["grpo_base", "bpgo", "slas", "self_paced"]]
-    """Whose functions."""
+    """The script whose functions are printed."""
 
 
-def asked_of_others(table):
-    """Names that a function takes from its module or from Python."""
+def names_in(table):
+    """Return the names that a function's body takes from its module or from Python."""
     here = {symbol.get_name() for symbol in table.get_symbols() if symbol.is_global()}
-    return here.union(*map(asked_of_others, table.get_children()))
+    return here.union(*map(names_in, table.get_children()))
+
+
+def names_in_annotations(function):
+    """Return the names in the type hints of a function's syntax tree."""
+    hints = [node.annotation for node in ast.walk(function) if isinstance(node, ast.arg)]
+    parts = [part for hint in [*hints, function.returns] if hint for part in ast.walk(hint)]
+    return {part.id for part in parts if isinstance(part, ast.Name)}
 
 
 def functions(source):
-    """{name: what it asks of the module} of the functions at the top of a script that import
-    nothing themselves."""
-    tree, tables = ast.parse(source), symtable.symtable(source, "", "exec").get_children()
-    plain = {
-        node.name
-        for node in tree.body
-        if isinstance(node, ast.FunctionDef)
-        and not any(isinstance(part, ast.Import | ast.ImportFrom) for part in ast.walk(node))
-    }
+    """Return {name: names it takes from the module} of the functions at the top of a script.
+
+    Functions that import something are left out.
+    """
+    plain = {}
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.FunctionDef):
+            if not any(isinstance(part, ast.Import | ast.ImportFrom) for part in ast.walk(node)):
+                plain[node.name] = names_in_annotations(node)
+    given = {*dir(builtins), *COPIED, "torch", "EPS"}
     return {
-        table.get_name(): asked_of_others(table) - set(dir(builtins)) - {"torch", "EPS"}
-        for table in tables
+        table.get_name(): (names_in(table) | plain[table.get_name()]) - given
+        for table in symtable.symtable(source, "", "exec").get_children()
         if table.get_name() in plain
     }
 
 
 def lifted(name):
-    """The text of a file with the functions of NAME.py that need torch, and one another, alone."""
+    """Return a file's text: the functions of NAME.py that need torch, and one another, alone."""
     source = (ROOT / f"{name}.py").read_text()
     asked = functions(source)
     while out := [function for function, names in asked.items() if names - asked.keys()]:
         for function in out:
             del asked[function]
-    tree = ast.parse(source)
     texts = [
         ast.get_source_segment(source, node)
-        for node in tree.body
+        for node in ast.parse(source).body
         if getattr(node, "name", "") in asked
     ]
     return HEAD.format(name=name) + "".join(f"\n\n{text}\n" for text in texts)

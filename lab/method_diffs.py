@@ -1,4 +1,4 @@
-"""Writes into docs/methods/NAME.md what each method changes against grpo_base.py, below its header
+"""Write into docs/methods/NAME.md what each method changes against grpo_base.py, below its header
 and settings.
 
 python -m lab.method_diffs
@@ -13,35 +13,33 @@ METHODS = ("bpgo", "slas", "self_paced")
 
 
 def code(name):
-    """The lines of a script from its first function on."""
+    """Return the lines of a script from its first function on."""
     lines = (ROOT / f"{name}.py").read_text().splitlines()
     return lines[next(i for i, line in enumerate(lines) if line.startswith("def ")) :]
 
 
 def hunks(name):
-    """The diff as text, each hunk under the function or the section of main that it stands in."""
+    """Return the diff as text, each hunk under its function or its section of main."""
     base, script = code("grpo_base"), code(name)
+    matcher = difflib.SequenceMatcher(None, base, script, autojunk=False)
     text = []
-    for kind, i, j, k, m in difflib.SequenceMatcher(
-        None, base, script, autojunk=False
-    ).get_opcodes():
+    for kind, i, j, k, m in matcher.get_opcodes():
         if kind == "equal":
             continue
-        place = next(
-            line for line in reversed(script[: k + 1]) if re.match(r"(def|class) | +# --- ", line)
-        )
-        text.append(f"@@ {place.strip(' #-:')} @@")
-        text += [f"-{line}" for line in base[i:j]] + [f"+{line}" for line in script[k:m]]
+        places = [line for line in script[: k + 1] if re.match(r"(def|class) | +# --- ", line)]
+        text.append(f"@@ {places[-1].strip(' #-:')} @@")
+        text += [f"-{line}" for line in base[i:j]]
+        text += [f"+{line}" for line in script[k:m]]
     return "\n".join(line.rstrip() for line in text)
 
 
 def page(name):
-    """Where a method is explained."""
+    """Return the path of a method's page."""
     return ROOT / f"docs/methods/{name}.md"
 
 
 def with_diff(text, name):
-    """A page's text with the hunks of today between its markers."""
+    """Return a page's text with the present hunks between its markers."""
     before, _, rest = text.partition("<!-- diff -->")
     _, end, after = rest.partition("<!-- /diff -->")
     assert end, f"{page(name)} has no place for the hunks"

@@ -5,6 +5,7 @@ Each probe takes a model's name and a seed, and returns {"numbers": {name: value
 
 import base64
 import io
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -12,23 +13,30 @@ from PIL import Image
 
 import grpo_base
 import slas
-from common import cli, models, rewards
+from common import cli, models
+from common.args import defaults
 from common.prompts import caption_of, prompts_of_step, read_prompts
-from common.trainer import heldout
-from evaluation import bias
+from common.rewards import Rewards
+from common.trainer.evaluator import sample
+from evaluation import bias, sampler
 from worlds import motion, shapes, verifier
 
 PROXY = dict(reward_path=("clip=assets/tiny-clip",), reward_batch=96)
 PROMPTS, GROUP = 48, 12  # groups of the base model's samples
-DEALT = 300
+SHUFFLES = 300
 SHOWN = (0, 2, 5, 7, 11, 12)  # of the held-out prompts, in the pictures; of clips the first four
 
 
 def sampled(args, model, prompts, seed=0):
     """Noise-free samples of a run's model: [n, 3, H, W], clips [n, F, 3, H, W]."""
     sigmas = model.sigmas(args.sampling_steps, args.shift)
-    return heldout.sample(
-        model, prompts, torch.arange(len(prompts)), sigmas, args.micro_batch, seed=seed
+    return sample(
+        model,
+        prompts,
+        streams=torch.arange(len(prompts)),
+        sigmas=sigmas,
+        micro_batch=args.micro_batch,
+        seed=seed,
     )
 
 
@@ -39,17 +47,15 @@ def loudness(name, seed):
     """Of groups whose proxy scores lie closest together, and furthest apart (a quarter of all
     each): how loud their advantages are against each other, by GRPO and by SLAS, and how well the
     proxy ranks a group's samples."""
-    args = cli.defaults(cli.Args, name)
+    args = defaults(cli.Args, name)
     prompts = prompts_of_step(read_prompts(args.prompts), 0, PROMPTS, seed)
-    model = models.load(name, torch.float32, prompts, **cli.of_model(args))
-    scorers = rewards.load(("clip", "verifier"), prompts, **PROXY)
+    model = models.load(name, torch.float32, prompts, **args.model_settings())
+    rewards = Rewards(replace(args, reward=("clip", "verifier"), **PROXY), prompts)
     every = [prompt for prompt in prompts for _ in range(GROUP)]
-    scores = rewards.score(scorers, sampled(args, model, every, seed), every)
-    return {
-        "numbers": loud(
-            *(scores[reward].view(PROMPTS, GROUP).double() for reward in ("clip", "verifier"))
-        )
-    }
+    scores = rewards.score(sampled(args, model, every, seed), every)
+    sampler.check(rewards, scores, every)
+    scores = {reward: values.view(PROMPTS, GROUP).double() for reward, values in scores.items()}
+    return {"numbers": loud(proxy=scores["clip"], truth=scores["verifier"])}
 
 
 def loud(proxy, truth):
@@ -83,22 +89,23 @@ def bias_(name, seed):
     """The coefficient of variation of mean scores over clusters of captions, in per cent and beyond
     what chance alone gives, of true scenes with noise of any strength: of one quality, whatever the
     caption."""
-    args = cli.defaults(cli.Args, name)
+    args = defaults(cli.Args, name)
     captions = sorted({*read_prompts(args.prompts), *read_prompts(args.eval_prompts)})
     vectors = bias.vectors_of(
-        models.load(name, torch.float32, captions, **cli.of_model(args)), captions
+        models.load(name, torch.float32, captions, **args.model_settings()), captions
     )
     generator = torch.Generator().manual_seed(seed)
     images = shapes.render(shapes.sample_scenes(captions, seed=seed))
     strength = 0.05 * torch.rand(len(images), 1, 1, 1, generator=generator)
     images = (images + strength * torch.randn(images.shape, generator=generator)).clamp(0, 1)
     rated = {"verifier": "verifier", "clip": "clip", "biased": "lab/study_rewards.py:Biased"}
-    scorers, numbers = rewards.load(tuple(rated.values()), captions, **PROXY), {}
-    scores = list(bias.checked(scorers, images, captions).values())
+    rewards = Rewards(replace(args, reward=tuple(rated.values()), **PROXY), captions)
+    scores = list(bias.scores_of(rewards, images, captions).values())
+    numbers = {}
     for clusters in (10, 15, 20):
         labels = bias.clustered(vectors, clusters, seed)
         for reward, value in zip(rated, scores):
-            found = bias.against_chance(value, labels, clusters, seed, dealt=DEALT)
+            found = bias.against_chance(value, labels, clusters, seed, shuffles=SHUFFLES)
             numbers |= {
                 f"{reward}_{clusters}": found["beyond_chance"],
                 f"{reward}_{clusters}_kappa": found["kappa"],
@@ -111,8 +118,8 @@ def bias_(name, seed):
 
 def samples(name, seed):
     """Those of the base model, for the pictures."""
-    args = cli.defaults(cli.Args, name)
-    return {"pictures": pictures(args, models.load(name, torch.float32, **cli.of_model(args)))}
+    args = defaults(cli.Args, name)
+    return {"pictures": pictures(args, models.load(name, torch.float32, **args.model_settings()))}
 
 
 def pictures(args, model):

@@ -1,5 +1,4 @@
-"""Writes into docs/rooms.md what each file of common/ is for, by the first sentence of its
-docstring.
+"""Write into docs/rooms.md what each file is for, by the first sentence of its docstring.
 
 python -m lab.rooms
 """
@@ -10,35 +9,45 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs/rooms.md"
+ROOMS = ("common", "evaluation", "worlds", "benchmarks", "lab")
+ALONE = "Needs torch alone"
 
 
 def purpose(path):
-    """The first sentence of a module's docstring, and whether it says that it needs torch alone."""
-    text = " ".join((ast.get_docstring(ast.parse(path.read_text())) or "").split("\n\n")[0].split())
+    """Return the first sentence of a module's docstring, and whether it needs torch alone."""
+    text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    text = " ".join(text.split("\n\n")[0].split())
     first = re.match(r".*?\.(?= [A-Z`]|$)|.*", text)[0].rstrip(".:,")
-    return first + ". Needs torch alone" * ("Needs torch alone" in text)
+    if ALONE in text and ALONE not in first:
+        first += f". {ALONE}"
+    return first
 
 
-def table():
-    """Markdown: each file of common/ that has a docstring, those of a folder after it."""
-    files = sorted((ROOT / "common").rglob("*.py"), key=lambda path: (path.parent, path.name))
-    rows = [(path.relative_to(ROOT), purpose(path)) for path in files if purpose(path)]
-    return "\n".join(
-        [
-            "| file | what |",
-            "| --- | --- |",
-            *(f"| [`{p}`](../{p}) | {words} |" for p, words in rows),
-        ]
-    )
+def files(room):
+    """Return the files of a room that have a docstring, those of a folder after its own."""
+    found = (ROOT / room).rglob("*.py")
+    return sorted((p for p in found if purpose(p)), key=lambda path: (path.parent, path.name))
 
 
-def with_table(text):
-    """The page's text with the table of today between its markers."""
-    before, _, rest = text.partition("<!-- rooms -->")
-    _, end, after = rest.partition("<!-- /rooms -->")
-    assert end, f"{PAGE} has no place for the rooms"
-    return f"{before}<!-- rooms -->\n{table()}\n<!-- /rooms -->{after}"
+def table(room):
+    """Return Markdown: each file of a room and what it is for."""
+    lines = ["| file | what |", "| --- | --- |"]
+    for path in files(room):
+        name = path.relative_to(ROOT).as_posix()
+        lines.append(f"| [`{name}`](../{name}) | {purpose(path)} |")
+    return "\n".join(lines)
+
+
+def with_tables(text):
+    """Return the page's text with the tables of today between their markers."""
+    for room in ROOMS:
+        start, end = f"<!-- {room} -->", f"<!-- /{room} -->"
+        assert start in text and end in text, f"{PAGE} has no place for {room}/"
+        before, _, rest = text.partition(start)
+        after = rest.partition(end)[2]
+        text = f"{before}{start}\n{table(room)}\n{end}{after}"
+    return text
 
 
 if __name__ == "__main__":
-    PAGE.write_text(with_table(PAGE.read_text()))
+    PAGE.write_text(with_tables(PAGE.read_text(encoding="utf-8")), encoding="utf-8")

@@ -1,12 +1,14 @@
 """The laptop study: do the papers' claims hold where everything is exact? Trains what lab/claims.py
 asks for.
 
-    python -m lab.study                          # all of it: about six hours on two cores; kill it, start it again
-    python -m lab.study --quick                  # every figure from fewer seeds and steps: a quarter of an hour
-    python -m lab.study --plan                   # what would be run, and how long it takes
-    python -m lab.study --only alpha bpgo        # claims whose name begins so (lab/claims.py: KEY:MODEL)
-    python -m lab.study --methods my_method.py   # a method of your own beside the others: same flags, same seeds
-    python -m lab.study --figures                # no runs: table and figures again from the JSON alone
+    python -m lab.study                          # all: about six hours on two cores; continues
+                                                 # after a kill
+    python -m lab.study --quick                  # every figure from fewer seeds and steps: a
+                                                 # quarter of an hour
+    python -m lab.study --plan                   # the runs, and how long they take
+    python -m lab.study --only alpha bpgo        # claims with these prefixes (KEY:MODEL)
+    python -m lab.study --methods my_method.py   # adds your method, with the same flags and seeds
+    python -m lab.study --figures                # no runs: table and figures from the JSON files
 
 A run is told by its settings, so it is trained once, whichever claims name it. First comes the
 search, on seeds that no claim uses: learning rate and clip range, the same points for the baseline
@@ -32,8 +34,10 @@ from pathlib import Path
 
 import tyro
 
-from common import cli, errors, models
+from common import errors, models
+from common.args import defaults
 from common.errors import InputError
+from common.reporting.files import rows_before
 from common.trainer import run_folder
 from evaluation.tables import aligned
 from lab import claims, figures, study_rewards, verdicts
@@ -239,7 +243,10 @@ def show(asked, results):
         )
         / 60
     )
-    said = f"a run is counted where it is first asked for; left: {left:.0f} core-minutes, spent: {spent:.0f}"
+    said = (
+        f"a run is counted where it is first asked for; left: {left:.0f} core-minutes, spent: "
+        f"{spent:.0f}"
+    )
     return f"{aligned(lines)}\n{said}"
 
 
@@ -300,11 +307,11 @@ def trained(job, folder):
     flags |= dict(seed=job.seed, output=str(output), tracker="none")
     if (output / "config.json").exists():
         flags["resume"] = "latest"
-    args = cli.defaults(script.Args, job.settings["model"], **flags)
+    args = defaults(script.Args, job.settings["model"], **flags)
     sys.argv = [script.__file__]
     print(f"\n--- {job.name} seed {job.seed} ---", flush=True)
     script.main(args)
-    found = numbers_of(run_folder.rows_before(output / "metrics.jsonl", float("inf")), args)
+    found = numbers_of(rows_before(output / "metrics.jsonl", float("inf")), args)
     if job.shown:
         found["pictures"] = pictures(args)
     for name in ("checkpoints", "export"):
@@ -380,8 +387,8 @@ def pictures(args):
     from evaluation import trained
     from lab import probes
 
-    model = models.load(args.model, torch.float32, **cli.of_model(args))
-    trained.load(None, model, trained.find(f"{args.output}/export"))
+    model = models.load(args.model, torch.float32, **args.model_settings())
+    trained.load(model, trained.find(f"{args.output}/export"))
     return probes.pictures(args, model)
 
 

@@ -1,7 +1,6 @@
-"""What the study has found: a JSON file for each setting in lab/results, small enough to be
-committed.
+"""Read and write the study's results, a small JSON file for each setting in lab/results.
 
-    MODEL-SCRIPT-DIGEST.json    {"settings": what tells the setting from others, and gives the digest,
+    MODEL-SCRIPT-DIGEST.json    {"settings": what identifies the setting, and gives the digest,
                                  "config": all flags of its runs,
                                  "runs": {seed: run}}
 
@@ -14,7 +13,7 @@ import json
 import math
 from pathlib import Path
 
-from common.trainer import run_folder
+from common.reporting.files import write_text
 from lab import claims
 
 FOLDER = Path(__file__).with_name("results")
@@ -138,7 +137,7 @@ class Results:
         runs = sorted({**known, str(seed): rounded(run)}.items(), key=lambda pair: int(pair[0]))
         self.files[name] = {"settings": settings, "config": config, "runs": dict(runs)}
         self.folder.mkdir(parents=True, exist_ok=True)
-        run_folder.write_text(path, compact(self.files[name]) + "\n")
+        write_text(path, compact(self.files[name]) + "\n")
 
 
 def compact(file):

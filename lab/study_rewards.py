@@ -1,14 +1,12 @@
-"""Rewards whose faults are known to the digit: the verifiers, seen through a judge that errs,
-hesitates or prefers.
+"""Rewards with exactly known faults: the verifiers with added noise, doubt or preference.
 
-    python bpgo.py --reward lab/study_rewards.py:NoisyAmbiguous --watch verifier     # what it is worth: the verifier
+    python bpgo.py --reward lab/study_rewards.py:NoisyAmbiguous --watch verifier
 
-    noise       every sample gets an error from N(0, noise^2), made from its own pixels and caption: asked again, the
-                judge says the same, and a run that goes on, or has other processes, sees the same
-                errors
-    ambiguity   what a caption leaves open (a shape, a colour, a speed) draws the score towards UNSURE, so that the
-                samples of a vague caption get scores that lie closer together: 55% of the spread at
-                half open
+    noise       every sample gets an error from N(0, noise^2). It depends on pixels and caption
+                only, so a resumed run, or one with other processes, sees the same errors
+    ambiguity   every attribute that a caption leaves open (a shape, a colour, a speed) moves the
+                score towards UNSURE, so the samples of a vague caption get closer scores: 55% of
+                the spread if half is open
     liking      captions of one kind, those that count, get that much more
 
 `Vague` and `MotionVague` are for --watch: the truth of the captions that leave half or more open,

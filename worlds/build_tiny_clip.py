@@ -1,13 +1,13 @@
-"""Builds `assets/tiny-clip`: a small CLIP of the shapes world, a reward that is learned and
-therefore wrong at times.
+"""Build `assets/tiny-clip`, a small CLIP of the shapes world: a learned reward with some errors.
 
     python -m worlds.build_tiny_clip            # 6 minutes on one busy core, seeded
 
-Trained as CLIP is (arXiv 2103.00020): each image picks its caption among those of the batch, each
-caption its image; beside them stands, for each image, a caption that differs in one attribute. It
-stays imperfect on purpose: it is small, stops early, and one attribute in ten of its captions is
-wrong. What a generator gains on it beyond what the verifier sees is reward hacking, to be watched:
-`--reward clip --reward-path clip=assets/tiny-clip --watch verifier`."""
+It is trained as CLIP (arXiv 2103.00020): each image picks its caption among those of the batch, and
+each caption its image. For each image the batch also has a caption that differs in one attribute.
+The model is imperfect on purpose: it is small, stops early, and one attribute in ten of its
+captions is wrong. If a generator gains on it without gaining on the verifier, that is reward
+hacking: `--reward clip --reward-path clip=assets/tiny-clip --watch verifier` shows it.
+"""
 
 import json
 import random
@@ -21,7 +21,8 @@ import torch.nn.functional as F
 import tyro
 from safetensors.torch import save_file
 
-from common import rewards
+from common.args import Scored
+from common.rewards import Rewards
 from worlds import shapes
 from worlds.build_tiny_flux import every_caption
 from worlds.building import clip_tokenizer, schedule
@@ -34,17 +35,17 @@ GROUP = 12  # images of a caption in the check, as in training
 class Args:
     seed: int = 0
     output: str = "assets/tiny-clip"
-    """Folder in open_clip's layout; overwritten."""
+    """Folder in open_clip's layout. It is overwritten."""
     steps: int = 500
     batch: int = 128
     wrong: float = 0.1
     """Probability that an attribute of a caption is wrong."""
     scenes: int = 20_000
-    """Distinct scenes that it is trained on."""
+    """Number of distinct training scenes."""
 
 
 def configuration(words):
-    """open_clip_config.json of a model for `words` tokens: a million weights."""
+    """Return open_clip_config.json of a model for `words` tokens, with a million weights."""
     vision = dict(image_size=shapes.SIZE, patch_size=8, width=128, head_width=32, layers=4)
     text = dict(context_length=TOKENS, vocab_size=words, width=96, heads=4, layers=2)
     text |= dict(
@@ -58,7 +59,7 @@ def configuration(words):
 
 
 def train(args, config, tokenizer):
-    """-> open_clip.CLIP in eval mode"""
+    """Return the trained open_clip.CLIP in eval mode."""
     torch.manual_seed(args.seed)
     rng = random.Random(args.seed)
     model = open_clip.CLIP(**config["model_cfg"])
@@ -109,17 +110,23 @@ def save(model, config, tokenizer, folder):
 
 
 def check(folder, seed, number=None):
-    """Correlation of the reward `clip` with the verifier on held-out captions (all, or `number`),
-    GROUP scenes of each, four attributes in ten of them wrong: {over all, within a group}"""
+    """Return the correlations of the reward `clip` with the verifier, {over all, within a group}.
+
+    They are measured on held-out captions (all, or `number`), with GROUP scenes of each and four
+    attributes in ten wrong.
+    """
     rng = random.Random(seed)
     captions = [caption for caption in shapes.split_captions()[1][:number] for _ in range(GROUP)]
     images = shapes.render(
         shapes.sample_scenes([shapes.corrupt(c, 0.4, rng) for c in captions], seed + 9)
     )
-    scorers = rewards.load(["clip", "verifier"], captions, [f"clip={folder}"], reward_batch=128)
-    proxy, exact = (
-        scores.view(-1, GROUP) for scores in rewards.score(scorers, images, captions).values()
-    )
+    paths = (f"clip={folder}",)
+    args = Scored(reward=("clip", "verifier"), reward_path=paths, reward_batch=128)
+    rewards = Rewards(args, captions)
+    scores = rewards.score(images, captions)
+    scores = {name: values.view(-1, GROUP) for name, values in scores.items()}
+    rewards.check(scores, captions[::GROUP])
+    proxy, exact = scores["clip"], scores["verifier"]
     inside = [scores - scores.mean(1, keepdim=True) for scores in (proxy, exact)]
     print(f"{folder}: within a group the score's standard deviation is {inside[0].std():.3f}")
     return {

@@ -1,14 +1,14 @@
-"""Builds `assets/tiny-flux`: a small FLUX that knows the shapes world but often picks the wrong
-shape, colour, number or place.
+"""Build `assets/tiny-flux`, a small FLUX of the shapes world that often draws the wrong thing.
 
     python -m worlds.build_tiny_flux            # 16 to 21 minutes on two cores, seeded
 
-Three steps, all from one seed: an AutoencoderKL on clean renders; a FluxTransformer2DModel together
-with its T5 and CLIP text encoders by flow matching in the latent space; the folder. The flow learns
-from true captions first; in the last steps each attribute of a caption is wrong with probability
-`--wrong`. So the base model knows every concept and chooses badly, which is the state that
-reinforcement learning improves: the reward of its samples is middling and spreads widely within a
-group."""
+There are three steps, all from one seed. An AutoencoderKL is trained on clean renders. A
+FluxTransformer2DModel and its T5 and CLIP text encoders are trained by flow matching in the latent
+space. Then the folder is written. The flow is trained on true captions first; in the last steps
+each attribute of a caption is wrong with probability `--wrong`. So the base model knows every
+concept but often draws a wrong shape, colour, number or place. Reinforcement learning can improve
+such a model: its rewards are medium and differ widely within a group.
+"""
 
 import math
 import random
@@ -55,11 +55,11 @@ GUIDANCE = 3.5
 class Args:
     seed: int = 0
     output: str = "assets/tiny-flux"
-    """Folder of the pipeline; overwritten."""
+    """Folder of the pipeline. It is overwritten."""
     vae_steps: int = 1300
     flow_steps: int = 2200
     scenes: int = 40_000
-    """Distinct scenes that the flow is trained on."""
+    """Number of distinct scenes that the flow is trained on."""
     true_captions: float = 0.7
     """Share of the flow's steps that see true captions."""
     wrong: float = 0.4
@@ -70,18 +70,19 @@ class Args:
 
 
 def train_vae(args):
-    """AutoencoderKL, 32x32x3 -> 8x8x8; its scaling and shift give latents of mean 0 and standard
-    deviation 1.
+    """Return a trained AutoencoderKL, 32x32x3 -> 8x8x8.
 
-    A linear readout of the latents has to tell the shape and the colour at each place. It is thrown
-    away; what stays is that a shape's kind fills its latents instead of hiding in its outline, so
-    the flow learns the words for it early. (Aligning latents with what an image means: VA-VAE,
-    arXiv 2501.01423.)"""
+    Its scaling and shift give latents of mean 0 and standard deviation 1. In training, a linear
+    readout of the latents must predict the shape and the colour at each place. The readout is
+    discarded afterwards. With it all latents of a shape encode its kind, not only those of the
+    outline, so the flow learns the words for shapes early. VA-VAE (arXiv 2501.01423) aligns latents
+    with the content of images in a similar way.
+    """
     torch.manual_seed(args.seed)
     vae = AutoencoderKL(
         block_out_channels=(16, 32, 64), down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3, layers_per_block=1, latent_channels=8, norm_num_groups=8,
-        sample_size=shapes.SIZE, use_quant_conv=False, use_post_quant_conv=False,
+        up_block_types=("UpDecoderBlock2D",) * 3, layers_per_block=1, latent_channels=8,
+        norm_num_groups=8, sample_size=shapes.SIZE, use_quant_conv=False, use_post_quant_conv=False,
     )  # fmt: skip
     readout = torch.nn.Conv2d(8, len(SHAPES) + 1 + len(COLOURS) + 1, 1)
     scenes = shapes.sample_scenes(
@@ -120,8 +121,10 @@ def train_vae(args):
 
 
 def what_is_where(scenes, side):
-    """Scenes -> the shape and the colour at each place of a grid, each [B, side, side] int, 0:
-    background."""
+    """Return the shape and the colour at each place of a grid, each [B, side, side] int.
+
+    0 is the background; scenes: B scenes.
+    """
     at = (torch.arange(side) + 0.5) * shapes.SIZE / side
     dx, dy = (
         at - scenes.x[..., None, None],
@@ -144,7 +147,7 @@ def encode(vae, images):
 
 
 def new_pipeline(vae, seed):
-    """The pipeline with an untrained transformer and text encoders."""
+    """Return the pipeline with an untrained transformer and text encoders."""
     torch.manual_seed(seed)
     corpus = every_caption()
     tokenizer, tokenizer_2 = clip_tokenizer(corpus, TOKENS), t5_tokenizer(corpus, TOKENS)
@@ -154,8 +157,9 @@ def new_pipeline(vae, seed):
     text_encoder = CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-            num_attention_heads=4, max_position_embeddings=TOKENS, bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+            num_attention_heads=4, max_position_embeddings=TOKENS,
+            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
         )
     )  # fmt: skip
     text_encoder_2 = T5EncoderModel(
@@ -171,8 +175,9 @@ def new_pipeline(vae, seed):
         )
     )
     transformer = FluxTransformer2DModel(
-        patch_size=1, in_channels=32, num_layers=2, num_single_layers=4, attention_head_dim=16, num_attention_heads=8,
-        joint_attention_dim=64, pooled_projection_dim=64, guidance_embeds=True, axes_dims_rope=(4, 6, 6),
+        patch_size=1, in_channels=32, num_layers=2, num_single_layers=4, attention_head_dim=16,
+        num_attention_heads=8, joint_attention_dim=64, pooled_projection_dim=64,
+        guidance_embeds=True, axes_dims_rope=(4, 6, 6),
     )  # fmt: skip
     for (
         name,
@@ -193,7 +198,7 @@ def every_caption():
 
 
 def scenes(pipe, args):
-    """Captions and the latents of a scene for each, packed [n, L, C]."""
+    """Return captions, and the packed latents [n, L, C] of a scene for each."""
     captions = shapes.sample_captions(args.scenes, args.seed + 3)
     images = shapes.render(shapes.sample_scenes(captions, args.seed + 4))
     vae = pipe.vae.config
@@ -202,14 +207,16 @@ def scenes(pipe, args):
 
 
 def noise_levels(number):
-    """Random sigmas [number, 1, 1]: what a scene shows is decided at high noise, so most of them
-    are there."""
+    """Return random sigmas [number, 1, 1].
+
+    Most are at high noise, where the content of a scene is decided.
+    """
     u = torch.rand(number)[:, None, None]
     return 3 * u / (1 + 2 * u)
 
 
 def train_flow(pipe, args):
-    """Flow matching of the transformer and both text encoders; the averaged weights are kept."""
+    """Train the transformer and both text encoders by flow matching, and keep averaged weights."""
     rng = random.Random(args.seed)
     torch.manual_seed(args.seed + 2)
     captions, latents = scenes(pipe, args)
@@ -251,8 +258,7 @@ def train_flow(pipe, args):
 
 
 def tokens(pipe, captions):
-    """Token numbers of both tokenizers for each caption, looked up once: {caption: (clip [S], t5
-    [S])}"""
+    """Return the token ids of both tokenizers, {caption: (clip [S], t5 [S])}."""
     kwargs = dict(padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt")
     clip, t5 = (
         tokenizer(captions, **kwargs).input_ids for tokenizer in (pipe.tokenizer, pipe.tokenizer_2)
@@ -261,19 +267,20 @@ def tokens(pipe, captions):
 
 
 def embed(pipe, clip_ids, t5_ids):
-    """Token numbers [b, S] of both tokenizers -> pooled [b, D'] and sequence [b, S, D] embeddings,
-    with gradients."""
+    """Return pooled [b, D'] and sequence [b, S, D] embeddings of token ids, with gradients.
+
+    clip_ids, t5_ids: [b, S].
+    """
     return pipe.text_encoder(clip_ids).pooler_output, pipe.text_encoder_2(t5_ids)[0]
 
 
 def velocity(transformer, x, sigma, guidance, pooled, sequence):
-    """FLUX's velocity with gradients wherever they are wanted; the sampler in `common` needs none
-    in the text."""
+    """Return FLUX's velocity, with gradients also for the text, which `common` does not need."""
     side = math.isqrt(x.shape[1])
     return transformer(
-        hidden_states=x, timestep=sigma, guidance=guidance, pooled_projections=pooled, encoder_hidden_states=sequence,
-        txt_ids=torch.zeros(sequence.shape[1], 3), return_dict=False,
-        img_ids=image_ids(side, side),
+        hidden_states=x, timestep=sigma, guidance=guidance, pooled_projections=pooled,
+        encoder_hidden_states=sequence, txt_ids=torch.zeros(sequence.shape[1], 3),
+        return_dict=False, img_ids=image_ids(side, side),
     )[0]  # fmt: skip
 
 
@@ -282,12 +289,12 @@ def velocity(transformer, x, sigma, guidance, pooled, sequence):
 
 @torch.no_grad()
 def evaluate(pipe, captions, group, seed, steps=8):
-    """The verifier's scores of the pipeline's own noise-free samples, `group` of each caption:
-    {name: [P, G]}."""
+    """Return the verifier's scores {name: [P, G]} of noise-free samples, `group` per caption."""
     pipe.set_progress_bar_config(disable=True)
     images = pipe(
-        captions, num_images_per_prompt=group, height=shapes.SIZE, width=shapes.SIZE, num_inference_steps=steps,
-        sigmas=sde.shifted_sigmas(steps, 1.0)[:-1].tolist(), guidance_scale=GUIDANCE, max_sequence_length=TOKENS,
+        captions, num_images_per_prompt=group, height=shapes.SIZE, width=shapes.SIZE,
+        num_inference_steps=steps, sigmas=sde.shifted_sigmas(steps, 1.0)[:-1].tolist(),
+        guidance_scale=GUIDANCE, max_sequence_length=TOKENS,
         generator=torch.Generator().manual_seed(seed), output_type="pt",
     ).images  # fmt: skip
     scores = verify(images, [caption for caption in captions for _ in range(group)])

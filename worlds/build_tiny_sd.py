@@ -1,10 +1,11 @@
-"""Builds `assets/tiny-sd`: a small Stable Diffusion 1.x that knows the shapes world but often picks
-the wrong shape, colour, number or place.
+"""Build `assets/tiny-sd`, a small Stable Diffusion 1.x of the shapes world.
 
     python -m worlds.build_tiny_sd              # after tiny-flux, whose autoencoder it takes
 
-As tiny-flux (worlds/build_tiny_flux.py), but for what Stable Diffusion is: a UNet2DConditionModel
-that predicts the noise of SD's own schedule, one CLIP text encoder, DDIM sampling."""
+Like tiny-flux (worlds/build_tiny_flux.py) it often draws a wrong shape, colour, number or place. It
+differs in the architecture: a UNet2DConditionModel that predicts the noise of SD's schedule, one
+CLIP text encoder, and DDIM sampling.
+"""
 
 import random
 import time
@@ -18,7 +19,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from common import models
-from common.trainer.heldout import sample
+from common.trainer.evaluator import sample
 from worlds import shapes
 from worlds.build_tiny_flux import BATCH, TOKENS, encode, every_caption
 from worlds.building import clip_tokenizer, schedule
@@ -29,12 +30,12 @@ from worlds.verifier import verify
 class Args:
     seed: int = 0
     output: str = "assets/tiny-sd"
-    """Folder of the pipeline; overwritten."""
+    """Folder of the pipeline. It is overwritten."""
     vae_from: str = "assets/tiny-flux"
-    """Pipeline whose autoencoder it takes."""
+    """Folder of the pipeline whose autoencoder it takes."""
     steps: int = 2000
     scenes: int = 40_000
-    """Distinct scenes that the U-Net is trained on."""
+    """Number of distinct scenes that the U-Net is trained on."""
     true_captions: float = 0.7
     """Share of the steps that see true captions."""
     wrong: float = 0.4
@@ -42,7 +43,7 @@ class Args:
 
 
 def new_pipeline(args):
-    """The pipeline with an untrained U-Net and text encoder."""
+    """Return the pipeline with an untrained U-Net and text encoder."""
     torch.manual_seed(args.seed)
     vae = AutoencoderKL.from_pretrained(args.vae_from, subfolder="vae").eval()
     vae.register_to_config(shift_factor=None)  # Stable Diffusion has none; it was 0.004
@@ -50,19 +51,21 @@ def new_pipeline(args):
     text_encoder = CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-            num_attention_heads=4, max_position_embeddings=TOKENS, bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+            num_attention_heads=4, max_position_embeddings=TOKENS,
+            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
         )
     )  # fmt: skip
     channels = vae.config.latent_channels
     unet = UNet2DConditionModel(
-        sample_size=8, in_channels=channels, out_channels=channels, block_out_channels=(48, 96), layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"), cross_attention_dim=64,
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"), attention_head_dim=4, norm_num_groups=16,
+        sample_size=8, in_channels=channels, out_channels=channels, block_out_channels=(48, 96),
+        layers_per_block=1, down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        cross_attention_dim=64, up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        attention_head_dim=4, norm_num_groups=16,
     )  # fmt: skip
     scheduler = DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False,
-        steps_offset=1,
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
+        set_alpha_to_one=False, steps_offset=1,
     )  # fmt: skip
     return StableDiffusionPipeline(
         vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler,
@@ -71,7 +74,7 @@ def new_pipeline(args):
 
 
 def train(pipe, args):
-    """The U-Net and the text encoder learn to predict the noise; the averaged weights are kept."""
+    """Train the U-Net and the text encoder to predict the noise, and keep averaged weights."""
     rng = random.Random(args.seed)
     torch.manual_seed(args.seed + 2)
     captions = shapes.sample_captions(args.scenes, args.seed + 3)
@@ -114,11 +117,12 @@ def train(pipe, args):
 
 @torch.no_grad()
 def evaluate(folder, captions, group, seed, steps=8):
-    """The verifier on noise-free samples of a saved pipeline, `group` of each caption: {name: [P,
-    G]}."""
+    """Return the verifier's scores {name: [P, G]} of noise-free samples, `group` per caption."""
     lines = [caption for caption in captions for _ in range(group)]
     model = models.load(folder, torch.float32, lines)
-    images = sample(model, lines, torch.arange(len(lines)) + seed, model.sigmas(steps, 1.0), 256)
+    streams = torch.arange(len(lines)) + seed
+    sigmas = model.sigmas(steps, 1.0)
+    images = sample(model, lines, streams, sigmas=sigmas, micro_batch=256)
     return {name: score.float().view(-1, group) for name, score in verify(images, lines).items()}
 
 

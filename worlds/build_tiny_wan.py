@@ -1,13 +1,17 @@
-"""Builds `assets/tiny-wan` and `assets/tiny-wan-i2v`: small Wans that know the world of moving
-shapes but often make the wrong thing move, or move it the wrong way or at the wrong speed.
+"""Build `assets/tiny-wan` and `assets/tiny-wan-i2v`, small Wans of the world of moving shapes.
 
     python -m worlds.build_tiny_wan             # text to video
-    python -m worlds.build_tiny_wan --images    # image to video, two experts; takes the autoencoder of the other
+    python -m worlds.build_tiny_wan --images    # image to video, two experts
 
-As tiny-flux (worlds/build_tiny_flux.py): an AutoencoderKLWan on clean clips, whose latents have to
-tell what is where; then WanTransformer3DModel and its text encoder by flow matching, on true
-captions first and on partly wrong ones in the last steps. Of text to video, guidance goes into the
-weights then: without, few steps of a small model blur."""
+The second takes the autoencoder of the first.
+
+Both models often move the wrong thing, or move it in the wrong direction or at the wrong speed. The
+steps are those of tiny-flux (worlds/build_tiny_flux.py). An AutoencoderKLWan is trained on clean
+clips, with a readout of its latents. WanTransformer3DModel and its text encoder are trained by flow
+matching, on true captions first and on partly wrong ones in the last steps. For text to video,
+guidance is then distilled into the weights, because without it the few steps of a small model give
+blurred clips.
+"""
 
 import copy
 import random
@@ -29,7 +33,7 @@ from transformers import UMT5Config, UMT5EncoderModel
 
 from common import models
 from common.prompts import caption_of, read_prompts
-from common.trainer.heldout import sample
+from common.trainer.evaluator import sample
 from worlds import motion, moving
 from worlds.building import schedule, t5_tokenizer
 from worlds.scene import COLOURS, SHAPES
@@ -46,19 +50,20 @@ class Args:
     """Build the image-to-video model."""
     seed: int = 0
     output: str = ""
-    """Folder of the pipeline; overwritten. Default: assets/tiny-wan, or assets/tiny-wan-i2v."""
+    """Folder of the pipeline. It is overwritten. Default: assets/tiny-wan or
+    assets/tiny-wan-i2v."""
     vae_from: str = "assets/tiny-wan"
-    """Pipeline whose autoencoder the image-to-video model takes."""
+    """Folder of the pipeline whose autoencoder the image-to-video model takes."""
     vae_steps: int = 1300
     decoder_steps: int = 1500
-    """Steps of the decoder alone after those of the whole autoencoder."""
+    """Further steps of the decoder alone, after those of the whole autoencoder."""
     flow_steps: int = 2000
     """Steps of the flow, for each expert."""
     guidance: float = 3.0
-    """Scale of the guidance that goes into the text-to-video model's weights."""
+    """Scale of the guidance that is distilled into the text-to-video model's weights."""
     guidance_steps: int = 400
     scenes: int = 8000
-    """Distinct clips that the flow is trained on."""
+    """Number of distinct clips that the flow is trained on."""
     true_captions: float = 0.7
     """Share of the flow's steps that see true captions."""
     wrong: float = 0.4
@@ -66,22 +71,22 @@ class Args:
     wrong_steps: int = 300
     """Further steps of the image-to-video model's flow, for each expert."""
     more_wrong: float = 0.6
-    """The same probability in these."""
+    """Probability that an attribute of a caption is wrong in the further steps."""
 
 
 # --- Autoencoder ---
 
 
 def train_vae(args):
-    """AutoencoderKLWan, 5x3x32x32 -> 8x3x8x8, with the statistics that give latents of mean 0 and
-    deviation 1.
+    """Return a trained AutoencoderKLWan, 5x3x32x32 -> 8x3x8x8.
 
-    As tiny-flux's: a linear readout of the latents, thrown away, has to tell shape and colour at
-    each place."""
+    Its statistics give latents of mean 0 and standard deviation 1. As for tiny-flux, a linear
+    readout of the latents must predict shape and colour at each place, and is discarded afterwards.
+    """
     torch.manual_seed(args.seed)
     vae = AutoencoderKLWan(
-        base_dim=16, z_dim=CHANNELS, dim_mult=[1, 2, 2], num_res_blocks=1, temperal_downsample=[False, True],
-        scale_factor_spatial=4, scale_factor_temporal=2,
+        base_dim=16, z_dim=CHANNELS, dim_mult=[1, 2, 2], num_res_blocks=1,
+        temperal_downsample=[False, True], scale_factor_spatial=4, scale_factor_temporal=2,
     )  # fmt: skip
     readout = torch.nn.Conv3d(CHANNELS, len(SHAPES) + 1 + len(COLOURS) + 1, 1)
     captions = moving.sample_captions(4000, args.seed + 1)
@@ -121,8 +126,10 @@ def train_vae(args):
 
 
 def train_decoder(vae, latents, clips, steps):
-    """The decoder alone, further, on latents a little off, as those that the flow will make. The
-    encoder's latents stay what they are: a flow that has learned them need not learn again."""
+    """Train the decoder further, on slightly wrong latents such as the flow will make.
+
+    The encoder's latents do not change, so a flow that was trained on them stays valid.
+    """
     spread = torch.tensor(vae.config.latents_std)[:, None, None, None]
     parameters = [*vae.post_quant_conv.parameters(), *vae.decoder.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=2e-3, weight_decay=0.0)
@@ -142,7 +149,7 @@ def train_decoder(vae, latents, clips, steps):
 
 
 def report_vae(vae):
-    """How much of the verifier's scores of clips nobody was trained on survives the autoencoder."""
+    """Print the verifier's scores of unseen clips after encoding and decoding."""
     captions = moving.sample_captions(500, 99)
     clips = moving.render(moving.sample_scenes(captions, 99))
     rebuilt = motion.verify(decode(vae, encode(vae, clips)), captions)
@@ -151,8 +158,10 @@ def report_vae(vae):
 
 
 def what_is_where(scenes, side):
-    """The shape and the colour at each place of every second frame, each [B, F', side, side] int,
-    0: background."""
+    """Return the shape and the colour at each place of every second frame.
+
+    Each is [B, F', side, side] int, 0 for the background.
+    """
     at = (torch.arange(side) + 0.5) * scenes.size / side
     when = torch.linspace(0, 1, scenes.frames)[::2]  # [F']
     x, y = (
@@ -166,14 +175,14 @@ def what_is_where(scenes, side):
 
 @torch.no_grad()
 def encode(vae, clips):
-    """[B, F, 3, H, W] in [0, 1] -> [B, C, F', h, w]"""
+    """Return latents [B, C, F', h, w] of clips [B, F, 3, H, W] in [0, 1]."""
     parts = (clip.transpose(1, 2) * 2 - 1 for clip in clips.split(100))
     return torch.cat([vae.encode(part).latent_dist.mode() for part in parts])
 
 
 @torch.no_grad()
 def decode(vae, latents):
-    """[B, C, F', h, w] -> [B, F, 3, H, W] in [0, 1]"""
+    """Return clips [B, F, 3, H, W] in [0, 1] of latents [B, C, F', h, w]."""
     parts = (vae.decode(part).sample.transpose(1, 2) for part in latents.split(100))
     return (torch.cat(list(parts)) / 2 + 0.5).clamp(0, 1)
 
@@ -190,7 +199,7 @@ def normalised(vae, latents):
 
 
 def new_pipeline(vae, args):
-    """The pipeline with untrained transformers and text encoder."""
+    """Return the pipeline with untrained transformers and text encoder."""
     torch.manual_seed(args.seed)
     tokenizer = t5_tokenizer(every_caption(), TOKENS)
     longest = max(
@@ -210,16 +219,19 @@ def new_pipeline(vae, args):
     )
     cls = WanImageToVideoPipeline if args.images else WanPipeline
     return cls(
-        tokenizer=tokenizer, text_encoder=text_encoder, vae=vae, scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
-        transformer=new_transformer(args.images), transformer_2=new_transformer(True) if args.images else None,
+        tokenizer=tokenizer, text_encoder=text_encoder, vae=vae,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
+        transformer=new_transformer(args.images),
+        transformer_2=new_transformer(True) if args.images else None,
         boundary_ratio=BOUNDARY if args.images else None,
     )  # fmt: skip
 
 
 def new_transformer(images):
     transformer = WanTransformer3DModel(
-        num_attention_heads=8, attention_head_dim=16, in_channels=2 * CHANNELS + 2 if images else CHANNELS,
-        out_channels=CHANNELS, text_dim=64, freq_dim=64, ffn_dim=256, num_layers=5,
+        num_attention_heads=8, attention_head_dim=16,
+        in_channels=2 * CHANNELS + 2 if images else CHANNELS, out_channels=CHANNELS, text_dim=64,
+        freq_dim=64, ffn_dim=256, num_layers=5,
     )  # fmt: skip
     # every block starts as the identity (adaLN-Zero, 2212.09748)
     silent = [transformer.proj_out, transformer.condition_embedder.time_proj]
@@ -238,8 +250,10 @@ def every_caption():
 
 @torch.no_grad()
 def scenes(pipe, args):
-    """Captions, a clip's latents for each [n, C, F', h, w], and those of its first frame with the
-    mask, or None."""
+    """Return captions, the latents [n, C, F', h, w] of a clip for each, and the conditioning.
+
+    The conditioning is the mask and the latents of the first frame, None for text to video.
+    """
     captions = moving.sample_captions(args.scenes, args.seed + 3)
     clips = moving.render(moving.sample_scenes(captions, args.seed + 4))
     latents = normalised(pipe.vae, encode(pipe.vae, clips))
@@ -256,8 +270,10 @@ def scenes(pipe, args):
 
 
 def noise_levels(number, low, high):
-    """Random sigmas [number] between two: what a clip shows is decided at high noise, so most of
-    them are there."""
+    """Return random sigmas [number] from low to high.
+
+    Most are at high noise, where the content of a clip is decided.
+    """
 
     def place(sigma):
         return sigma / (3 - 2 * sigma)
@@ -267,15 +283,17 @@ def noise_levels(number, low, high):
 
 
 def experts_of(pipe):
-    """[(transformer, the lowest sigma that it sees, the highest)]"""
+    """Return [(transformer, its lowest sigma, its highest sigma)]."""
     if pipe.transformer_2 is None:
         return [(pipe.transformer, 0.0, 1.0)]
     return [(pipe.transformer, BOUNDARY, 1.0), (pipe.transformer_2, 0.0, BOUNDARY)]
 
 
 def noisy_batch(latents, still, low, high):
-    """Random rows [b] with noise between two sigmas: the transformer's input, sigma [b], the
-    velocity to learn."""
+    """Return random rows [b], noisy inputs of the transformer, sigmas [b] and target velocities.
+
+    The sigmas are from low to high.
+    """
     rows = torch.randint(len(latents), (BATCH,))
     clean, noise, sigma = (
         latents[rows],
@@ -294,7 +312,7 @@ def velocity(transformer, x, sigma, text):
 
 
 def train_flow(pipe, captions, latents, still, args, rate=3e-3):
-    """Flow matching of the transformers and the text encoder; the averaged weights are kept."""
+    """Train the transformers and the text encoder by flow matching, and keep averaged weights."""
     rng = random.Random(args.seed)
     torch.manual_seed(args.seed + 2)
     known, experts = tokens(pipe, every_caption()), experts_of(pipe)
@@ -330,8 +348,11 @@ def train_flow(pipe, captions, latents, still, args, rate=3e-3):
 
 
 def distil_guidance(pipe, captions, latents, still, args):
-    """Classifier-free guidance goes into the weights: the transformer learns what it says itself at a scale of
-    --guidance, so that a scale of 1, one forward pass instead of two, follows the captions as closely."""
+    """Distil classifier-free guidance into the weights.
+
+    The transformer learns the velocity that it has itself with the scale --guidance. Afterwards a
+    scale of 1, with one forward pass instead of two, follows the captions as closely.
+    """
     torch.manual_seed(args.seed + 3)
     known, student = tokens(pipe, [*every_caption(), ""]), pipe.transformer
     teacher = copy.deepcopy(student)
@@ -354,13 +375,13 @@ def distil_guidance(pipe, captions, latents, still, args):
 
 
 def tokens(pipe, captions):
-    """Token numbers of each caption, looked up once: {caption: [S]}"""
+    """Return the token ids of each caption, {caption: [S]}."""
     kwargs = dict(padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt")
     return dict(zip(captions, pipe.tokenizer(captions, **kwargs).input_ids))
 
 
 def embed(pipe, ids):
-    """Token numbers [b, S] -> embeddings [b, S, D], zeros after the caption, with gradients."""
+    """Return embeddings [b, S, D] of token ids [b, S], zero after the caption, with gradients."""
     mask = (ids != pipe.tokenizer.pad_token_id).long()
     return pipe.text_encoder(ids, mask).last_hidden_state * mask[..., None]
 
@@ -370,15 +391,18 @@ def embed(pipe, ids):
 
 @torch.no_grad()
 def evaluate(name, folder, group, seed, every=1):
-    """The verifier on noise-free samples of a saved pipeline, `group` for each held-out line:
-    {part: [P, G]}."""
+    """Return the verifier's scores {part: [P, G]} of noise-free samples, `group` per prompt.
+
+    The prompts are every `every`th held-out line.
+    """
     settings = models.settings(name)
     lines = [line for line in read_prompts(settings["eval_prompts"])[::every] for _ in range(group)]
     model = models.load(
         folder, torch.float32, lines, height=32, width=32, frames=settings["frames"]
     )
     streams = torch.arange(len(lines)) + seed
-    clips = sample(model, lines, streams, model.sigmas(8, settings["shift"]), 128)
+    sigmas = model.sigmas(8, settings["shift"])
+    clips = sample(model, lines, streams, sigmas=sigmas, micro_batch=128)
     scores = motion.verify(clips, [caption_of(line) for line in lines])
     return {part: score.float().view(-1, group) for part, score in scores.items()}
 

@@ -1,5 +1,4 @@
-"""What the builders of the embedded models share: tokenizers made from captions, a learning
-rate."""
+"""Make tokenizers from captions, and a learning rate schedule, for the builders of tiny models."""
 
 import math
 from collections import Counter
@@ -14,10 +13,10 @@ def words_of(corpus):
 
 
 def clip_tokenizer(corpus, longest):
-    """A real CLIP byte-pair tokenizer whose merges are learned from the captions' words: one token
-    a word.
+    """Return a CLIP byte-pair tokenizer with one token for each word of the captions.
 
-    Learned here because the library's trainer numbers its tokens differently in every process.
+    The merges are learned here, because the library's trainer numbers its tokens differently in
+    every process.
     """
     spelled = {word: [*word[:-1], word[-1] + "</w>"] for word in words_of(corpus)}
     merges = []
@@ -47,7 +46,7 @@ def _merge(parts, pair):
 
 
 def t5_tokenizer(corpus, longest):
-    """A real T5 unigram tokenizer: a piece for each word of the world, letters for the rest."""
+    """Return a T5 unigram tokenizer: a piece for each word of the captions, and for each letter."""
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -20.0), ("▁", -8.0)]
     pieces += (
         [("▁" + word, -2.0) for word in words_of(corpus) if len(word) > 1]
@@ -58,7 +57,7 @@ def t5_tokenizer(corpus, longest):
 
 
 def schedule(optimizer, steps, warmup=100):
-    """Yields the learning rate of each step: linear warm-up, cosine to zero."""
+    """Yield the learning rate of each step: linear warm-up, then cosine to zero."""
     peak = optimizer.param_groups[0]["lr"]
     for step in range(steps):
         rate = peak * min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / steps)))

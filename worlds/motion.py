@@ -1,24 +1,25 @@
-"""The exact verifier of moving shapes: follows the one object of a clip and checks it against a
-caption.
+"""Verify clips of moving shapes exactly: follow the object and compare it with the caption.
 
-It reads each frame as `worlds/verifier.py` reads an image, then looks at the frames together:
+The verifier reads each frame as `worlds/verifier.py` reads an image, then combines the frames:
 
-    follow      the largest object of each frame is the one that moves
-    fit         a straight line at constant speed through its places, by least squares
-    compare     its shape, its colour, and the direction and the length of that line, with the words of the caption
+    follow      take the largest object of each frame as the one that moves
+    fit         fit a straight line at constant speed to its places, by least squares
+    compare     compare its shape, its colour, and the direction and the length of that line with
+                the words of the caption
 
-Every part is graded, in [0, 1]; the stages build on each other:
+All scores but `passed` are in [0, 1], and each stage includes the one before it:
 
-    quality     the frames look like drawings of shapes at all, on average
-    smooth      quality * smoothness: one object, always the same, moves at constant speed, whatever it is
-    alignment   the share of what the caption names that is there: shape, colour, direction, speed; of one object
+    quality     whether the frames look like drawings of shapes, on average
+    smooth      quality * smoothness: whether a single object moves at constant speed and stays the
+                same, whatever it is
+    alignment   the share of the caption's words that hold: shape, colour, direction, speed
     score       quality * smoothness * alignment
-    passed      yes or no: every word of the caption holds, in every frame where it can, at quality and smoothness
-                above 0.5
+    passed      whether every word of the caption holds, shape and colour in every frame, with
+                quality and smoothness above 0.5
 
-Lengths are shares of the image's side, so an image of any size will do, and a speed is the length
-of the whole path, so a clip of any number of frames will do. The file needs torch and the image
-verifier."""
+Lengths are shares of the image's side, so images may have any size. A speed is the length of the
+whole path, so clips may have any number of frames. The file needs torch and the image verifier.
+"""
 
 import functools
 import re
@@ -49,8 +50,10 @@ SAME = 0.75
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a caption asks for: indices into SHAPES, COLOURS, DIRECTIONS and SPEEDS, ANY where left
-    open."""
+    """Hold what a caption asks for: indices into SHAPES, COLOURS, DIRECTIONS and SPEEDS.
+
+    ANY marks an attribute that the caption leaves open.
+    """
 
     task: str
     shape: int
@@ -68,17 +71,14 @@ _GRAMMAR = re.compile(
 
 @functools.lru_cache(maxsize=100_000)
 def parse(caption: str) -> Wanted:
-    """Caption -> Wanted; raises ValueError with the grammar for a caption that is not of this
-    world."""
+    """Return what a caption asks for. Raises ValueError, with the grammar, for other captions."""
     match = _GRAMMAR.fullmatch(" ".join(caption.lower().split()).removesuffix(".").strip())
     if match is None:
         raise ValueError(
             f"the world of moving shapes has no caption {caption[:80]!r}; it knows 'a [COLOUR] "
-            "SHAPE moving DIRECTION "
-            "[SPEED]' and 'something COLOUR moving DIRECTION [SPEED]', with SHAPE "
-            f"{', '.join(SHAPES)} or shape, "
-            f"COLOUR {', '.join(COLOURS)}, DIRECTION {', '.join(DIRECTIONS)} and SPEED "
-            f"{' or '.join(SPEEDS)}"
+            "SHAPE moving DIRECTION [SPEED]' and 'something COLOUR moving DIRECTION [SPEED]', "
+            f"with SHAPE {', '.join(SHAPES)} or shape, COLOUR {', '.join(COLOURS)}, DIRECTION "
+            f"{', '.join(DIRECTIONS)} and SPEED {' or '.join(SPEEDS)}"
         )
     colour, shape, something, direction, speed = match.groups()
     shape, colour, direction, speed = (
@@ -104,7 +104,7 @@ def parse(caption: str) -> Wanted:
 
 @dataclass
 class Track:
-    """The object of each clip, frame by frame; lengths in shares of the image's side."""
+    """Hold the object of each clip, frame by frame. Lengths are shares of the image's side."""
 
     present: torch.Tensor  # [B, F] in [0, 1]
     shape: torch.Tensor  # [B, F, S] probabilities
@@ -117,7 +117,7 @@ class Track:
 
 
 def follow(clips: torch.Tensor) -> Track:
-    """clips [B, F, 3, H, W] in [0, 1], H = W, F >= 3 -> Track"""
+    """Return the Track of clips [B, F, 3, H, W] in [0, 1], with H = W and F >= 3."""
     assert clips.dim() == 5 and clips.shape[1] >= 3, (
         f"expected clips [B, F, 3, H, W] of F >= 3 frames, got {tuple(clips.shape)}"
     )
@@ -148,8 +148,11 @@ def follow(clips: torch.Tensor) -> Track:
 
 
 def fit_line(place: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Least squares at constant speed: place [B, F, 2], weight of each frame [B, F] -> the fitted
-    places [B, F, 2] and the way from the first to the last [B, 2]."""
+    """Fit a line at constant speed to places [B, F, 2] by least squares.
+
+    weight [B, F]: that of each frame. Returns the fitted places [B, F, 2], and the vector [B, 2]
+    from the first to the last.
+    """
     total = weight.sum(1, keepdim=True).clamp(min=1e-6)
     time = torch.arange(place.shape[1], dtype=place.dtype, device=place.device)
     time = time - (weight * time).sum(1, keepdim=True) / total  # [B, F]
@@ -163,7 +166,7 @@ def fit_line(place: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, t
 
 
 def smoothness(track: Track) -> torch.Tensor:
-    """How constantly the object is there, stays itself and moves, whatever it is: [B] in [0, 1]"""
+    """Return how steadily an object is present, unchanged and moving, [B] in [0, 1]."""
     bend = track.place.diff(n=2, dim=1).norm(dim=-1).mean(1)
     both = torch.minimum(
         track.present[:, 1:], track.present[:, :-1]
@@ -181,7 +184,7 @@ def smoothness(track: Track) -> torch.Tensor:
 
 
 def compare(track: Track, captions: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """-> (alignment [B], passed [B], the latter without a look at quality or smoothness)"""
+    """Return alignment [B] and passed [B], the latter without regard to quality or smoothness."""
     device = track.path.device
     wanted = [parse(caption) for caption in captions]
     want = torch.tensor(
@@ -219,7 +222,7 @@ def compare(track: Track, captions: Sequence[str]) -> tuple[torch.Tensor, torch.
 
 
 def judge(track: Track, captions: Sequence[str]) -> dict[str, torch.Tensor]:
-    """Track of B clips and their captions -> the parts, each [B]; see `verify`."""
+    """Return the scores of `verify`, each [B], for the Track of B clips and their captions."""
     quality, constancy = track.quality.mean(1), smoothness(track)
     alignment, passed = compare(track, captions)
     return {
@@ -232,9 +235,12 @@ def judge(track: Track, captions: Sequence[str]) -> dict[str, torch.Tensor]:
 
 
 def verify(clips: torch.Tensor, captions: Sequence[str]) -> dict[str, torch.Tensor]:
-    """clips [B, F, 3, H, W] in [0, 1] and their B captions -> {"quality", "smooth", "alignment",
-    "score": [B] float32 in [0, 1], "passed": [B] bool}. A caption that is not of this world raises
-    ValueError."""
+    """Return the scores {"quality", "smooth", "alignment", "score", "passed"}, each [B].
+
+    "passed" is bool, the others are float32 in [0, 1].
+    clips: [B, F, 3, H, W] in [0, 1]; captions: B strings. Raises ValueError for a caption that is
+    not in the grammar.
+    """
     assert len(captions) == len(clips), f"{len(clips)} clips, {len(captions)} captions"
     for caption in captions:
         parse(caption)  # before the work
@@ -247,8 +253,10 @@ def _verify_once(clips: torch.Tensor, captions: tuple[str, ...]) -> dict[str, to
 
 
 class Motion:
-    """Reward: the motion verifier's `score` in [0, 1]. Checked against the renderer itself
-    (tests/test_motion.py)."""
+    """Score clips by the motion verifier's `score`, in [0, 1].
+
+    Tests check it against the renderer (tests/test_motion.py).
+    """
 
     part = "score"
     video, image = True, False
@@ -257,14 +265,16 @@ class Motion:
     range = (0.0, 1.0)
 
     def check(self, prompts: Iterable[str]) -> None:
-        """Raises ValueError for the first prompt that the verifier cannot read."""
+        """Raise ValueError for the first prompt that the verifier cannot read."""
         for prompt in prompts:
             parse(prompt)
 
     @torch.no_grad()
     def score(self, media: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
-        """media [b, F, 3, H, W] in [0, 1] of F >= 3 frames, prompts b strings -> [b] float32.
-        Raises ValueError."""
+        """Return the scores [b] float32 of clips [b, F, 3, H, W] in [0, 1] of F >= 3 frames.
+
+        prompts: b strings. Raises ValueError for images.
+        """
         if media.dim() != 5:
             raise ValueError(
                 "the motion reward scores clips [b, F, C, H, W], not media of shape "
@@ -274,12 +284,12 @@ class Motion:
 
 
 class MotionQuality(Motion):
-    """Reward: the motion verifier's `quality`, whatever moves and wherever."""
+    """Score clips by the motion verifier's `quality`, whatever moves."""
 
     part = "quality"
 
 
 class MotionSmooth(Motion):
-    """Reward: the motion verifier's `smooth`: quality and constancy, whatever the caption says."""
+    """Score clips by the motion verifier's `smooth`: quality and smoothness without the caption."""
 
     part = "smooth"

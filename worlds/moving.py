@@ -1,13 +1,15 @@
-"""The world of moving shapes: captions, clips that show them, and captions that do not.
+"""Generate the world of moving shapes: captions, and clips that show them or do not.
 
     captions()        every caption of the grammar, by task
     sample_scenes     captions -> random scenes that show them, all at once
     render            scenes -> clips
-    corrupt           a caption with each attribute replaced with some probability (the base models learn from these)
-    change_one        a caption that differs from another in exactly one attribute (what the verifier has to reject)
-    main              writes the prompt files, with the first frames for image-to-video
+    corrupt           a caption with each attribute replaced with some probability, for the training
+                      of the base models
+    change_one        a caption that differs in exactly one attribute, which the verifier must
+                      reject
+    main              writes the prompt files, and the first frames for image-to-video
 
-Reading and drawing live in `common/rewards/`; this file only makes things up. Everything is seeded.
+Captions are read in worlds/motion.py and scenes drawn in worlds/scene.py. Everything is seeded.
 """
 
 import random
@@ -45,7 +47,7 @@ REACH = {
 
 
 def captions():
-    """Every caption of the world: {task: [caption, ...]}, in a fixed order."""
+    """Return every caption of the world, {task: [caption, ...]}, in a fixed order."""
     motions = {
         speed: [f" moving {d}{speed}" for d in DIRECTIONS]
         for speed in ("", *(f" {s}" for s in SPEEDS))
@@ -67,7 +69,7 @@ def captions():
 
 
 def write(wanted):
-    """Wanted -> caption; the inverse of `parse`."""
+    """Return the caption of a Wanted: the inverse of `parse`."""
     shape, colour, direction, speed = (
         "" if getattr(wanted, kind) == ANY else names[getattr(wanted, kind)]
         for kind, names in ATTRIBUTES.items()
@@ -79,8 +81,10 @@ def write(wanted):
 
 
 def corrupt(caption, probability, rng, only=tuple(ATTRIBUTES)):
-    """The caption with each attribute of `only` that it names replaced with `probability` by
-    another value."""
+    """Return the caption with attributes of `only` replaced, each with `probability`.
+
+    Attributes that the caption leaves open stay open.
+    """
     wanted = parse(caption)
     named = [kind for kind in ATTRIBUTES if kind in only and getattr(wanted, kind) != ANY]
     return write(
@@ -89,14 +93,14 @@ def corrupt(caption, probability, rng, only=tuple(ATTRIBUTES)):
 
 
 def change_one(caption, rng):
-    """A caption that the same clip must not satisfy: exactly one attribute differs."""
+    """Return a caption that differs in exactly one attribute, so that no clip shows both."""
     wanted = parse(caption)
     kind = rng.choice([kind for kind in ATTRIBUTES if getattr(wanted, kind) != ANY])
     return write(replace(wanted, **{kind: _other(wanted, kind, rng)}))
 
 
 def _other(wanted, kind, rng):
-    """Another value of an attribute."""
+    """Return another value of an attribute."""
     return rng.choice(
         [value for value in range(len(ATTRIBUTES[kind])) if value != getattr(wanted, kind)]
     )
@@ -107,7 +111,7 @@ def _other(wanted, kind, rng):
 
 @dataclass
 class Scenes:
-    """B scenes of one object at constant speed; every field [B] but the last two."""
+    """Hold B scenes of one object at constant speed. All fields but the last two are [B]."""
 
     shape: torch.Tensor
     colour: torch.Tensor
@@ -121,7 +125,7 @@ class Scenes:
 
 
 def render(scenes):
-    """[B, F, 3, H, W] in [0, 1]"""
+    """Return the clips of scenes, [B, F, 3, H, W] in [0, 1]."""
     time = torch.linspace(0, 1, scenes.frames)
     x = scenes.x[:, None] + time * scenes.path_x[:, None]  # [B, F]
     y = scenes.y[:, None] + time * scenes.path_y[:, None]
@@ -135,8 +139,11 @@ def render(scenes):
 
 
 def sample_scenes(captions, seed, frames=FRAMES, size=SIZE):
-    """A random scene for each caption: what it leaves open is drawn at random, the whole path is
-    inside the image. The number of frames does not change what is drawn."""
+    """Return a random scene for each caption, with the whole path inside the image.
+
+    Attributes that the caption leaves open are random. The number of frames does not change the
+    scene.
+    """
     generator = torch.Generator().manual_seed(seed)
     wanted = [parse(caption) for caption in captions]
     shape, colour, direction, speed = (
@@ -174,7 +181,7 @@ def sample_scenes(captions, seed, frames=FRAMES, size=SIZE):
 
 
 def _fill(values, options, generator):
-    """B attribute indices, ANY where open -> [B] with the open ones drawn at random."""
+    """Return B attribute indices [B], with a random one in place of every ANY."""
     values = torch.tensor(values)
     return torch.where(
         values == ANY, torch.randint(options, values.shape, generator=generator), values
@@ -182,8 +189,7 @@ def _fill(values, options, generator):
 
 
 def sample_captions(number, seed, weights=None):
-    """`number` random captions, tasks in equal shares unless `weights` {task: share} says
-    otherwise."""
+    """Return `number` random captions; weights {task: share}, by default equal shares."""
     rng, by_task = random.Random(seed), captions()
     tasks = rng.choices(TASKS, [1.0 if weights is None else weights[t] for t in TASKS], k=number)
     return [rng.choice(by_task[task]) for task in tasks]
@@ -202,7 +208,7 @@ FIRST_FRAMES = 120  # training lines of the image-to-video file; of the held-out
 
 
 def split_captions(seed=0):
-    """(training captions, held-out captions): disjoint, each in a random order."""
+    """Return (training captions, held-out captions), disjoint and in random order."""
     rng = random.Random(seed)
     train, held_out = [], []
     for task, of_task in captions().items():
@@ -215,9 +221,10 @@ def split_captions(seed=0):
 
 
 def main(folder="assets/prompts"):
-    """Writes the prompt files that the embedded models use by default, and those for
-    image-to-video: on each line the first frame of a clip that shows the caption, and the
-    caption."""
+    """Write the prompt files that the embedded models use by default.
+
+    A line for image-to-video has the first frame of a clip that shows the caption, and the caption.
+    """
     path = Path(folder)
     (path / "motion_frames").mkdir(parents=True, exist_ok=True)
     train, held_out = split_captions()

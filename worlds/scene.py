@@ -1,6 +1,7 @@
-"""Scenes of the shapes world: how they are drawn (the renderer of worlds/shapes.py), and what a
-caption asks of them. Needs torch alone, and can be carried out of the project with verifier.py,
-which reads them."""
+"""Draw scenes of the shapes world, and parse their captions. Needs torch alone.
+
+This file and verifier.py can be copied into other projects.
+"""
 
 import functools
 import re
@@ -34,11 +35,12 @@ ANY = -1  # a shape or colour that is left open
 
 
 def coverage(dx: torch.Tensor, dy: torch.Tensor, radius: torch.Tensor) -> torch.Tensor:
-    """Share of each pixel that a shape covers, antialiased over one pixel.
+    """Return the share of each pixel that each shape covers, [S, ...] in [0, 1].
 
-    dx, dy: pixel position minus the shape's centroid, [...]; radius in pixels, broadcastable. A
-    shape of radius r has the area of a circle of radius r, whatever the shape, and its centroid at
-    0. Returns [S, ...] in [0, 1], in the order of SHAPES."""
+    S is in the order of SHAPES, and edges are antialiased over one pixel. dx, dy: pixel position
+    minus the shape's centroid, [...]; radius in pixels, broadcastable. A shape of radius r has the
+    area of a circle of radius r.
+    """
     ax, ay = dx.abs(), dy.abs()
     distance_from_centre = torch.sqrt(dx**2 + dy**2)
     half_square, inradius, half_cross = 0.8862 * radius, 0.7776 * radius, 1.189 * radius
@@ -54,7 +56,7 @@ def coverage(dx: torch.Tensor, dy: torch.Tensor, radius: torch.Tensor) -> torch.
 
 
 def pixel_grid(size: int, device: torch.device | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Centres of the pixels of a square image: x and y, each [H, W]."""
+    """Return the centres x and y of the pixels of a square image, each [H, W]."""
     axis = torch.arange(size, dtype=torch.float32, device=device) + 0.5
     return axis[None, :].expand(size, size), axis[:, None].expand(size, size)
 
@@ -67,8 +69,10 @@ def draw(
     radius: torch.Tensor,
     size: int,
 ) -> torch.Tensor:
-    """Scenes -> images [B, 3, H, W] in [0, 1]: shape and colour (indices; shape ANY = no object),
-    x, y and radius (pixels), each [B, N]."""
+    """Return images [B, 3, H, W] in [0, 1] of B scenes with up to N objects.
+
+    shape, colour: indices [B, N], where shape ANY is no object; x, y, radius: pixels [B, N].
+    """
     px, py = pixel_grid(size, x.device)
     covers = coverage(
         px - x[..., None, None], py - y[..., None, None], radius[..., None, None]
@@ -77,8 +81,10 @@ def draw(
 
 
 def paint(covers: torch.Tensor, shape: torch.Tensor, colour: torch.Tensor) -> torch.Tensor:
-    """Lays each object's colour over its pixels: covers [S, B, N, H, W], shape and colour [B, N] ->
-    [B, 3, H, W]."""
+    """Return images [B, 3, H, W] with each object's colour on its pixels.
+
+    covers: [S, B, N, H, W]; shape, colour: indices [B, N].
+    """
     index = shape.clamp(min=0)[None, :, :, None, None].expand(1, *covers.shape[1:])
     cover = covers.gather(0, index)[0] * (shape >= 0)[..., None, None]  # [B, N, H, W]
     ink = palette(cover.device)[colour.clamp(min=0)] - background(cover.device)  # [B, N, 3]
@@ -88,12 +94,12 @@ def paint(covers: torch.Tensor, shape: torch.Tensor, colour: torch.Tensor) -> to
 
 
 def palette(device: torch.device | None = None) -> torch.Tensor:
-    """The colours, in the order of COLOURS: [K, 3] in [0, 1]."""
+    """Return the colours, [K, 3] in [0, 1], in the order of COLOURS."""
     return torch.tensor(list(COLOURS.values()), device=device)
 
 
 def background(device: torch.device | None = None) -> torch.Tensor:
-    """The paper's colour: [3] in [0, 1]."""
+    """Return the colour of the background, [3] in [0, 1]."""
     return torch.tensor(BACKGROUND, device=device)
 
 
@@ -102,8 +108,11 @@ def background(device: torch.device | None = None) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a caption asks for: (shape, colour) of each object, ANY where left open; a relation of
-    the first two."""
+    """Hold what a caption asks for: (shape, colour) of each object, and perhaps a relation.
+
+    The relation is that of the first object to the second. ANY marks an attribute that the caption
+    leaves open.
+    """
 
     task: str
     objects: tuple[tuple[int, int], ...]
@@ -127,19 +136,16 @@ _GRAMMAR = [
 
 @functools.lru_cache(maxsize=100_000)
 def parse(caption: str) -> Wanted:
-    """Caption -> Wanted; raises ValueError with the grammar for a caption that is not of this
-    world."""
+    """Return what a caption asks for. Raises ValueError, with the grammar, for other captions."""
     text = " ".join(caption.lower().split()).removesuffix(".").strip()
     for pattern, kind in _GRAMMAR:
         if match := pattern.fullmatch(text):
             return _wanted(kind, match.groups())
     raise ValueError(
         f"the shapes world has no caption {caption[:80]!r}; it knows 'a [COLOUR] SHAPE', 'a "
-        "[COLOUR] SHAPE "
-        "and a [COLOUR] SHAPE', 'a [COLOUR] SHAPE left of|right of|above|below a [COLOUR] SHAPE', "
-        "'two|three|four [COLOUR] SHAPEs', "
-        f"'something COLOUR', with SHAPE {', '.join(SHAPES)} or shape and COLOUR "
-        f"{', '.join(COLOURS)}"
+        "[COLOUR] SHAPE and a [COLOUR] SHAPE', 'a [COLOUR] SHAPE left of|right of|above|below a "
+        "[COLOUR] SHAPE', 'two|three|four [COLOUR] SHAPEs', 'something COLOUR', with SHAPE "
+        f"{', '.join(SHAPES)} or shape and COLOUR {', '.join(COLOURS)}"
     )
 
 

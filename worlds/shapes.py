@@ -1,13 +1,16 @@
-"""The shapes world: captions, scenes that show them, and captions that do not.
+"""Generate the shapes world: captions, and scenes that show them or do not.
 
     captions()        every caption of the grammar, by task
     sample_scenes     captions -> random scenes that show them, all at once
     render            scenes -> images
-    corrupt           a caption with each attribute replaced with some probability (the base models learn from these)
-    change_one        a caption that differs from another in exactly one attribute (what the verifier has to reject)
+    corrupt           a caption with each attribute replaced with some probability, for the training
+                      of the base models
+    change_one        a caption that differs in exactly one attribute, which the verifier must
+                      reject
 
-Reading and drawing live in `worlds/verifier.py`; this file only makes things up. Everything is
-seeded."""
+worlds/scene.py draws scenes and reads captions, worlds/verifier.py reads images. Everything is
+seeded.
+"""
 
 import itertools
 import random
@@ -37,7 +40,7 @@ COLOUR_NAMES = tuple(COLOURS)
 
 
 def captions():
-    """Every caption of the world: {task: [caption, ...]}, in a fixed order."""
+    """Return every caption of the world, {task: [caption, ...]}, in a fixed order."""
     coloured = [f"a {colour} {shape}" for colour in COLOURS for shape in SHAPES]
     pairs = list(itertools.permutations(SHAPES, 2))
     return {
@@ -61,7 +64,7 @@ def captions():
 
 
 def write(wanted):
-    """Wanted -> caption; the inverse of `parse`."""
+    """Return the caption of a Wanted: the inverse of `parse`."""
 
     def thing(shape, colour):
         if shape == ANY and colour != ANY:
@@ -92,10 +95,10 @@ def write(wanted):
 
 
 def corrupt(caption, probability, rng):
-    """The caption with each of its attributes (shape, colour, number, relation) replaced with
-    `probability` by another value.
+    """Return the caption with its attributes replaced, each with `probability`.
 
-    Two objects never take each other's shape or colour: the caption stays one of the world's.
+    Attributes are shape, colour, number and relation. Two objects never get the same shape or
+    colour in this way, so the caption stays in the grammar.
     """
     wanted = parse(caption)
     objects = [list(thing) for thing in wanted.objects]
@@ -125,12 +128,12 @@ def corrupt(caption, probability, rng):
 
 
 def _counts(wanted):
-    """Whether the caption counts: several objects, all the same."""
+    """Return whether the caption counts equal objects."""
     return len(wanted.objects) > 1 and len(set(wanted.objects)) == 1
 
 
 def change_one(caption, rng):
-    """A caption that the same image must not satisfy: exactly one attribute differs."""
+    """Return a caption that differs in exactly one attribute, so that no image shows both."""
     wanted = parse(caption)
     changes = ["number"] if _counts(wanted) else []
     changes += ["relation"] if wanted.relation else []
@@ -162,7 +165,7 @@ def change_one(caption, rng):
 
 @dataclass
 class Scenes:
-    """B scenes of up to N objects; every field [B, N]. shape = ANY means no object."""
+    """Hold B scenes of up to N objects. Every field is [B, N], and shape ANY is no object."""
 
     shape: torch.Tensor
     colour: torch.Tensor
@@ -172,7 +175,7 @@ class Scenes:
 
 
 def render(scenes, size=SIZE):
-    """[B, 3, H, W] in [0, 1]"""
+    """Return the images of scenes, [B, 3, H, W] in [0, 1]."""
     parts = zip(
         *(
             field.split(1000)
@@ -185,8 +188,11 @@ def render(scenes, size=SIZE):
 
 
 def sample_scenes(captions, seed, size=SIZE):
-    """A random scene for each caption: what it leaves open is drawn at random, objects do not
-    touch, relations hold clearly."""
+    """Return a random scene for each caption.
+
+    Attributes that the caption leaves open are random, objects do not touch, and relations hold
+    clearly.
+    """
     generator = torch.Generator().manual_seed(seed)
     wanted = [parse(caption) for caption in captions]
     b = len(wanted)
@@ -220,8 +226,10 @@ def sample_scenes(captions, seed, size=SIZE):
 
 
 def _fill(wishes, options, generator):
-    """Lists of attribute indices, ANY where open -> [B, MAX_WANTED] with the open ones drawn at
-    random."""
+    """Return attribute indices [B, MAX_WANTED], with a random one in place of every ANY.
+
+    wishes: B lists of indices.
+    """
     values = torch.randint(options, (len(wishes), MAX_WANTED), generator=generator)
     for row, wish in enumerate(wishes):
         for i, value in enumerate(wish):
@@ -241,8 +249,7 @@ def _fits(x, y, r, exists, relation):
 
 
 def sample_captions(number, seed, weights=None):
-    """`number` random captions, tasks in equal shares unless `weights` {task: share} says
-    otherwise."""
+    """Return `number` random captions; weights {task: share}, by default equal shares."""
     rng, by_task = random.Random(seed), captions()
     tasks = rng.choices(TASKS, [1.0 if weights is None else weights[t] for t in TASKS], k=number)
     return [rng.choice(by_task[task]) for task in tasks]
@@ -264,7 +271,7 @@ TRAINED = {"attribution": 40}  # the others: all that are not held out
 
 
 def split_captions(seed=0):
-    """(training captions, held-out captions): disjoint, each in a random order."""
+    """Return (training captions, held-out captions), disjoint and in random order."""
     rng = random.Random(seed)
     train, held_out = [], []
     for task, of_task in captions().items():
@@ -277,7 +284,7 @@ def split_captions(seed=0):
 
 
 def main(folder="assets/prompts"):
-    """Writes the two prompt files that the embedded models use by default."""
+    """Write the two prompt files that the embedded models use by default."""
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
     for name, lines in zip(("shapes.txt", "shapes_heldout.txt"), split_captions()):

@@ -1,25 +1,28 @@
-"""The exact verifier of the shapes world: reads a scene back from an image and checks it against a
-caption.
+"""Verify images of the shapes world exactly: read the scene and compare it with the caption.
 
-It works as GenEval does (a detector, then rules), but the detector is exact, because the world is
-simple enough:
+The method is GenEval's, a detector and then rules. The detector is exact, because the world is
+simple:
 
-    segment     a pixel is foreground when a palette colour covers more than half of it; connected pixels are an object
-    measure     area, centroid and colour of each object, from the coverage of its pixels
-    classify    shape by overlap with each shape drawn at that place and size; colour by distance in the palette
-    re-draw     the scene is drawn again from what was read; what that cannot explain (blur, noise) lowers `quality`
-    compare     objects are assigned to the words of the caption, the best assignment counts
+    segment     a pixel is foreground if a palette colour covers more than half of it; connected
+                pixels are an object
+    measure     area, centroid and colour of each object come from the coverage of its pixels
+    classify    the shape is found by overlap with each shape drawn at that place and size, the
+                colour by distance to the palette
+    re-draw     the scene is drawn again from these values; the difference to the image (blur,
+                noise) lowers `quality`
+    compare     objects are assigned to the words of the caption; the best assignment counts
 
-Every part is graded, in [0, 1]:
+All scores but `passed` are in [0, 1]:
 
-    quality     the image looks like a drawing of shapes at all
-    layout      quality * as many objects as the caption wants, standing where it says, whatever they are
-    alignment   the share of what the caption names that is there: shapes, colours, the number, the relation
+    quality     whether the image looks like a drawing of shapes
+    layout      quality * whether number and places of objects match the caption, whatever they are
+    alignment   the share of the caption's words that hold: shapes, colours, number, relation
     score       quality * alignment
-    passed      yes or no: every word of the caption holds, in an image of quality above 0.5
+    passed      whether every word of the caption holds, with quality above 0.5
 
-This file and scene.py, which draws and reads captions, need torch alone and can be carried out of
-the project."""
+This file and scene.py, which draws scenes and reads captions, need torch alone. They can be copied
+into other projects.
+"""
 
 import functools
 import itertools
@@ -55,8 +58,10 @@ MAX_AREA = (
 
 @dataclass
 class Reading:
-    """Objects read from images, the largest first; every field [B, N, ...] but `count` and
-    `quality` [B]."""
+    """Hold the objects of B images, the largest first.
+
+    All fields are [B, N, ...], but `count` and `quality` are [B].
+    """
 
     present: torch.Tensor  # [B, N] in [0, 1]
     shape: torch.Tensor  # [B, N, S] probabilities
@@ -69,8 +74,11 @@ class Reading:
 
 
 def segment(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """images [B, 3, H, W] -> the share of each pixel that the nearest palette colour covers, [B, H,
-    W] float, and the label of its component, [B, H, W] int (0: background)."""
+    """Return the coverage of each pixel of images [B, 3, H, W], and its component.
+
+    The coverage [B, H, W] float is the share that the nearest palette colour covers. The component
+    [B, H, W] int is a label, 0 for the background.
+    """
     ink = palette(images.device) - background(images.device)  # [K, 3]
     offset = images.movedim(1, -1) - background(images.device)  # [B, H, W, 3]
     cover = (offset @ ink.T / ink.square().sum(-1)).clamp(0, 1)  # [B, H, W, K]
@@ -97,8 +105,10 @@ def segment(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def read(images: torch.Tensor) -> Reading:
-    """Reads the objects back from images [B, 3, H, W] in [0, 1], H = W. See the head of the file
-    for the steps."""
+    """Return the objects of images [B, 3, H, W] in [0, 1], H = W.
+
+    The docstring of the file explains the steps.
+    """
     b, c, h, w = images.shape
     assert c == 3 and h == w, f"expected square RGB images [B, 3, H, W], got {tuple(images.shape)}"
     images = images.float().clamp(0, 1)
@@ -154,7 +164,7 @@ def read(images: torch.Tensor) -> Reading:
 
 
 def _large_enough(area: torch.Tensor) -> torch.Tensor:
-    """Pixels -> 0 to 1: rises from half of MIN_AREA to MIN_AREA."""
+    """Return 0 to 1 for areas in pixels, rising from half of MIN_AREA to MIN_AREA."""
     return (area / (MIN_AREA / 2) - 1).clamp(0, 1)
 
 
@@ -163,15 +173,17 @@ def _large_enough(area: torch.Tensor) -> torch.Tensor:
 
 @functools.lru_cache(maxsize=1)
 def _assignments() -> torch.Tensor:
-    """All ordered choices of MAX_WANTED of MAX_READ objects: [A, MAX_WANTED]."""
+    """Return all ordered choices of MAX_WANTED of MAX_READ objects, [A, MAX_WANTED]."""
     return torch.tensor(list(itertools.permutations(range(MAX_READ), MAX_WANTED)))
 
 
 def _choose(
     reading: Reading, wanted: list[Wanted], identity: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Best assignment of objects to wishes -> (score [B], pass [B]); without `identity` any object
-    fits any wish."""
+    """Return score [B] and pass [B] of the best assignment of objects to the caption's objects.
+
+    Without `identity` shape and colour are ignored.
+    """
     b, device = len(wanted), reading.x.device
     want = torch.full((b, MAX_WANTED, 2), ANY)
     relation = torch.zeros(b, 2)
@@ -224,9 +236,12 @@ def _choose(
 
 
 def verify(images: torch.Tensor, captions: Sequence[str]) -> dict[str, torch.Tensor]:
-    """images [B, 3, H, W] in [0, 1] and their B captions -> {"quality", "layout", "alignment",
-    "score": [B] float32 in [0, 1], "passed": [B] bool}. A caption that is not of this world raises
-    ValueError."""
+    """Return the scores {"quality", "layout", "alignment", "score", "passed"}, each [B].
+
+    "passed" is bool, the others are float32 in [0, 1].
+    images: [B, 3, H, W] in [0, 1]; captions: B strings. Raises ValueError for a caption that is not
+    in the grammar.
+    """
     assert len(captions) == len(images), f"{len(images)} images, {len(captions)} captions"
     wanted = [parse(caption) for caption in captions]
     reading = read(images)
@@ -247,8 +262,10 @@ def _verify_once(images: torch.Tensor, captions: tuple[str, ...]) -> dict[str, t
 
 
 class Verifier:
-    """Reward: the verifier's `score` in [0, 1]. Checked against the renderer itself
-    (tests/test_verifier.py)."""
+    """Score images by the verifier's `score`, in [0, 1].
+
+    Tests check it against the renderer (tests/test_verifier.py).
+    """
 
     part = "score"
     video = False
@@ -256,37 +273,35 @@ class Verifier:
     range = (0.0, 1.0)
 
     def check(self, prompts: Iterable[str]) -> None:
-        """Raises ValueError for the first prompt that the verifier cannot read."""
+        """Raise ValueError for the first prompt that the verifier cannot read."""
         for prompt in prompts:
             parse(prompt)
 
     @torch.no_grad()
     def score(self, media: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
-        """media [b, 3, H, W] in [0, 1], prompts b strings -> [b] float32."""
+        """Return the scores [b] float32 of media [b, 3, H, W] in [0, 1] with b prompts."""
         return _verify_once(media, tuple(prompts))[self.part]
 
 
 class Quality(Verifier):
-    """Reward: the verifier's `quality`, whatever the caption says."""
+    """Score images by the verifier's `quality`, without the caption."""
 
     part = "quality"
     scale = 0.11
 
 
 class Layout(Verifier):
-    """Reward: the verifier's `layout`: quality, number and places, whatever the shapes and
-    colours."""
+    """Score images by the verifier's `layout`: quality, number and places of objects."""
 
     part = "layout"
 
 
 class Passed(Verifier):
-    """Reward: whether the image passed, 1 or 0: GenEval's way of counting, for evaluate.py's table
-    of tasks."""
+    """Score images by the verifier's `passed`, 1 or 0, as GenEval counts for its table of tasks."""
 
     part = "passed"
     scale = 0.4
 
     def score(self, media: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
-        """media [b, 3, H, W] in [0, 1], prompts b strings -> 1 or 0 each, [b] float32."""
+        """Return 1 or 0 for each of media [b, 3, H, W] in [0, 1] with b prompts, [b] float32."""
         return super().score(media, prompts).float()
