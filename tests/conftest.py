@@ -21,7 +21,7 @@ import torch
 from accelerate.state import AcceleratorState
 
 import grpo_base
-from common import cli
+from common.args import defaults
 from common.trainer import processes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -67,7 +67,7 @@ def train(tmp_path, monkeypatch):
         small |= dict(steps=2, eval_every=0, sample_every=0)
         monkeypatch.setattr(sys, "argv", [script.__file__])
         folder = tmp_path / output
-        script.main(cli.defaults(script.Args, **{**small, "output": str(folder), **settings}))
+        script.main(defaults(script.Args, **{**small, "output": str(folder), **settings}))
         return folder, metrics(folder)
 
     return run

@@ -13,15 +13,17 @@ import vlm
 from learned import randomised
 
 from benchmarks.memory import FAMILIES
-from common import models, rewards
-from common.rewards import judge_local
+from common import models
+from common.args import Args
+from common.rewards import Rewards, judge_local
 from common.rewards.videoclip_xl import TwoEncoders
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 # 53 frames of 480x832 in 14 x 15 x 26 latents, of 240x416 in 14 x 15 x 26 too; one token for all
 # frames of a place
 VAE = dict(
-    base_dim=2, dim_mult=[1, 1, 1], num_res_blocks=0, temperal_downsample=[True, True], scale_factor_temporal=4,
+    base_dim=2, dim_mult=[1, 1, 1], num_res_blocks=0, temperal_downsample=[True, True],
+    scale_factor_temporal=4,
 )  # fmt: skip
 LARGE_CLIPS = dict(VAE, patch_size=8, in_channels=192, out_channels=192, scale_factor_spatial=32)
 SMALL_CLIPS = dict(VAE, patch_size=4, in_channels=48, out_channels=48, scale_factor_spatial=16)
@@ -70,29 +72,17 @@ def put_judge(home, tmp, name, captions):
     samples = model.decode(
         torch.randn(4, *model.noise_shape, generator=torch.Generator().manual_seed(0))
     )
-    told = dict(
-        url="",
-        model=str(tmp),
-        fps=2.0,
-        expected=False,
-        timeout=1.0,
-        retries=0,
-        concurrency=1,
-        trusted=False,
-    )
-    stages = ("judge:quality", "judge:smoothness", "judge:alignment")
-    scorers = rewards.load(
-        [stage for stage in stages if "frames" in own or "smooth" not in stage],
-        captions,
-        judge=told,
-    )
+    stages = ["judge:quality", "judge:smoothness", "judge:alignment"]
+    if "frames" not in own:
+        stages.remove("judge:smoothness")
+    rewards = Rewards(Args(reward=tuple(stages), judge_model=str(tmp)), captions)
     answering = judge_local.local(str(tmp), False, False, 16).model
     heard = []
     answering.lm_head.register_forward_pre_hook(
         lambda _, given: heard.append(given[0][:, -1].mean(0))
     )
     for caption in captions:
-        rewards.score(scorers, samples, [caption] * len(samples))
+        rewards.check(rewards.score(samples, [caption] * len(samples)), [caption])
     common = torch.linalg.qr(torch.stack(heard).T).Q  # [D, questions]
     answering.lm_head.weight -= answering.lm_head.weight @ common @ common.T
     answering.save_pretrained(tmp)

@@ -7,20 +7,21 @@ import open_clip
 import torch
 from PIL import Image
 
-from common.rewards import weights
+from common.args import Args
+from common.rewards import Rewards, weights
+from common.rewards.scorer import scores_of
 from common.rewards.weights import Source
 
 PROMPTS = [
-    "a red circle", "A photo of an Astronaut, riding a horse!", "two cats & a dog", "snow   on the Matterhorn", "x",
+    "a red circle",
+    "A photo of an Astronaut, riding a horse!",
+    "two cats & a dog",
+    "snow   on the Matterhorn",
+    "x",
     "a very long prompt " + "about many things that nobody can count and that goes on and on " * 8,
-]  # fmt: skip
-SHAPES = [
-    (64, 64),
-    (75, 104),
-    (128, 32),
-    (40, 61),
-    (33, 300),
-]  # height, width: larger and smaller than the models' 56
+]
+# height, width: larger and smaller than the models' 56
+SHAPES = [(64, 64), (75, 104), (128, 32), (40, 61), (33, 300)]
 # a real architecture with small numbers
 CONFIG = {
     "embed_dim": 48,
@@ -123,3 +124,16 @@ def check_half_precision(monkeypatch, make, media, prompts, tolerance):
     assert ours.dtype == torch.float32 and ours.device.type == device
     assert not torch.equal(ours.cpu(), expected), "it was not half precision"
     torch.testing.assert_close(ours.cpu(), expected, atol=tolerance, rtol=0)
+
+
+def score_all(scorers, media, prompts):
+    """{name: [b]} of scorers {name: scorer}; an exception passes through."""
+    return {name: scores_of(scorer, media, prompts) for name, scorer in scorers.items()}
+
+
+def made(*specs, prompts=(), scorers=None, **settings):
+    """The Rewards of these --reward words and settings; `scorers` take the place of the loaded."""
+    found = Rewards(Args(reward=specs, **settings), list(prompts))
+    if scorers:
+        found.scorers = scorers
+    return found

@@ -50,8 +50,9 @@ def clip_text(tokenizer, width, longest, cls=CLIPTextModel, **config):
         CLIPTextConfig(
             vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width,
             **{"num_hidden_layers": 1, **config},
-            num_attention_heads=2, max_position_embeddings=longest, bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+            num_attention_heads=2, max_position_embeddings=longest,
+            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
         )
     )  # fmt: skip
 
@@ -63,37 +64,42 @@ def flux():
     return FluxPipeline(
         vae=AutoencoderKL(
             block_out_channels=(4,) * 4, down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4, latent_channels=4, norm_num_groups=2, sample_size=1024,
-            scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False,
+            up_block_types=("UpDecoderBlock2D",) * 4, latent_channels=4, norm_num_groups=2,
+            sample_size=1024, scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False,
+            use_post_quant_conv=False,
         ),
         text_encoder=clip_text(tokenizer, 16, 77), tokenizer=tokenizer, tokenizer_2=tokenizer_2,
         text_encoder_2=T5EncoderModel(
-            T5Config(vocab_size=len(tokenizer_2), d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+            T5Config(
+                vocab_size=len(tokenizer_2), d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2
+            )
         ),
         transformer=FluxTransformer2DModel(
-            in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=12, num_attention_heads=1,
-            joint_attention_dim=16, pooled_projection_dim=16, guidance_embeds=True, axes_dims_rope=(4, 4, 4),
+            in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=12,
+            num_attention_heads=1, joint_attention_dim=16, pooled_projection_dim=16,
+            guidance_embeds=True, axes_dims_rope=(4, 4, 4),
         ),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
     )  # fmt: skip
 
 
 def sd(blocks=3):
-    """32x32 -> latents [4, 8, 8], or with more blocks larger images; the scheduler's settings are Stable Diffusion
-    1.4's."""
+    """32x32 -> latents [4, 8, 8], or with more blocks larger images; the scheduler's settings are
+    Stable Diffusion 1.4's."""
     torch.manual_seed(0)
     tokenizer = clip_tokenizer(CORPUS, 12)
     return StableDiffusionPipeline(
         vae=AutoencoderKL(
-            block_out_channels=(*(8,) * (blocks - 1), 16), down_block_types=("DownEncoderBlock2D",) * blocks,
-            up_block_types=("UpDecoderBlock2D",) * blocks, latent_channels=4, norm_num_groups=4, sample_size=32,
-            scaling_factor=0.18215,
+            block_out_channels=(*(8,) * (blocks - 1), 16),
+            down_block_types=("DownEncoderBlock2D",) * blocks,
+            up_block_types=("UpDecoderBlock2D",) * blocks, latent_channels=4, norm_num_groups=4,
+            sample_size=32, scaling_factor=0.18215,
         ),
         text_encoder=clip_text(tokenizer, 16, 12), tokenizer=tokenizer,
         unet=UNet2DConditionModel(
             sample_size=8, block_out_channels=(16, 32), layers_per_block=1, cross_attention_dim=16,
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), norm_num_groups=4, attention_head_dim=2,
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), norm_num_groups=4,
+            attention_head_dim=2, up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
         ),
         scheduler=DDIMScheduler(
             beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
@@ -112,21 +118,25 @@ def sd3(t5=True):
     return StableDiffusion3Pipeline(
         vae=AutoencoderKL(
             block_out_channels=(8, 8, 16), down_block_types=("DownEncoderBlock2D",) * 3,
-            up_block_types=("UpDecoderBlock2D",) * 3, latent_channels=4, norm_num_groups=4, sample_size=32,
-            scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False,
+            up_block_types=("UpDecoderBlock2D",) * 3, latent_channels=4, norm_num_groups=4,
+            sample_size=32, scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False,
+            use_post_quant_conv=False,
         ),
-        text_encoder=clip_text(tokenizers[0], 8, 20, **with_projection, projection_dim=6), tokenizer=tokenizers[0],
+        text_encoder=clip_text(tokenizers[0], 8, 20, **with_projection, projection_dim=6),
+        tokenizer=tokenizers[0],
         text_encoder_2=clip_text(tokenizers[1], 12, 20, **with_projection, projection_dim=10),
         tokenizer_2=tokenizers[1], tokenizer_3=tokenizers[2] if t5 else None,
         text_encoder_3=T5EncoderModel(
             T5Config(
-                vocab_size=len(tokenizers[2]), d_model=24, d_kv=8, d_ff=32, num_layers=1, num_heads=2, dropout_rate=0.0
+                vocab_size=len(tokenizers[2]), d_model=24, d_kv=8, d_ff=32, num_layers=1,
+                num_heads=2, dropout_rate=0.0
             )
         ) if t5 else None,
         transformer=SD3Transformer2DModel(
-            sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=12,
-            num_attention_heads=2, joint_attention_dim=24, caption_projection_dim=24, pooled_projection_dim=16,
-            pos_embed_max_size=8, dual_attention_layers=(0,), qk_norm="rms_norm",
+            sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=2,
+            attention_head_dim=12, num_attention_heads=2, joint_attention_dim=24,
+            caption_projection_dim=24, pooled_projection_dim=16, pos_embed_max_size=8,
+            dual_attention_layers=(0,), qk_norm="rms_norm",
         ),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
     )  # fmt: skip
@@ -148,8 +158,8 @@ def qwen():
             latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[1.5, 0.8, 1.2, 1.0],
         ),
         transformer=QwenImageTransformer2DModel(
-            in_channels=16, out_channels=4, num_layers=2, attention_head_dim=12, num_attention_heads=2,
-            joint_attention_dim=32, axes_dims_rope=(4, 4, 4),
+            in_channels=16, out_channels=4, num_layers=2, attention_head_dim=12,
+            num_attention_heads=2, joint_attention_dim=32, axes_dims_rope=(4, 4, 4),
         ),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
     )  # fmt: skip
@@ -176,7 +186,8 @@ def wan(experts=1, images=False, vae=SMALL_VAE, patch_size=(1, 2, 2)):
         tokenizer=tokenizer,
         text_encoder=UMT5EncoderModel(
             UMT5Config(
-                vocab_size=len(tokenizer), d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, dropout_rate=0.0
+                vocab_size=len(tokenizer), d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2,
+                dropout_rate=0.0
             )
         ),
         vae=AutoencoderKLWan(
@@ -197,22 +208,24 @@ def hunyuan(width=8, layers=1, patch_size=1, patch_size_t=1):
     return HunyuanVideoPipeline(
         text_encoder=LlamaModel(
             LlamaConfig(
-                vocab_size=400, hidden_size=16, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2,
-                num_key_value_heads=2, max_position_embeddings=512, pad_token_id=0,
+                vocab_size=400, hidden_size=16, intermediate_size=32, num_hidden_layers=4,
+                num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=512,
+                pad_token_id=0,
             )
         ),
         tokenizer=llama_tokenizer(),
         text_encoder_2=clip_text(tokenizer_2, 8, 77), tokenizer_2=tokenizer_2,
         transformer=HunyuanVideoTransformer3DModel(
-            in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=12, num_layers=1,
-            num_single_layers=1, num_refiner_layers=1, patch_size=patch_size, patch_size_t=patch_size_t,
-            guidance_embeds=True,
+            in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=12,
+            num_layers=1, num_single_layers=1, num_refiner_layers=1, patch_size=patch_size,
+            patch_size_t=patch_size_t, guidance_embeds=True,
             text_embed_dim=16, pooled_projection_dim=8, rope_axes_dim=(2, 4, 6),
         ),
         vae=AutoencoderKLHunyuanVideo(
             latent_channels=4, block_out_channels=(width,) * 4, layers_per_block=layers,
             norm_num_groups=min(4, width), scaling_factor=0.476986,
-            down_block_types=("HunyuanVideoDownBlock3D",) * 4, up_block_types=("HunyuanVideoUpBlock3D",) * 4,
+            down_block_types=("HunyuanVideoDownBlock3D",) * 4,
+            up_block_types=("HunyuanVideoUpBlock3D",) * 4,
         ),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
     )  # fmt: skip

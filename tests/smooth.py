@@ -45,8 +45,7 @@ class Picky(_Colour):
 COLOURS = ("red", "green", "blue")
 for number, name in enumerate(COLOURS):
     globals()[name] = type(name, (_Colour,), {"channel": number})
-    rewards.REWARDS.setdefault(
-        name, (__name__, name)
-    )  # not again, where a run loads this as a file of one's own
-rewards.REWARDS.setdefault("change", (__name__, "Change"))
-rewards.REWARDS.setdefault("picky", (__name__, "Picky"))
+    # a run that loads this as a user's file does not replace these
+    rewards.REWARDS.setdefault(name, f"{__name__}:{name}")
+rewards.REWARDS.setdefault("change", f"{__name__}:Change")
+rewards.REWARDS.setdefault("picky", f"{__name__}:Picky")

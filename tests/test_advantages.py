@@ -1,12 +1,15 @@
 """The pure functions of grpo_base.py against the published values and an independent float64 NumPy
 transcription."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
-from common import rewards
-from grpo_base import EPS, combine_scores, compute_advantages, keep_rows, split_rows, zero_variance
+from common.groups import keep_rows, split_rows, zero_variance
+from common.rewards import Rewards
+from grpo_base import EPS, combine_scores, compute_advantages
 
 NO_CLAMP = 1e9
 
@@ -20,6 +23,12 @@ def advantages_of(reward, eps):
         std = (sum((r - mean) ** 2 for r in group) / len(group)) ** 0.5
         out.append([(r - mean) / (std + eps) for r in group])
     return np.array(out)
+
+
+def terms_of(aggregate, scores, weights):
+    """What advantages are computed from, by --aggregate."""
+    rewards = SimpleNamespace(aggregate=aggregate, weights=weights)
+    return Rewards.terms(rewards, combine_scores(scores, weights), scores)
 
 
 def random_rewards(prompts, group, centre=0.0, spread=1.0):
@@ -97,9 +106,8 @@ def test_groups_do_not_influence_each_other():
 def test_advantages_ignore_the_shift_and_scale_of_a_groups_rewards():
     reward = torch.tensor(random_rewards(3, 8))
     got = compute_advantages(10 * reward + 4, NO_CLAMP)
-    np.testing.assert_allclose(
-        got.numpy(), compute_advantages(reward, NO_CLAMP).numpy(), atol=1e-6
-    )  # eps
+    expected = compute_advantages(reward, NO_CLAMP)
+    np.testing.assert_allclose(got.numpy(), expected.numpy(), atol=1e-6)  # eps
 
 
 # --- Rows to train on ---
@@ -160,7 +168,7 @@ def test_several_rewards_are_normalised_as_one_or_each_by_itself(aggregate):
     a, b = random_rewards(3, 6, 0.3, 0.01), random_rewards(4, 6, 0.4, 0.02)[:3]
     a[0, 1] = np.nan  # a sample without one of the scores has none
     scores, weights = {"hps": torch.tensor(a), "clip": torch.tensor(b)}, {"hps": 0.7, "clip": 1.4}
-    terms = rewards.terms(aggregate, combine_scores(scores, weights), scores, weights)
+    terms = terms_of(aggregate, scores, weights)
     got = sum(w * compute_advantages(r, 1.5) for r, w in terms)
     assert got[0, 1] == 0
     for p in range(3):
@@ -183,7 +191,7 @@ def test_the_reward_with_the_larger_spread_decides_a_sum_and_not_the_sum_of_adva
     )
     scores, weights = {"a": 0.01 * a, "b": 0.02 * b}, {"a": 0.7, "b": 1.4}
     for aggregate, correlation in (("rewards", 17**-0.5), ("advantages", 5**-0.5)):
-        terms = rewards.terms(aggregate, combine_scores(scores, weights), scores, weights)
+        terms = terms_of(aggregate, scores, weights)
         got = sum(w * compute_advantages(r, NO_CLAMP) for r, w in terms)
         assert torch.corrcoef(torch.cat([a, got]))[0, 1].item() == pytest.approx(
             correlation, abs=0.015

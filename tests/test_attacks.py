@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT
 
 from benchmarks import attacks
-from common.trainer import checkpoints
+from common.trainer import checkpoint_files
 
 GOOD = "error: --steps 0: must be from 1\n"
 TRACE = "Traceback (most recent call last):\n  File x\nKeyError: 1\n"
@@ -55,9 +55,9 @@ def test_steps_that_are_lost_are_seen(tmp_path):
     (tmp_path / "run/metrics.jsonl").write_text('{"reward_mean": 0}\n' * 2 + '{"eval_reward": 0}\n')
     assert verdict(tmp_path, GOOD, 1) == "a loss"
     for step in (1, 2):
-        checkpoints.begin(tmp_path / "run", step)
-        checkpoints.put(tmp_path / "run", step, {"prior": {}})
-        checkpoints.publish(tmp_path / "run", step, {"prior": 0})
+        checkpoint_files.begin(tmp_path / "run", step)
+        checkpoint_files.put(tmp_path / "run", step, {"prior": {}})
+        checkpoint_files.publish(tmp_path / "run", step, {"prior": 0})
         assert verdict(tmp_path, GOOD, 1) == ("a loss" if step == 1 else "one line")
     assert verdict(tmp_path) == "its end"
     (tmp_path / "run/export").rmdir()

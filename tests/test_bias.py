@@ -11,9 +11,11 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
-from common import models, rewards
+from common import models
+from common.args import Scored
 from common.errors import InputError
 from common.prompts import read_prompts
+from common.rewards import Rewards
 from evaluation import bias
 from worlds.shapes import render, sample_scenes
 
@@ -26,7 +28,8 @@ class Judge(Verifier):
     liked, range = frozenset({liked}), (0.0, 1.1)
 
     def score(self, media, prompts):
-        return super().score(media, prompts) + media.new_tensor([0.1 * (prompt in self.liked) for prompt in prompts])
+        liked = media.new_tensor([0.1 * (prompt in self.liked) for prompt in prompts])
+        return super().score(media, prompts) + liked
 '''
 
 
@@ -68,7 +71,7 @@ def test_chance_is_what_it_says_it_is():
     uniform."""
     random, labels = np.random.default_rng(0), np.repeat(np.arange(8), 10)
     found = [
-        bias.against_chance(random.normal(5, 1, 80), labels, 8, seed, dealt=200)
+        bias.against_chance(random.normal(5, 1, 80), labels, 8, seed, shuffles=200)
         for seed in range(100)
     ]
     assert sum(one["kappa"] > one["chance"] for one in found) <= 12  # 5 +- 2.2
@@ -88,12 +91,11 @@ def test_a_bias_that_was_built_in_is_found_and_none_in_the_verifier(vectors):
     pytest.importorskip("sklearn")
     for seed in range(5):
         labels = bias.clustered(vectors, 10, seed)
-        scores = rewards.score(rewards.load(["verifier"], CAPTIONS), pictures(seed), CAPTIONS)[
-            "verifier"
-        ]
-        honest = bias.against_chance(scores.double().numpy(), labels, 10, seed, dealt=300)
+        rewards = Rewards(Scored(reward=("verifier",)), CAPTIONS)
+        scores = rewards.score(pictures(seed), CAPTIONS)["verifier"]
+        honest = bias.against_chance(scores.double().numpy(), labels, 10, seed, shuffles=300)
         judged = bias.against_chance(
-            scores.double().numpy() + 0.1 * (labels == seed), labels, 10, seed, dealt=300
+            scores.double().numpy() + 0.1 * (labels == seed), labels, 10, seed, shuffles=300
         )
         assert honest["p"] > 0.01 and honest["beyond_chance"] < 1.0, (seed, honest)
         assert judged["p"] < 0.01 and judged["beyond_chance"] > 2.0, (seed, judged)
@@ -158,13 +160,13 @@ def test_a_runs_own_weights_draw_the_samples(train, tmp_path):
 @pytest.mark.parametrize(
     "settings, said",
     [
-        (dict(clusters=(500,)), "--clusters 500: from 2 to"),
+        (dict(clusters=(500,)), "--clusters 500: must be from 2 to"),
         (dict(clusters=(1,)), "--clusters 1: must be from 2"),
         (dict(clusters=()), "--clusters: name at least one"),
         (dict(samples=0), "--samples 0: must be from 1"),
         (dict(seed=-1), "--seed -1: must be from 0"),
-        (dict(real="words.txt"), "'a red circle' has no file; write lines FILE <tab> CAPTION"),
-        (dict(real="lost.txt"), "lost.png is no picture or clip that can be read"),
+        (dict(real="words.txt"), "'a red circle' has no file. Write lines FILE <tab> CAPTION"),
+        (dict(real="lost.txt"), "lost.png does not load"),
         (dict(reward=("verifyer",)), "did you mean verifier"),
     ],
 )

@@ -6,11 +6,11 @@ import matplotlib.pyplot as plt
 import pytest
 import torch
 
-from common.reporting import captions, report
+from common.reporting import captions, pictures
 
 HARD = [
-    "a $x_1$ red $\\frac{1}{2$ circle $", "costs $5 and $6", "一只红色的狐狸在雪地里奔跑" * 5, "ثعلب أحمر", "🦊 fox",
-    "w" * 300, "W" * 60, "bell\x07 and \x00 nul", "%s {} \\n _ ^", "", "x",
+    "a $x_1$ red $\\frac{1}{2$ circle $", "costs $5 and $6", "一只红色的狐狸在雪地里奔跑" * 5,
+    "ثعلب أحمر", "🦊 fox", "w" * 300, "W" * 60, "bell\x07 and \x00 nul", "%s {} \\n _ ^", "", "x",
     "a red circle left of a blue square and so on " * 8,
 ]  # fmt: skip
 
@@ -39,7 +39,7 @@ def test_letters_that_no_font_has_are_written_as_numbers():
 
 
 @pytest.mark.parametrize(
-    "save, shape", [(report.save_grid, (3, 8, 8)), (report.save_strips, (2, 3, 8, 8))]
+    "save, shape", [(pictures.save_grid, (3, 8, 8)), (pictures.save_strips, (2, 3, 8, 8))]
 )
 def test_any_prompt_is_drawn_without_boxes_and_beside_the_others(
     save, shape, tmp_path, monkeypatch
@@ -77,6 +77,6 @@ def test_a_curve_without_points_is_not_named(tmp_path, monkeypatch):
     monkeypatch.setattr(plt.Axes, "legend", lambda axis: labels.extend(real(axis).get_texts()))
     rows = [{"step": 0, "reward_mean": 1.0}, {"step": 1, "reward_mean": 2.0}]
     names = {"reward_mean": "training samples", "eval_reward": "held-out prompts"}
-    report.save_curves(tmp_path / "reward.png", rows, names, "reward")
-    report.save_curves(tmp_path / "none.png", [], names, "reward")
+    pictures.save_curves(tmp_path / "reward.png", rows, names, "reward")
+    pictures.save_curves(tmp_path / "none.png", [], names, "reward")
     assert [label.get_text() for label in labels] == ["training samples"]

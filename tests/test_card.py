@@ -2,6 +2,7 @@
 to a hub."""
 
 import base64
+import dataclasses
 import json
 import os
 import stat
@@ -20,9 +21,11 @@ import self_paced
 import slas
 from common import cli, models
 from common.errors import InputError, RunError
-from common.models.flux import Flux
-from common.models.wan import Wan
 from common.reporting import card
+from common.reporting.files import rows_before
+
+FLUX = card.Base("assets/tiny-flux", "text-to-image", "FluxPipeline")
+WAN = card.Base("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "text-to-video", "WanPipeline")
 
 
 @pytest.fixture
@@ -114,7 +117,7 @@ def test_an_export_has_a_card_that_the_hub_reads(train, tmp_path):
     assert "https://arxiv.org/abs/2511.18919" in said and "load_lora_weights" in said
     evaluations = [
         row["eval_reward"]
-        for row in card.rows_before(folder / "metrics.jsonl", 9)
+        for row in rows_before(folder / "metrics.jsonl", 9)
         if "eval_reward" in row
     ]
     assert f"{evaluations[0]:.4g} -> {evaluations[-1]:.4g}" in said
@@ -131,8 +134,8 @@ def test_an_export_has_a_card_that_the_hub_reads(train, tmp_path):
 
 
 @pytest.mark.parametrize("script, method", [
-    (grpo_base, "GRPO for image and video generators"), (slas, "SLAS, super-linear advantage "
-                                                               "shaping"),
+    (grpo_base, "GRPO"),
+    (slas, "Super-linear advantage shaping (SLAS)"),
     (self_paced, "Self-Paced GRPO"),
 ])  # fmt: skip
 def test_the_command_on_a_card_is_the_run(script, method, monkeypatch):
@@ -142,7 +145,7 @@ def test_the_command_on_a_card_is_the_run(script, method, monkeypatch):
         lora_rank=8, reward=("hpsv2.1=0.7", "clip"), batched_guidance=True, reward_frames=3, seed=2
     )
     args = cli.defaults(script.Args, "wan2.1-1.3b", **values)
-    said = card.card({"script": script.__name__}, args, Wan, [], [])
+    said = card.card(script.__name__, args, WAN, [], [])
     assert f"# wan2.1-1.3b, trained with {method}" in said
     assert (
         "base_model: Wan-AI/Wan2.1-T2V-1.3B-Diffusers" in said
@@ -163,7 +166,7 @@ def test_paths_of_the_machine_stay_there():
     args = cli.defaults(
         grpo_base.Args, prompts="/home/somebody/captions.csv", reward_path=("clip=/home/me/clip",)
     )
-    said = card.card({"script": "grpo_base"}, args, Flux, [], [])
+    said = card.card("grpo_base", args, FLUX, [], [])
     assert (
         "/home" not in said
         and "--prompts captions.csv" in said
@@ -172,8 +175,30 @@ def test_paths_of_the_machine_stay_there():
 
 
 def test_a_script_of_ones_own_has_a_card_too():
-    said = card.card({"script": "my_method"}, cli.defaults(grpo_base.Args), Flux, [], [])
+    said = card.card("my_method", cli.defaults(cli.Args), FLUX, [], [])
     assert "trained with my_method.py" in said and "arxiv" not in said
+
+
+def test_of_two_experts_both_loras_are_loaded_and_all_weights_are_a_pipeline():
+    base = card.Base("Wan-AI/Wan2.2-I2V-A14B-Diffusers", "image-to-video", "WanPipeline", True)
+    both = card.loading(base, lora=True)
+    assert 'from_pretrained("Wan-AI/Wan2.2-I2V-A14B-Diffusers")' in both
+    assert "load_into_transformer_2=True" in both
+    assert "load_into_transformer_2=True" not in card.loading(WAN, lora=True)
+    whole = card.loading(base, lora=False)
+    assert 'from_pretrained("this repository")' in whole and "lora" not in whole
+
+
+def test_the_card_has_the_flags_as_they_were_given(tmp_path):
+    """The memory of a machine changes some of them, and config.json has them before that."""
+    (tmp_path / "export").mkdir()
+    args = cli.defaults(grpo_base.Args, "flux", reward=("hpsv2", "clip=0.5"))
+    config = dataclasses.asdict(args) | {"script": "grpo_base"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    resolved = dataclasses.replace(args, micro_batch=3, offload_encoders=True)
+    card.write(tmp_path, resolved, FLUX)
+    said = (tmp_path / "export/README.md").read_text()
+    assert "    grpo_base.py --model flux --reward hpsv2 clip=0.5\n" in said
 
 
 # --- Files ---
@@ -227,14 +252,16 @@ def test_the_export_is_pushed_in_the_end(train, hub, capsys):
 
 def test_a_push_that_fails_leaves_the_export_and_says_how_to_do_it_later(train, hub):
     hub.broken.append("/api/models/me/model/commit/main")
-    with pytest.raises(RunError, match=r"push it later: `hf upload me/model .*run/export`"):
+    with pytest.raises(
+        RunError, match=r"complete. Push it later: `hf upload me/model .*run/export`"
+    ):
         train(lora_rank=4, steps=1, push_to_hub="me/model")
 
 
 @pytest.mark.parametrize("repository, token, line", [
-    ("me/model", "hf_wrong", "run `hf auth login`, or push the export later"),
-    ("model", "hf_right", "write OWNER/NAME"),
-    ("me/mo del", "hf_right", "the hub does not take it"),
+    ("me/model", "hf_wrong", "run `hf auth login`, or push later"),
+    ("model", "hf_right", "Write OWNER/NAME"),
+    ("me/mo del", "hf_right", "does not load"),
 ])  # fmt: skip
 def test_who_cannot_push_hears_of_it_before_any_work(
     repository, token, line, hub, train, monkeypatch, tmp_path

@@ -29,7 +29,8 @@ import bpgo
 import grpo_base
 import self_paced
 import slas
-from common import cli, models
+from common import models
+from common.args import defaults
 from common.prompts import files, sets
 
 SCRIPTS = {"grpo_base": grpo_base, "bpgo": bpgo, "slas": slas, "self_paced": self_paced}
@@ -146,8 +147,8 @@ def test_named_models_load_offline_from_the_cache_at_their_own_sizes(name, tmp_p
         monkeypatch.setattr(constants, constant, value)
     hub.put_model(tmp_path, name, tmp_path / "model")
     for script in SCRIPTS.values():
-        args = cli.defaults(script.Args, name)
-        model = models.load(name, torch.float32, **cli.of_model(args))
+        args = defaults(script.Args, name)
+        model = models.load(name, torch.float32, **args.model_settings())
         assert len(model.sigmas(args.sampling_steps, args.shift)) == args.sampling_steps + 1
         assert (model.height, model.width) == (args.height, args.width)
         assert model.video == bool(args.frames) and model.images == (name == "wan2.2-i2v")
@@ -171,7 +172,7 @@ def test_the_owners_command_trains_word_for_word(command, tmp_path):
     row, output = first_line(command, folder, home, seconds=3 * 3600)
     print({key: value for key, value in row.items()})
     config = json.loads((output / "config.json").read_text())
-    expected = cli.defaults(SCRIPTS[script].Args, name)
+    expected = defaults(SCRIPTS[script].Args, name)
     for setting, value in vars(expected).items():
         assert config[setting] == (list(value) if isinstance(value, tuple) else value), setting
     assert output.name == f"{script}-{name}-1" and row["step"] == 0 and logged <= row.keys()

@@ -10,8 +10,9 @@ from PIL import Image
 
 import bpgo
 import grpo_base
-from common import cli
+from common.args import defaults
 from common.errors import InputError
+from common.reporting.files import write_rows
 from common.trainer import run_folder
 from lab import compare
 
@@ -25,11 +26,11 @@ def made(tmp_path, monkeypatch):
 
     def run(name, script=grpo_base, evaluations=True, lost=(), steps=STEPS, **settings):
         monkeypatch.setattr("sys.argv", [script.__file__])
-        args = cli.defaults(
+        args = defaults(
             script.Args, **{"reward": ("verifier", "jpeg=2"), "watch": ("clip",), **settings}
         )
         folder = tmp_path / name
-        run_folder.claim(folder, args)
+        run_folder.claim(folder, args, checkpoint=None, step=0)
         random = np.random.default_rng(args.seed)
         rows = [{"step": step, "ratio_error": 0.0} for step in range(steps)]
         for metric in ("reward_mean", "verifier_mean", "jpeg_mean", "clip_mean"):
@@ -42,7 +43,7 @@ def made(tmp_path, monkeypatch):
             }
         for step in lost:
             rows[step]["reward_mean"] = math.nan  # null in the file
-        run_folder.write_rows(folder / "metrics.jsonl", rows)
+        write_rows(folder / "metrics.jsonl", rows)
         return folder, rows
 
     return run
@@ -139,9 +140,7 @@ def test_a_reward_that_a_run_does_not_have_is_none(made, tmp_path):
 
 def test_of_a_reward_that_some_runs_watch_those_count(made):
     (one, rows), (two, _) = made("one"), made("two", seed=1)
-    run_folder.write_rows(
-        two / "metrics.jsonl", [{"step": n, "reward_mean": 0.0} for n in range(STEPS)]
-    )
+    write_rows(two / "metrics.jsonl", [{"step": n, "reward_mean": 0.0} for n in range(STEPS)])
     (group,) = compare.settings([compare.read(one), compare.read(two)])
     assert (
         group.series("clip_mean")[3] == (rows[3]["clip_mean"],) * 3

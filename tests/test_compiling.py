@@ -10,7 +10,6 @@ import torch
 from conftest import metrics, weights
 from diffusers import FluxPipeline
 from test_families import folder_of, picture  # noqa: F401, a fixture
-from test_processes import assert_same, two, words
 from torch._dynamo.backends.debugging import aot_eager
 
 import grpo_base
@@ -46,9 +45,17 @@ def small(tmp_path):
     (tmp_path / "prompts.txt").write_text("\n".join(pipelines.CORPUS[:5]))
     file = str(tmp_path / "prompts.txt")
     return dict(
-        model=str(folder), prompts=file, eval_prompts=file, height=32, width=32, reward=("jpeg",), guidance=3.5,
-        learning_rate=1e-3, micro_batch=3, eval_every=1,
-    )  # fmt: skip
+        model=str(folder),
+        prompts=file,
+        eval_prompts=file,
+        height=32,
+        width=32,
+        reward=("jpeg",),
+        guidance=3.5,
+        learning_rate=1e-3,
+        micro_batch=3,
+        eval_every=1,
+    )
 
 
 @pytest.mark.long
@@ -107,10 +114,7 @@ def test_without_a_compiler_it_is_one_line(small, train, monkeypatch):
     torch._dynamo.reset()
     monkeypatch.setattr(config.cpp, "cxx", ("no-such-compiler",))
     monkeypatch.setattr(config, "force_disable_caches", True)
-    with pytest.raises(
-        InputError,
-        match="--compile: torch cannot compile on this machine .*; install them, or leave",
-    ):
+    with pytest.raises(InputError, match="--compile: .*; install a C\\+\\+ compiler"):
         train(**small, compile=True)
 
 
@@ -135,15 +139,11 @@ def test_attention_takes_the_kernels_that_are_asked_for(small, train, monkeypatc
 
 
 def test_attention_that_is_not_there_is_one_line(small, train, tmp_path, picture):  # noqa: F811
-    with pytest.raises(
-        InputError, match="--attention flash: Flash Attention backend 'flash' is not usable"
-    ):
+    with pytest.raises(InputError, match="--attention flash .*backend 'flash' is not usable"):
         train(**small, attention="flash")
-    with pytest.raises(
-        InputError, match="--attention _native_math cannot be differentiated twice; leave it out"
-    ):
+    with pytest.raises(InputError, match="--attention _native_math has no second derivative"):
         train(slas, **small, gamma="auto", attention="_native_math")
-    with pytest.raises(InputError, match="of a UNet2DConditionModel it cannot be chosen"):
+    with pytest.raises(InputError, match="--attention _native_math: a UNet2DConditionModel"):
         train(**folder_of("sd", tmp_path, picture), attention="_native_math", output="sd")
 
 
@@ -160,6 +160,8 @@ def test_in_bf16_the_ratio_is_one(small, train, bf16):
 @pytest.mark.slow
 @pytest.mark.parametrize("config", ["ddp", "fsdp2"])
 def test_two_compiled_processes_train_as_one_that_is_not(config, small, train, tmp_path):
+    from test_processes import assert_same, two, words
+
     small |= dict(
         prompts_per_step=2, group_size=3, sampling_steps=4, steps=2, eval_every=0, tracker="none"
     )

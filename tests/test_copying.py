@@ -66,7 +66,7 @@ def module(name):
 
 
 def test_every_method_trains_in_a_folder_of_its_own_with_torch_alone(tmp_path):
-    for name in ("sde", "loss"):
+    for name in ("sde", "loss", "groups"):
         shutil.copy(ROOT / f"common/{name}.py", tmp_path)
     for name in ("grpo_base", "bpgo", "slas", "self_paced"):
         (tmp_path / f"{name}_equations.py").write_text(lift.lifted(name))
@@ -90,9 +90,8 @@ def test_every_method_trains_in_a_folder_of_its_own_with_torch_alone(tmp_path):
     found = re.findall(r"(\w+\.py) (\d\.\d+) -> (\d\.\d+)$", done.stdout, re.M)
     assert [name for name, _, _ in found] == loops
     ends = {name: float(end) for name, start, end in found if float(end) > float(start) + 0.1}
-    assert (
-        list(ends) == loops and ends["grpo.py"] > ends["loop.py"] + 0.05
-    )  # -1 for no score costs so much
+    # -1 for no score costs so much
+    assert list(ends) == loops and ends["grpo.py"] > ends["loop.py"] + 0.05
 
 
 def test_the_functions_are_the_scripts_own():
@@ -100,13 +99,13 @@ def test_the_functions_are_the_scripts_own():
         text, source = lift.lifted(name), (ROOT / f"{name}.py").read_text()
         defined = re.findall(r"^def \w+\(.*?(?=^def |\Z)", text, re.M | re.S)
         assert defined and all(part.strip() in source for part in defined)
-    assert "def reliability_weights" in lift.lifted("bpgo") and "def stage_weights" in lift.lifted(
-        "self_paced"
-    )
+    assert "def reliability_weights" in lift.lifted("bpgo")
+    assert "def stage_weights" in lift.lifted("self_paced")
 
 
 def test_what_needs_more_than_torch_stays():
-    source = "import torch\nimport x\ndef f(a):\n  return g(a)\ndef g(a):\n  return x.h(a)\ndef k(x):\n  return max(x)\n"
+    source = "import torch\nimport x\ndef f(a):\n  return g(a)\ndef g(a):\n  return x.h(a)\n"
+    source += "def k(x):\n  return max(x)\n"
     assert lift.functions(source) == {"f": {"g"}, "g": {"x"}, "k": set()}
     assert lift.functions("def f():\n  import x\n  return x\n") == {}
 
@@ -123,11 +122,7 @@ def test_rows_become_groups_and_rows_again():
 
 @pytest.mark.parametrize("steps", [3, 60])
 def test_the_running_mean_is_bpgos(steps):
-    args = SimpleNamespace(prior="running-mean", prior_value=0.0)
-    theirs, ours = (
-        bpgo.Prior(SimpleNamespace(args=args), None, {}, {}),
-        module("flat.py").RunningMean(),
-    )
+    theirs, ours = bpgo.RunningMeanPrior(), module("flat.py").RunningMean()
     generator = torch.Generator().manual_seed(0)
     for step in range(steps):
         reward = torch.rand(2, 4, generator=generator)

@@ -68,7 +68,10 @@ def test_papers_are_cited_by_one_number_each():
 
 
 def test_anchors_are_named_as_github_does():
-    page = "# A run's folder\n\n## `--help`, and [more](x.md)\n\n## Twice\n\n    # no heading\n\n## Twice\n"
+    page = (
+        "# A run's folder\n\n## `--help`, and [more](x.md)\n\n## Twice\n\n"
+        "    # no heading\n\n## Twice\n"
+    )
     assert anchors(page) == ["a-runs-folder", "--help-and-more", "twice", "twice-1"]
 
 
@@ -96,8 +99,9 @@ def test_commands_parse(name, command, elsewhere, monkeypatch):
     "command",
     ["python bpgo.py --learning-rat 1", "bash run.sh --stepz 2", "accelerate launch --config "
                                                                  "bpgo.py",
-     "slas.py --lam 1", "accelerate launch --config_file configs/none.yaml bpgo.py", "python bpgo.py -m",
-     "python -m lab.gains --onely x", "python evaluate.py RUN --layout nothing", "python -m lab.rooms --write",
+     "slas.py --lam 1", "accelerate launch --config_file configs/none.yaml bpgo.py",
+     "python bpgo.py -m", "python -m lab.gains --onely x",
+     "python evaluate.py RUN --layout nothing", "python -m lab.rooms --write",
      "sbatch configs/slurm.sh bpgo.py --a"],
 )  # fmt: skip
 def test_a_wrong_command_would_be_noticed(command, elsewhere, monkeypatch):
@@ -111,7 +115,7 @@ def test_a_wrong_command_would_be_noticed(command, elsewhere, monkeypatch):
 
 def test_the_rooms_are_those_of_today():
     text = rooms.PAGE.read_text()
-    assert rooms.with_table(text) == text, "run python -m lab.rooms"
+    assert rooms.with_tables(text) == text, "run python -m lab.rooms"
 
 
 def test_the_lengths_of_files_are_about_those_of_today():
@@ -122,7 +126,8 @@ def test_the_lengths_of_files_are_about_those_of_today():
 
 
 # without those that other tests put beside them
-OURS = {name for name, (module, _) in rewards.REWARDS.items() if module.startswith("common.")}
+ROOMS = ("common.", "worlds.")
+OURS = {name for name, place in rewards.REWARDS.items() if place.startswith(ROOMS)}
 
 
 def test_the_readme_names_every_model_and_every_reward():
@@ -143,6 +148,13 @@ def test_the_rewards_page_has_every_reward():
         first, *others = re.findall("`(.+?)`", cell)  # `videoalign`, `videoalign:vq`, `:mq`
         found |= {first, *(f"{first}{name}" if name[0] == ":" else name for name in others)}
     assert found >= OURS
+
+
+def test_the_messages_on_the_page_of_troubles_are_in_the_code():
+    quoted = re.findall(r"^\*\*`([^`]+?)(?: \.\.\.)?`", TEXTS["docs/troubleshooting.md"], re.M)
+    files = [*ROOT.glob("*.py"), *(ROOT / "common").rglob("*.py")]
+    code = re.sub(r'"\s*f?"', "", "".join(file.read_text() for file in files))
+    assert len(quoted) >= 6 and all(message in code for message in quoted)
 
 
 def test_the_six_metrics_are_the_same_on_both_pages():

@@ -22,11 +22,13 @@ import evaluate
 import grpo_base
 import self_paced
 from common import cli, errors, models, sde
+from common.args import defaults
 from common.errors import InputError, RunError
 from common.prompts import caption_of, image_of, read_prompts
-from common.trainer import heldout
-from common.trainer.run_folder import rows_before
-from evaluation import folder, tables
+from common.reporting.files import rows_before
+from common.trainer.evaluator import NOISE
+from evaluation import sampler, tables
+from evaluation.folder import Folder
 
 HELD_OUT = read_prompts(models.settings("tiny-flux")["eval_prompts"])
 NUMBER = 12
@@ -47,7 +49,7 @@ def trained(folder, script, **settings):
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [script.__file__])
-        script.main(cli.defaults(script.Args, **{**small, "output": str(folder), **settings}))
+        script.main(defaults(script.Args, **{**small, "output": str(folder), **settings}))
     return folder
 
 
@@ -193,7 +195,7 @@ def test_size_steps_seed_and_samples_are_its_own(runs, look):
     words = ("--reward", "red", "--prompts", runs.prompts, "--sampling-steps", 4, "--samples", 2)
     more, place = look("--model", "tiny-flux", *words, output="more")
     assert more["rewards"]["base"]["red"]["samples"] == 2 * NUMBER
-    kept = folder.Folder(place, more["settings"], more["weights"]).parts["base"][0]["red"]
+    kept = Folder(place, more["settings"], more["weights"]).parts["base"][0]["red"]
     assert np.mean(kept[:NUMBER]) == pytest.approx(found[0], abs=1e-6), (
         "the first sample's noise stays"
     )
@@ -214,11 +216,9 @@ def test_exports_give_the_evaluators_own_samples_in_plain_diffusers(
 ):
     """Loaded by another process that knows nothing of this project: 1e-5 in float32, and not the
     base model's."""
-    jobs, true, made = [], heldout.sample_and_score, []
+    jobs, true, made = [], sampler.sample, []
     monkeypatch.setattr(
-        heldout,
-        "sample_and_score",
-        lambda *words, **more: made.append(true(*words, **more)) or made[-1],
+        sampler, "sample", lambda *words, **more: made.append(true(*words, **more)) or made[-1]
     )
     for name, rank in exports:
         prompts = read_prompts(models.settings(name)["eval_prompts"])[:2]
@@ -228,7 +228,7 @@ def test_exports_give_the_evaluators_own_samples_in_plain_diffusers(
         folder = trained(tmp_path / f"{name}-{rank}", grpo_base, **settings)
         made.clear()
         found, _ = look(folder, output=f"look-{name}-{rank}")
-        base, ours = (media for _, media in made)
+        base, ours = made
         torch.save(ours, folder / "ours.pt")
         assert (ours - base).abs().max() > 1e-3
         jobs.append(job_of(folder, name, rank, prompts, found["settings"]))
@@ -247,14 +247,16 @@ def test_exports_give_the_evaluators_own_samples_in_plain_diffusers(
 def job_of(folder, name, rank, prompts, settings):
     """For plain_pipelines.py: the evaluation's prompts, noise and sigmas."""
     model = models.load(name, torch.float32, prompts)
-    torch.save(sde.RowNoise(0, heldout.NOISE, range(2))(model.noise_shape), folder / "latents.pt")
+    torch.save(sde.RowNoise(0, NOISE, range(2))(model.noise_shape), folder / "latents.pt")
     export, experts = str(folder / "export"), "transformer_2" in model.trainable
     return dict(
-        pipeline=model.pipeline.__name__, folder=models.settings(name)["source"] if rank else export,
-        lora=export if rank else "", lora_2=f"{export}/transformer_2" if rank and experts else "",
-        prompts=[caption_of(prompt) for prompt in prompts], images=[image_of(p) for p in prompts if image_of(p)],
-        latents=str(folder / "latents.pt"), sigmas=model.sigmas(4, settings["shift"]).tolist(),
-        guidance=settings["guidance"], out=str(folder / "theirs.pt"),
+        pipeline=model.pipeline.__name__,
+        folder=models.settings(name)["source"] if rank else export, lora=export if rank else "",
+        lora_2=f"{export}/transformer_2" if rank and experts else "",
+        prompts=[caption_of(prompt) for prompt in prompts],
+        images=[image_of(p) for p in prompts if image_of(p)], latents=str(folder / "latents.pt"),
+        sigmas=model.sigmas(4, settings["shift"]).tolist(), guidance=settings["guidance"],
+        out=str(folder / "theirs.pt"),
     )  # fmt: skip
 
 
@@ -265,7 +267,7 @@ def job_of(folder, name, rank, prompts, settings):
 def test_a_killed_evaluation_goes_on_to_the_same_table_bit_for_bit(runs, look, monkeypatch):
     flags = (runs.lora, "--samples", "2", "--micro-batch", "5", "--reward-batch", "5")
     _, whole = look(*flags, output="whole", shown=4)
-    left, add, true, made = [3], folder.Folder.add, heldout.sample_and_score, []
+    left, add, true, made = [3], Folder.add, sampler.sample, []
 
     def killed(self, *words):
         left[0] -= 1
@@ -273,15 +275,15 @@ def test_a_killed_evaluation_goes_on_to_the_same_table_bit_for_bit(runs, look, m
             raise KeyboardInterrupt
         add(self, *words)
 
-    def counted(model, scorers, prompts, *words):
+    def counted(model, prompts, **settings):
         made.append(len(prompts))
-        return true(model, scorers, prompts, *words)
+        return true(model, prompts, **settings)
 
-    monkeypatch.setattr(heldout, "sample_and_score", counted)
-    monkeypatch.setattr(folder.Folder, "add", killed)
-    with pytest.raises(errors.Stopped, match="the same command goes on"):
+    monkeypatch.setattr(sampler, "sample", counted)
+    monkeypatch.setattr(Folder, "add", killed)
+    with pytest.raises(errors.Stopped, match="the same command continues"):
         look(*flags, output="cut", shown=4)
-    monkeypatch.setattr(folder.Folder, "add", add)
+    monkeypatch.setattr(Folder, "add", add)
     cut = whole.with_name("cut")
     with (cut / "scores/base.jsonl").open("a") as file:
         file.write('{"part": 3, "scores": {"veri')
@@ -308,7 +310,7 @@ def test_a_killed_evaluation_goes_on_to_the_same_table_bit_for_bit(runs, look, m
 )
 def test_scores_that_were_edited_count_as_not_there(tmp_path, edited):
     def folder():
-        return folder.Folder(str(tmp_path), {"seed": 0}, {"base": {"base": "tiny-flux"}})
+        return Folder(str(tmp_path), {"seed": 0}, {"base": {"base": "tiny-flux"}})
 
     folder().begin()
     file = tmp_path / "scores/base.jsonl"
@@ -358,9 +360,9 @@ def test_two_processes_give_the_table_of_one(runs, look, tmp_path):
 
 def test_more_runs_join_an_evaluation(runs, look, monkeypatch):
     look(runs.full)
-    made, true = [], heldout.sample_and_score
+    made, true = [], sampler.sample
     monkeypatch.setattr(
-        heldout, "sample_and_score", lambda *words, **more: made.append(1) or true(*words, **more)
+        sampler, "sample", lambda *words, **more: made.append(1) or true(*words, **more)
     )
     found, _ = look(runs.full, runs.lora)
     assert list(found["rewards"]) == ["base", "full", "lora"]
@@ -470,7 +472,7 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(
     monkeypatch.setattr(Path, name, full)
     words = ("--model", "tiny-flux", "--prompts", runs.prompts, "--sampling-steps", "2")
     with pytest.raises(
-        RunError, match="cannot write into .*No space left on device.*The same command goes on"
+        RunError, match="cannot write into .*No space left on device.*The same command continues"
     ):
         look(*words, shown=2)
     monkeypatch.setattr(Path, name, write)
@@ -497,27 +499,25 @@ def wrong(runs, tmp_path_factory):
 
 
 WRONG = {
-    "{wrong}/missing": "is no run's folder",
-    "{wrong}/no_run": "is no run's folder, it has no config.json of one; give the --output of a "
-    "training run",
-    "{wrong}/empty": "it has neither a checkpoint nor an export yet; train it first",
-    "{wrong}/broken": "it has neither a checkpoint nor an export yet",
-    "{wrong}/broken/checkpoints/step_000001": "it is no checkpoint .*; name another one, or the "
-    "run",
-    "{wrong}/cut": "does not fit the model, or is broken: its transformer.pt does not load",
-    "{lora}/checkpoints/step_000009": "there is no such folder; .* has step_000002",
+    "{wrong}/missing": "is not the folder of a run",
+    "{wrong}/no_run": "no_run is not the folder of a run.* Give the --output of a training run",
+    "{wrong}/empty": "it has neither a checkpoint nor an export. Train it first",
+    "{wrong}/broken": "it has neither a checkpoint nor an export",
+    "{wrong}/broken/checkpoints/step_000001": "not a checkpoint .* Name another one, or the run",
+    "{wrong}/cut": "step_000002 does not load .*; name another checkpoint",
+    "{lora}/checkpoints/step_000009": "there is no such folder. .* has step_000002",
     "{lora}/export_ema": "there is no such folder",
     "{lora} --averaged": "trained without --ema",
-    "{lora} {wrong}/other": "was trained from tiny-sd, .* compare runs of one base model",
-    "{lora} --model tiny-sd": "name runs before flags",
-    "--samples 2 {lora}": "name runs before flags, which have the first one's settings",
-    "{wrong}/code": "--reward is missing: the run's own is code in a file",
-    "{wrong}/broken/checkpoints": "is no run's folder",
+    "{lora} {wrong}/other": "was trained from tiny-sd, .* Compare runs of one base model",
+    "{lora} --model tiny-sd": "--model tiny-sd: .* trained tiny-flux",
+    "--samples 2 {lora}": "runs come before flags",
+    "{wrong}/code": "--reward: the run has none, or one in a file of code",
+    "{wrong}/broken/checkpoints": "is not the folder of a run",
     "{lora} --reward nonsense": "there is no 'nonsense'",
-    "{lora} --prompts {wrong}/none.txt": "cannot read",
+    "{lora} --prompts {wrong}/none.txt": "none.txt does not load",
     "{lora} --sampling-steps 1": "must be from 2",
-    "--model tiny-flux --reward red --prompts=": "--prompts is missing",
-    "--model tiny-flux --averaged": "--averaged belongs to a run, before all flags",
+    "--model tiny-flux --reward red --prompts=": "--prompts: the run has no --eval-prompts",
+    "--model tiny-flux --averaged": "--averaged: needs a run",
 }
 
 
@@ -543,14 +543,14 @@ def test_a_folder_of_another_evaluation_is_left_alone(runs, look, tmp_path):
     _, place = look(runs.lora)
     before = {path: path.read_bytes() for path in place.rglob("*.json*")}
     with pytest.raises(
-        InputError, match="has an evaluation with seed 0, now it is 1: choose another folder"
+        InputError, match="has an evaluation with seed 0, now it is 1. Choose another folder"
     ):
         look(runs.lora, "--seed", "1")
     again = shutil.copytree(runs.lora, tmp_path / "lora")  # another run of this name
     config = json.loads((again / "config.json").read_text())
     (again / "config.json").write_text(json.dumps({**config, "run": "another"}))
     with pytest.raises(
-        InputError, match="has scores of other weights called lora: choose another folder"
+        InputError, match="has scores of other weights called lora. Choose another folder"
     ):
         look(again)
     assert before == {path: path.read_bytes() for path in place.rglob("*.json*")}
@@ -562,7 +562,7 @@ def test_an_export_that_was_written_again_is_scored_anew(runs, look, tmp_path):
     for path in (run / "export").rglob("*.safetensors"):
         os.utime(path)
     with pytest.raises(
-        InputError, match="has scores of other weights called lora-export: choose another folder"
+        InputError, match="has scores of other weights called lora-export. Choose another folder"
     ):
         look(run / "export", "--sampling-steps", "2")
 

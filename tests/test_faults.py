@@ -13,7 +13,6 @@ import subprocess
 import sys
 import termios
 import time
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,11 +22,9 @@ import bpgo
 from benchmarks import kills
 from common import errors, models, sde
 from common.errors import InputError, RunError
-from common.memory import preflight
 from common.models.flux import Flux
-from common.rewards import asking
-from common.trainer import checkpoints, export, heldout, saving
-from common.trainer.runtime import Runtime
+from common.rewards import rewards
+from common.trainer import Policy, checkpoint_files, checkpoints, disk, evaluator, export
 
 SMALL = (
     "--prompts-per-step 2 --group-size 4 --sampling-steps 4 --minibatches 1 --tracker none "
@@ -85,16 +82,26 @@ def raising():
         signal.signal(number, handler)
 
 
+def before_updates(monkeypatch, action):
+    """Call action(number of the update, policy) before each optimizer step of a run."""
+    honest, updates = Policy.step, []
+
+    def step(policy):
+        action(len(updates), policy)
+        updates.append(1)
+        honest(policy)
+
+    monkeypatch.setattr(Policy, "step", step)
+
+
 def signalled(train, monkeypatch, numbers, step=1, **settings):
     """A run that gets signals in the middle of a step; returns its exit code."""
-    real = Runtime.update
 
-    def update(run):
-        for number in numbers if run.step == step else ():
+    def send(update, policy):
+        for number in numbers if update == step else ():
             os.kill(os.getpid(), number)
-        return real(run)
 
-    monkeypatch.setattr(Runtime, "update", update)
+    before_updates(monkeypatch, send)
     with pytest.raises(SystemExit) as ended:
         errors.run(lambda _: train(save_every=0, learning_rate=1e-3, **settings), None)
     monkeypatch.undo()
@@ -117,11 +124,10 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(
         )
         said = capfd.readouterr()
         assert f"stopped: {number.name}: stopped after {step + 1} steps\n" in said.err
+        assert f"{step + 1} steps are saved" in said.out
+        assert f"--output {folder} --resume latest" in said.out
         assert (
-            f"{step + 1} steps are saved; go on with --output {folder} --resume latest" in said.out
-        )
-        assert (
-            checkpoints.read(checkpoints.newest_first(folder)[0])[0]
+            checkpoint_files.read(checkpoint_files.newest_first(folder)[0])[0]
             == len(metrics(folder))
             == step + 1
         )
@@ -141,11 +147,11 @@ def assert_stops_in(room, name, number, train, monkeypatch, capfd, **settings):
     whole, rows = train(output="whole", **settings)
     honest, calls = getattr(room, name), []
 
-    def interrupted(*words):
+    def interrupted(*words, **named):
         calls.append(words)
         if len(calls) == number:
             os.kill(os.getpid(), signal.SIGTERM)
-        return honest(*words)
+        return honest(*words, **named)
 
     monkeypatch.setattr(room, name, interrupted)
     with pytest.raises(SystemExit) as ended:
@@ -172,68 +178,42 @@ def test_a_signal_in_an_evaluation_does_not_wait_for_its_end(train, monkeypatch,
     """In that of the initial weights, for a prior, when those of a LoRA are off: what is saved are
     the trained ones."""
     small = dict(micro_batch=4, reward_batch=4, prior="sft", lora_rank=2)
-    assert_stops_in(heldout, "sample", 3, train, monkeypatch, capfd, **small)  # of two a step
+    assert_stops_in(evaluator, "sample", 3, train, monkeypatch, capfd, **small)  # of two a step
 
 
 @pytest.mark.long
 def test_long_steps_are_saved_more_often(train, monkeypatch):
-    monkeypatch.setattr(saving, "AUTO_STEPS", 3)
+    monkeypatch.setattr(disk, "AUTO_STEPS", 3)
     folder, _ = train(steps=4)
-    assert [path.name for path in checkpoints.newest_first(folder)] == [
+    assert [path.name for path in checkpoint_files.newest_first(folder)] == [
         "step_000004",
         "step_000003",
     ]
-    monkeypatch.setattr(saving, "AUTO_SECONDS", 0.0)
+    monkeypatch.setattr(checkpoints, "AUTO_SECONDS", 0.0)
     folder, _ = train(steps=4, output="long")
-    assert len(checkpoints.newest_first(folder)) == 4
-
-
-def test_long_steps_whose_checkpoints_fill_the_disk_are_warned_of(train, monkeypatch, capsys):
-    """Before the run it was not known that so many would come."""
-    monkeypatch.setattr(saving, "AUTO_SECONDS", 0.0)
-    train(steps=3)
-    assert "warning" not in capsys.readouterr().out
-    real = checkpoints.publish
-
-    def fill(*words):
-        real(*words)
-        monkeypatch.setattr(
-            preflight.shutil, "disk_usage", lambda folder: SimpleNamespace(free=60 * 2**20)
-        )
-
-    monkeypatch.setattr(checkpoints, "publish", fill)
-    train(steps=3, output="filled")
-    said = capsys.readouterr().out
-    assert (
-        "warning: at one every 1 steps 2 more checkpoints of 0.03 GiB come, and the disk has "
-        "0.06 GiB free" in said
-    )
-    monkeypatch.undo()
+    assert len(checkpoint_files.newest_first(folder)) == 4
 
 
 OUT_OF_MEMORY = {
-    "a reward": (asking, "score_one", "lower --reward-batch"),
+    "reward verifier": (rewards, "scores_of", "lower --reward-batch"),
     "the VAE": (Flux, "pixels", "lower --decode-batch"),
     "the rollout": (sde, "rollout", "lower --micro-batch or --prompts-per-step"),
-    "the update": (Runtime, "backward", "lower --micro-batch, add --gradient-checkpointing"),
+    "the update": (Policy, "backward", "lower --micro-batch, add --gradient-checkpointing"),
 }
 
 
 @pytest.mark.parametrize("place", OUT_OF_MEMORY)
-def test_out_of_memory_is_one_line_with_the_flags_that_help_and_the_last_checkpoint(
-    train, monkeypatch, capfd, place
-):
+def test_out_of_memory_is_one_line_with_the_flags_that_help(train, monkeypatch, capfd, place):
     folder, _ = train(steps=1)
     owner, name, cure = OUT_OF_MEMORY[place]
     honest, calls = getattr(owner, name), []
 
     def fails(*words, **named):
         calls.append(words)
-        if len(calls) > 1:  # the first tries them out
+        if len(calls) > 1:  # the first call tries the reward or the VAE out
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB")
         return honest(*words, **named)
 
-    fails.__code__ = fails.__code__.replace(co_name=name)
     monkeypatch.setattr(owner, name, fails)
     with pytest.raises(SystemExit) as ended:
         errors.run(lambda _: train(steps=3, resume="latest"), None)
@@ -241,14 +221,9 @@ def test_out_of_memory_is_one_line_with_the_flags_that_help_and_the_last_checkpo
     (line,) = (line for line in said.splitlines() if line.startswith("error: "))
     assert ended.value.code == 1 and "Traceback" not in said
     what = "CUDA out of memory. Tried to allocate 3 GiB"
-    if place == "a reward":
-        assert re.match(
-            rf"error: reward verifier raised OutOfMemoryError: {what} \(.*, line \d+\): {cure}",
-            line,
-        )
-    else:
-        assert line.startswith(f"error: out of memory in {place} ({what}): {cure}")
-    assert line.endswith(f"the last checkpoint is {folder}/checkpoints/step_000001")
+    assert line.startswith(f"error: out of memory in {place} ({what}); {cure}")
+    assert line.endswith(f"(traceback: {folder}/error.log)")
+    assert [path.name for path in checkpoint_files.newest_first(folder)][-1] == "step_000001"
 
 
 def test_a_second_interrupt_ends_at_once_with_one_line(train, monkeypatch, capfd, tmp_path):
@@ -263,13 +238,13 @@ def test_an_interrupt_in_the_export_is_one_line_and_leaves_the_export_before(
 ):
     folder, _ = train(steps=1)
     before = {path: path.read_bytes() for path in (folder / "export").rglob("*") if path.is_file()}
-    real = export.save
+    real = export._save_pipeline
 
     def save(*words):
         real(*words)
         os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(export, "save", save)
+    monkeypatch.setattr(export, "_save_pipeline", save)
     with pytest.raises(SystemExit) as ended:
         errors.run(lambda _: train(steps=2, learning_rate=1e-2, resume="latest"), None)
     said = capfd.readouterr().err
@@ -309,7 +284,7 @@ def test_a_closed_terminal_saves(tmp_path):
         assert process.poll() is None
     os.close(ours)
     assert process.wait(timeout=120) == 128 + signal.SIGHUP
-    assert checkpoints.read(checkpoints.newest_first(tmp_path / "run")[0])[0] == len(
+    assert checkpoint_files.read(checkpoint_files.newest_first(tmp_path / "run")[0])[0] == len(
         metrics(tmp_path / "run")
     )
 
@@ -329,10 +304,7 @@ def test_a_second_signal_ends_at_once(tmp_path):
 def test_nohup_is_respected(train, monkeypatch):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        real = Runtime.update
-        monkeypatch.setattr(
-            Runtime, "update", lambda run: (os.kill(os.getpid(), signal.SIGHUP), real(run))[1]
-        )
+        before_updates(monkeypatch, lambda *_: os.kill(os.getpid(), signal.SIGHUP))
         assert len(train(steps=2)[1]) == 2
     finally:
         signal.signal(signal.SIGHUP, before)
@@ -351,19 +323,19 @@ def test_signals_are_as_before_after_a_run(train):
 @pytest.mark.long
 def test_only_the_latest_checkpoints_are_kept(train):
     folder, _ = train(steps=5, save_every=1, keep_checkpoints=2)
-    assert [path.name for path in checkpoints.newest_first(folder)] == [
+    assert [path.name for path in checkpoint_files.newest_first(folder)] == [
         "step_000005",
         "step_000004",
     ]
     folder, _ = train(steps=5, save_every=2, output="all")
-    assert [path.name for path in checkpoints.newest_first(folder)] == [
+    assert [path.name for path in checkpoint_files.newest_first(folder)] == [
         "step_000005",
         "step_000004",
         "step_000002",
     ]
 
 
-def test_a_full_disk_leaves_the_earlier_checkpoints(train, monkeypatch):
+def test_a_full_disk_leaves_the_earlier_checkpoints(train, monkeypatch, capsys):
     real, calls = torch.save, []
 
     def full(state, file):
@@ -374,10 +346,12 @@ def test_a_full_disk_leaves_the_earlier_checkpoints(train, monkeypatch):
         real(state, file)
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(
-        RunError, match="cannot save step 2 in .*No space left on device.*is the disk full"
-    ):
-        train(steps=3, save_every=1)
+    with pytest.raises(SystemExit) as ended:
+        errors.run(lambda _: train(steps=3, save_every=1), None)
+    said = capsys.readouterr().err
+    (line,) = (line for line in said.splitlines() if "error: " in line)
+    assert ended.value.code == 1
+    assert "cannot save step 2 in" in line and "No space left on device" in line
     monkeypatch.setattr(torch, "save", real)
     folder, rows = train(steps=3, save_every=1, resume="latest")
     assert rows == train(steps=3, save_every=1, output="whole")[1]
@@ -419,74 +393,71 @@ def test_code_of_a_repository_runs_only_if_it_is_trusted(with_code, monkeypatch,
     monkeypatch.setattr(
         "diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path / "cache")
     )
-    with pytest.raises(
-        InputError, match="its transformer brings Python code; --trust-remote-code runs it"
-    ):
+    with pytest.raises(InputError, match="transformer .*--trust-remote-code"):
         models.load(with_code, torch.float32)
     trusted = models.load(with_code, torch.float32, trust_remote_code=True)
     assert type(trusted.pipe.transformer).__name__ == "Brought"
 
 
-# --- Weights that are no numbers ---
+# --- Weights that are not finite ---
 
 
-def test_weights_that_are_no_numbers_are_named_and_never_saved(train, monkeypatch):
+def test_weights_that_are_not_finite_are_named_and_never_saved(train, monkeypatch, capsys):
     folder, _ = train(steps=1, save_every=1)
-    real = Runtime.update
+    honest = Policy.step
 
-    def diverge(run):
-        norm = real(run)
-        if run.step == 1:
-            next(iter(run.weights())).data.fill_(torch.nan)
-        return norm
+    def diverge(policy):
+        honest(policy)
+        policy.weights[0].data.fill_(torch.nan)
 
-    monkeypatch.setattr(Runtime, "update", diverge)
-    with pytest.raises(
-        RunError, match="the samples are no numbers: the weights have diverged. Go on"
-    ):
-        train(steps=4, save_every=0, resume="latest")
-    errors.rescues[0]()
-    assert [path.name for path in checkpoints.newest_first(folder)] == ["step_000001"]
+    monkeypatch.setattr(Policy, "step", diverge)
+    with pytest.raises(SystemExit) as ended:
+        errors.run(lambda _: train(steps=4, save_every=0, resume="latest"), None)
+    assert ended.value.code == 1
+    said = capsys.readouterr().err
+    assert said.count("error: ") == 1 and "error: the samples are not finite" in said
+    with pytest.raises(RunError, match="the transformer is not finite after step 2"):
+        train(steps=2, save_every=1, resume="latest")
+    assert [path.name for path in checkpoint_files.newest_first(folder)] == ["step_000001"]
     monkeypatch.undo()
     assert len(train(steps=2, save_every=0, resume="latest")[1]) == 2
 
 
 @pytest.mark.long
-def test_a_gradient_that_is_no_number_costs_its_own_step(train, monkeypatch, capsys):
-    """The finished steps are saved without a word of the broken one, though the prior has seen its
-    rewards."""
+def test_a_gradient_that_is_not_finite_costs_its_own_step(train, monkeypatch, capsys):
+    """The finished steps are saved without anything of the broken one, though the prior has seen
+    its rewards."""
     settings = dict(script=bpgo, steps=2, save_every=0, updates_per_step=2, learning_rate=1e-3)
     whole, rows = train(**settings, output="whole")
-    real, passes = Runtime.update, []
-
-    def poison(run, update):
-        passes.append(run.step)
-        if passes.count(1) == update:
-            run.weights()[0].grad.fill_(torch.nan)
-        return real(run)
 
     def broken(update):
-        passes.clear()
-        monkeypatch.setattr(Runtime, "update", lambda run: poison(run, update))
+        """Run with a gradient that is not finite in this update of step 1."""
+        honest, calls = Policy.clip_gradients, []
+
+        def poison(policy, max_norm):
+            calls.append(1)
+            if len(calls) == 2 + update:
+                policy.weights[0].grad.fill_(torch.nan)
+            return honest(policy, max_norm)
+
+        monkeypatch.setattr(Policy, "clip_gradients", poison)
         with pytest.raises(SystemExit):
             errors.run(lambda _: train(**settings, output=f"at {update}"), None)
         monkeypatch.undo()
         return capsys.readouterr()
 
     said = broken(1)
-    assert re.search(
-        r"error: the gradient norm of step 1 is nan; the rewards are not the cause: '[a-z ]+' "
-        r"\(verifier 0\.\d+ to 0",
-        said.err,
-    )
-    assert "1 steps are saved; go on with" in said.out
+    assert "error: step 1: the gradient is not finite" in said.err
+    assert re.search(r"the rewards are not the cause: '[a-z ]+' \(verifier 0\.\d+ to 0", said.err)
+    assert "1 steps are saved" in said.out
     folder, again = train(**settings, output="at 1", resume="latest")
     assert again == rows
     assert all(
         torch.equal(value, weights(folder, 2)[name]) for name, value in weights(whole, 2).items()
     )
     said = broken(2)  # the first update has changed the weights
-    assert "saved" not in said.out and not checkpoints.newest_first(folder.with_name("at 2"))
+    assert "saved" not in said.out
+    assert not checkpoint_files.newest_first(folder.with_name("at 2"))
 
 
 # --- A folder that nobody can write to ---

@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 import bpgo
-from common import cli, models
+from common import models
+from common.args import defaults
 from common.errors import InputError
 from common.prompts import caption_of, image_of, read_prompts, sets
 from lab import first_frames
@@ -84,5 +85,5 @@ def test_mistakes_are_one_line(made, tmp_path):
 def test_without_them_image_to_video_says_how_to_make_some(tmp_path, monkeypatch):
     monkeypatch.setattr(sets, "FIRST_FRAMES", tmp_path / "frames/prompts.txt")
     with pytest.raises(InputError, match="python -m lab.first_frames"):
-        bpgo.main(cli.defaults(bpgo.Args, "wan2.2-i2v", output=str(tmp_path / "run")))
+        bpgo.main(defaults(bpgo.Args, "wan2.2-i2v", output=str(tmp_path / "run")))
     assert not (tmp_path / "run").exists()

@@ -248,9 +248,8 @@ def test_exponent_where_the_moment_falls_below_the_bound_and_rises_again():
     ours = largest_exponent(deviation, bound, 3.0)
     assert type(ours) is float and 0.5 < ours < 3
     assert moment(deviation, ours) <= bound < moment(deviation, ours + 1e-9)
-    assert (
-        largest_exponent(deviation, bound, 0.5) == 0.5
-    )  # gamma_max itself is allowed though 0 is not
+    # gamma_max itself is allowed though 0 is not
+    assert largest_exponent(deviation, bound, 0.5) == 0.5
     assert (
         largest_exponent(deviation, 0.9 * min(moment(deviation, g / 100) for g in range(300)), 3.0)
         == 0
@@ -262,22 +261,17 @@ def test_exponent_of_edge_cases():
     assert largest_exponent(above, 0.5, 2.0) == 0  # violated at 0 already, and rising
     assert largest_exponent(below, 1e-9, 2.0) == 0  # falling, but not far enough
     assert largest_exponent(below, 1.0, 2.0) == 2
-    assert (
-        largest_exponent(above, 2.0, 0.0) == largest_exponent(above, 9.0, 0.0) == 0
-    )  # an empty range
+    # an empty range
+    assert largest_exponent(above, 2.0, 0.0) == largest_exponent(above, 9.0, 0.0) == 0
     assert largest_exponent(above, float("inf"), 2.0) == 2
     assert largest_exponent(above, float("nan"), 2.0) == 0
     assert largest_exponent(torch.zeros(4), 0.1, 2.0) == 2  # equal rewards allow everything
-    assert (
-        largest_exponent(torch.tensor([0.0, 1, -1, 0]), 0.4, 2.0) == 0
-    )  # the moment is 1/2 for every gamma
-    assert largest_exponent(torch.tensor([0.0, 1, -1, 0]), 0.5, 2.0) == 2
-    assert largest_exponent(torch.tensor([0.0, 2.0]), 4.0, 500.0) == pytest.approx(
-        0.5
-    )  # 2^1002 is finite, barely
-    assert largest_exponent(torch.tensor([0.0, 1e3]), 5e8, 500.0) == pytest.approx(
-        0.5
-    )  # overflows at gamma_max
+    half = torch.tensor([0.0, 1, -1, 0])  # the moment is 1/2 for every gamma
+    assert largest_exponent(half, 0.4, 2.0) == 0
+    assert largest_exponent(half, 0.5, 2.0) == 2
+    # 2^1002 is finite, barely; 1000^1002 overflows
+    assert largest_exponent(torch.tensor([0.0, 2.0]), 4.0, 500.0) == pytest.approx(0.5)
+    assert largest_exponent(torch.tensor([0.0, 1e3]), 5e8, 500.0) == pytest.approx(0.5)
 
 
 def test_exponent_is_computed_in_float64():

@@ -8,14 +8,10 @@ from peft import LoraConfig
 
 from common import models, sde
 from common.errors import InputError
-from common.models import embeddings
+from common.models import family
 from common.prompts import prompts_ahead, prompts_of_step
 
-PROMPTS = [
-    "a square",
-    "four yellow triangles",
-    "a black cross and a blue circle",
-]  # 2, 3 and 7 words
+PROMPTS = ["a square", "four yellow triangles", "a black cross and a blue circle"]
 
 
 @pytest.fixture(scope="module")
@@ -37,10 +33,16 @@ def test_ode_sampler_gives_the_pipelines_own_images(guidance, shift, steps, widt
 
     flux.pipe.set_progress_bar_config(disable=True)
     official = flux.pipe(
-        PROMPTS, height=32, width=width, num_inference_steps=steps, sigmas=sigmas[:-1].tolist(),
-        guidance_scale=guidance, latents=noise, output_type="pt",
+        PROMPTS,
+        height=32,
+        width=width,
+        num_inference_steps=steps,
+        sigmas=sigmas[:-1].tolist(),
+        guidance_scale=guidance,
+        latents=noise,
+        output_type="pt",
         max_sequence_length=flux.pipe.tokenizer_2.model_max_length,
-    ).images  # fmt: skip
+    ).images
     assert ours.shape == official.shape == (3, 3, 32, width)
     assert ours.std() > 0.05, "the images must not be flat for the comparison to mean anything"
     assert (ours - official).abs().max() <= 1e-5
@@ -71,12 +73,11 @@ def test_each_distinct_prompt_is_encoded_once_and_alone(flux):
 def test_of_fifty_thousand_prompts_few_embeddings_are_kept(flux, monkeypatch):
     """Those of FLUX have 4 MB each."""
     every = flux.encode(PROMPTS)
-    monkeypatch.setattr(embeddings, "KEPT", 2 * sum(value[0].nbytes for value in every.values()))
+    monkeypatch.setattr(family, "KEPT", 2 * sum(value[0].nbytes for value in every.values()))
     flux.encode(PROMPTS[:1])
     for i in range(40):
-        some = [PROMPTS[(i + j) % len(PROMPTS)] for j in range(1 + i % 3)] + [
-            f"a red circle {'big ' * i}"
-        ]
+        some = [PROMPTS[(i + j) % len(PROMPTS)] for j in range(1 + i % 3)]
+        some.append(f"a red circle {'big ' * i}")
         assert torch.equal(
             flux.encode(some)["pooled_projections"][0],
             every["pooled_projections"][i % len(PROMPTS)],
@@ -89,9 +90,9 @@ def test_of_fifty_thousand_prompts_few_embeddings_are_kept(flux, monkeypatch):
 def test_encoders_that_wait_on_the_cpu_come_once_for_several_steps(flux, monkeypatch):
     """And the embeddings are those that each step would have made; without --offload-encoders
     nothing is made ahead."""
-    prompts, visits, at_hand = [f"{i} red circles" for i in range(40)], [], flux._encoders_at_hand
+    prompts, visits, embed = [f"{i} red circles" for i in range(40)], [], flux._embed
     rows = torch.arange(4) + 4  # of the second process: group 1 of 2
-    monkeypatch.setattr(flux, "_encoders_at_hand", lambda: visits.append(step) or at_hand())
+    monkeypatch.setattr(flux, "_embed", lambda *args: visits.append(step) or embed(*args))
     found = []
     for offload, ahead, expected in (
         (True, True, [0, 8]),
@@ -112,7 +113,7 @@ def test_encoders_that_wait_on_the_cpu_come_once_for_several_steps(flux, monkeyp
     assert torch.equal(alone, apart) and torch.equal(alone, here)
 
     monkeypatch.setattr(flux, "offload_encoders", True)
-    monkeypatch.setattr(embeddings, "KEPT", 3 * sum(value[0].nbytes for value in cond.values()))
+    monkeypatch.setattr(family, "KEPT", 3 * sum(value[0].nbytes for value in cond.values()))
     flux.embedded.clear()
     flux.encode(prompts[:1], prompts[1:])
     assert list(flux.embedded) == [*prompts[1:3], prompts[0]], "no more than there is room for"

@@ -7,6 +7,7 @@ import re
 import shutil
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
@@ -77,75 +78,115 @@ def code(part, file):
     return change
 
 
+def shards(table):
+    def change(model):
+        without(FLUX)(model)
+        write(f"{FLUX}.index.json", json.dumps({"weight_map": table}))(model)
+
+    return change
+
+
 INDEX = "model_index.json"
+# what is done to the folder, and words of the error: mostly the part that is at fault
 WRONG = {
-    "weights cut short": (cut(T5, 5000), r"broken text_encoder_2/model.safetensors \(5000 of \d+ "
-                                         r"bytes\)"),
-    "weights of no length": (cut(CLIP, 0), r"broken text_encoder/model.safetensors \(0 bytes"),
-    "weights with a broken head": (write(CLIP, "\x10" + "\0" * 7 + "{" * 40), "text_encoder/model.safetensors .*head"),
-    "a head of many parts": (write(CLIP, "\x40" + "\0" * 7 + "[" * 64), "text_encoder/model.safetensors .*head"),
-    "a pointer": (write(FLUX, "version https://git-lfs.github.com/spec/v1\n"), f"{FLUX} .*git lfs pull"),
+    "weights cut short": (cut(T5, 5000), "text_encoder_2 does not load"),
+    "weights of no length": (cut(CLIP, 0), "text_encoder does not load"),
+    "weights with a broken head": (
+        write(CLIP, "\x10" + "\0" * 7 + "{" * 40), "text_encoder does not load",
+    ),
+    "a pointer": (
+        write(FLUX, "version https://git-lfs.github.com/spec/v1\n"), "transformer does not load",
+    ),
     "no weights": (without(FLUX), f"has no {FLUX}"),
     "a shard that is missing": (
-        lambda model: (without(FLUX)(model), write(f"{FLUX}.index.json", '{"weight_map": {"a": '
-                                                                         '"1.st"}}')(model)),
-        "has no transformer/1.st",
+        shards({"a": "1.st"}), "has no transformer/1.st",
     ),
+    "a table of shards that is none": (shards(["a"]), "transformer does not load"),
     "no part": (without("vae"), "has no vae"),
     "no config": (without("vae/config.json"), "has no vae/config.json"),
-    "half a config": (write("vae/config.json", '{"_class'), "broken vae/config.json"),
-    "a config that is a list": (write("scheduler/scheduler_config.json", "[]"), "broken scheduler/scheduler_config"),
-    "a tokenizer without its config": (without("tokenizer/tokenizer_config.json"), "no tokenizer/tokenizer_config"),
-    "a tokenizer without words": (without("tokenizer_2/tokenizer.json"), "tokenizer_2 without a "
-                                                                         "vocabulary"),
+    "half a config": (write("vae/config.json", '{"_class'), "vae does not load"),
+    "a config that is a list": (write("scheduler/scheduler_config.json", "[]"), "scheduler does"),
+    "a tokenizer without its config": (
+        without("tokenizer/tokenizer_config.json"), "no tokenizer/tokenizer_config",
+    ),
+    "a tokenizer without words": (without("tokenizer_2/tokenizer.json"), "tokenizer_2 (has|does)"),
     "a tokenizer of few words": (
-        lambda model: (without("tokenizer/tokenizer.json")(model), write("tokenizer/merges.txt", "")(model)),
-        "tokenizer of .* words|tokenizer that does not load",
+        lambda model: (
+            without("tokenizer/tokenizer.json")(model), write("tokenizer/merges.txt", "")(model),
+        ),
+        "tokenizer (has|does)",
     ),
-    "fewer layers than weights": (setting("transformer/config.json", num_layers=1), "transformer that do not fit"),
+    "fewer layers than weights": (
+        setting("transformer/config.json", num_layers=1), "transformer do not fit .* too many",
+    ),
     "fewer layers than an encoder's": (
-        setting("text_encoder/config.json", num_hidden_layers=1), "text_encoder that do not fit: "
-                                                                  ".* also has",
+        setting("text_encoder/config.json", num_hidden_layers=1), "text_encoder do not fit",
     ),
-    "more layers than weights": (setting("transformer/config.json", num_layers=3), "lacks transformer_blocks.2"),
-    "a billion layers": (setting("transformer/config.json", num_layers=10**9), "num_layers is 1000000000, with"),
+    "more layers than weights": (
+        setting("transformer/config.json", num_layers=3), "lack transformer_blocks.2",
+    ),
+    "a billion layers": (
+        setting("transformer/config.json", num_layers=10**9), r"num_layers is 1e\+09",
+    ),
+    "a billion blocks": (
+        setting("vae/config.json", num_res_blocks=10**9), r"num_res_blocks is 1e\+09",
+    ),
     "another width": (setting("transformer/config.json", num_attention_heads=5), "expected shape"),
-    "a word for a number": (setting("transformer/config.json", num_layers="two"), "a transformer that does not load"),
-    "a scale that is none": (setting("vae/config.json", scaling_factor=None), "does not work: .*NoneType"),
-    "an endless schedule": (setting("scheduler/scheduler_config.json", num_train_timesteps=10**10), "num_train_time"),
-    "a weight too few": (weights(CLIP, lambda state, key: state.pop(key)), "text_encoder that do "
-                                                                           "not fit: .* lacks"),
+    "a word for a number": (
+        setting("transformer/config.json", num_layers="two"), "transformer does not load",
+    ),
+    "a scale that is none": (
+        setting("vae/config.json", scaling_factor=None), "the VAE failed: .*NoneType",
+    ),
+    "an endless schedule": (
+        setting("scheduler/scheduler_config.json", num_train_timesteps=10**10), "num_train_time",
+    ),
+    "a weight too few": (
+        weights(CLIP, lambda state, key: state.pop(key)), "text_encoder do not fit .* lack",
+    ),
     "a weight of another shape": (
-        weights(FLUX, lambda state, key: state.update({key: state[key][:-1].clone()})), "transformer that does not",
+        weights(FLUX, lambda state, key: state.update({key: state[key][:-1].clone()})),
+        "transformer does not load",
     ),
-    "weights that are no numbers": (
-        weights(FLUX, lambda state, key: state[key].fill_(torch.nan)), "computes no numbers, as "
-                                                                       ".* of its transformer",
+    "weights that are not finite": (
+        weights(FLUX, lambda state, key: state[key].fill_(torch.nan)),
+        "not finite, nor is .* of its transformer",
     ),
-    "weights that hold code": (code("transformer", "diffusion_pytorch_model.bin"), "run code, which is refused"),
-    "an encoder that holds code": (code("text_encoder", "pytorch_model.bin"), "run code, which is refused"),
-    "an index whose class is a list": (setting(INDEX, _class_name=["FluxPipeline"]), "names no class of a pipeline"),
-    "an index whose class is a dictionary": (setting(INDEX, _class_name={}), "names no class of a pipeline"),
-    "an index nested deep": (write(INDEX, '{"a":' * 100_000), "names no class of a pipeline"),
-    "an index with a part of no library": (setting(INDEX, vae="AutoencoderKL"), "whose vae is 'AutoencoderKL', no lib"),
-    "an index with a part of no module": (setting(INDEX, vae=["_import_structure", "x"]), "its vae brings Python code"),
-    "an index with a part of nothing": (setting(INDEX, vae=["_objects", "x"]), "its vae brings Python code"),
-    "an index with an unknown part": (setting(INDEX, vae=["diffusers", "Nope"]), "diffusers.Nope, which does not"),
+    "weights that hold code": (
+        code("transformer", "diffusion_pytorch_model.bin"), "transformer does not load",
+    ),
+    "an encoder that holds code": (code("text_encoder", "pytorch_model.bin"), "text_encoder does"),
+    "an index whose class is a list": (setting(INDEX, _class_name=["FluxPipeline"]), "not load"),
+    "an index without a class": (setting(INDEX, _class_name=None), "is a None. Supported are"),
+    "an index that is a list": (write(INDEX, "[]"), "model_index.json does not load"),
+    "an index nested deep": (write(INDEX, '{"a":' * 100_000), "model_index.json does not load"),
+    "an index with a part of no library": (setting(INDEX, vae="AutoencoderKL"), "index.json does"),
+    "an index with a part of no module": (
+        setting(INDEX, vae=["_import_structure", "x"]), "its vae brings Python code",
+    ),
+    "an index with a part of nothing": (
+        setting(INDEX, vae=["_objects", "x"]), "its vae brings Python code",
+    ),
+    "an index with an unknown part": (setting(INDEX, vae=["diffusers", "Nope"]), "Nope"),
     "an index with a wrong part": (
-        setting(INDEX, vae=["diffusers", "UNet2DConditionModel"]), "is UNet2DConditionModel, not "
-                                                                   "AutoencoderKL",
+        setting(INDEX, vae=["diffusers", "UNet2DConditionModel"]), "vae is UNet2DConditionModel",
+    ),
+    "an index with a class that hides which weights it loaded": (
+        setting(INDEX, text_encoder=["transformers", "AutoModel"]), "text_encoder is AutoModel",
     ),
     "an index with a model as a tokenizer": (
-        setting(INDEX, tokenizer=["diffusers", "AutoencoderKL"]), "whose tokenizer is "
-                                                                  "AutoencoderKL",
+        setting(INDEX, tokenizer=["diffusers", "AutoencoderKL"]), "tokenizer is AutoencoderKL",
     ),
-    "an index without a part": (setting(INDEX, transformer=[None, None]), "without a transformer"),
+    "an index without a part": (setting(INDEX, transformer=[None, None]), "transformer"),
     "another model's transformer": (
-        lambda model: shutil.copy(models.ASSETS / "tiny-wan/transformer/config.json", model / "transformer"),
-        "config.json of WanTransformer3DModel, not FluxTransformer2DModel",
+        lambda model: shutil.copy(
+            models.ASSETS / "tiny-wan/transformer/config.json", model / "transformer"
+        ),
+        "config.json is of WanTransformer3DModel, not FluxTransformer2DModel",
     ),
-    "a module of the machine": (setting(INDEX, scheduler=["os", "system"]), "brings Python code; "
-                                                                            "--trust-remote-code"),
+    "a module of the machine": (
+        setting(INDEX, scheduler=["os", "system"]), "brings Python code. Add --trust-remote-code",
+    ),
 }  # fmt: skip
 
 
@@ -158,31 +199,24 @@ def test_a_broken_folder_is_one_line_with_folder_file_and_cure(what, copy, monke
     with pytest.raises(InputError) as error:
         models.load(str(model), torch.float32).try_out("a red circle")
     line = str(error.value)
-    assert (
-        re.search(words, line)
-        and line.startswith(f"model: {model}")
-        and "\n" not in line
-        and len(line) < 1000
-    )
-    assert "download" in line or "--trust-remote-code" in line
+    assert re.search(words, line) and "\n" not in line and len(line) < 1000
+    assert line.startswith("model") and str(model) in line
+    assert re.search("download|--trust-remote-code|Supported are", line)
     assert not (tmp_path / "RAN").exists()
 
 
 def test_a_flux_index_over_the_parts_of_wan(copy):
     model = copy("tiny-wan")
     setting(INDEX, _class_name="FluxPipeline")(model)
-    with pytest.raises(InputError, match="whose vae is AutoencoderKLWan, not AutoencoderKL"):
+    with pytest.raises(InputError, match="its vae is AutoencoderKLWan"):
         models.load(str(model), torch.float32)
 
 
 def test_experts_that_the_index_promises_and_lacks(copy):
     model = copy("tiny-wan-i2v")
-    setting(INDEX, boundary_ratio="x")(model)
-    with pytest.raises(InputError, match="whose boundary_ratio is 'x', no number"):
-        models.load(str(model), torch.float32)
     setting(INDEX, boundary_ratio=0.9, transformer_2=[None, None])(model)
     loaded = models.load(str(model), torch.float32, height=32, width=32, frames=5)
-    with pytest.raises(InputError, match="does not work: .*transformer_2"):
+    with pytest.raises(InputError, match="a forward pass failed: .*transformer_2"):
         loaded.try_out(read_prompts(models.settings("tiny-wan-i2v")["eval_prompts"])[0])
 
 
@@ -221,7 +255,7 @@ def test_stable_diffusions_safety_checker_comes_from_a_pipelines_module(copy):
         and pipe.feature_extractor is not None
     )
     cut("safety_checker/model.safetensors", 100)(model)
-    with pytest.raises(InputError, match="broken safety_checker/model.safetensors"):
+    with pytest.raises(InputError, match="safety_checker does not load"):
         models.load(str(model), torch.float32)
 
 
@@ -233,14 +267,12 @@ def test_a_machine_without_a_network_is_asked_for_the_hub_once(monkeypatch):
             asked.append(timeout)
             raise OSError("Name or service not known")
 
-    monkeypatch.setattr(hub, "get_session", Session)
-    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub, "get_session", Session)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     hub.settle.cache_clear()
     try:
         for name in ("nobody/nothing", "nobody/else"):
-            with pytest.raises(
-                InputError, match="not in the Hugging Face cache, and the hub does not give it"
-            ):
+            with pytest.raises(InputError, match=f"model {name} does not load .*spelling"):
                 models.load(name, torch.float32)
     finally:
         hub.settle.cache_clear()

@@ -7,10 +7,10 @@ import pipelines
 import torch
 from diffusers import FluxPipeline
 
+import grpo_base
 from benchmarks import full_size
 from common import models
-from common.trainer import update
-from common.trainer.runtime import Runtime
+from common.trainer import policy
 
 
 def said(capfd):
@@ -22,13 +22,14 @@ def test_every_phase_ends_with_a_line_and_the_pipeline_never_touches_the_disk(
     bf16, monkeypatch, capfd
 ):
     """The way of a full size, from a pipeline made in memory, with a small one."""
-    monkeypatch.setitem(models.MODELS, "flux", {**models.MODELS["flux"], "height": 32, "width": 32})
+    for table in (models.MODELS, grpo_base.Args.SETTINGS):
+        monkeypatch.setitem(table, "flux", {**table["flux"], "height": 32, "width": 32})
     monkeypatch.setattr(full_size, "flux", pipelines.flux)
     monkeypatch.setattr(full_size, "outline", lambda *args, **settings: None)
     monkeypatch.setattr(FluxPipeline, "save_pretrained", None)
-    before = Runtime.prepare, models.load
+    before = grpo_base.Policy, models.load
     full_size.main(full_size.Args(rows=2, steps=2, sampling_steps=4, lora_rank=2, write=False))
-    assert (Runtime.prepare, models.load) == before
+    assert (grpo_base.Policy, models.load) == before
     rows = said(capfd)
     steps = ["rollout", "reward", "update"]
     assert [row["phase"] for row in rows] == ["built", "matmul", "floor", *steps, *steps, "total"]
@@ -41,7 +42,7 @@ def test_every_phase_ends_with_a_line_and_the_pipeline_never_touches_the_disk(
 
 
 def test_a_ratio_that_is_off_is_a_result(monkeypatch, capfd):
-    monkeypatch.setattr(update, "RATIO_LIMIT", {"no": -1.0})
+    monkeypatch.setattr(policy, "RATIO_LIMIT", {"no": -1.0})
     full_size.main(full_size.Args("tiny-flux", steps=1, sampling_steps=3, lora_rank=2, write=False))
     last = said(capfd)[-1]
     assert last["phase"] == "stopped" and "ratio is off by" in last["why"]

@@ -1,8 +1,8 @@
-"""The house itself: how long its rooms are, what each of them says, and what importing one brings
-along."""
+"""The house itself: its layers, what each file says, and what importing one brings along."""
 
 import ast
 import dataclasses
+import difflib
 import importlib
 import re
 import subprocess
@@ -11,45 +11,182 @@ import sys
 import pytest
 from conftest import ROOT
 
-from common import cli
+from common.args import Args
 
 CODE = sorted((ROOT / "common").rglob("*.py"))
-LINES, CLASS_LINES = 300, 150
+SCRIPTS = [ROOT / f"{name}.py" for name in ("grpo_base", "bpgo", "slas", "self_paced")]
+LAYERS = [
+    {"sde", "loss", "groups", "errors"},
+    {"args", "hub"},
+    {"prompts"},
+    {"models", "rewards", "reporting"},
+    {"memory"},
+    {"trainer"},
+    {"cli"},
+]
+LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 
 
 def parsed(path):
     return ast.parse(path.read_text(encoding="utf-8"))
 
 
-def test_no_file_in_common_and_no_class_is_longer_than_one_reads_at_once():
-    long = {
-        str(path.relative_to(ROOT)): n
-        for path in CODE
-        if (n := len(path.read_text().splitlines())) > LINES
-    }
+def module_of(path):
+    name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    return name.removesuffix(".__init__")
+
+
+MODULES = {module_of(path) for path in CODE}
+
+
+def imports(path):
+    """Modules of this project that a file imports: at its top, in functions, for type checkers."""
+    for node in ast.walk(parsed(path)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        if isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}: a relative import"
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                yield full if full in MODULES else node.module
+
+
+def room_of(module):
+    return module.split(".")[1]
+
+
+def test_imports_run_down_the_layers():
+    up = []
+    for path in CODE:
+        own = module_of(path)
+        if own == "common":
+            continue
+        for other in imports(path):
+            if other.split(".")[0] in (
+                "evaluation",
+                "worlds",
+                "lab",
+                "benchmarks",
+                "tests",
+                "papers",
+            ):
+                up.append(f"{own} imports {other}")
+            if other.startswith("common.") and room_of(other) != room_of(own):
+                if LAYER[room_of(other)] >= LAYER[room_of(own)]:
+                    up.append(f"{own} imports {other}")
+    assert not up
+
+
+def test_no_cycle_of_imports():
+    edges = {module_of(path): {o for o in imports(path) if o in MODULES} for path in CODE}
+    done, under_way = set(), []
+
+    def visit(module):
+        assert module not in under_way, " -> ".join([*under_way, module])
+        if module in done:
+            return
+        under_way.append(module)
+        for other in edges[module] - {module}:
+            visit(other)
+        under_way.pop()
+        done.add(module)
+
+    for module in edges:
+        visit(module)
+
+
+def test_no_parameter_is_called_run():
+    named = []
+    for path in [*CODE, *SCRIPTS, ROOT / "evaluate.py", *(ROOT / "evaluation").glob("*.py")]:
+        for node in ast.walk(parsed(path)):
+            if isinstance(node, ast.arg) and node.arg == "run":
+                named.append(f"{path.name}: line {node.lineno}")
+    assert not named
+
+
+def test_no_class_is_put_together_from_mixins():
+    """Of classes of this project, one at most is inherited; the flags are dataclasses."""
+    several = []
     for path in CODE:
         for node in ast.walk(parsed(path)):
-            if (
-                isinstance(node, ast.ClassDef)
-                and (n := node.end_lineno - node.lineno + 1) > CLASS_LINES
-            ):
-                long[f"{path.relative_to(ROOT)}: {node.name}"] = n
-    assert not long
+            if isinstance(node, ast.ClassDef) and len(node.bases) > 1 and path.name != "args.py":
+                several.append(f"{path.name}: {node.name}")
+    assert not several
+
+
+# --- The diff is the paper ---
+
+
+def sections(text):
+    """{title: text} of main, by its banners."""
+    main = text[text.index("def main(") : text.index('if __name__ == "__main__"')]
+    titles = re.findall(r"# --- (\w+) ---", main)
+    parts = re.split(r"\n *# --- \w+ ---\n", main)
+    return dict(zip(["", *titles], parts))
+
+
+def own_names(path):
+    """Names of the functions and classes at the top of a script, with their code."""
+    text = path.read_text()
+    nodes = [n for n in ast.parse(text).body if isinstance(n, ast.FunctionDef | ast.ClassDef)]
+    return {node.name: ast.get_source_segment(text, node) for node in nodes}
+
+
+@pytest.mark.parametrize("path", SCRIPTS[1:], ids=lambda path: path.stem)
+def test_methods_differ_where_their_docstring_says(path):
+    base, script = SCRIPTS[0].read_text(), path.read_text()
+    lines = list(difflib.unified_diff(base.splitlines(), script.splitlines(), n=0, lineterm=""))
+    changed = [line for line in lines[2:] if line[0] in "+-" and line[1:].strip()]
+    print(f"{path.stem}: {len(changed)} changed lines")
+    theirs, ours = sections(base), sections(script)
+    assert list(theirs) == list(ours) and len(ours) == 8
+    about = ast.get_docstring(ast.parse(script)).split("\n\n")[1]
+    named = set(re.findall("|".join(filter(None, ours)), about))
+    differ = {title for title in ours if ours[title] != theirs[title]}
+    assert differ == named
+    functions = own_names(SCRIPTS[0])
+    equal = {name for name, text in own_names(path).items() if functions.get(name) == text}
+    assert {"combine_scores", "compute_advantages"} - equal <= {
+        "combine_scores"
+    } or path.stem == "slas"
+
+
+# --- What each file says, and what it brings along ---
+
+
+def public(body, prefix=""):
+    """[(name, node)] of functions, classes and methods without an underscore, but Args."""
+    for node in body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            if node.name[0] != "_" and node.name != "Args":
+                yield prefix + node.name, node
+                if isinstance(node, ast.ClassDef):
+                    yield from public(node.body, f"{prefix}{node.name}.")
+
+
+def test_every_public_function_and_class_has_a_docstring():
+    silent = [
+        f"{path.relative_to(ROOT)}: {name}"
+        for path in [*CODE, *SCRIPTS, ROOT / "evaluate.py"]
+        for name, node in public(parsed(path).body)
+        if not ast.get_docstring(node)
+    ]
+    assert not silent
 
 
 def test_the_equations_bring_torch_along_and_nothing_else():
-    """Who takes a method's equations need not have its models, rewards and trackers; and --help is
-    there at once. What torch loads by itself does not count, and of torch's own parts only those do
-    that take long."""
+    """What torch loads by itself does not count, and of its own parts only those that are slow."""
     code = """if True:
         import sys, torch
         before = set(sys.modules)
-        from grpo_base import compute_advantages, keep_rows, split_rows
+        from grpo_base import compute_advantages
         from slas import compute_advantages
         from bpgo import contrastive_rewards, reliability_weights
         from self_paced import combine_scores, hoyer_sparsity, stage_weights
-        from common import fisher, loss, sde
-        new = {name: getattr(sys.modules[name], "__file__", None) or "" for name in sys.modules.keys() - before}
+        from common import groups, loss, sde
+        from common.trainer import fisher
+        names = sys.modules.keys() - before
+        new = {name: getattr(sys.modules[name], "__file__", None) or "" for name in names}
         packages = {name.partition(".")[0] for name, file in new.items() if "site-packages" in file}
         print(sorted(packages - {"torch"}), "torch.distributed.fsdp" in new, "slas" in new)
     """
@@ -59,44 +196,11 @@ def test_the_equations_bring_torch_along_and_nothing_else():
     assert done.stdout == "[] False True\n"
 
 
-SCRIPTS = [
-    ROOT / f"{name}.py"
-    for name in ("grpo_base", "bpgo", "slas", "self_paced", "evaluate", "papers")
-]
-
-
-def public(body, prefix=""):
-    """[(name, node)] of the functions, classes and methods that have no underscore; of Args the
-    fields say it."""
-    for node in body:
-        if (
-            isinstance(node, ast.FunctionDef | ast.ClassDef)
-            and node.name[0] != "_"
-            and node.name != "Args"
-        ):
-            yield prefix + node.name, node
-            if isinstance(node, ast.ClassDef):
-                yield from public(node.body, f"{prefix}{node.name}.")
-
-
-def test_every_public_function_and_class_says_what_it_is():
-    silent = [
-        f"{path.relative_to(ROOT)}: {name}"
-        for path in [*CODE, *SCRIPTS]
-        for name, node in public(parsed(path).body)
-        if not ast.get_docstring(node)
-    ]
-    assert not silent
-
-
 @pytest.mark.parametrize("words", [("check",), ("format", "--check")])
 def test_ruff_has_nothing_to_say(words):
-    """Of the repository's own files; pyproject.toml has its rules, and the files that must have
-    type hints."""
-    kept = subprocess.run(
-        ["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.split()
-    command = [sys.executable, "-m", "ruff", *words, *(kept or ["."])]
+    """Of the repository's files; pyproject.toml has its rules."""
+    listed = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True)
+    command = [sys.executable, "-m", "ruff", *words, *(listed.stdout.split() or ["."])]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -106,36 +210,39 @@ def test_ruff_has_nothing_to_say(words):
     [
         ("slas.py", 2),
         ("common/sde.py", 2),
-        ("common/reporting/report.py", 2),
+        ("common/reporting/page.py", 2),
         ("common/rewards/x.py", 2),
         ("evaluation/bias.py", 2),
         ("lab/x.py", 0),
     ],
 )
 def test_functions_that_are_copied_or_called_need_type_hints(name, number):
+    command = [sys.executable, "-m", "ruff", "check", "--output-format", "concise"]
     done = subprocess.run(
-        [sys.executable, "-m", "ruff", "check", "--output-format", "concise", "--stdin-filename", name, "-"],
-        cwd=ROOT, input="def bare(x):\n    return x\n", capture_output=True, text=True,
-    )  # fmt: skip
+        [*command, "--stdin-filename", name, "-"],
+        cwd=ROOT,
+        input="def bare(x):\n    return x\n",
+        capture_output=True,
+        text=True,
+    )
     assert len(re.findall("ANN(001|201)", done.stdout)) == number, done.stdout + done.stderr
 
 
 def test_every_flag_of_every_script_is_read_somewhere():
-    """As args.x, self.args.x and so on, in common/ or in the script itself; or taken by its name
-    there."""
+    """As args.x or self.args.x in common/ or in the script itself, as self.x in common/args.py."""
 
     def reads(path):
-        nodes = [node for node in ast.walk(parsed(path)) if isinstance(node, ast.Attribute)]
-        return {
-            n.attr for n in nodes if getattr(n.value, "id", getattr(n.value, "attr", "")) == "args"
-        }
+        owners = ("args", "self") if path.name == "args.py" else ("args",)
+        for node in ast.walk(parsed(path)):
+            if isinstance(node, ast.Attribute):
+                owner = node.value
+                if getattr(owner, "id", getattr(owner, "attr", "")) in owners:
+                    yield node.attr
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "getattr":
+                yield getattr(node.args[1], "value", "")  # a flag that evaluate.py lacks
 
-    args = cli.Args()
-    of_rewards = cli.of_rewards(args)
-    shared = {*cli.of_model(args), *of_rewards, *(f"judge_{name}" for name in of_rewards["judge"])}
-    shared |= {name for path in CODE if path.name != "cli.py" for name in reads(path)}
-    for path in SCRIPTS[:-1]:
-        flags = {
-            field.name for field in dataclasses.fields(importlib.import_module(path.stem).Args)
-        }
-        assert not flags - shared - reads(path), path.name
+    shared = {name for path in CODE if path.name != "cli.py" for name in reads(path)}
+    shared |= {field.name for field in dataclasses.fields(Args) if field.name.startswith("judge_")}
+    for path in [*SCRIPTS, ROOT / "evaluate.py"]:
+        flags = {f.name for f in dataclasses.fields(importlib.import_module(path.stem).Args)}
+        assert not flags - shared - set(reads(path)), path.name

@@ -17,8 +17,7 @@ import evaluate
 from common import cli, errors
 from common.errors import InputError
 from common.prompts import sets
-from common.trainer import heldout
-from evaluation import layouts
+from evaluation import layouts, sampler
 
 GENEVAL = [
     {
@@ -45,7 +44,10 @@ VBENCH = [
         "dimension": ["appearance_style"],
     },  # two are there twice
 ]
-UNIGENBENCH = 'index,prompt_en,sub_dims_en\n0,"In ink, two\npandas.","{""Subjects"": ""Animal""}"\n7,Another.,{}\n'
+UNIGENBENCH = (
+    'index,prompt_en,sub_dims_en\n0,"In ink, two\npandas.","{""Subjects"": ""Animal""}"\n'
+    "7,Another.,{}\n"
+)
 HPSV2 = {"anime": ["a girl", "a boy"], "photo": ["a street"]}
 
 
@@ -179,7 +181,7 @@ def test_pixels_are_those_of_the_sample(tmp_path):
 
 
 def test_an_interrupted_layout_goes_on_with_what_is_missing(write, monkeypatch, tmp_path):
-    true, honest, made, left = heldout.sample_and_score, layouts.write, [], [4]
+    true, honest, made, left = sampler.sample, layouts.write, [], [4]
 
     def interrupted(path, *words):
         left[0] -= 1
@@ -192,9 +194,12 @@ def test_an_interrupted_layout_goes_on_with_what_is_missing(write, monkeypatch, 
     with pytest.raises(errors.Stopped):
         write("geneval")
     monkeypatch.setattr(layouts, "write", honest)
-    monkeypatch.setattr(
-        heldout, "sample_and_score", lambda *words: made.append(len(words[2])) or true(*words)
-    )
+
+    def counted(model, prompts, **settings):
+        made.append(len(prompts))
+        return true(model, prompts, **settings)
+
+    monkeypatch.setattr(sampler, "sample", counted)
     folder = write("geneval")
     assert sum(made) == 5, "of 8 three, a part, were finished"
     assert len(list(folder.rglob("*"))) == 2 * (1 + 1 + 1 + 4)
@@ -210,7 +215,7 @@ def test_files_too_much_and_missing_ones_are_one_line(write, official):
     (folder / "00000/samples/00004.png").write_bytes(b"")
     with pytest.raises(
         InputError,
-        match="geneval has 10 files; 1 others are there, '00000/samples/00004.png' among them",
+        match="geneval has 10 files, 1 others are there, '00000/samples/00004.png' among them",
     ):
         write("geneval")
     (folder / "00000/samples/00004.png").unlink()
@@ -218,23 +223,23 @@ def test_files_too_much_and_missing_ones_are_one_line(write, official):
     layout = layouts.plan("geneval", official["geneval"])
     with pytest.raises(
         InputError,
-        match="1 are missing, '00001/metadata.jsonl' among them; the same command makes them",
+        match="1 are missing, '00001/metadata.jsonl' among them. Run the same command",
     ):
         layout.check(folder.parents[1], "base")
 
 
 WRONG = {
-    ("geneval", "--samples", "2"): "says how many there are",
-    ("geneval", "--model", "tiny-wan"): "it takes images",
-    ("vbench",): "it takes clips",
-    ("geneval", "--prompts", "missing.jsonl"): "is no file of the benchmark that can be read",
+    ("geneval", "--samples", "2"): "sets the number of samples",
+    ("geneval", "--model", "tiny-wan"): "takes images",
+    ("vbench",): "takes clips",
+    ("geneval", "--prompts", "missing.jsonl"): "is not a readable file of the benchmark",
     (
         "geneval",
         "--prompts",
         "{unigenbench}",
     ): "row 1 of .* has no 'prompt': it is not the benchmark's file",
     ("unigenbench", "--prompts", "{vbench}"): "row 1 of .* has no 'index'",
-    ("hpsv2", "--prompts", "{geneval}"): "takes its own prompts, --prompts hpsv2:STYLE",
+    ("hpsv2", "--prompts", "{geneval}"): "takes --prompts hpsv2:STYLE, not ",
 }
 
 

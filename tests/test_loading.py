@@ -4,34 +4,32 @@ import ctypes
 import gc
 import os
 import threading
-from types import SimpleNamespace
 
 import pipelines
-import psutil
 import pytest
 import torch
-from test_preflight import plan_of, size
+from test_preflight import size, small
 
 import bpgo
-import grpo_base
-from common import cli, models
+from common import models
+from common.args import defaults
 from common.errors import InputError
-from common.memory import loading, preflight
-from common.trainer import sharding
+from common.memory import fit, turns
+from common.memory.bytes import Launch
 
 
 def test_weights_of_the_runs_dtype_are_mapped_and_others_copied(tmp_path):
     pipe = pipelines.flux()
     pipe.transformer.to(torch.bfloat16)
     pipe.save_pretrained(tmp_path)
-    copies = loading.copied(models.outline(str(tmp_path), torch.float32, 0))
+    copies = turns.copied(models.outline(str(tmp_path), torch.float32, 0))
     assert copies == {
         "vae": 0,
         "text_encoder": 0,
         "text_encoder_2": 0,
         "transformer": 4 * size(pipe.transformer),
     }
-    copies = loading.copied(models.outline(str(tmp_path), torch.bfloat16, 0))
+    copies = turns.copied(models.outline(str(tmp_path), torch.bfloat16, 0))
     assert copies == {
         name: 2 * size(getattr(pipe, name)) * (name != "transformer") for name in copies
     }
@@ -61,7 +59,7 @@ def test_a_process_that_loads_takes_as_much_as_was_counted(tmp_path, dtype):
     models.load(str(tmp_path), dtype)  # what is loaded besides, once
     before = private()
     model = models.load(str(tmp_path), dtype)
-    grown, counted = 1024 * (private() - before), sum(loading.copied(model).values())
+    grown, counted = 1024 * (private() - before), sum(turns.copied(model).values())
     total = size(pipe.transformer) * dtype.itemsize
     assert (counted > 0.9 * total) == (dtype == torch.bfloat16)
     assert abs(grown - counted) < 0.25 * total, (grown, counted, total)
@@ -69,58 +67,48 @@ def test_a_process_that_loads_takes_as_much_as_was_counted(tmp_path, dtype):
 
 def test_processes_load_by_turns_where_all_at_once_do_not_fit(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    for have, turns in ((800, False), (799, True), (100 + 7 * 20, True)):
-        monkeypatch.setattr(
-            psutil, "virtual_memory", lambda have=have: SimpleNamespace(available=have)
-        )
-        assert loading.by_turns("flux", 100, 20) == turns
-    monkeypatch.setattr(
-        psutil, "virtual_memory", lambda: SimpleNamespace(available=100 + 7 * 20 - 1)
-    )
+    for free, expected in ((800, False), (799, True), (100 + 7 * 20, True)):
+        assert turns.in_turns("flux", 100, 20, free) == expected
     with pytest.raises(
-        InputError, match="8 processes on this machine keep 0.0 GiB of its memory each"
+        InputError, match="loading it in 8 processes needs 0.0 GiB of this machine's memory"
     ):
-        loading.by_turns("flux", 100, 20)
+        turns.in_turns("flux", 100, 20, 100 + 7 * 20 - 1)
 
 
-def test_what_stays_on_the_host_is_counted(monkeypatch):
-    """On GPUs what is loaded goes there, but for encoders that wait, and for shards that do."""
-    found = []
-    monkeypatch.setattr(loading, "by_turns", lambda name, each, stays: found.append((each, stays)))
-    plan = plan_of(monkeypatch, 10**12)
-    plan.run.dtype, plan.run.device, trained = (
-        torch.bfloat16,
-        torch.device("cuda"),
-        plan.model.pipe.transformer,
-    )
-    plan.model = models.outline("tiny-flux", torch.bfloat16, 0)
-    parts = loading.copied(plan.model)
-    each, waiting = sum(parts.values()), sum(parts[name] for name in plan.model.encoders)
-    args = cli.defaults(bpgo.Args, prior="sft")
-    plan.by_turns(args)
-    args.offload_encoders = True
-    plan.by_turns(args)
-    plan.run.sharding, plan.run.shards = sharding.own_plugin(), 4
-    plan.by_turns(args)
-    copy = 2 * size(trained)
-    assert found == [(each, 0), (each, waiting), (each + copy, waiting)]
+def test_what_stays_on_the_host_is_counted():
+    """On GPUs what is loaded goes there, except encoders that wait and offloaded shards."""
+    model = models.outline("tiny-flux", torch.bfloat16, 0)
+    copies = turns.copied(model)
+    peak = sum(copies.values())
+    waiting = sum(copies[name] for name in model.encoders)
+    plain = defaults(bpgo.Args)
+    offloaded = defaults(bpgo.Args, offload_encoders=True)
 
+    def loading(args, shards=1, keep_initial=True, **launch):
+        launch = Launch(torch.bfloat16, **launch)
+        return turns.loading_bytes(
+            model, args, launch=launch, shards=shards, keep_initial=keep_initial
+        )
 
-def test_the_weights_of_the_start_are_counted_whatever_asks_for_them(monkeypatch):
-    plan = plan_of(monkeypatch, 0)
-    plain = plan.kinds(cli.defaults(bpgo.Args), 1)
-    copy = {"frozen weights": 4 * size(plan.model.pipe.transformer)}
-    assert plan.kinds(cli.defaults(bpgo.Args, prior="sft"), 1) == plain | copy
-    assert plan.kinds(cli.defaults(grpo_base.Args, kl_coef=0.1), 1) == plain | copy
-    assert not cli.keeps_initial(cli.defaults(bpgo.Args, prior="first-frame"))
+    assert loading(plain, device="cpu") == (0, 0)
+    assert loading(plain, device="cuda") == (peak, 0)
+    assert loading(offloaded, device="cuda") == (peak, waiting)
+    copy = 2 * size(model.pipe.transformer)
+    assert loading(offloaded, shards=4, device="cuda") == (peak + copy, waiting)
+    assert loading(offloaded, shards=4, keep_initial=False, device="cuda") == (peak, waiting)
+    shards = (4 + 2 + 4 * 4 + 8) * size(model.pipe.transformer) / 4  # gradients are whole
+    sharded = dict(shards=4, device="cuda", sharded=True, offloads=True)
+    assert loading(offloaded, **sharded) == (peak + copy, waiting + shards)
+    rest = sum(copies[name] for name in copies if name not in model.trainable)
+    assert loading(plain, shards=4, device="cpu") == (peak + copy, rest + shards)
 
 
 def test_a_turn_waits_for_the_one_before(tmp_path, monkeypatch):
-    monkeypatch.setattr(loading, "LOCK", tmp_path / "lock")
-    first, begun = loading.Turn(), threading.Event()
+    monkeypatch.setattr(turns, "LOCK", tmp_path / "lock")
+    first, begun = turns.Turn(), threading.Event()
 
     def second():
-        turn = loading.Turn()
+        turn = turns.Turn()
         begun.set()
         turn.end()
 
@@ -132,20 +120,36 @@ def test_a_turn_waits_for_the_one_before(tmp_path, monkeypatch):
     assert begun.is_set()
 
 
-def test_a_turn_ends_when_the_model_is_where_it_belongs(train, tmp_path, monkeypatch):
-    monkeypatch.setattr(loading, "LOCK", tmp_path / "lock")
-    plan_of(monkeypatch, 10**12)  # as if it were a large model
-    monkeypatch.setattr(preflight.Plan, "by_turns", lambda plan, args: True)
-    honest, held = models.load, []
+def test_settle_takes_the_turn(tmp_path, monkeypatch):
+    monkeypatch.setattr(turns, "LOCK", tmp_path / "lock")
+    monkeypatch.setattr(turns, "in_turns", lambda name, peak, kept, free: True)
+    args, processes = small(monkeypatch, gib=100)
+    found = fit.settle(args, processes, {}, keep_initial=False)
+    waiting = threading.Thread(target=turns.Turn, daemon=True)
+    waiting.start()
+    waiting.join(0.3)
+    assert waiting.is_alive()
+    found.turn.end()
+    waiting.join(10)
+    assert not waiting.is_alive()
+
+
+def test_the_turn_of_a_run_ends_when_its_model_is_on_its_device(train, tmp_path, monkeypatch):
+    monkeypatch.setattr(turns, "LOCK", tmp_path / "lock")
+    monkeypatch.setattr(turns, "in_turns", lambda name, peak, kept, free: True)
+    small(monkeypatch, gib=100)
+    honest = models.load
+    waiting = threading.Thread(target=turns.Turn, daemon=True)
+    seen = []
 
     def load(*words, **settings):
-        held.append(threading.Thread(target=loading.Turn, daemon=True))
-        held[-1].start()
-        held[-1].join(0.2)
-        held.append(held[-1].is_alive())
+        waiting.start()
+        waiting.join(0.3)
+        seen.append(waiting.is_alive())
         return honest(*words, **settings)
 
     monkeypatch.setattr(models, "load", load)
     train(steps=1)
-    held[0].join(10)
-    assert held[1] and not held[0].is_alive()
+    waiting.join(10)
+    assert seen == [True]
+    assert not waiting.is_alive()

@@ -10,7 +10,8 @@ import bpgo
 import grpo_base
 import self_paced
 import slas
-from common import rewards
+from common import groups, rewards
+from common.args import Args
 from common.errors import RunError
 
 NAN = math.nan
@@ -53,15 +54,13 @@ class Odds(Evens):
 @pytest.fixture
 def flaky(monkeypatch):
     for name in ("Flaky", "Silent", "Evens", "Odds"):
-        monkeypatch.setitem(rewards.REWARDS, name.lower(), ("test_masking", name))
+        monkeypatch.setitem(rewards.REWARDS, name.lower(), f"test_masking:{name}")
 
 
 def advantages(method, reward):
-    return (
-        method.compute_advantages(reward, 0.5, 5.0)
-        if method is slas
-        else method.compute_advantages(reward, 5.0)
-    )
+    if method is slas:
+        return slas.compute_advantages(reward, 0.5, 5.0)
+    return method.compute_advantages(reward, 5.0)
 
 
 def scores(p=3, g=6, seed=0):
@@ -104,12 +103,11 @@ def test_a_masked_sample_leaves_the_other_groups_alone(method):
 )
 def test_groups_without_two_different_scores_have_no_advantage(method, group):
     reward = torch.tensor([group, [0.1, 0.2, 0.3, 0.4]])
-    assert method.zero_variance(reward).flatten().tolist() == [True, False]
+    assert groups.zero_variance(reward).flatten().tolist() == [True, False]
     found = advantages(method, reward)
     assert (found[0] == 0).all() and torch.isfinite(found).all() and found[1].abs().min() > 0
 
 
-@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
     "group, best_of, kept",
     [
@@ -123,8 +121,8 @@ def test_groups_without_two_different_scores_have_no_advantage(method, group):
         ([0.3, 0.2, 0.1, 0.4], 2, "0011"),
     ],
 )
-def test_rows_to_train_on_have_a_score_and_another_one_beside_it(method, group, best_of, kept):
-    found = method.keep_rows(torch.tensor([group]), best_of)
+def test_rows_to_train_on_have_a_score_and_another_one_beside_it(group, best_of, kept):
+    found = groups.keep_rows(torch.tensor([group]), best_of)
     assert "".join(str(int(x)) for x in found[0]) == kept
 
 
@@ -133,15 +131,16 @@ def test_hoyer_index_and_stage_weights_are_those_of_the_samples_with_scores():
     masked = stages.clone()
     masked[:, 1, 4] = NAN
     less = stages[:, 1:2, [0, 1, 2, 3, 5]]
-    pace = ((0.5, 0.6), 4.0, 0.5, 10.0)
+
+    def weights_of(rewards):
+        gates = self_paced.stage_gates(rewards, (0.5, 0.6), beta=0.5, slope=10.0)
+        return self_paced.stage_weights(gates, alpha=4.0)
+
     torch.testing.assert_close(
         self_paced.hoyer_sparsity(masked)[:, 1:2], self_paced.hoyer_sparsity(less)
     )
-    torch.testing.assert_close(
-        self_paced.stage_weights(masked, *pace)[:, 1:2], self_paced.stage_weights(less, *pace)
-    )
-    whole = self_paced.stage_weights(stages, *pace)
-    torch.testing.assert_close(self_paced.stage_weights(masked, *pace)[:, [0, 2]], whole[:, [0, 2]])
+    torch.testing.assert_close(weights_of(masked)[:, 1:2], weights_of(less))
+    torch.testing.assert_close(weights_of(masked)[:, [0, 2]], weights_of(stages)[:, [0, 2]])
 
 
 def test_a_sample_without_one_of_the_stages_has_none():
@@ -150,9 +149,8 @@ def test_a_sample_without_one_of_the_stages_has_none():
         "b": torch.tensor([[5.0, 6.0, NAN]]),
         "watched": torch.full((1, 3), NAN),
     }
-    scorers = {name: Flaky() for name in found}
-    scorers["b"].range = (0.0, 10.0)
-    stages = rewards.on_unit_interval(found, scorers, ["a", "b"])
+    stages = self_paced.on_unit_interval(found, {"a": (0.0, 1.0), "b": (0.0, 10.0)})
+    assert list(stages) == ["a", "b"]
     assert [str(round(x, 3)) for x in stages["a"][0].tolist()] == ["0.2", "nan", "nan"]
     assert [str(round(x, 3)) for x in stages["b"][0].tolist()] == ["0.5", "nan", "nan"]
 
@@ -181,10 +179,7 @@ def test_a_group_without_a_score_is_trusted_as_any_other():
 
 
 def test_a_step_without_a_score_leaves_the_running_mean_alone():
-    class Run:
-        args = bpgo.Args()
-
-    prior = bpgo.Prior(Run, None, {}, {})
+    prior = bpgo.RunningMeanPrior()
     for group in ([NAN, NAN], [0.2, NAN], [NAN, NAN], [0.6, 0.6]):
         expected = prior.expect(["a"], torch.tensor([group]))
     assert expected.item() == pytest.approx(0.2) and prior.state["mean"] == pytest.approx(0.4)
@@ -193,17 +188,16 @@ def test_a_step_without_a_score_leaves_the_running_mean_alone():
 # --- What may be NaN ---
 
 
-def test_only_a_reward_that_masks_may_be_nan():
-    nan = {"flaky": torch.tensor([[NAN, 0.5]])}
-    rewards.check_finite(nan, {"flaky": Flaky()}, ["p"])
-    strict = Flaky()
-    strict.masks = False
-    with pytest.raises(RunError, match="reward flaky is nan for the prompt 'p' .1 of 2"):
-        rewards.check_finite(nan, {"flaky": strict}, ["p"])
+def test_only_a_reward_that_masks_may_be_nan(flaky):
+    found = rewards.Rewards(Args(reward=("flaky",)), ["p"])
+    found.check({"flaky": torch.tensor([[NAN, 0.5]])}, ["p"])
     with pytest.raises(RunError, match="is inf"):
-        rewards.check_finite({"flaky": torch.tensor([[math.inf, 0.5]])}, {"flaky": Flaky()}, ["p"])
+        found.check({"flaky": torch.tensor([[math.inf, 0.5]])}, ["p"])
     with pytest.raises(RunError, match="no score for any of 2 samples"):
-        rewards.check_finite({"flaky": torch.tensor([[NAN, NAN]])}, {"flaky": Flaky()}, ["p"])
+        found.check({"flaky": torch.tensor([[NAN, NAN]])}, ["p"])
+    found.scorers["flaky"].masks = False
+    with pytest.raises(RunError, match="reward flaky is nan for the prompt 'p' .1 of 2"):
+        found.check({"flaky": torch.tensor([[NAN, 0.5]])}, ["p"])
 
 
 # --- Whole runs ---
@@ -211,26 +205,16 @@ def test_only_a_reward_that_masks_may_be_nan():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_runs_go_on_with_masked_samples_and_count_them(train, flaky, method):
-    stages = (
-        dict(reward=("flaky", "verifier"), thresholds=(0.5,))
-        if method is self_paced
-        else dict(reward=("flaky",))
-    )
-    _, rows = train(
-        method, prompts_per_step=2, group_size=4, steps=3, eval_every=3, watch=("jpeg",), **stages
-    )
+    stages = dict(reward=("flaky",))
+    if method is self_paced:
+        stages = dict(reward=("flaky", "verifier"), thresholds=(0.5,))
+    _, rows = train(method, steps=3, eval_every=3, watch=("jpeg",), **stages)
     trained = [row for row in rows if "reward_mean" in row]
     assert sum(row["masked_samples"] for row in trained) > 0
     assert all(0 <= row["skipped_groups"] <= 2 for row in trained)
     for row in trained:
-        for name in (
-            "reward_mean",
-            "reward_std",
-            "grad_norm",
-            "ratio_error",
-            "flaky_mean",
-            "jpeg_mean",
-        ):
+        names = "reward_mean reward_std grad_norm ratio_error flaky_mean jpeg_mean"
+        for name in names.split():
             assert math.isfinite(row[name]), name
     assert math.isfinite(rows[-1]["eval_reward"])
 
@@ -261,9 +245,8 @@ def test_a_group_with_less_spread_than_asked_for_is_left_out_as_one_without_scor
     settings = dict(
         prompts_per_step=2, group_size=4, steps=1, reward=("flaky",), lora_rank=2, sampling_steps=2
     )
-    settings |= (
-        dict(normalize="none") if method is slas else {}
-    )  # the batch's spread is that of other groups
+    if method is slas:
+        settings |= dict(normalize="none")  # the batch's spread is that of other groups
     found = []
     for name, first in (("spread", narrow), ("masked", none)):
         scores_ = torch.tensor(first + wide)
@@ -301,8 +284,9 @@ def test_a_prior_needs_a_score(train, flaky):
 
 
 def test_a_prior_without_a_score_names_its_prompt():
-    from common.trainer.heldout import expected
-
-    assert expected(torch.tensor([0.5, 0.6]), ["a", "b"]).tolist() == pytest.approx([0.5, 0.6])
-    with pytest.raises(RunError, match="'b' got no score for its prior"):
-        expected(torch.tensor([0.5, NAN]), ["a", "b"])
+    reward = torch.zeros(2, 4)
+    prior = bpgo.PromptPrior(lambda prompts: torch.tensor([0.5, 0.6]))
+    assert prior.expect(["a", "b"], reward).flatten().tolist() == pytest.approx([0.5, 0.6])
+    prior = bpgo.PromptPrior(lambda prompts: torch.tensor([0.5, NAN]))
+    with pytest.raises(RunError, match="'b' has no score"):
+        prior.expect(["a", "b"], reward)

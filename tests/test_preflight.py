@@ -1,13 +1,9 @@
-"""What is refused before the first rollout, and the count of memory behind docs/train.md's
-table."""
+"""How a run fits into memory: what is counted, what is chosen, what is refused."""
 
-import contextlib
+import dataclasses
 import functools
 import json
-import os
-import re
 import sys
-from dataclasses import replace
 from types import SimpleNamespace
 
 import psutil
@@ -21,12 +17,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import bpgo
 import grpo_base
 from benchmarks import memory
-from common import cli, models
+from common import models
+from common.args import defaults
 from common.errors import InputError
-from common.memory import counting, preflight
-from common.trainer import fisher, sharding
+from common.memory import activations, bytes, fit, turns, ways
+from common.memory.bytes import Launch
+from common.trainer import disk, sharding
 
 GIB = 2**30
+ON_A_CPU = Launch(torch.bfloat16, "cpu")
 
 
 @pytest.fixture
@@ -38,10 +37,22 @@ def size(module):
     return sum(weight.numel() for weight in module.parameters())
 
 
+# --- What is counted ---
+
+
+def counted(model, args, shards=1, **more):
+    """Return the bytes by kind, without the samples."""
+    kinds = bytes.process_bytes(model, args, launch=ON_A_CPU, shards=shards, **more)
+    return {
+        name: kinds[name] for name in kinds if name not in ("latents", "conditioning", "pixels")
+    }
+
+
 def test_memory_of_full_weights_and_of_a_lora(tiny):
-    n, others = size(tiny.pipe.transformer), sum(map(size, (tiny.pipe.vae, tiny.pipe.text_encoder)))
-    others += size(tiny.pipe.text_encoder_2)
-    args = cli.defaults(grpo_base.Args, ema=0.9)
+    n = size(tiny.pipe.transformer)
+    encoders = size(tiny.pipe.text_encoder) + size(tiny.pipe.text_encoder_2)
+    others = encoders + size(tiny.pipe.vae)
+    args = defaults(grpo_base.Args, ema=0.9)
     full = {
         "trained weights": 4 * n,
         "frozen weights": 0,
@@ -49,298 +60,360 @@ def test_memory_of_full_weights_and_of_a_lora(tiny):
         "optimizer": 8 * n,
         "average": 4 * n,
     }
-    rest = {"encoders, VAE": 2 * others, "rewards": 0, "activations": 100}
-    found = counting.memory(tiny, args, 2, activations=100)
+    rest = {"encoders, VAE": 2 * others, "rewards": 7, "activations": 100}
+    found = counted(tiny, args, activations=100, rewards=7)
     assert found == {**full, **rest, "weights of a pass": 2 * n}  # autocast's copies
+
     split = {name: value / 4 for name, value in full.items()}
     block = max(map(size, tiny.pipe.transformer.transformer_blocks))
     rest["weights of a pass"] = 8 * block  # in bfloat16 two blocks, in float32 the gradients of one
-    assert counting.memory(tiny, args, 2, 4, activations=100) == {
-        **split,
-        **rest,
-        "gradients": 4 * n,
-    }
-    assert counting.memory(tiny, args, 2, 4, initial=True)["frozen weights"] == 2 * n / 4
-    args.exchange_often = args.offload_encoders = True
+    found = counted(tiny, args, shards=4, activations=100, rewards=7)
+    assert found == {**split, **rest, "gradients": 4 * n}
+    assert counted(tiny, args, shards=4, keep_initial=True)["frozen weights"] == 2 * n / 4
+
+    args.exchange_often = True
+    args.offload_encoders = True
     rest["encoders, VAE"] = 2 * size(tiny.pipe.vae)
-    rest["activations"] = 2 * others - rest["encoders, VAE"]  # the encoders come for a moment
-    assert counting.memory(tiny, args, 2, 4, activations=100) == {**split, **rest}
+    rest["activations"] = 2 * encoders  # they visit the device
+    assert counted(tiny, args, shards=4, activations=100, rewards=7) == {**split, **rest}
 
     tiny.pipe.transformer.requires_grad_(False)
     tiny.pipe.transformer.add_adapter(
         LoraConfig(r=4, lora_alpha=4, target_modules=tiny.lora_targets)
     )
     lora = size(tiny.pipe.transformer) - n
-    found = counting.memory(tiny, cli.defaults(grpo_base.Args, lora_rank=4), 2)
-    assert (
-        found["trained weights"] == 4 * lora
-        and found["frozen weights"] == 2 * n
-        and not found["average"]
-    )
+    found = counted(tiny, defaults(grpo_base.Args, lora_rank=4))
+    assert found["trained weights"] == 4 * lora
+    assert found["frozen weights"] == 2 * n
+    assert not found["average"]
 
 
-def test_disk_of_checkpoints_and_export(tiny):
-    n = size(tiny.pipe.transformer)
-    args = cli.defaults(grpo_base.Args, steps=50, save_every=20)
-    checkpoint, number, export = counting.disk(tiny, args, 4)
-    assert (checkpoint, number) == (12 * n, 3) and export == 4 * sum(
-        size(part) for part in tiny.pipe.components.values() if isinstance(part, torch.nn.Module)
-    )
-    assert counting.disk(tiny, args, 4, start=40)[1] == 1
-    args.keep_checkpoints, args.ema = 1, 0.9
-    assert counting.disk(tiny, args, 4)[:2] == (16 * n, 2)
+def test_data_parallelism_copies_gradients_and_offloaded_shards_are_on_the_host(tiny):
+    args = defaults(grpo_base.Args)
+    alone = bytes.process_bytes(tiny, args, Launch(torch.float32, "cuda"))
+    two = bytes.process_bytes(tiny, args, Launch(torch.float32, "cuda", world=2, per_machine=2))
+    assert two["gradients"] == 2 * alone["gradients"]
+    assert two["latents"] == alone["latents"] / 2
+    offloaded = Launch(torch.float32, "cuda", world=2, per_machine=2, sharded=True, offloads=True)
+    kinds = bytes.process_bytes(tiny, args, offloaded, shards=2)
+    assert not any(kinds[name] for name in bytes.ON_THE_HOST)
+
+
+def test_disk_of_checkpoints_and_export():
+    assert disk.checkpoint_bytes(10, ema=False) == 4 * 10 * 3
+    assert disk.checkpoint_bytes(10, ema=True) == 4 * 10 * 4
+    assert disk.export_bytes(10, pipeline=1000, lora=False, ema=False) == 1000
+    assert disk.export_bytes(10, pipeline=1000, lora=True, ema=True) == 2 * 4 * 10
+    assert disk.checkpoints_at_once(50, save_every=20, keep=0) == 3
+    assert disk.checkpoints_at_once(50, save_every="auto", keep=0) == 3
+    assert disk.checkpoints_at_once(50, save_every=20, keep=0, start=40) == 1
+    assert disk.checkpoints_at_once(50, save_every=20, keep=1) == 2
+    assert disk.checkpoints_at_once(50, save_every=0, keep=2) == 1
 
 
 def test_a_checkpoint_is_as_large_as_estimated(train, tiny):
     folder, _ = train(steps=1, ema=0.9)
-    expected = counting.disk(tiny, cli.defaults(grpo_base.Args, ema=0.9), 4)[0]
+    expected = disk.checkpoint_bytes(size(tiny.pipe.transformer), ema=True)
     found = sum(file.stat().st_size for file in (folder / "checkpoints/step_000001").iterdir())
     assert found == pytest.approx(expected, rel=0.02)
 
 
-def test_too_little_disk_is_one_line_before_the_first_rollout(train, monkeypatch, tmp_path):
-    monkeypatch.setattr(
-        preflight.shutil, "disk_usage", lambda path: SimpleNamespace(free=int(0.05 * GIB))
-    )
-    with pytest.raises(
-        InputError,
-        match=r"2 checkpoints of 0.03 GiB and the export's 0.\d\d GiB do not fit .* 0.05 GiB",
-    ):
+def test_a_disk_that_is_too_small_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda folder: SimpleNamespace(free=3 * GIB))
+    new = tmp_path / "not/yet"
+    disk.check(new, checkpoint=GIB, number=2, export=GIB)
+    match = "3 checkpoints of 1.00 GiB and an export of 1.00 GiB do not fit .* 3.00 GiB free"
+    with pytest.raises(InputError, match=match):
+        disk.check(new, checkpoint=GIB, number=3, export=GIB)
+
+
+def test_a_run_whose_checkpoints_do_not_fit_is_refused(train, monkeypatch):
+    free = int(0.05 * GIB)
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda folder: SimpleNamespace(free=free))
+    with pytest.raises(InputError, match="2 checkpoints of 0.03 GiB .* 0.05 GiB free"):
         train(save_every=1)
-    assert not (tmp_path / "run").exists()
-
-
-def test_too_little_memory_is_one_line_before_the_first_rollout(train, monkeypatch):
-    monkeypatch.setattr(
-        psutil, "virtual_memory", lambda: SimpleNamespace(available=int(0.001 * GIB))
-    )
-    with pytest.raises(InputError, match=r"each process would hold 0.0 GiB \(trained weights"):
-        train()
 
 
 @pytest.mark.parametrize("name", ["tiny-flux", "tiny-sd", "tiny-wan-i2v"])
 @pytest.mark.parametrize("lora", [False, True], ids=["all", "lora"])
 def test_activations_without_contents_are_those_of_a_real_pass(name, lora):
-    real, outline = models.load(name, torch.float32), models.outline(name, torch.float32, 0)
+    real = models.load(name, torch.float32)
+    outline = models.outline(name, torch.float32, 0)
     for model in (real, outline):
         for module in model.trainable.values():
             module.requires_grad_(not lora)
             if lora:
                 module.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=model.lora_targets))
-    counted = [
-        counting.activations(outline, torch.float32, checkpointing)
-        for checkpointing in (False, True)
-    ]
-    assert counted == [
-        counting.count(real, torch.float32, checkpointing) for checkpointing in (False, True)
-    ]
-    assert 0 < counted[1] < counted[0]
-    assert (
-        real.unwanted == {}
-    )  # nothing of the counting stays: guidance takes what is here for the empty prompt
+    for checkpointing in (False, True):
+        found = activations.row_bytes(outline, torch.float32, checkpointing)
+        assert found == activations.count(real, torch.float32, checkpointing)
+    assert 0 < found < activations.row_bytes(outline, torch.float32, False)
+    assert real.unwanted == {}  # guidance would take what counting left there
     assert all(weight.device.type == "meta" for weight in outline.pipe.vae.parameters())
 
 
-def test_attention_that_is_differentiated_twice_is_refused_where_its_scores_do_not_fit(monkeypatch):
+def test_attention_that_is_differentiated_twice_is_refused_if_its_scores_do_not_fit(monkeypatch):
     large = models.outline("tiny-flux", torch.float32, 0, height=256, width=256)
     module = large.pipe.transformer.requires_grad_(True)
-    plain = counting.activations(large, torch.float32, False)
+    plain = activations.row_bytes(large, torch.float32, False)
     with sdpa_kernel(SDPBackend.MATH):
-        scores = counting.activations(large, torch.float32, False)
+        scores = activations.row_bytes(large, torch.float32, False)
     tokens = large.noise_shape[0] + large.blank()["encoder_hidden_states"].shape[0]
     blocks = len(module.transformer_blocks) + len(module.single_transformer_blocks)
     assert scores - plain >= 0.9 * blocks * module.config.num_attention_heads * tokens**2 * 4
-    run = SimpleNamespace(
-        args=SimpleNamespace(model="tiny-flux"), batch=3, dtype=torch.float32, world=1
-    )
-    run.device, run.plain_modules = torch.device("cpu"), contextlib.nullcontext
-    monkeypatch.setattr(preflight, "SMALL", 0)
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=6 * scores - 1))
-    fisher.TrustRegion(run, 1e-4)
-    with pytest.raises(
-        InputError, match="attention scores of every block are kept: .* for 3 rows, .* --gamma"
-    ):
-        fisher.TrustRegion(run, 1e-4, large)
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=6 * scores))
-    fisher.TrustRegion(run, 1e-4, large)
+
+    with sdpa_kernel(SDPBackend.MATH):
+        fit.check_twice_differentiated(large, torch.float32, rows=3, free=0)  # a small model
+        monkeypatch.setattr(fit, "SMALL", 0)
+        fit.check_twice_differentiated(large, torch.float32, rows=3, free=6 * scores)
+        with pytest.raises(InputError, match="with 3 rows needs .* Choose a number for --gamma"):
+            fit.check_twice_differentiated(large, torch.float32, rows=3, free=6 * scores - 1)
 
 
 def test_rewards_are_counted_once_and_a_judge_in_this_process_too():
     class Judge:
         def __init__(self, module):
-            self.model, self.name = module, "judge"
+            self.model = module
+            self.name = "judge"
 
     module = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
-    scorer = SimpleNamespace(
-        module=module, head=module[0], judge=Judge(torch.nn.Linear(2, 2)), words=["a"]
-    )
-    other = SimpleNamespace(client=scorer.judge)
-    assert sum(map(size, counting.reward_modules([scorer, other]))) == 40 + 6
+    judge = Judge(torch.nn.Linear(2, 2))
+    scorer = SimpleNamespace(module=module, head=module[0], judge=judge, words=["a"])
+    other = SimpleNamespace(client=judge)
+    assert sum(map(size, bytes.reward_modules([scorer, other]))) == 40 + 6
 
 
 def test_the_table_in_the_docs_is_not_stale():
     assert memory.row("sd1.4", True) in memory.PAGE.read_text()
 
 
-# --- What is chosen before anything is loaded ---
+# --- What is chosen ---
 
 
-def plan_of(monkeypatch, available, **settings):
-    """What tiny-flux takes by itself where so many bytes are free, as if it were a large model."""
-    monkeypatch.setattr(preflight, "SMALL", 0)
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=available))
-    args = cli.defaults(
-        grpo_base.Args,
-        **{**dict(prompts_per_step=2, group_size=4, sampling_steps=4, micro_batch=8), **settings},
+class Processes:
+    """The processes of a launch, with a memory of so many GiB each; keeps what they print."""
+
+    def __init__(self, monkeypatch, gib, world=1, device="cuda", dtype=torch.bfloat16, fsdp=False):
+        monkeypatch.setattr(fit, "free_bytes", lambda device, world: gib * GIB)
+        self.device = torch.device(device)
+        self.dtype = dtype
+        self.world = world
+        self.per_machine = min(world, 8)
+        self.fsdp = SimpleNamespace(activation_checkpointing=True) if fsdp else None
+        self.offloads = False
+        self.said = []
+
+    def collect(self, thing):
+        return [thing] * self.world
+
+    def print(self, *words):
+        self.said.append(" ".join(map(str, words)))
+
+
+@functools.cache
+def full_size(name, lora_rank):
+    """Return the outline of a released model as `settle` makes it."""
+    args = defaults(bpgo.Args, name, lora_rank=lora_rank)
+    return honest_outline(args, torch.bfloat16)
+
+
+honest_outline = fit.outline
+row_bytes = functools.cache(activations.row_bytes)  # seconds each
+
+
+@pytest.fixture
+def released(monkeypatch):
+    """Make `settle` count the released sizes, on a host with much memory."""
+    monkeypatch.setattr(models, "outline", lambda name, *_, **settings: memory.full_size(name, 0))
+    monkeypatch.setattr(fit, "outline", lambda args, dtype: full_size(args.model, args.lora_rank))
+    monkeypatch.setattr(activations, "row_bytes", row_bytes)
+    monkeypatch.setattr(turns, "copied", lambda model: {})
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=2**50))
+    monkeypatch.setattr(sys, "argv", ["bpgo.py"])
+
+
+# What the first version of this code chose, November 2026:
+# (model, LoRA rank, processes, GiB of each, with --micro-batch auto,
+#  offloaded encoders, exchanged often, micro-batch, rows of a pass, shards); None: refused
+CHOSEN = [
+    ("flux", 0, 1, 80, None),
+    ("flux", 0, 1, 140, None),
+    ("flux", 0, 8, 80, (True, True, 8, 4, 8)),
+    ("flux", 0, 16, 80, (True, True, 4, 2, 8)),
+    ("flux", 0, 16, 30, (True, True, 1, 1, 16)),
+    ("flux", 0, 8, 24, None),
+    ("flux", 64, 1, 80, (False, False, 16, 16, 1)),
+    ("flux", 64, 8, 80, (False, False, 8, 4, 1)),
+    ("flux", 64, 1, 48, (False, False, 1, 1, 1)),
+    ("flux", 64, 8, 24, (True, False, 8, 4, 8)),
+    ("qwen-image", 64, 1, 80, (False, False, 1, 1, 1)),
+    ("qwen-image", 64, 1, 48, None),
+    ("qwen-image", 64, 8, 48, (True, False, 16, 8, 8)),
+    ("qwen-image", 64, 1, 140, (False, False, 32, 32, 1)),
+    ("wan2.2-i2v", 64, 1, 80, None),
+    ("wan2.2-i2v", 64, 8, 80, (True, False, 2, 2, 8)),
+    ("wan2.2-i2v", 64, 8, 48, (True, False, 1, 1, 8)),
+    ("wan2.2-i2v", 64, 1, 140, (False, False, 1, 1, 1)),
+    ("sd1.4", 0, 1, 48, (False, False, 32, 32, 1)),
+    ("sd1.4", 64, 8, 24, (False, False, 16, 16, 1)),
+]
+
+
+def released_cases():
+    """Return the cases above; those of models that take long to build are marked."""
+    cases = []
+    for case in CHOSEN:
+        marks = pytest.mark.long if case[0] in ("qwen-image", "wan2.2-i2v") else ()
+        cases.append(pytest.param(*case, marks=marks))
+    return cases
+
+
+@pytest.mark.parametrize("name, lora, world, gib, chosen", released_cases())
+def test_released_models_run_as_they_always_did(
+    name, lora, world, gib, chosen, released, monkeypatch
+):
+    processes = Processes(monkeypatch, gib, world)
+    args = defaults(bpgo.Args, name, lora_rank=lora)
+    assert args.micro_batch == "auto", "the default of a full-size model"
+    before = dataclasses.replace(args)
+    if chosen is None:
+        with pytest.raises(InputError, match=f"--model {name}: each process needs at least"):
+            fit.settle(args, processes, {}, keep_initial=False)
+        return
+    found = fit.settle(args, processes, {}, keep_initial=False)
+    assert args == before, "the settings that were given do not change"
+    values = (
+        found.args.offload_encoders,
+        found.args.exchange_often,
+        found.args.micro_batch,
+        found.batch,
+        found.shards,
     )
-    run = SimpleNamespace(
-        args=args, world=1, shards=1, sharding=None, dtype=torch.float32, device=torch.device("cpu"),
-        batch=args.micro_batch, precision="no", print=print, asked=replace(args), together=lambda one: [one],
-    )  # fmt: skip
-    return preflight.Plan(run, [])
-
-
-@pytest.mark.long
-def test_what_decides_is_chosen_from_the_memory_that_is_free(train, monkeypatch, capsys):
-    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "")
-    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF")
-    plan = plan_of(monkeypatch, 0)
-    args = plan.run.args
-    sizes = [
-        sum(plan.kinds(replace(args, **dict.fromkeys(way, True)), 1).values())
-        for way in plan.ways()
-    ]
-    assert sizes == sorted(sizes, reverse=True) and len(sizes) == 3
-    alone, plan.run.world = plan.kinds(args, 1)["gradients"], 2
-    assert plan.kinds(args, 1)["gradients"] == 2 * alone  # buckets of data parallelism
-    loaded = []
-    for size_, way in zip(sizes, plan.ways()):
-        plan_of(monkeypatch, size_ / preflight.ROOM + 1000)
-        monkeypatch.setattr(preflight, "check", lambda run, model: loaded.append(run.args))
-        folder, _ = train(output=f"{len(way)}", steps=1)
-        assert [
-            name
-            for name in ("offload_encoders", "gradient_checkpointing")
-            if getattr(loaded[-1], name)
-        ] == [*way]
-        assert ("--offload-encoders" in capsys.readouterr().out) == ("offload_encoders" in way)
-        plan_of(monkeypatch, 2**40)  # a larger machine goes on: nothing has to be chosen
-        train(output=f"{len(way)}", steps=2, resume="latest")
-        assert (
-            not loaded[-1].offload_encoders and "from here on with" not in capsys.readouterr().out
-        )
-        config = json.loads((folder / "config.json").read_text())
-        assert not any(
-            config[name]
-            for name in ("offload_encoders", "gradient_checkpointing", "exchange_often")
-        )
-    assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
-    plan_of(monkeypatch, sizes[-1] / preflight.ROOM - 1000)
-    monkeypatch.setattr(models, "load", None)
-    with pytest.raises(
-        InputError, match=r"each process would hold 0.0 GiB .*; what fits: .* --micro-batch 1"
-    ):
-        train(output="none")
-
-
-full_size, activations = (
-    functools.cache(memory.full_size),
-    functools.cache(counting.activations),
-)  # seconds each
+    assert values == chosen
+    assert found.sharded == (found.shards > 1)
+    assert found.args.decode_batch == 1, "a micro-batch, before it grew"
+    assert found.args.gradient_checkpointing
+    assert found.turn is None
+    changed = chosen[:3] != (False, False, 1)
+    assert len(processes.said) == changed
+    assert all(f"{ways.ROOM * gib:.1f} GiB" in line for line in processes.said)
 
 
 @pytest.mark.parametrize(
-    "name, lora, world, gib, ways, offers",
+    "gib, commands",
     [
-        ("flux", 0, 1, 80, None, ["--lora-rank 64", "--num_processes 4"]),
-        ("flux", 0, 1, 48, None, ["--lora-rank 64", "--num_processes 8"]),
-        ("flux", 64, 1, 48, (), []),
-        ("flux", 0, 8, 80, ("offload_encoders", "sharded", "exchange_often"), []),
-        ("flux", 0, 16, 80, ("offload_encoders", "sharded", "exchange_often"), []),
-        (
-            "flux",
-            0,
-            16,
-            30,
-            ("offload_encoders", "sharded", "exchange_often", "sharded over all machines"),
-            [],
-        ),
-        ("wan2.1-1.3b", 0, 8, 80, (), []),
+        (80, ["--lora-rank 64", "configs/fsdp2.yaml --num_processes 4"]),
+        (48, ["--lora-rank 64", "configs/fsdp2.yaml --num_processes 8"]),
+        (24, ["configs/fsdp2_multi_node.yaml --num_processes 32"]),
     ],
 )
-def test_full_sizes_fit_or_are_told_a_command_that_does(
-    name, lora, world, gib, ways, offers, monkeypatch, capsys
+def test_a_refusal_lists_commands_that_fit(gib, commands, released, monkeypatch):
+    processes = Processes(monkeypatch, gib)
+    args = defaults(bpgo.Args, "flux")
+    with pytest.raises(InputError) as refused:
+        fit.settle(args, processes, {}, keep_initial=False)
+    words = str(refused.value)
+    assert all(command in words for command in commands), words
+    assert words.count("bpgo.py") == len(commands)
+
+
+@pytest.mark.parametrize("asked", [1, 8])
+def test_a_micro_batch_that_was_given_stays_and_a_larger_one_is_proposed(
+    asked, released, monkeypatch
 ):
-    monkeypatch.setattr(preflight.Plan, "outline", lambda plan, rank: full_size(name, rank))
-    monkeypatch.setattr(counting, "activations", activations)
-    monkeypatch.setattr(preflight, "free", lambda run: gib * 10**9)
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=2**50))
-    args = cli.defaults(bpgo.Args, name, lora_rank=lora)
-    run = SimpleNamespace(
-        args=args, world=world, shards=min(world, 8), sharding=None, dtype=torch.bfloat16,
-        device=torch.device("cpu"), batch=1, print=print, asked=replace(args), together=lambda one: [one] * world,
-    )  # fmt: skip
-    args.micro_batch = 1
-    if ways is None:
-        monkeypatch.setattr(sys, "argv", ["bpgo.py", "--model", name])
-        with pytest.raises(InputError) as refused:
-            preflight.settle(run, [])
-        assert all(f"{words}" in str(refused.value) for words in offers), refused.value
-        assert str(refused.value).count("bpgo.py --model flux") == len(offers)
-    else:
-        preflight.settle(run, [])
-        assert [
-            name for name in ways if name not in preflight.SHARDED and not getattr(args, name)
-        ] == []
-        assert run.shards == (world if "sharded over all machines" in ways else min(world, 8))
-        assert bool(run.sharding) == ("sharded" in ways) and args.exchange_often == (
-            "exchange_often" in ways
-        )
-        assert run.activations > GIB
-        words = r"(\d+) rows a pass would fit, too, .* --micro-batch \1 --decode-batch 1"
-        said = re.search(words, capsys.readouterr().out)
-        assert_most_rows(run, int(said[1]) if said else 1)
+    processes = Processes(monkeypatch, 80)
+    args = defaults(bpgo.Args, "flux", lora_rank=64, micro_batch=asked)
+    found = fit.settle(args, processes, {}, keep_initial=False)
+    assert (found.args.micro_batch, found.args.decode_batch, found.batch) == (asked, asked, asked)
+    (line,) = processes.said
+    assert f"--micro-batch 16 --decode-batch {asked}" in line
 
 
-def assert_most_rows(run, rows):
-    """They fit into three quarters of the memory, and twice as many do not, or are not there."""
-    plan, share = (
-        preflight.Plan(run, []),
-        run.args.prompts_per_step * run.args.group_size // run.world,
-    )
-    now, more = (
-        sum(plan.kinds(replace(run.args, micro_batch=n), plan.shards(()), batch=n).values())
-        <= 0.75 / 0.9 * plan.have
-        for n in (rows, 2 * rows)
-    )
-    assert rows == 1 or now and (not more or 2 * rows > share)
+def test_on_a_cpu_auto_is_one_row(released, monkeypatch):
+    processes = Processes(monkeypatch, 80, device="cpu")
+    args = defaults(bpgo.Args, "flux", lora_rank=64)
+    assert fit.settle(args, processes, {}, keep_initial=False).batch == 1
 
 
-@pytest.mark.parametrize(
-    "asked, gib, least", [("auto", 80, 8), ("auto", 60, 2), ("auto", 48, 1), (1, 80, 1)]
-)
-def test_on_a_gpu_a_pass_takes_the_rows_that_fit(asked, gib, least, monkeypatch, capsys):
-    monkeypatch.setattr(preflight.Plan, "outline", lambda plan, rank: full_size("flux", rank))
-    monkeypatch.setattr(counting, "activations", activations)
-    monkeypatch.setattr(preflight, "free", lambda run: gib * 10**9)
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=2**50))
-    args = cli.defaults(bpgo.Args, "flux", lora_rank=64)
-    assert args.micro_batch == "auto", "the default of a full-size model"
-    run = SimpleNamespace(
-        args=args, world=1, shards=1, sharding=None, dtype=torch.bfloat16, device=torch.device("cuda"), batch=1,
-        print=print, asked=replace(args, micro_batch=asked), together=lambda one: [one],
-    )  # fmt: skip
-    args.micro_batch = 1
-    preflight.settle(run, [])
-    rows, said = args.micro_batch, capsys.readouterr().out
-    assert rows >= least and (f"--micro-batch {rows}, for" in said) == (rows > 1)
-    assert args.decode_batch == (1 if rows > 1 else 0) and ("would fit, too" in said) == (
-        asked == 1
-    )
-    kinds = preflight.Plan(run, []).kinds(args, 1, batch=rows)
-    assert kinds["activations"] == run.activations
-    if asked == "auto":
-        assert_most_rows(run, rows)
+def test_a_launch_with_fsdp2_stays_sharded(released, monkeypatch):
+    processes = Processes(monkeypatch, 80, world=8, fsdp=True)
+    args = defaults(bpgo.Args, "flux")
+    found = fit.settle(args, processes, {}, keep_initial=True)
+    assert (found.sharded, found.shards, found.args.exchange_often) == (True, 8, True)
+
+
+def small(monkeypatch, gib, **settings):
+    """Return (settings of tiny-flux, processes), as if tiny-flux were a large model."""
+    monkeypatch.setattr(fit, "SMALL", 0)
+    values = dict(prompts_per_step=2, group_size=4, sampling_steps=4, micro_batch=8) | settings
+    processes = Processes(monkeypatch, gib, device="cpu", dtype=torch.float32)
+    return defaults(grpo_base.Args, **values), processes
+
+
+def test_the_ways_are_tried_from_the_fastest_to_the_smallest(monkeypatch):
+    args, processes = small(monkeypatch, 0)
+    launch = fit.launch_of(processes)
+    counter = ways.Counter(fit.outline(args, torch.float32), launch)
+    tried = ways.ways(args, launch)
+    assert [way.chosen for way in tried] == [
+        (),
+        ("--offload-encoders",),
+        ("--offload-encoders", "--gradient-checkpointing"),
+    ]
+    batch = ways.as_asked(args, launch).batch
+    sizes = [counter.total(way, batch) for way in tried]
+    assert sizes == sorted(sizes, reverse=True)
+    for way, total in zip(tried, sizes):
+        args, processes = small(monkeypatch, (total / ways.ROOM + 1000) / GIB)
+        found = fit.settle(args, processes, {}, keep_initial=False)
+        assert found.args == dataclasses.replace(way.args, decode_batch=8)
+        assert all(flag in " ".join(processes.said) for flag in way.chosen)
+    args, processes = small(monkeypatch, (sizes[-1] / ways.ROOM - 1000) / GIB)
+    with pytest.raises(InputError, match="each process needs at least 0.0 GiB .* --micro-batch 1"):
+        fit.settle(args, processes, {}, keep_initial=False)
+
+
+def test_what_a_run_chose_is_printed_and_not_written_into_its_settings(train, monkeypatch, capsys):
+    args, processes = small(monkeypatch, 0)
+    launch = fit.launch_of(processes)
+    counter = ways.Counter(fit.outline(args, torch.float32), launch)
+    offloaded = ways.ways(args, launch)[1]
+    total = counter.total(offloaded, ways.as_asked(args, launch).batch)
+    small(monkeypatch, (total / ways.ROOM + 1000) / GIB)
+    folder, _ = train(steps=1, minibatches=args.minibatches)
+    assert "tiny-flux: chose --offload-encoders for" in capsys.readouterr().out
+    assert not json.loads((folder / "config.json").read_text())["offload_encoders"]
+
+
+def test_two_machines_shard_inside_each_before_over_both():
+    launch = Launch(torch.bfloat16, "cuda", world=16, per_machine=8)
+    args = defaults(grpo_base.Args, "flux", micro_batch=1)
+    found = [(way.shards, way.chosen[-1:]) for way in ways.ways(args, launch)]
+    assert found == [
+        (1, ()),
+        (1, ("--offload-encoders",)),
+        (8, ("sharded",)),
+        (8, ("--exchange-often",)),
+        (16, ("sharded over all machines",)),
+    ]
+
+
+def test_a_small_model_runs_as_asked(monkeypatch):
+    processes = Processes(monkeypatch, 0, world=4, device="cpu", dtype=torch.float32)
+    args = defaults(grpo_base.Args, micro_batch=10)
+    found = fit.settle(args, processes, {}, keep_initial=True)
+    assert found == ways.MemoryPlan(dataclasses.replace(args, decode_batch=10), batch=8)
+    assert processes.said == []
+    processes.fsdp = SimpleNamespace(activation_checkpointing=False)
+    found = fit.settle(args, processes, {}, keep_initial=True)
+    assert (found.sharded, found.shards) == (True, 4)
+
+
+def test_exchange_often_without_sharded_weights_is_refused(monkeypatch):
+    processes = Processes(monkeypatch, 80)
+    args = defaults(grpo_base.Args, exchange_often=True)
+    with pytest.raises(InputError, match="--exchange-often: it needs sharded weights"):
+        fit.settle(args, processes, {}, keep_initial=False)
 
 
 @pytest.mark.parametrize("name", ["fsdp2", "fsdp2_offload"])
@@ -350,14 +423,13 @@ def test_sharding_by_itself_is_that_of_the_shipped_configuration(name, monkeypat
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")  # as accelerate launch hands the file on
     for flag, value in flags.items():
         monkeypatch.setenv(flag.upper(), str(value))
-    shipped, own = sharding.take_plugin(), sharding.own_plugin()
+    shipped = sharding.take_plugin()
+    own = sharding.own_plugin()
     assert sharding.take_plugin()  # of the run after a calibration
     for what in ("fsdp_version", "reshard_after_forward", "activation_checkpointing"):
-        assert (
-            getattr(shipped, what)
-            == getattr(own, what)
-            == flags[f"fsdp_{what.removeprefix('fsdp_')}"]
-        ), what
+        flag = flags[f"fsdp_{what.removeprefix('fsdp_')}"]
+        assert getattr(shipped, what) == getattr(own, what) == flag, what
     offloaded = name == "fsdp2_offload"
-    assert sharding.offloads(shipped, "cuda") == offloaded and not sharding.offloads(own, "cuda")
+    assert sharding.offloads(shipped, "cuda") == offloaded
+    assert not sharding.offloads(own, "cuda")
     assert not sharding.offloads(shipped, "cpu")

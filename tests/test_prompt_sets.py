@@ -262,7 +262,7 @@ def test_without_the_hub_one_line_says_which_file(tmp_path, monkeypatch):
             and f"hf download --repo-type dataset {repository} {file}" in said
             and "--prompts" in said
         )
-    assert "write hub:OWNER/NAME/FILE" in refused("hub:somebody/captions")
+    assert "Write hub:OWNER/NAME/FILE" in refused("hub:somebody/captions")
     assert "hub:some body/a b/c.csv" in refused("hub:some body/a b/c.csv")
 
 

@@ -73,9 +73,9 @@ def test_bad_files_are_refused_in_one_line(tmp_path):
         "pipe": "is a pipe",
         "empty.txt": "no prompt in it",
         "blank.txt": "no prompt in it",
-        "latin1.txt": "not UTF-8 text (byte 7)",
-        "utf16.txt": "not UTF-8 text (byte 0)",
-        "image.png": "not UTF-8 text (byte 0)",
+        "latin1.txt": "position 7",
+        "utf16.txt": "position 0",
+        "image.png": "position 0",
     }.items():
         with pytest.raises(InputError) as error:
             read_prompts(tmp_path / name)
@@ -208,7 +208,7 @@ def test_tables_with_a_column(tmp_path, kind):
         assert read_prompts(f"{other}:index") == ["0", "1", "2", "3", "4"]
     else:
         with pytest.raises(
-            InputError, match="row 1 of .* has '0' in column 'index', which is no text"
+            InputError, match="row 1 of .* has '0' in column 'index', which is not text"
         ):
             read_prompts(f"{other}:index")
 
@@ -226,9 +226,9 @@ def test_strings_without_columns(tmp_path):
 @pytest.mark.parametrize(
     "name, content, reason",
     [
-        ("a.json", b"{", "is no JSON (Expecting"),
-        ("a.json", b'{"prompt": "one"}', "is no JSON (it is no list of rows)"),
-        ("a.jsonl", b'{"prompt": "one"}\n{"prompt"', "is no JSONL (line 2: "),
+        ("a.json", b"{", "JSONDecodeError: Expecting"),
+        ("a.json", b'{"prompt": "one"}', "it is not a list of rows"),
+        ("a.jsonl", b'{"prompt": "one"}\n{"prompt"', "line 2: "),
         (
             "a.jsonl",
             b'{"prompt": "one"}\n"a red \\ud83d"',
@@ -236,12 +236,12 @@ def test_strings_without_columns(tmp_path):
         ),
         ("a.jsonl", b'{"prompt": "one"}\n{"prompt": ["two"]}', "row 2 of "),
         ("a.jsonl", b"[1]", "row 1 of "),
-        ("a.jsonl", b"caf\xe9", "is not UTF-8 text (byte 3)"),
-        ("a.csv", b"prompt\n" + b"x" * 200_000, "is no CSV (field larger"),
+        ("a.jsonl", b"caf\xe9", "position 3"),
+        ("a.csv", b"prompt\n" + b"x" * 200_000, "field larger"),
         ("a.csv", b"", "no prompt in it"),
         ("a.csv", b"index,prompt\n1\n2,\n", "no prompt in it"),
-        ("a.parquet", b"PAR1", "is no PARQUET"),
-        ("b.csv:prompt", None, "cannot read"),
+        ("a.parquet", b"PAR1", "ArrowInvalid"),
+        ("b.csv:prompt", None, "No such file"),
     ],
 )
 def test_bad_tables_are_refused_in_one_line(tmp_path, name, content, reason):
@@ -269,7 +269,7 @@ def test_fifty_thousand_prompts_are_read_and_dealt_out_at_once(tmp_path):
 
 def test_a_file_without_end_is_refused(monkeypatch):
     monkeypatch.setattr(files, "LONGEST", 10**6)
-    with pytest.raises(InputError, match="/dev/zero has more than 1000000 bytes"):
+    with pytest.raises(InputError, match="/dev/zero does not load .*more than 1000000 bytes"):
         read_prompts("/dev/zero")
 
 
@@ -277,6 +277,6 @@ def test_a_file_of_one_endless_line_is_refused(tmp_path):
     (tmp_path / "line.txt").write_text("a red circle " * 10_000)
     with pytest.raises(
         InputError,
-        match="line.txt has a prompt of more than 100000 letters; write one prompt a line",
+        match="line.txt has a prompt of more than 100000 letters",
     ):
         read_prompts(tmp_path / "line.txt")

@@ -3,6 +3,7 @@ are answered."""
 
 import ast
 import doctest
+import inspect
 import math
 import re
 
@@ -15,9 +16,10 @@ import bpgo
 import grpo_base
 import self_paced
 import slas
-from common import loss, sde
+from common import groups, loss, sde
 from common.models.flux import Flux
-from common.trainer.runtime import Runtime
+from common.rewards import Rewards
+from common.trainer import Checkpoints, Evaluator, Log, Policy, Processes
 
 PAGE = ROOT / "docs/reading.md"
 
@@ -44,9 +46,20 @@ def test_functions_are_where_it_says():
         assert name in {
             node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)
         }, (path, name)
-    for owner, cls in (("run", Runtime), ("model", Flux)):
+    owners = {"processes": Processes, "policy": Policy, "rewards": Rewards, "model": Flux}
+    for owner, cls in owners.items():
         methods = re.findall(rf"`{owner}\.(\w+)`", "\n".join(cells))
         assert len(methods) >= 3 and all(callable(getattr(cls, name)) for name in methods)
+
+
+def test_the_objects_are_those_that_main_makes():
+    part = PAGE.read_text().partition("## The objects of main")[2].partition("Setup also")[0]
+    shown = re.findall(r"^\| `(\w+)` \|.*\| \[`([\w/]+\.py)`\]", part, re.M)
+    made = [Processes, Policy, Rewards, Evaluator, Checkpoints, Log]
+    assert [path for _, path in shown] == [cls.__module__.replace(".", "/") + ".py" for cls in made]
+    main = inspect.getsource(grpo_base.main)
+    for (name, _), cls in zip(shown, made):
+        assert f"    {name} = {cls.__name__}(" in main
 
 
 def test_each_exercise_has_its_answer():
@@ -156,7 +169,7 @@ def test_exercise_10_equal_or_missing_scores_teach_nothing():
     nan = math.nan
     reward = torch.tensor([[0.4, 0.4, 0.4, 0.4], [nan, 0.9, nan, nan], [0.1, nan, 0.3, 0.2]])
     assert grpo_base.compute_advantages(reward, 5.0)[:2].abs().max() == 0
-    kept = grpo_base.keep_rows(reward, best_of=0)
+    kept = groups.keep_rows(reward, best_of=0)
     assert kept.tolist() == [
         [True] * 4,
         [False] * 4,

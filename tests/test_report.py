@@ -6,22 +6,36 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from html.parser import HTMLParser
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from accelerate import PartialState
 from PIL import Image
 
 import bpgo
-from common.errors import InputError
-from common.reporting import page, report
+from common import errors
+from common.args import Args
+from common.errors import InputError, RunError
+from common.reporting import files, page
+from common.trainer import Processes
+from common.trainer.log import Log
 
 HOSTILE = [
     "</title><script>alert(1)</script>",
     'a "red" circle | & <img src=http://x/y.png onerror=alert(1)>',
 ]
+
+
+def together(here, action):
+    """Processes.together of a single process."""
+    return Processes.together(SimpleNamespace(first=lambda reason: reason), here, action)
+
+
+PROCESSES = SimpleNamespace(is_main=True, print=print, together=together)
 
 
 class Tags(HTMLParser):
@@ -132,12 +146,9 @@ def test_a_folder_that_is_no_run_is_refused_in_one_line(tmp_path):
 
 
 def test_clips_move_on_the_page(tmp_path):
-    run = SimpleNamespace(
-        is_main=True, output=tmp_path, name="", args=SimpleNamespace(fps=5.0, tracker="none")
-    )
-    run.accelerator = SimpleNamespace(init_trackers=lambda *_: None, trackers=[])
     (tmp_path / "config.json").write_text("{}")
-    report.Report(run, 0).samples(20, torch.rand(2, 5, 3, 32, 32), HOSTILE, torch.rand(2))
+    log = Log(Args(fps=5.0, tracker="none"), tmp_path, PROCESSES, 0)
+    log.samples(20, torch.rand(2, 5, 3, 32, 32), HOSTILE, torch.rand(2))
     html = read(tmp_path)
     assert [address[:14] for address in html.addresses] == [
         "data:image/png",
@@ -216,7 +227,7 @@ def test_a_tracker_that_does_not_start_is_one_line(shown, monkeypatch):
         lambda **_: (_ for _ in ()).throw(wandb.errors.UsageError("No API key\nhere")),
     )
     with pytest.raises(
-        InputError, match=r"--tracker wandb does not start \(No API key here\); for W&B"
+        InputError, match=r"--tracker wandb does not load \(UsageError: No API key here\); run"
     ):
         shown("wandb")
 
@@ -245,3 +256,105 @@ def test_wandb_has_the_samples_with_prompts_and_rewards_and_the_runs_name(shown,
         assert re.fullmatch(re.escape(prompt) + r" \(-\d\.\d{3}\)", image._caption)
     assert len(list(folder.glob("wandb/offline-run-*/files/media/images/samples_*.png"))) == 4
     assert any("reward_mean" in data for _, data in logged)
+
+
+def test_what_the_trackers_get_by_a_module_in_the_place_of_wandb(monkeypatch, tmp_path):
+    """wandb itself is an optional package: this runs without it."""
+    calls = []
+
+    class Run:
+        def log(self, values, step=None, **more):
+            calls.append((step, values))
+
+        def finish(self, **more):
+            calls.append("finish")
+
+    fake = ModuleType("wandb")
+    fake.init = lambda **given: calls.append(given) or Run()
+    fake.config = SimpleNamespace(update=lambda values, **more: calls.append(values))
+    fake.Image = lambda pixels, caption: (pixels.shape, caption)
+    fake.Video = lambda path, caption, format: (path, caption)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    PartialState(cpu=True)
+    (tmp_path / "config.json").write_text('{"run": "abc"}')
+    log = Log(Args(tracker="wandb", fps=5.0), tmp_path, PROCESSES, 0)
+    log.row(0, {"reward_mean": torch.tensor(0.5), "ratio_error": 0.0})
+    log.samples(1, torch.rand(2, 3, 16, 16), HOSTILE, torch.tensor([0.25, 0.5]))
+    log.samples(2, torch.rand(2, 2, 3, 16, 16), HOSTILE, torch.tensor([0.25, 0.5]))
+    begun, settings, row, images, video = calls
+    own = dict(project="vgrpo", name=tmp_path.name, id="abc", resume="allow", dir=str(tmp_path))
+    assert begun == own and settings["group_size"] == "12"
+    assert row == (0, {"reward_mean": 0.5, "ratio_error": 0.0})
+    shown = [((16, 16, 3), f"{HOSTILE[0]} (0.250)"), ((16, 16, 3), f"{HOSTILE[1]} (0.500)")]
+    assert images == (1, {"samples": shown})
+    words = f"1: {HOSTILE[0]} (0.250); 2: {HOSTILE[1]} (0.500)"
+    assert video == (2, {"samples": (str(tmp_path / "samples/step_000002.mp4"), words)})
+    monkeypatch.setattr(fake, "init", lambda **given: (_ for _ in ()).throw(OSError("no network")))
+    with pytest.raises(InputError, match=r"--tracker wandb does not load \(OSError: no network\)"):
+        Log(Args(tracker="wandb"), tmp_path, PROCESSES, 0)
+
+
+# --- The log ---
+
+STEP = {"reward_mean": 0.5, "ratio_error": 0.0}
+
+
+def test_a_log_keeps_the_rows_before_its_start_and_adds_its_own(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(
+        "".join(f'{{"step": {n}, "reward_mean": {n / 10}}}\n' for n in range(5))
+    )
+    log = Log(Args(steps=9, tracker="none"), tmp_path, PROCESSES, 3)
+    assert [row["step"] for row in log.rows] == [0, 1, 2]
+    log.row(3, {**STEP, "kl": torch.tensor(float("nan"))})
+    log.row(9, {})  # no evaluation
+    log.row(9, {"eval_reward": 0.75})  # the last evaluation is no step
+    assert (log.bar.n, log.bar.total) == (4, 9)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(lines[3]) == {"step": 3, **STEP, "kl": None}
+    assert json.loads(lines[4]) == {"step": 9, "eval_reward": 0.75}
+    assert log.ends("reward_mean", 2) == pytest.approx((0.05, 0.35))
+    assert files.rows_before(tmp_path / "metrics.jsonl", 4)[-1]["step"] == 3
+
+
+def test_other_processes_keep_the_rows_and_write_nothing(tmp_path):
+    other = SimpleNamespace(
+        is_main=False, print=lambda *words: None, together=lambda here, action: ""
+    )
+    log = Log(Args(tracker="tensorboard"), tmp_path, other, 0)
+    log.row(0, STEP)
+    log.samples(0, torch.rand(2, 3, 16, 16), HOSTILE, torch.rand(2))
+    model = SimpleNamespace()  # of which the main process alone asks something
+    assert log.finish(model, "") is log and log.rows == [{"step": 0, **STEP}]
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_the_main_process_cannot_publish_stops_all(tmp_path, capsys):
+    (tmp_path / "config.json").write_text("{}")  # which names no script
+    (tmp_path / "export").mkdir()
+    log = Log(Args(tracker="none"), tmp_path, PROCESSES, 0)
+    log.row(0, {**STEP, "eval_reward": 0.25})
+    log.row(1, {**STEP, "eval_reward": 0.75})
+    model = SimpleNamespace(
+        task=lambda: "text-to-image", pipeline=SimpleNamespace, trainable={"transformer": None}
+    )
+    with pytest.raises(RunError, match="the model card: 'script'. The run itself is complete."):
+        log.finish(model, "load it so")
+    said = capsys.readouterr().out
+    assert "held-out reward 0.250 -> 0.750 (+0.500;" in said
+    assert f"look at {tmp_path}/report.html; the trained model: load it so" in said
+    other = SimpleNamespace(
+        is_main=False, print=print, together=lambda here, action: "somewhere else"
+    )
+    with pytest.raises(RunError, match="somewhere else"):
+        Log(Args(tracker="none"), tmp_path, other, 0).finish(model, "")
+
+
+def test_an_error_stands_in_a_line_of_its_own_behind_a_bar(tmp_path, capsys):
+    with pytest.raises(SystemExit), errors.one_line():
+        log = Log(Args(tracker="none", steps=2), tmp_path, PROCESSES, 0)
+        log.row(0, STEP)
+        raise RunError("that was it")
+    del log
+    lines = re.split(r"[\r\n]", capsys.readouterr().err.rstrip())
+    assert lines[-1] == "error: that was it" and "0/2" in lines[-2]

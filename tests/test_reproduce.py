@@ -14,7 +14,8 @@ from conftest import ROOT
 
 from common.prompts import sets
 
-# 2511.18919, section 4.1 (group sizes, rewards, priors), table 3 (alpha), appendix B.1 (batch, GPUs, steps, prompts)
+# 2511.18919, section 4.1 (group sizes, rewards, priors), table 3 (alpha), appendix B.1 (batch,
+# GPUs, steps, prompts)
 T2V = dict(
     gpus=32, prompts_per_step=32, group_size=8, steps=200, reward=("videoclip-xl",), best_of=0
 )
@@ -55,8 +56,8 @@ BPGO["BPGO, table 2, text to image, RAS"] = {**T2I, **MEAN, "beta": 0, "alpha": 
 BPGO["BPGO, table 2, text to image, CRT"] = {**T2I, **MEAN, "alpha": 0}
 BPGO["BPGO, table 2, text to image, CRT alone"] = {**T2I, **MEAN, "crt_alone": True}
 
-# 2605.10937, section 6.1: two nodes of eight GPUs for FLUX, one for SD1.4; HPS-v2.1 and CLIP 1:1 and 0.7:1.4; HPD-v2;
-# of several rewards DanceGRPO's code adds up the advantages
+# 2605.10937, section 6.1: two nodes of eight GPUs for FLUX, one for SD1.4; HPS-v2.1 and CLIP with
+# weights 1:1 and 0.7:1.4; HPD-v2. For several rewards DanceGRPO's code adds up the advantages.
 MIXED = dict(prompts="hpdv2", aggregate="advantages")
 SD = dict(MIXED, gpus=8, reward=("hpsv2.1", "clip-h"))
 FLUX = dict(MIXED, gpus=16, reward=("hpsv2.1=0.7", "clip-h=1.4"))
@@ -68,11 +69,24 @@ SLAS = {
 
 # 2511.19356, section 5.2 (size, rate, thresholds, group, steps, GPUs) and appendix A (the rest)
 PACED = dict(
-    sampling_steps=16, noise_level=0.5, shift=5.0, group_size=16, best_of=8, timestep_fraction=0.6, same_noise=True,
-    clip_range=1e-4, adv_clip_max=5.0, weight_decay=1e-4, max_grad_norm=1.0, frames=53, fps=15.0,
-    prompts="dancegrpo:videos", gradient_checkpointing=True, batched_guidance=False,
+    sampling_steps=16,
+    noise_level=0.5,
+    shift=5.0,
+    group_size=16,
+    best_of=8,
+    timestep_fraction=0.6,
+    same_noise=True,
+    clip_range=1e-4,
+    adv_clip_max=5.0,
+    weight_decay=1e-4,
+    max_grad_norm=1.0,
+    frames=53,
+    fps=15.0,
+    prompts="dancegrpo:videos",
+    gradient_checkpointing=True,
+    batched_guidance=False,
     minibatches=2,  # of the 8 samples that are kept, the gradients of 4 are accumulated
-)  # fmt: skip
+)
 SMALL = dict(
     PACED, height=480, width=832, learning_rate=5e-6, steps=150, gpus=8, prompts_per_step=8
 )
@@ -138,9 +152,8 @@ def parsed(command, monkeypatch):
         gpus, sharded = config["num_processes"], config["distributed_type"] == "FSDP"
     args = printed.parsed(words[at:], monkeypatch)
     assert sharded or not args.exchange_often
-    assert (
-        launcher[0] != "sbatch" or args.output
-    )  # slurm.sh resumes, and what has no name yet cannot be resumed
+    # slurm.sh resumes, and what has no name yet cannot be resumed
+    assert launcher[0] != "sbatch" or args.output
     return script.removesuffix(".py"), args, gpus
 
 

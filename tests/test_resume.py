@@ -1,9 +1,7 @@
-"""--resume: in which folder, with which settings, from which checkpoint, and what becomes of the
-rest."""
+"""--resume: in which folder, with which settings, from which checkpoint."""
 
 import json
 import os
-import shlex
 import shutil
 import subprocess
 import sys
@@ -17,10 +15,9 @@ import grpo_base
 import self_paced
 import slas
 from common import cli, errors, models, rewards
-from common.models.flux import Flux
+from common.args import defaults
 from common.prompts import prompts_of_step, read_prompts
-from common.trainer import checkpoints, export, run_folder
-from common.trainer.runtime import Runtime
+from common.trainer import checkpoint_files, export, run_folder
 
 SMALL = (
     "--prompts-per-step=1 --group-size=4 --sampling-steps=3 --micro-batch=4 --minibatches=1 "
@@ -111,18 +108,16 @@ def same_weights(left, right, step):
 
 
 @pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS)
-def test_a_checkpoint_goes_on_in_its_own_run(command, copied, script):
-    """Not in the newest one of that name."""
-    run, newest = (
-        copied(f"{script.__name__}-tiny-flux-1", script),
-        copied(f"{script.__name__}-tiny-flux-2", script),
-    )
+def test_the_newest_run_continues(command, copied, script):
+    """It comes to the numbers and weights of the run that nothing interrupted."""
+    whole = copied(f"{script.__name__}-tiny-flux-1", script)
+    run = copied(f"{script.__name__}-tiny-flux-2", script)
     shutil.rmtree(run / "checkpoints/step_000003")
-    before = contents(newest)
-    said = command(f"--resume runs/{run.name}/checkpoints/step_000002", script)
+    before = contents(whole)
+    said = command("--resume", script)
     assert f"resuming runs/{run.name} at step 2" in said
-    assert contents(newest) == before
-    assert metrics(run) == metrics(newest) and same_weights(run, newest, 3)
+    assert contents(whole) == before
+    assert metrics(run) == metrics(whole) and same_weights(run, whole, 3)
 
 
 def test_the_newest_run_is_one_of_that_model(command, copied):
@@ -133,20 +128,24 @@ def test_the_newest_run_is_one_of_that_model(command, copied):
     assert not (copied("x").with_name("grpo_base-tiny-flux-7")).exists()
 
 
-def test_a_checkpoint_does_not_go_on_in_another_run(command, copied):
+def test_a_checkpoint_does_not_continue_in_another_run(command, copied):
     copied("one")
     before = contents(copied("two"))
     line = command.refused("--output runs/two --resume runs/one/checkpoints/step_000002")
-    assert "runs/two holds another run" in line and "choose a new folder" in line
+    assert "--output runs/two holds a run" in line and "--resume latest" in line
+    line = command.refused("--output runs/one --resume runs/one/checkpoints/step_000002")
+    assert "--output runs/one holds a run" in line
     assert contents(copied("three")) == before  # the runs are copies of one
 
 
-def test_a_checkpoint_from_elsewhere_needs_a_folder_to_go_on_in(command, copied, tmp_path):
+def test_a_checkpoint_needs_a_new_folder(command, copied, tmp_path):
     run = copied()
     (run / "checkpoints/step_000002").rename(tmp_path / "kept")
-    assert "name the folder with --output" in command.refused([*SMALL, "--resume", "kept"])
+    for checkpoint in ("kept", "runs/one/checkpoints/step_000001"):
+        line = command.refused([*SMALL, "--resume", checkpoint])
+        assert f"--resume {checkpoint}: " in line and "--output" in line
     said = command([*SMALL, "--steps", "3", "--resume", "kept", "--output", "new"])
-    assert "new begins with kept" in said and "resuming new at step 2" in said
+    assert "resuming new at step 2" in said
     assert same_weights(run, tmp_path / "new", 3)
 
 
@@ -160,7 +159,7 @@ def test_a_new_learning_rate_and_weight_decay_are_those_of_the_next_step(command
         "--output runs/one --resume --steps 4 --learning-rate 1e-12 --weight-decay 0.9", script
     )
     assert (
-        "from here on with learning_rate 1e-12 instead of 0.001, weight_decay 0.9 instead of 0.0001"
+        "from now on with learning_rate 1e-12 instead of 0.001, weight_decay 0.9 instead of 0.0001"
         in said
     )
     assert 0 < moved(run, 3, 4) < 1e-9
@@ -197,9 +196,9 @@ def test_the_settings_of_a_run_are_the_defaults_of_its_command_line(command, cop
 def test_all_settings_of_all_models_are_taken_over_as_they_are(tmp_path, monkeypatch, script):
     monkeypatch.setattr(sys, "argv", [script.__file__])
     for model in models.MODELS:
-        args = cli.defaults(script.Args, model, seed=3, watch=("jpeg",), output=str(tmp_path))
+        args = defaults(script.Args, model, seed=3, watch=("jpeg",), output=str(tmp_path))
         (tmp_path / "config.json").write_text(json.dumps(run_folder.settings(args)))
-        other = cli.defaults(script.Args, "tiny-sd" if model != "tiny-sd" else "tiny-flux")
+        other = defaults(script.Args, "tiny-sd" if model != "tiny-sd" else "tiny-flux")
         assert run_folder.inherit(other, "latest", str(tmp_path)) == args
 
 
@@ -217,16 +216,15 @@ FIXED = {
 def test_what_may_not_change_is_one_line(command, copied, flags):
     before = contents(copied())
     line = command.refused(f"--output runs/one --resume {flags}")
-    assert line == f"error: --resume: runs/one was started with {FIXED[flags]}"
+    assert line == f"error: --resume: runs/one was started with {FIXED[flags]}."
     assert contents(copied("two")) == before
 
 
 def test_every_setting_that_may_change_is_one():
     names = set(vars(cli.Args()))
-    assert (
-        set(run_folder.FREE + run_folder.FREE_IN_A_NEW_FOLDER + run_folder.NOT_INHERITED) <= names
-    )
-    assert not set(run_folder.FREE) & set(run_folder.FREE_IN_A_NEW_FOLDER)
+    free = run_folder.FREE + run_folder.FREE_IN_A_NEW_RUN
+    assert set(free + run_folder.NOT_INHERITED) <= names
+    assert len(set(free)) == len(free)
 
 
 def test_other_micro_batches_go_on_with_the_same_numbers_up_to_rounding(command, copied):
@@ -251,17 +249,14 @@ def test_code_is_trusted_by_a_flag_and_by_no_file(command, copied, monkeypatch):
 
 
 ODD = {
-    "no dictionary": ("[1]", "config.json cannot be read"),
-    "empty": ("{}", "config.json cannot be read"),
-    "nested deep": ("[" * 100_000, "config.json cannot be read"),
+    "no dictionary": ("[1]", "runs/one: config.json does not load"),
+    "empty": ("{}", "runs/one: config.json does not load"),
+    "nested deep": ("[" * 100_000, "runs/one: config.json does not load"),
     "a word for a number": ({"group_size": "four"}, "group_size 'four', now it is 12"),
     "a number for a list": ({"reward": 3}, "reward 3, now it is ['verifier']"),
     "another script's": ({"script": "bpgo", "alpha": 0.5}, "script 'bpgo', now it is 'grpo_base'"),
-    "a setting more": ({"temperature": 1}, "another version: its config.json has temperature"),
-    "a setting less": (
-        {"seed": None},
-        "another version: its config.json lacks seed, and this version takes 0",
-    ),
+    "a setting more": ({"temperature": 1}, "another version, as the setting temperature shows"),
+    "a setting less": ({"seed": None}, "another version, as the setting seed shows"),
 }
 
 
@@ -280,14 +275,14 @@ def test_an_odd_config_is_one_line(command, copied, what):
 
 
 def test_an_earlier_checkpoint_becomes_a_new_run(command, copied):
-    """With what may change there; the old run stays as it is; the same command once more goes on
-    with the new one."""
+    """With what may change there; the old run stays as it is; the same command once more continues
+    the new one."""
     run = copied()
     before = contents(run)
     line = (
         "--resume runs/one/checkpoints/step_000001 --output runs/new --learning-rate 1e-4 --seed 5"
     )
-    assert "runs/new begins with runs/one/checkpoints/step_000001" in command(line)
+    assert "resuming runs/new at step 1" in command(line)
     new = run.with_name("new")
     assert contents(run) == before
     assert [row["step"] for row in metrics(new)] == [0, 1, 2]
@@ -309,22 +304,23 @@ def test_an_earlier_checkpoint_becomes_a_new_run(command, copied):
     assert not run.with_name("newer").exists()
 
 
-def test_a_killed_beginning_is_begun_again(command, copied, monkeypatch):
+@pytest.mark.parametrize("place", ["write_rows", "write_text"])
+def test_a_killed_beginning_is_begun_again(command, copied, monkeypatch, place):
+    """The checkpoint is copied first, and config.json is written last."""
     run = copied()
     line = "--resume runs/one/checkpoints/step_000002 --output runs/new"
 
     def die(*_):
         raise SystemExit(9)
 
-    monkeypatch.setattr(run_folder, "write_rows", die)
+    monkeypatch.setattr(run_folder, place, die)
     with pytest.raises(SystemExit):
         command(line)
     monkeypatch.undo()
     monkeypatch.chdir(run.parents[1])
     command(line)
-    assert metrics(run.with_name("new")) == metrics(run) and same_weights(
-        run, run.with_name("new"), 3
-    )
+    new = run.with_name("new")
+    assert metrics(new) == metrics(run) and same_weights(run, new, 3)
 
 
 def test_an_earlier_step_is_exported_by_a_command(command, copied):
@@ -340,26 +336,6 @@ def test_an_earlier_step_is_exported_by_a_command(command, copied):
     assert "--steps 2: runs/one/checkpoints/step_000003 is already at step 3" in line
 
 
-def test_what_comes_after_an_earlier_checkpoint_is_set_aside(command, copied):
-    run, whole = copied(), copied("whole")
-    said = command("--resume runs/one/checkpoints/step_000001 --learning-rate 1e-4")
-    aside = run / "after_step_000001_1"
-    assert (
-        f"runs/one has after step 1 is set aside: --output {aside.relative_to(run.parents[1])} "
-        "--resume" in said
-    )
-    assert [path.name for path in checkpoints.newest_first(aside)] == ["step_000003", "step_000002"]
-    assert metrics(aside) == metrics(whole)
-    assert metrics(run)[0] == metrics(whole)[0] and not same_weights(run, aside, 3)
-
-    shutil.rmtree(aside / "checkpoints/step_000003")
-    command(f"--output {aside} --resume latest")  # it is a run
-    assert metrics(aside) == metrics(whole) and same_weights(aside, whole, 3)
-    command("--resume runs/one/checkpoints/step_000002")
-    assert (run / "after_step_000002_1/checkpoints/step_000003").exists()
-    assert not (run / "after_step_000003_1").exists()
-
-
 # --- Which checkpoints there are ---
 
 
@@ -370,7 +346,7 @@ def test_the_latest_is_that_of_the_highest_number(command, copied):
         folder = (run / "checkpoints" / name).rename(run / f"checkpoints/step_{step}")
         about = json.loads((folder / "checkpoint.json").read_text())
         (folder / "checkpoint.json").write_text(json.dumps({**about, "step": step}))
-    assert [path.name for path in checkpoints.newest_first(run)] == [
+    assert [path.name for path in checkpoint_files.newest_first(run)] == [
         "step_1000002",
         "step_999999",
         "step_000001",
@@ -380,42 +356,13 @@ def test_the_latest_is_that_of_the_highest_number(command, copied):
     )
 
 
-def test_only_what_the_run_wrote_is_removed(command, copied):
-    run, other = copied(), copied("other")
-    for name in (
-        "step_000001_best",
-        "step_000000",
-        "step_old",
-    ):  # copies of its own under other names
+def test_only_checkpoints_are_removed(command, copied):
+    run = copied()
+    for name in ("step_000001_best", "step_old"):  # a user's copies
         shutil.copytree(run / "checkpoints/step_000001", run / "checkpoints" / name)
-    config = other / "config.json"
-    config.write_text(config.read_text().replace(json.loads(config.read_text())["run"], "another"))
-    command("--output runs/other --resume --steps 4")
-    shutil.copytree(other / "checkpoints/step_000004", run / "checkpoints/step_000005")
-    shutil.move(other / "checkpoints/step_000004", run / "checkpoints/step_000004")
-    command(
-        "--output runs/one --resume runs/one/checkpoints/step_000003 --steps 5 --keep-checkpoints 1"
-    )
+    command("--output runs/one --resume --steps 5 --keep-checkpoints 1")
     names = sorted(path.name for path in (run / "checkpoints").iterdir())
-    assert names == ["step_000000", "step_000001_best", "step_000005", "step_old"]
-    assert (run / "after_step_000003_1/checkpoints/step_000004").exists()
-
-
-def test_a_checkpoint_of_another_run_in_the_way_is_kept(tmp_path):
-    state = {"x": {"value": torch.ones(1)}}
-    for run in ("mine", "theirs", "mine", "mine"):
-        checkpoints.begin(tmp_path, 7)
-        checkpoints.put(tmp_path, 7, state)
-        checkpoints.publish(tmp_path, 7, {"x": 0}, run)
-    names = {
-        path.name: json.loads((path / "checkpoint.json").read_text())["run"]
-        for path in tmp_path.glob("*/*")
-    }
-    assert names == {
-        "step_000007": "mine",
-        "step_000007_other_1": "mine",
-        "step_000007_other_2": "theirs",
-    }
+    assert names == ["step_000001_best", "step_000005", "step_old"]
 
 
 # --- Checkpoints that are none ---
@@ -447,69 +394,40 @@ def infinite(state):
     return state
 
 
-LISTLESS = "it has no checkpoint.json that can be read"
-NAMELESS = "its checkpoint.json names no step, or no parts"
-SPOILT = {  # how, and what is said of it
-    "weights that are no numbers": (
-        rewrite("transformer", not_a_number),
-        "its transformer holds values that are no",
-    ),
-    "moments that are infinite": (
-        rewrite("optimizer", infinite),
-        "its optimizer holds values that are no numbers",
-    ),
-    "None for weights": (
-        rewrite("transformer", lambda state: None),
-        "its transformer.pt holds a NoneType, no state",
-    ),
-    "a list for a state": (
-        rewrite("optimizer", lambda state: [1]),
-        "its optimizer.pt holds a list, no state",
-    ),
-    "a step that is text": (listed(step="3"), NAMELESS),
-    "a step that is true": (listed(step=True), NAMELESS),
-    "a step below 0": (listed(step=-3), NAMELESS),
-    "another step": (listed(step=2), "its checkpoint.json says step 2"),
-    "parts that are a list": (listed(parts=["transformer"]), NAMELESS),
-    "parts that are text": (listed(parts={"transformer": "0", "optimizer": 0}), NAMELESS),
-    "no parts": (listed(parts={}), NAMELESS),
-    "a list that is none": (lambda folder: (folder / "checkpoint.json").write_text("3"), NAMELESS),
-    "a file cut short": (
-        lambda folder: os.truncate(folder / "transformer.pt", 5000),
-        "its transformer.pt does not load",
-    ),
-    "an empty file": (
-        lambda folder: os.truncate(folder / "optimizer.pt", 0),
-        "its optimizer.pt does not",
-    ),
-    "nonsense": (
-        lambda folder: (folder / "optimizer.pt").write_bytes(b"nonsense" * 9),
-        "its optimizer.pt does not load",
-    ),
-    "a file less": (lambda folder: (folder / "optimizer.pt").unlink(), "its optimizer.pt does not"),
-    "without a list": (lambda folder: (folder / "checkpoint.json").unlink(), LISTLESS),
-    "a broken list": (
-        lambda folder: (folder / "checkpoint.json").write_text('{"step": 4, '),
-        LISTLESS,
-    ),
-    "a list nested deep": (
-        lambda folder: (folder / "checkpoint.json").write_text("[" * 100_000),
-        LISTLESS,
-    ),
+SPOILT = {
+    "weights that are not finite": rewrite("transformer", not_a_number),
+    "moments that are infinite": rewrite("optimizer", infinite),
+    "None for weights": rewrite("transformer", lambda state: None),
+    "a list for a state": rewrite("optimizer", lambda state: [1]),
+    "a step that is text": listed(step="3"),
+    "a step that is true": listed(step=True),
+    "a step below 0": listed(step=-3),
+    "another step": listed(step=2),
+    "parts that are a list": listed(parts=["transformer"]),
+    "parts that are text": listed(parts={"transformer": "0", "optimizer": 0}),
+    "no parts": listed(parts={}),
+    "a list that is none": lambda folder: (folder / "checkpoint.json").write_text("3"),
+    "a file cut short": lambda folder: os.truncate(folder / "transformer.pt", 5000),
+    "an empty file": lambda folder: os.truncate(folder / "optimizer.pt", 0),
+    "nonsense": lambda folder: (folder / "optimizer.pt").write_bytes(b"nonsense" * 9),
+    "a file less": lambda folder: (folder / "optimizer.pt").unlink(),
+    "without a list": lambda folder: (folder / "checkpoint.json").unlink(),
+    "a broken list": lambda folder: (folder / "checkpoint.json").write_text('{"step": 4, '),
+    "a list nested deep": lambda folder: (folder / "checkpoint.json").write_text("[" * 100_000),
 }
 
 
 def test_the_latest_passes_over_what_is_no_checkpoint(command, copied):
     """All of them lie above a good one, in one run."""
     run, whole = copied(), copied("whole")
-    for number, (spoil, _) in enumerate(SPOILT.values(), 3):
+    for number, spoil in enumerate(SPOILT.values(), 3):
         folder = run / f"checkpoints/step_{number:06d}"
         shutil.copytree(whole / "checkpoints/step_000003", folder, dirs_exist_ok=True)
         listed(step=number)(folder)
         spoil(folder)
     said = command("--output runs/one --resume")
-    for number, (_, reason) in enumerate(SPOILT.values(), 3):
-        assert f"passing over runs/one/checkpoints/step_{number:06d}: {reason}" in said
+    for number in range(3, 3 + len(SPOILT)):
+        assert f"passing over runs/one/checkpoints/step_{number:06d}: " in said
     assert "resuming runs/one at step 2" in said
     assert metrics(run) == metrics(whole) and same_weights(run, whole, 3)
 
@@ -517,12 +435,14 @@ def test_the_latest_passes_over_what_is_no_checkpoint(command, copied):
 def test_a_run_without_a_good_checkpoint_is_one_line(command, copied):
     run = copied()
     for name in ("step_000001", "step_000002", "step_000003"):
-        SPOILT["weights that are no numbers"][0](run / "checkpoints" / name)
-    assert "none of the 3 checkpoints in runs/one can be read" in command.refused(
-        "--output runs/one --resume"
-    )
-    line = command.refused("--output runs/one --resume runs/one/checkpoints/step_000002")
-    assert "step_000002 is no checkpoint (its transformer holds values that are no numbers)" in line
+        SPOILT["weights that are not finite"](run / "checkpoints" / name)
+    before = contents(run)
+    line = command.refused("--output runs/one --resume")
+    assert "--resume latest: no checkpoint can be loaded" in line
+    spoilt = "runs/one/checkpoints/step_000002"
+    line = command.refused(f"--output runs/new --resume {spoilt}")
+    assert f"--resume {spoilt}: no checkpoint can be loaded" in line
+    assert contents(run) == before and not run.with_name("new").exists()
 
 
 MISFITS = {
@@ -546,77 +466,18 @@ def test_a_state_that_does_not_fit_is_one_line(command, copied, what):
     run = copied()
     rewrite(name, change)(run / "checkpoints/step_000003")
     line = command.refused("--output runs/one --resume --steps 4")
-    assert f"step_000003/{name}.pt does not fit: " in line and len(line) < 400
+    assert f"step_000003/{name}.pt does not load" in line and len(line) < 800
 
 
-@pytest.mark.parametrize(
-    "change", [{"mean": None}, {"steps": "3"}, {"known": []}, {"more": 1}], ids=str
-)
+@pytest.mark.parametrize("change", [{"mean": None}, {"steps": "3"}], ids=str)
 def test_a_methods_state_that_does_not_fit_is_one_line(command, copied, change):
     run = copied("one", bpgo)
     rewrite("prior", lambda state: {**state, **change})(run / "checkpoints/step_000003")
-    assert "step_000003/prior.pt does not fit: " in command.refused(
-        "--output runs/one --resume --steps 4", bpgo
-    )
+    line = command.refused("--output runs/one --resume --steps 4", bpgo)
+    assert "step_000003/prior.pt does not load" in line
 
 
-# --- A run that cannot go on as it is ---
-
-
-def broken(command, capfd, words, script=grpo_base):
-    """(the error's line, the command that is printed to get past it) of a run that ends with an
-    error."""
-    with pytest.raises(SystemExit) as ended:
-        command(words, script)
-    said = capfd.readouterr()
-    (line,) = [line for line in said.err.splitlines() if "error: " in line]
-    (advice,) = [
-        line
-        for line in said.out.splitlines()
-        if line.startswith("to get past this, in a new run: ")
-    ]
-    assert ended.value.code == 1 and "Traceback" not in said.err
-    return line, said.out, shlex.split(advice.removeprefix("to get past this, in a new run: "))
-
-
-def test_the_command_that_is_printed_after_divergence_works(command, copied, monkeypatch, capfd):
-    run, real = copied("a run"), Runtime.update
-
-    def diverge(run):
-        norm = real(run)
-        if run.args.learning_rate > 1e-4:
-            run.weights()[0].data.fill_(torch.nan)
-        return norm
-
-    monkeypatch.setattr(Runtime, "update", diverge)
-    line, said, advice = broken(
-        command, capfd, ["--output", "runs/a run", "--resume", "--steps", "4"]
-    )
-    assert "the weights after step 4 are no numbers" in line and "go on with" not in said
-    assert [path.name for path in checkpoints.newest_first(run)][0] == "step_000003"
-    assert advice[1:] == [
-        "--resume", "runs/a run/checkpoints/step_000003", "--output", "runs/a "
-                                                                      "run_from_3", "--learning-rate", "0.0001",
-    ]  # fmt: skip
-    assert "learning_rate 0.0001 instead of 0.001" in command(advice[1:])
-    assert 0 < moved(run, 3, 4, other=run.with_name("a run_from_3")) < 2e-4
-
-
-def test_samples_that_are_no_numbers_save_nothing_and_a_lower_rate_is_advised(
-    command, copied, monkeypatch, capfd
-):
-    run, real = copied(), Flux.decode
-    monkeypatch.setattr(
-        Flux, "decode", lambda model, x: real(model, x) * (torch.nan if len(x) > 1 else 1)
-    )
-    line, said, advice = broken(command, capfd, "--output runs/one --resume --steps 4")
-    assert (
-        "the samples are no numbers: the weights have diverged" in line and "go on with" not in said
-    )
-    assert advice[-2:] == ["--learning-rate", "0.0001"]
-    monkeypatch.undo()
-    monkeypatch.chdir(run.parents[1])
-    command(advice[1:])
+# --- Rewards that a run cannot be trained on ---
 
 
 class Poisoned:
@@ -634,7 +495,7 @@ class Poisoned:
 def test_a_reward_that_poisons_a_step_is_named_with_its_prompt(
     command, monkeypatch, capfd, tmp_path, script
 ):
-    monkeypatch.setitem(rewards.REWARDS, "poisoned", ("poisoned", "Poisoned"))
+    monkeypatch.setitem(rewards.REWARDS, "poisoned", "poisoned:Poisoned")
     monkeypatch.setitem(sys.modules, "poisoned", type("poisoned", (), {"Poisoned": Poisoned}))
     Poisoned.range = (0.0, 1.0) if script is self_paced else (None, None)
     (tmp_path / "prompts.txt").write_text("a red circle\na blue square\na green triangle\n")
@@ -652,21 +513,19 @@ def test_a_reward_that_poisons_a_step_is_named_with_its_prompt(
     words += (
         ["verifier", "--thresholds", "0.5", "--only-stage", "1"] if script is self_paced else []
     )
-    line, said, advice = broken(command, capfd, words, script)
-    assert (
-        "the gradient norm of step 1 is nan; no advantages follow from the rewards of 1 prompts: "
-        in line
-    )
+    with pytest.raises(SystemExit) as ended:
+        command(words, script)
+    said = capfd.readouterr()
+    (line,) = [line for line in said.err.splitlines() if "error: " in line]
+    assert ended.value.code == 1
+    assert "error: step 1: the gradient is not finite" in line
     assert f"{Poisoned.caption!r} (" in line and "poisoned -3.4e+38 to 3.4e+38" in line
-    assert "1 steps are saved; go on with --output run --resume latest" in said
-    assert advice[-2:] == ["--seed", "1"]
+    assert "1 steps are saved; continue with --output run --resume latest" in said.out
     if script is not grpo_base:
         return
     Poisoned.caption = "mended"
     command("--output run --resume", script)
     assert len(metrics(tmp_path / "run")) == 3
-    command(advice[1:], script)
-    assert len(metrics(tmp_path / "run_from_1")) == 3
 
 
 # --- What else a run leaves ---
@@ -689,21 +548,19 @@ def test_an_export_that_does_not_fit_is_one_line_and_can_be_done_again(
 ):
     run = copied()
     before = contents(run / "export")
-    real = export.save
+    real = export._save_pipeline
 
-    def full(run, folder, *words):
-        real(run, folder, *words)
+    def full(*words):
+        real(*words)
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(export, "save", full)
+    monkeypatch.setattr(export, "_save_pipeline", full)
     with pytest.raises(SystemExit) as ended:
         command("--output runs/one --resume")
     monkeypatch.undo()
     assert ended.value.code == 1
-    assert (
-        "error: cannot write runs/one/export ([Errno 28] No space left on device); is the"
-        in capfd.readouterr().err
-    )
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if "error: " in line]
+    assert "cannot write runs/one/export ([Errno 28] No space left on device)" in line
     assert contents(run / "export") == before and not (run / ".export.tmp").exists()
 
 
@@ -722,7 +579,8 @@ def test_the_last_line_names_what_there_is(command, tmp_path):
 )
 def test_the_cluster_job_keeps_the_words_as_they_are(tmp_path, words, last):
     commands = {
-        "srun": 'exec "$@"', "scontrol": "echo first; echo second", "accelerate": """printf '%s\n' "$@" > words""",
+        "srun": 'exec "$@"', "scontrol": "echo first; echo second",
+        "accelerate": """printf '%s\n' "$@" > words""",
     }  # fmt: skip
     for name, text in commands.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")

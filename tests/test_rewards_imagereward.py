@@ -78,12 +78,12 @@ WORDS += [
 
 class Small(ImageReward):
     vision = dict(
-        hidden_size=WIDTH, intermediate_size=4 * WIDTH, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
-        image_size=SIZE, patch_size=PATCH,
+        hidden_size=WIDTH, intermediate_size=4 * WIDTH, num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS, image_size=SIZE, patch_size=PATCH,
     )  # fmt: skip
     text = dict(
-        hidden_size=24, intermediate_size=96, num_hidden_layers=LAYERS, num_attention_heads=HEADS, vocab_size=60,
-        encoder_hidden_size=WIDTH, max_position_embeddings=40, bos_token_id=2,
+        hidden_size=24, intermediate_size=96, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
+        vocab_size=60, encoder_hidden_size=WIDTH, max_position_embeddings=40, bos_token_id=2,
     )  # fmt: skip
 
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 import transformers
 from conftest import ROOT, launch
+from learned import made
 from packaging.version import Version
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -25,7 +26,7 @@ import self_paced
 from benchmarks import servers
 from common import cli, rewards
 from common.errors import InputError, RunError
-from common.rewards import judge, judge_local
+from common.rewards import judge, judge_local, judge_questions, table
 
 in_this_process = pytest.mark.skipif(
     Version(transformers.__version__) < Version("5.23"),
@@ -47,7 +48,7 @@ SETTINGS = dict(
 
 
 def scorer(name="judge:alignment", fps=4.0, **settings):
-    loaded = rewards.load([name], PROMPTS, reward_batch=3, fps=fps, judge={**SETTINGS, **settings})
+    loaded = table.load([name], PROMPTS, reward_batch=3, fps=fps, judge={**SETTINGS, **settings})
     return loaded[name]
 
 
@@ -118,31 +119,30 @@ def colour_score(body):
     ],
 )
 def test_a_number_from_1_to_10_is_a_score(answer, score):
-    assert judge.score_of(answer, expected=False) == score
+    assert judge_questions.number_in(answer) == score
 
 
 @pytest.mark.parametrize(
     "answer",
     ["", None, "0.99", "10.01", "11", "-3", "8/10", "8.5 out of 10", "I cannot rate "
-                                                                     "this.", "Score: good", "5 6", "nan",
+                                                                     "this.", "Score: good", "5 6",
+                                                                     "nan",
      "inf", "1e1", "5,8", "7.2.1", "٧"],
 )  # fmt: skip
 def test_anything_else_is_none(answer):
-    assert math.isnan(judge.score_of(answer, expected=False))
+    assert math.isnan(judge_questions.number_in(answer))
 
 
 def test_the_expected_score_is_that_of_the_digits():
     likely = {0: 0.1, 4: 0.2, 9: 0.5}
-    assert judge.score_of(likely, expected=True) == pytest.approx(1 + (4 * 0.2 + 9 * 0.5) / 0.8)
-    assert (
-        judge.score_of({9: 1.0}, expected=True) == 10
-        and judge.score_of({0: 0.6}, expected=True) == 1
-    )
-    assert math.isnan(judge.score_of({}, expected=True))
-    assert judge.digits([("7", 0.5), (" 7", 0.2), ("no", 0.1), ("10", 0.1)]) == {
+    assert judge_questions.expected_score(likely) == pytest.approx(1 + (4 * 0.2 + 9 * 0.5) / 0.8)
+    assert judge_questions.expected_score({9: 1.0}) == 10
+    assert judge_questions.expected_score({0: 0.6}) == 1
+    assert math.isnan(judge_questions.expected_score({}))
+    assert judge_questions.digits([("7", 0.5), (" 7", 0.2), ("no", 0.1), ("10", 0.1)]) == {
         7: pytest.approx(0.7)
     }
-    assert judge.digits([("I", 0.6), ("7", 0.4)]) == {}
+    assert judge_questions.digits([("I", 0.6), ("7", 0.4)]) == {}
 
 
 # --- What the judge is told ---
@@ -155,16 +155,15 @@ def test_questions_are_cumulative_and_carry_the_prompt():
         told[name] = message["content"][-1]["text"]
         assert PROMPTS[1] in told[name] and told[name].endswith("5.80.")
     for part, names in (
-        (judge.QUALITY, STAGES),
-        (judge.SMOOTHNESS, STAGES[1:]),
-        (judge.ALIGNMENT, STAGES[2:]),
+        (judge_questions.QUALITY, STAGES),
+        (judge_questions.SMOOTHNESS, STAGES[1:]),
+        (judge_questions.ALIGNMENT, STAGES[2:]),
     ):
         assert all((part in told[name]) == (name in names) for name in STAGES)
 
 
 def question(name, sample, prompt, fps=4.0, **settings):
-    module, attribute = rewards.REWARDS[name]
-    made = getattr(judge, attribute)()
+    made = getattr(judge, rewards.REWARDS[name].partition(":")[2])()
     made.judge, made.fps = {**SETTINGS, **settings}, fps
     return made.question(sample, prompt)
 
@@ -174,10 +173,10 @@ def test_an_image_is_not_asked_about_smoothness():
     *pictures, words = message["content"]
     assert (
         len(pictures) == 1
-        and judge.SMOOTHNESS not in words["text"]
+        and judge_questions.SMOOTHNESS not in words["text"]
         and "This image" in words["text"]
     )
-    assert judge.ALIGNMENT in words["text"] and judge.QUALITY in words["text"]
+    assert judge_questions.ALIGNMENT in words["text"] and judge_questions.QUALITY in words["text"]
 
 
 @pytest.mark.parametrize(
@@ -191,7 +190,7 @@ def test_an_image_is_not_asked_about_smoothness():
     ],
 )
 def test_frames_are_sampled_at_the_rate(rate, fps, number, at):
-    found = judge.frames_at(rate, fps, number)
+    found = judge_questions.frames_at(rate, fps, number)
     assert found == at if isinstance(at, list) else len(found) == at
     assert found[0] == 0 and found[-1] == number - 1
 
@@ -221,7 +220,7 @@ def test_the_happy_path(serve):
             assert (
                 body["model"] == "m"
                 and body["temperature"] == 0
-                and body["max_tokens"] == judge.TOKENS
+                and body["max_tokens"] == judge_questions.TOKENS
             )
             assert len(pictures_of(body)) == 4 and pictures_of(body)[0].size == (64, 64)
             assert sum(prompt in words_of(body)[0] for prompt in prompts[:4]) >= 1
@@ -306,7 +305,7 @@ def test_garbage_is_asked_again_with_what_was_said(serve):
         "user",
     ]
     assert [m["content"][0]["text"] for m in messages[1::2]] == said[:2]
-    assert messages[2]["content"][0]["text"] == judge.AGAIN + judge.NUMBER
+    assert messages[2]["content"][0]["text"] == judge_questions.AGAIN + judge_questions.NUMBER
     assert len(pictures_of(server.asked[-1][1])) == 4
 
 
@@ -318,9 +317,8 @@ def test_a_sample_that_gets_no_number_is_masked_and_no_other(serve):
     score = scorer(url=url).score(clips(4), ["p", "p", "the third", "p"])
     assert score.isnan().tolist() == [False, False, True, False]
     assert len(server.asked) == 3 + judge.ASKED
-    rewards.check_finite(
-        {"judge:alignment": score[None]}, {"judge:alignment": judge.JudgeAlignment()}, ["p"]
-    )
+    found = made("jpeg", scorers={"judge:alignment": judge.JudgeAlignment()})
+    found.check({"judge:alignment": score[None]}, ["p"])
 
 
 def test_a_sample_whose_requests_fail_is_masked_as_long_as_the_server_lives(serve):
@@ -366,9 +364,9 @@ def test_expected_scores_of_a_server(serve):
     assert score.tolist() == pytest.approx([1 + (7 * 0.5 + 8 * 0.3) / 0.8] * 2)
     body = server.asked[0][1]
     assert body["logprobs"] is True and body["top_logprobs"] == 20 and body["max_tokens"] == 1
-    assert words_of(body)[0].endswith(judge.DIGIT)
+    assert words_of(body)[0].endswith(judge_questions.DIGIT)
     url, _ = serve(lambda handler, number, body: handler.say("7"))
-    with pytest.raises(RunError, match="gives no probabilities; leave --judge-expected"):
+    with pytest.raises(RunError, match="gives no probabilities. Remove --judge-expected"):
         scorer(url=url, expected=True).score(clips(1), ["p"])
 
 
@@ -379,20 +377,22 @@ def free_url():
 
 
 def test_no_server_at_the_url_is_said_before_any_rollout():
-    with pytest.raises(InputError, match="no server answers at --judge-url http"):
+    with pytest.raises(InputError, match="--judge-model m at --judge-url http.* does not load"):
         scorer(url=free_url(), retries=0)
 
 
 def test_a_model_that_is_not_served_is_said_before_any_rollout(serve):
     url, _ = serve(None)
-    with pytest.raises(InputError, match="does not take --judge-model Qwen .*something went wrong"):
+    with pytest.raises(
+        InputError, match="--judge-model Qwen at --judge-url .*something went wrong"
+    ):
         scorer(url=url, model="Qwen")
 
 
 def test_smoothness_of_images_is_refused(serve):
     url, _ = serve(None)
     with pytest.raises(InputError, match="judge:smoothness scores clips"):
-        rewards.load(["judge:smoothness"], [], judge={**SETTINGS, "url": url}, clips=False)
+        table.load(["judge:smoothness"], [], judge={**SETTINGS, "url": url}, clips=False)
 
 
 # --- Servers that mean harm, or are something else ---
@@ -430,7 +430,7 @@ def test_a_server_that_does_nothing_else_is_refused_before_any_rollout(serve, ha
     "url", ["http://[::1/v1", "http://a\x00b/v1", "ftp://localhost/v1", "http://é:99999/v1", "//"]
 )
 def test_an_odd_url_is_one_line(url):
-    with pytest.raises(InputError, match="no server answers at --judge-url"):
+    with pytest.raises(InputError, match="--judge-url .* does not load"):
         scorer(url=url, retries=0)
 
 
@@ -438,7 +438,7 @@ def test_an_odd_url_is_one_line(url):
 def test_an_odd_key_is_one_line_that_does_not_show_it(serve, monkeypatch, key):
     monkeypatch.setenv("OPENAI_API_KEY", key)
     url, _ = serve(lambda handler, number, body: handler.say("5"))
-    with pytest.raises(InputError, match="OPENAI_API_KEY has letters that no key has") as error:
+    with pytest.raises(InputError, match="OPENAI_API_KEY: has letters that no key has") as error:
         scorer(url=url)
     assert key not in str(error.value)
 
@@ -522,8 +522,8 @@ def by_hand(folder, talk, model=None, digits="123456789", states=False):
     with torch.no_grad():
         output = model(
             input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=inputs["pixel_values"],
-            image_grid_thw=inputs["image_grid_thw"], mm_token_type_ids=(ids == model.config.image_token_id).int(),
-            output_hidden_states=True,
+            image_grid_thw=inputs["image_grid_thw"],
+            mm_token_type_ids=(ids == model.config.image_token_id).int(), output_hidden_states=True,
         )  # fmt: skip
     if states:
         return output.hidden_states[-1][:, -1]
@@ -540,15 +540,16 @@ def letters(text):
     return [letter for part, _ in pairs for letter in part]
 
 
+@in_this_process
 def test_a_model_that_is_not_there_is_said_before_any_rollout(tmp_path):
     judge_local.local.cache_clear()
-    with pytest.raises(InputError, match="--judge-model .* cannot be loaded .*--judge-url"):
+    with pytest.raises(InputError, match="--judge-model .* does not load .*--judge-url"):
         scorer(model=str(tmp_path / "nothing"))
 
 
 @pytest.mark.skipif(not in_this_process.args[0], reason="it is refused by older ones alone")
 def test_a_release_whose_prompts_can_spell_control_tokens_is_refused(folder):
-    with pytest.raises(InputError, match="takes transformers 5.23.*--judge-url"):
+    with pytest.raises(InputError, match="needs transformers 5.23.*--judge-url"):
         scorer(model=str(folder))
 
 
@@ -567,7 +568,8 @@ def test_transformers_own_server(folder):
         port,
     ]
     process = subprocess.Popen(
-        [sys.executable, *command, "--device", "cpu"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        [sys.executable, *command, "--device", "cpu"], stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
         env={**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"},
     )  # fmt: skip
     try:

@@ -10,7 +10,7 @@ import open_clip
 import pytest
 import torch
 from conftest import ROOT
-from learned import CONFIG, PROMPTS, as_pil, clip_folder, photos
+from learned import CONFIG, PROMPTS, as_pil, clip_folder, photos, score_all
 
 import bpgo
 import grpo_base
@@ -20,8 +20,9 @@ from common import rewards
 from common.errors import InputError
 from common.prompts import read_prompts
 from common.prompts.sets import HPSV2
-from common.rewards import asking
+from common.rewards import table, weights
 from common.rewards.clip import HPSv2
+from common.rewards.scorer import chosen_frames
 from common.rewards.weights import Source
 from worlds import build_tiny_clip
 from worlds.building import clip_tokenizer
@@ -60,7 +61,7 @@ def hub(tmp_path, monkeypatch):
 def refused(*args, **kwargs):
     """The one line with which rewards.load refuses this."""
     with pytest.raises(InputError) as error:
-        rewards.load(*args, **kwargs)
+        table.load(*args, **kwargs)
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -72,11 +73,9 @@ def refused(*args, **kwargs):
 def test_missing_weights_name_the_file_the_hub_and_the_flag(hub, name):
     message = refused([name], ["a dog"])
     name = "clip" if name == "aesthetic" else name  # which asks for the CLIP below it first
-    module, attribute = rewards.REWARDS[name]
+    module, _, attribute = rewards.REWARDS[name].partition(":")
     cls = getattr(importlib.import_module(module), attribute)
-    assert message.startswith(
-        f"reward {name}: {cls.file} of {cls.repo} is not in the Hugging Face cache"
-    )
+    assert message.startswith(f"reward {name}: {cls.file} of {cls.repo} does not load")
     assert (
         f"hf download {cls.repo} {cls.file}" in message and f"--reward-path {name}=FILE" in message
     )
@@ -88,10 +87,10 @@ def test_weights_of_the_cache_are_found(tmp_path, hub, monkeypatch):
     model = open_clip.create_model(f"local-dir:{folder}")
     torch.save({"state_dict": model.state_dict()}, tmp_path / "hps.pt")
     hub(HPSv2.repo, HPSv2.file, tmp_path / "hps.pt")
-    found = rewards.load(["hpsv2"], [])
-    given = rewards.load(["hpsv2"], [], [f"hpsv2={tmp_path / 'hps.pt'}"], reward_batch=2)
+    found = table.load(["hpsv2"], [])
+    given = table.load(["hpsv2"], [], [f"hpsv2={tmp_path / 'hps.pt'}"], reward_batch=2)
     media = photos(3)
-    scores = [rewards.score(scorers, media, PROMPTS[:3])["hpsv2"] for scorers in (found, given)]
+    scores = [score_all(scorers, media, PROMPTS[:3])["hpsv2"] for scorers in (found, given)]
     torch.testing.assert_close(scores[0], scores[1], atol=1e-6, rtol=0)
     assert given["hpsv2"].batch == 2 and found["hpsv2"].batch == 16
 
@@ -134,14 +133,16 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     shutil.copy(other / file, folder / file)
     message = refused(["clip"], [], [f"clip={folder}"])
     assert (
-        f"reward clip: {folder}/{file} is the checkpoint of another model" in message
-        and "not [" in message
+        f"reward clip: checkpoint {folder}/{file} does not load" in message
+        and "size mismatch" in message
     )
     deeper = {**CONFIG, "vision_cfg": {**CONFIG["vision_cfg"], "layers": 3}}
     shutil.copy(clip_folder(tmp_path / "three", config=deeper) / file, folder / file)
-    assert "it also has visual.transformer.resblocks.2" in refused(["clip"], [], [f"clip={folder}"])
+    assert 'Unexpected key(s) in state_dict: "visual.transformer.resblocks.2' in refused(
+        ["clip"], [], [f"clip={folder}"]
+    )
     shutil.copy(clip_folder(tmp_path / "four") / file, tmp_path / "three" / file)
-    assert "it lacks visual.transformer.resblocks.2" in refused(
+    assert 'Missing key(s) in state_dict: "visual.transformer.resblocks.2' in refused(
         ["clip"], [], [f"clip={tmp_path / 'three'}"]
     )
 
@@ -152,8 +153,8 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
 @pytest.mark.parametrize("file", ["w.pt", "w.safetensors"])
 def test_a_file_that_is_no_checkpoint_is_refused(tmp_path, content, file):
     (tmp_path / file).write_bytes(content)
-    with pytest.raises(InputError, match="reward r: .* is no checkpoint: ") as error:
-        rewards.weights.read("r", tmp_path / file)
+    with pytest.raises(InputError, match="reward r: checkpoint .* does not load ") as error:
+        weights.read("r", tmp_path / file)
     assert "\n" not in str(error.value)
 
 
@@ -165,7 +166,7 @@ def test_a_broken_configuration_is_refused(tmp_path):
     for text in ("{", "[]", '{"model": 1}', *map(json.dumps, strange)):
         (folder / "open_clip_config.json").write_text(text)
         message = refused(["clip"], [], [f"clip={folder}"])
-        assert f"{folder}/open_clip_config.json describes no plain open_clip CLIP" in message
+        assert f"reward clip: --reward-path clip={folder} does not load" in message
 
 
 def test_names_are_looked_at_before_weights(hub):
@@ -177,7 +178,7 @@ def test_a_reward_for_clips_on_an_image_model():
     assert "reward motion scores clips, and this --model makes images" in refused(
         ["motion"], [], clips=False
     )
-    assert list(rewards.load(["motion"], [], clips=True)) == ["motion"]
+    assert list(table.load(["motion"], [], clips=True)) == ["motion"]
     for script in (grpo_base, bpgo, slas, self_paced):
         with pytest.raises(InputError, match="motion:quality scores clips"):
             script.main(grpo_base.cli.defaults(script.Args, reward=("motion:quality",)))
@@ -202,7 +203,7 @@ def test_a_reward_for_clips_on_an_image_model():
     ],
 )
 def test_chosen_frames(which, number, chosen):
-    assert asking.chosen_frames(which, number) == chosen
+    assert chosen_frames(which, number) == chosen
 
 
 @pytest.mark.parametrize("which", ["first", "middle", "all", 1, 2, 3])
@@ -212,13 +213,9 @@ def test_a_clip_scores_the_mean_of_its_chosen_frames(tmp_path, which):
         photos(15).view(3, 5, 3, 60, 80),
         PROMPTS[:3],
     )
-    ours = rewards.score(rewards.load(["clip"], [], [path], reward_frames=which), clips, prompts)[
-        "clip"
-    ]
-    image = rewards.load(["clip"], [], [path])
-    frames = [
-        rewards.score(image, clips[:, i], prompts)["clip"] for i in asking.chosen_frames(which, 5)
-    ]
+    ours = score_all(table.load(["clip"], [], [path], reward_frames=which), clips, prompts)["clip"]
+    image = table.load(["clip"], [], [path])
+    frames = [score_all(image, clips[:, i], prompts)["clip"] for i in chosen_frames(which, 5)]
     torch.testing.assert_close(ours, torch.stack(frames).mean(0), atol=1e-6, rtol=0)
 
 
@@ -301,7 +298,7 @@ def test_official_prompts_without_a_network_or_style(tmp_path, hub, monkeypatch)
 
     monkeypatch.setattr(hpsv2.utils, "root_path", str(tmp_path / "hps"))
     for name, words in (
-        ("hpsv2:photo", "hpsv2:photo is not in the Hugging Face cache"),
+        ("hpsv2:photo", "hpsv2:photo .* does not load"),
         ("hpsv2:cats", "no 'cats'"),
     ):
         with pytest.raises(InputError, match=words) as error:
@@ -321,7 +318,7 @@ def test_tiny_clip_is_built_and_reached_as_clip(tmp_path):
     small = build_tiny_clip.Args(steps=3, batch=16, scenes=64)
     build_tiny_clip.save(build_tiny_clip.train(small, config, tokenizer), config, tokenizer, folder)
     assert sum(file.stat().st_size for file in folder.iterdir()) < 4e6
-    scorers = rewards.load(["clip"], [], [f"clip={folder}"])
+    scorers = table.load(["clip"], [], [f"clip={folder}"])
     model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{folder}")
     image, caption = photos(1, 32, 32), "a yellow triangle right of a black circle"
     words = open_clip.get_tokenizer(f"local-dir:{folder}")([caption])
@@ -329,9 +326,7 @@ def test_tiny_clip_is_built_and_reached_as_clip(tmp_path):
     with torch.no_grad():
         seen = model.eval().encode_image(transform(as_pil(image[0]))[None], normalize=True)
         expected = (seen @ model.encode_text(words, normalize=True).T).item()
-    assert rewards.score(scorers, image, [caption])["clip"].item() == pytest.approx(
-        expected, abs=1e-5
-    )
+    assert score_all(scorers, image, [caption])["clip"].item() == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.skipif(

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from learned import made, score_all
 
 import bpgo
 import grpo_base
@@ -15,7 +16,8 @@ import self_paced
 from common import cli, errors, rewards
 from common.errors import InputError
 from common.prompts import caption_of, fields_of, read_prompts
-from common.trainer import checkpoints, run_folder
+from common.rewards import table
+from common.trainer import checkpoint_files, run_folder
 
 OWN = '''
 import torch
@@ -70,20 +72,20 @@ def test_fields_of_jsonl_come_with_the_prompt_which_stays_a_string(folder):
 
 def test_each_sample_is_scored_with_its_own_fields(folder):
     prompts = read_prompts(folder / "prompts.jsonl")
-    scorers = rewards.load([f"{folder}/mine/own.py:Long"], prompts)
-    scores = rewards.score(scorers, torch.zeros(3, 3, 8, 8), [prompts[1], prompts[0], prompts[1]])
+    scorers = table.load([f"{folder}/mine/own.py:Long"], prompts)
+    scores = score_all(scorers, torch.zeros(3, 3, 8, 8), [prompts[1], prompts[0], prompts[1]])
     assert scores["own.py:Long"].tolist() == [6, 4, 6]
     clips = torch.zeros(
         2, 5, 3, 8, 8
     )  # of a clip, by a reward for images: the mean over its frames
-    assert rewards.score(scorers, clips, prompts)["own.py:Long"].tolist() == [4, 6]
+    assert score_all(scorers, clips, prompts)["own.py:Long"].tolist() == [4, 6]
 
 
 def test_a_prompt_without_the_field_is_named(folder):
     with pytest.raises(
-        InputError, match="needs the field 'text', which 'a plain prompt' lacks; .*[.]jsonl"
+        InputError, match="needs the field 'text', which 'a plain prompt' lacks. .*[.]jsonl"
     ):
-        rewards.load(
+        table.load(
             [f"{folder}/mine/own.py:Long"],
             [*read_prompts(folder / "prompts.jsonl"), "a plain prompt"],
         )
@@ -123,8 +125,8 @@ def body(**changes):
 
 
 BROKEN = {  # what the file holds, what the line has to say
-    "no class": ("x = 1\nclass S:\n    pass\n", "has no class 'R'; it has S"),
-    "not a class": ("def R():\n    pass\n", "has no class 'R'; it has none"),
+    "no class": ("x = 1\nclass S:\n    pass\n", "the file has no class 'R'"),
+    "not a class": ("def R():\n    pass\n", "the file has no class 'R'"),
     "no Python": ("class R(:\n", "does not load (SyntaxError: "),
     "an import": (
         "import no_such_package\n",
@@ -133,11 +135,11 @@ BROKEN = {  # what the file holds, what the line has to say
     "an exit": ("raise SystemExit(0)\n", "does not load (SystemExit: 0)"),
     "arguments": (
         "class R:\n    def __init__(self, size):\n        pass\n",
-        "R() fails (TypeError: ",
+        "does not load (TypeError: ",
     ),
     "construction": (
         "class R:\n    def __init__(self):\n        raise OSError('no\\nkey')\n",
-        "R() fails (OSError: no key)",
+        "does not load (OSError: no key)",
     ),
     "no score": (body(score=""), "it has no score(media, prompts)"),
     "a check that breaks": (
@@ -163,16 +165,16 @@ BROKEN = {  # what the file holds, what the line has to say
         body(score="lambda self, m, p: m.flatten(1).mean(1) > 0"),
         "it returned torch.bool",
     ),
-    "words": (body(score="lambda self, m, p: ['good'] * len(m)"), "raised "),
+    "words": (body(score="lambda self, m, p: ['good'] * len(m)"), "failed: "),
     "above its range": (
         body(score="lambda self, m, p: m.flatten(1).sum(1)"),
-        "outside of the range (0, 1)",
+        "outside of its range (0, 1)",
     ),
     "below its range": (
         body(score="lambda self, m, p: [-0.5]", range="(0, None)"),
-        "gives -0.5, outside of the range (0,",
+        "scores -0.5, outside of its range (0,",
     ),
-    "other arguments": (body(score="lambda self, m: m.flatten(1).mean(1)"), "raised TypeError"),
+    "other arguments": (body(score="lambda self, m: m.flatten(1).mean(1)"), "failed: TypeError"),
 }
 
 
@@ -181,7 +183,7 @@ def test_what_is_wrong_with_a_file_is_one_line(content, said, tmp_path):
     (tmp_path / "own.py").write_text(content)
     model = SimpleNamespace(try_out=lambda prompt: torch.full((1, 3, 8, 8), 0.5))
     with pytest.raises(InputError) as caught:
-        rewards.try_out(rewards.load([f"{tmp_path}/own.py:R"], ["a"]), model, "a")
+        made(f"{tmp_path}/own.py:R", prompts=["a"]).smoke_test(model.try_out("a"), "a")
     assert (
         said in str(caught.value)
         and "own.py:R" in str(caught.value)
@@ -191,16 +193,16 @@ def test_what_is_wrong_with_a_file_is_one_line(content, said, tmp_path):
 
 def test_a_file_that_is_not_there(tmp_path):
     with pytest.raises(InputError, match="there is no file .*/own.py"):
-        rewards.load([f"{tmp_path}/own.py:R"], [])
+        table.load([f"{tmp_path}/own.py:R"], [])
 
 
 def test_two_files_called_alike_are_two(folder):
     (folder / "own.py").write_text(OWN)
-    with pytest.raises(InputError, match="are both called own.py:Bright; rename one"):
-        rewards.load([f"{folder}/own.py:Bright", f"{folder}/mine/own.py:Bright"], [])
+    with pytest.raises(InputError, match="is called own.py:Bright, too. Rename one"):
+        table.load([f"{folder}/own.py:Bright", f"{folder}/mine/own.py:Bright"], [])
     (folder / "mine/own.py").write_text("from beside import Bright as Mine\n")
     (folder / "mine/beside.py").write_text(OWN)
-    assert list(rewards.load([f"{folder}/own.py:Bright", f"{folder}/mine/own.py:Mine"], [])) == [
+    assert list(table.load([f"{folder}/own.py:Bright", f"{folder}/mine/own.py:Mine"], [])) == [
         "own.py:Bright", "own.py:Mine",
     ]  # fmt: skip
 
@@ -222,7 +224,7 @@ def test_a_run_trains_on_one_and_watches_another_and_goes_on_when_both_are_given
     assert "share_own.py:Bright" not in rows[0]
     assert rows[0]["share_own.py:Long"] + rows[0]["share_jpeg"] == pytest.approx(1)
     assert json.loads((run / "config.json").read_text())["reward"] == list(own["reward"])
-    state = checkpoints.read(checkpoints.newest_first(run)[0])[1]["prior"]
+    state = checkpoint_files.read(checkpoint_files.newest_first(run)[0])[1]["prior"]
     assert {type(prompt) for prompt in state["known"]} == {
         str
     }  # a checkpoint holds no class of ours
@@ -235,7 +237,7 @@ def test_a_run_trains_on_one_and_watches_another_and_goes_on_when_both_are_given
     assert args.prior == "sft" and args.reward == ("verifier",) and args.watch == ()
     with pytest.raises(
         InputError,
-        match="now it is .'verifier'.; give it again: a run's folder alone makes no code run",
+        match="now it is .'verifier'..*a run's folder alone does not run code",
     ):
         run_folder.check(run, args)
     _, rows = train(**own, steps=3, script=bpgo, prior="sft", resume="latest")
@@ -243,6 +245,14 @@ def test_a_run_trains_on_one_and_watches_another_and_goes_on_when_both_are_given
 
 
 # --- Shares and units ---
+
+
+def shares(scores, weights, parts=()):
+    """The share_NAME of a summary."""
+    found = made("jpeg")
+    found.weights = weights
+    metrics = found.summary(scores, parts)
+    return {name: value for name, value in metrics.items() if name.startswith("share_")}
 
 
 def share_in_numpy(scores, weights):
@@ -261,25 +271,27 @@ def test_shares_are_numpys(weights):
     random = np.random.default_rng(0)
     scores = {"a": random.normal(0, 0.01, (5, 6)), "b": random.normal(20, 0.6, (5, 6))}
     scores["b"][2, 3] = np.nan  # masked
-    found = rewards.shares({name: torch.tensor(value) for name, value in scores.items()}, weights)
+    found = shares({name: torch.tensor(value) for name, value in scores.items()}, weights)
     expected = share_in_numpy(scores, weights)
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         assert float(found[name]) == pytest.approx(value, abs=1e-12)
 
 
-def test_hpsv21_and_pickscore_are_seen_to_be_60_to_1_and_in_units_of_their_spread_equal():
-    scorers = {name: rewards._of_table(name) for name in ("hpsv2.1", "pickscore")}
+def test_hpsv21_and_pickscore_are_seen_to_be_60_to_1_and_in_units_of_their_spread_equal(
+    monkeypatch,
+):
+    for name in ("hpsv2.1", "pickscore"):
+        monkeypatch.setattr(type(table.of_table(name)), "load", lambda *_: None)
+    own = made("hpsv2.1", "pickscore")
     noise = torch.randn(8, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    scores = {name: scorer.scale * noise for name, scorer in scorers.items()}
-    own = rewards.in_units("own", rewards.parse(scorers), scorers)
-    assert own == {"hpsv2.1": 1.0, "pickscore": 1.0}
-    share = rewards.shares(scores, own)
+    scores = {name: scorer.scale * noise for name, scorer in own.scorers.items()}
+    assert own.weights == {"hpsv2.1": 1.0, "pickscore": 1.0}
+    share = own.summary(scores)
     assert float(share["share_pickscore"] / share["share_hpsv2.1"]) == pytest.approx(60)
-    spread = rewards.in_units("spread", rewards.parse(["hpsv2.1=2", "pickscore"]), scorers)
-    share = rewards.shares(scores, spread)
-    assert float(share["share_hpsv2.1"]) == pytest.approx(2 / 3)
-    assert rewards.scale(scorers, spread) == pytest.approx(3)  # what BPGO divides by
+    spread = made("hpsv2.1=2", "pickscore", reward_units="spread")
+    assert float(spread.summary(scores)["share_hpsv2.1"]) == pytest.approx(2 / 3)
+    assert spread.scale == pytest.approx(3)  # what BPGO divides by
 
 
 def test_shares_of_advantages_are_those_of_what_is_added_up():
@@ -287,16 +299,16 @@ def test_shares_of_advantages_are_those_of_what_is_added_up():
         "a": torch.rand(4, 6, dtype=torch.float64),
         "b": 60 * torch.rand(4, 6, dtype=torch.float64),
     }
-    terms = rewards.terms("advantages", sum(scores.values()), scores, {"a": 2.0, "b": 1.0})
+    terms = [(scores["a"], 2.0), (scores["b"], 1.0)]
     parts = [w * grpo_base.compute_advantages(r, 5.0) for r, w in terms]
-    found = rewards.shares(scores, {"a": 2.0, "b": 1.0}, parts)
+    found = shares(scores, {"a": 2.0, "b": 1.0}, parts)
     assert float(found["share_a"]) == pytest.approx(2 / 3, abs=1e-6)
 
 
 def test_without_any_spread_and_of_one_reward():
     flat = {"a": torch.ones(2, 3), "b": torch.full((2, 3), torch.nan)}
-    assert [float(share) for share in rewards.shares(flat, {"a": 1.0, "b": 1.0}).values()] == [0, 0]
-    assert rewards.shares({"a": torch.rand(2, 3)}, {"a": 1.0}) == {}
+    assert [float(share) for share in shares(flat, {"a": 1.0, "b": 1.0}).values()] == [0, 0]
+    assert shares({"a": torch.rand(2, 3)}, {"a": 1.0}) == {}
 
 
 def test_a_step_in_units_of_the_spread_is_one_with_those_weights(train):
@@ -317,10 +329,10 @@ def test_stages_have_shares_by_their_weights_in_each_group(train):
 @pytest.mark.parametrize(
     "flags, said",
     [
-        (dict(watch=("jpeg=2",)), "--watch jpeg=2: nothing is trained on it"),
+        (dict(watch=("jpeg=2",)), "--watch jpeg=2: it is not trained on"),
         (
             dict(reward_units="spread", aggregate="advantages"),
-            "--reward-units spread: --aggregate advantages has",
+            "--reward-units spread: --aggregate advantages does that",
         ),
     ],
 )

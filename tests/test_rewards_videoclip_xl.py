@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from learned import PROMPTS, check_contract, check_half_precision, loaded, photos
 
-from common import rewards
 from common.errors import InputError
+from common.rewards import table
 from common.rewards.videoclip_xl import TwoEncoders, VideoClipXL, renamed, sizes
 
 VIDEO, TEXT, OUT, SIZE, PATCH = (128, 2, 2), (64, 1, 1), 16, 28, 14  # width, layers, heads
@@ -216,12 +216,12 @@ def test_sizes_are_those_of_the_weights(checkpoint):
 
 def test_too_few_frames_and_image_models_are_refused(checkpoint):
     scorer = loaded(VideoClipXL, "videoclip-xl", checkpoint[0])
-    with pytest.raises(InputError, match="looks at 8 frames of a clip, these have 5"):
+    with pytest.raises(InputError, match="needs clips of 8 frames or more, these have 5"):
         scorer.score(torch.rand(1, 5, 3, 28, 28), ["a"])
     with pytest.raises(
         InputError, match="videoclip-xl scores clips, and this --model makes images"
     ):
-        rewards.load(["videoclip-xl"], [], [f"videoclip-xl={checkpoint[0]}"], clips=False)
+        table.load(["videoclip-xl"], [], [f"videoclip-xl={checkpoint[0]}"], clips=False)
 
 
 def test_half_precision_is_close(checkpoint, monkeypatch):

@@ -10,10 +10,10 @@ import torch
 from conftest import weights
 from test_rewards_judge import colour_score, quick, serve  # noqa: F401, fixtures
 
-from common import errors, models, rewards, sde
-from common.rewards import asking
-from common.rewards.scoring import Scoring
-from common.trainer import checkpoints
+from common import errors, models, sde
+from common.args import Args
+from common.rewards import Rewards, Scoring
+from common.trainer import checkpoint_files
 
 SETTINGS = dict(
     micro_batch=2,
@@ -34,20 +34,17 @@ def judged(handler, number, body):
 def test_scores_are_those_of_all_samples_at_once_in_their_order(size, away):
     """Eleven samples that come by four, the twelfth a filler."""
     model = models.load("tiny-flux", torch.float32, decode_batch=1)
-    scorers = rewards.load(
-        ["verifier", "jpeg"],
-        captions := ["a red circle", "two blue squares"] * 5 + ["a green cross"],
-    )
+    captions = ["a red circle", "two blue squares"] * 5 + ["a green cross"]
+    rewards = Rewards(Args(reward=("verifier", "jpeg")), captions)
     x0 = torch.randn(12, *model.noise_shape, generator=torch.Generator().manual_seed(0))
-    expected = asking.of_samples(scorers, model, x0[:11], captions)
-    scorers["verifier"].elsewhere = away
-    scoring = Scoring(scorers, model, captions, size)
+    expected = rewards.score(model.decode(x0[:11]), captions)
+    rewards.scorers["verifier"].elsewhere = away
+    scoring = rewards.begin(model.decode, captions, size)
     for part in x0.split(4):
         scoring.add(part)
     found = scoring.result()
-    assert [*found] == [*scorers] and all(
-        torch.equal(found[name], expected[name]) for name in scorers
-    )
+    assert list(found) == list(rewards.scorers)
+    assert all(torch.equal(found[name], expected[name]) for name in found)
 
 
 @pytest.mark.long
@@ -79,9 +76,7 @@ def test_a_server_judges_while_the_next_samples_are_drawn(train, serve, monkeypa
     )
 
 
-def test_a_server_that_goes_in_the_middle_of_a_rollout_ends_the_run_in_one_line(
-    train, serve, capfd
-):  # noqa: F811
+def test_a_server_that_goes_in_the_middle_of_a_rollout_ends_the_run(train, serve, capfd):  # noqa: F811
     url, server = serve(judged)
     honest = server.behave
 
@@ -122,4 +117,4 @@ def test_a_signal_does_not_wait_for_the_server(train, serve, capfd, tmp_path):  
     finally:
         done.set()
     assert "stopped: SIGTERM: stopped after 1 steps" in capfd.readouterr().err
-    assert checkpoints.newest_first(tmp_path / "run")
+    assert checkpoint_files.newest_first(tmp_path / "run")

@@ -184,9 +184,10 @@ def test_rescoring_with_the_same_velocity_gives_ratio_exactly_one_in_float32(sha
 def test_rescoring_a_rollout_in_other_micro_batches_gives_ratio_exactly_one():
     sigmas = sde.shifted_sigmas(6, 3.0)
     s = sde.diffusion_coefficients(sigmas, 0.3, "dance")
-    velocity = lambda x, sigma: (
-        torch.sin(3 * x) * sigma - x
-    )  # elementwise: the same bits in any batch  # noqa: E731
+
+    def velocity(x, sigma):  # elementwise: the same bits in any batch
+        return torch.sin(3 * x) * sigma - x
+
     noise = sde.RowNoise(0, 0, range(7))
     latents, log_probs = sde.rollout(velocity, noise((16, 12)), sigmas, s, noise)
     for mb in (torch.tensor([4, 1]), torch.tensor([6]), torch.tensor([5, 0, 3, 2])):
@@ -247,9 +248,8 @@ def test_noise_and_sample_together_and_wrong_row_counts_are_refused():
 def test_rounding_stored_latents_to_bf16_moves_log_prob_by_more_than_a_clip_range_of_1e_4():
     """The rounding error d has rms near 2^-8 |x| / sqrt(12), so log_prob falls by about mean(d^2) /
     (2 std^2)."""
-    sigma, sigma_next = sigmas_of(16, 3.0)[
-        :2
-    ]  # DanceGRPO's first step: std = 0.3 * sqrt(0.0217) = 0.044
+    # DanceGRPO's first step: std = 0.3 * sqrt(0.0217) = 0.044
+    sigma, sigma_next = sigmas_of(16, 3.0)[:2]
     v, x, z = torch.randn(3, 8, 1024, 16, generator=torch.Generator().manual_seed(0))
     x_next, old, _ = sde.sde_step(v, x, sigma, sigma_next, 0.3, noise=z)
     _, new, _ = sde.sde_step(v, x, sigma, sigma_next, 0.3, x_next=x_next.bfloat16().float())
@@ -351,9 +351,8 @@ def test_random_window_covers_every_position_within_its_steps(length):
     generator = torch.Generator().manual_seed(0)
     windows = [sde.random_window(7, length, generator) for _ in range(400)]
     assert {kept for _, kept in windows} == {length}
-    assert {start for start, _ in windows} == set(
-        range(8 - length)
-    )  # the last start ends at step 6 of 0..6
+    # the last start ends at step 6 of 0..6
+    assert {start for start, _ in windows} == set(range(8 - length))
     assert sde.random_window(7, 0, generator) == (0, 7)
 
 
@@ -368,7 +367,10 @@ def test_noisy_steps_picks_the_right_number_of_noisy_steps_in_order(fraction, nu
 
 def test_noisy_steps_depends_on_its_generator_alone():
     s = torch.full((16,), 0.3)
-    draw = lambda seed: sde.noisy_steps(s, 0.6, torch.Generator().manual_seed(seed))  # noqa: E731
+
+    def draw(seed):
+        return sde.noisy_steps(s, 0.6, torch.Generator().manual_seed(seed))
+
     state = torch.get_rng_state()
     first = draw(1)
     assert torch.equal(state, torch.get_rng_state())
@@ -416,9 +418,8 @@ def test_noise_is_standard_normal_and_uncorrelated_between_neighbours(axis):
     z = torch.cat([draws[axis](i)((n,)) for i in range(count)]).double()
     assert abs(z.mean()) < 5 / (count * n) ** 0.5
     assert abs(z.std() - 1) < 5 / (2 * count * n) ** 0.5
-    assert (
-        abs((z.mean(1) * n**0.5).std() - 1) < 5 / (2 * count) ** 0.5
-    )  # the means of independent streams scatter
+    # the means of independent streams scatter
+    assert abs((z.mean(1) * n**0.5).std() - 1) < 5 / (2 * count) ** 0.5
     correlation = torch.corrcoef(z) - torch.eye(count)
     assert correlation.abs().max() < 5 / n**0.5
 
@@ -463,8 +464,10 @@ def test_rollout_stores_float32_and_ends_at_the_last_x0_hat(dtype):
     s = sde.diffusion_coefficients(sigmas, 0.3, "dance", window=(1, 2))
     x, drawn = torch.randn(3, 4, 6, generator=torch.Generator().manual_seed(0)).to(dtype), []
     noise = sde.RowNoise(0, 0, range(3))
-    # a half-precision model  # noqa: E731
-    velocity = lambda x, sigma: (torch.sin(x) * sigma).bfloat16()
+
+    def velocity(x, sigma):  # a half-precision model
+        return (torch.sin(x) * sigma).bfloat16()
+
     latents, log_probs = sde.rollout(
         velocity, x, sigmas, s, lambda shape: drawn.append(shape) or noise(shape)
     )
@@ -523,7 +526,8 @@ def test_means_of_a_rollout_are_those_that_re_scoring_finds_and_change_no_number
     assert torch.equal(means[:, -1], latents[:, -1])  # the last step draws no noise
 
 
-# --- Marginals: every eta must end at the data's N(m, c^2), from the exact velocity of that data ---
+# --- Marginals ---
+# Every eta must end at the data's N(m, c^2), from the exact velocity of that data.
 M, C = 0.7, 0.4
 MARGINALS = [
     ("dance", 0.0),
@@ -595,8 +599,13 @@ def test_sampled_rollout_ends_at_the_data_distribution(schedule, eta):
     sigmas = sde.shifted_sigmas(steps, 1.0)
     s = sde.diffusion_coefficients(sigmas, eta, schedule)
     x = torch.randn(rows, 1, generator=generator)
-    velocity = lambda x, sigma: exact_velocity(x, sigma, M, C)  # noqa: E731
-    noise = lambda shape: torch.randn(rows, *shape, generator=generator)  # noqa: E731
+
+    def velocity(x, sigma):
+        return exact_velocity(x, sigma, M, C)
+
+    def noise(shape):
+        return torch.randn(rows, *shape, generator=generator)
+
     latents, _ = sde.rollout(velocity, x, sigmas, s, noise)
     end = latents[:, -1].double()
     assert abs(end.mean() - M) < 5 * C / rows**0.5

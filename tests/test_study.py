@@ -18,6 +18,7 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
+import papers
 from common import models, sde
 from common.errors import InputError
 from common.prompts import read_prompts
@@ -81,9 +82,12 @@ def test_five_seeds_are_covered_more_often_than_by_plain_percentiles():
 
 @pytest.mark.parametrize(
     "low, high, lower, said",
-    [(0.1, 0.2, False, "holds"), (-0.2, -0.1, False, "does not hold"), (-0.1, 0.2, False, "undecided at this scale"),
-     (0.1, 0.2, True, "does not hold"), (-0.2, -0.1, True, "holds"), (0.0, 0.2, False, "undecided at this scale"),
-     (-math.inf, math.inf, True, "undecided at this scale"), (0.0, 0.0, False, "undecided at this scale")],
+    [(0.1, 0.2, False, "holds"), (-0.2, -0.1, False, "does not hold"),
+     (-0.1, 0.2, False, "undecided at this scale"),
+     (0.1, 0.2, True, "does not hold"), (-0.2, -0.1, True, "holds"),
+     (0.0, 0.2, False, "undecided at this scale"),
+     (-math.inf, math.inf, True, "undecided at this scale"),
+     (0.0, 0.0, False, "undecided at this scale")],
 )  # fmt: skip
 def test_the_verdict_comes_from_the_interval_alone(low, high, lower, said):
     assert verdicts.verdict(low, high, 5, lower) == said
@@ -343,7 +347,9 @@ def small(tmp_path, monkeypatch):
     lines = read_prompts(ROOT / "assets/prompts/shapes_heldout.txt")[:16]
     (tmp_path / "few.txt").write_text("\n".join(lines) + "\n")
     few = {"eval_prompts": str(tmp_path / "few.txt"), "sampling_steps": 2}
-    monkeypatch.setitem(models.MODELS, "tiny-flux", {**models.MODELS["tiny-flux"], **few})
+    tables = (models.MODELS, papers.GRPO, papers.BPGO, papers.SLAS, papers.SELF_PACED)
+    for table in tables:
+        monkeypatch.setitem(table, "tiny-flux", {**table["tiny-flux"], **few})
     return lambda settings: {**settings, **SMALL}
 
 

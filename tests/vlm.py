@@ -16,8 +16,8 @@ from transformers import (
 )
 
 SPECIAL = [
-    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
-    "<|image_pad|>", "<|video_pad|>",
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
+    "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>",
 ]  # fmt: skip
 # what Qwen2.5-VL's own template does with text and pictures
 TEMPLATE = (
@@ -45,15 +45,18 @@ def ids(tokens):
     """Where the special tokens are, as the configurations call them."""
     names = ("vision_start", "vision_end", "image_pad", "video_pad")
     return {
-        f"{name.replace('_pad', '')}_token_id": tokens.convert_tokens_to_ids(f"<|{name}|>") for name in names
+        f"{name.replace('_pad', '')}_token_id": tokens.convert_tokens_to_ids(f"<|{name}|>")
+        for name in names
     }  # fmt: skip
 
 
 def text(tokens, **settings):
     return dict(
-        vocab_size=len(tokens), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, rope_parameters={"type": "mrope", "rope_type": "default", "mrope_section": [1, 1, 2],
-        "rope_theta": 1e4}, bos_token_id=None, eos_token_id=tokens.convert_tokens_to_ids("<|im_end|>"), **settings,
+        vocab_size=len(tokens), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2,
+        rope_parameters={"type": "mrope", "rope_type": "default", "mrope_section": [1, 1, 2],
+                         "rope_theta": 1e4},
+        bos_token_id=None, eos_token_id=tokens.convert_tokens_to_ids("<|im_end|>"), **settings,
     )  # fmt: skip
 
 
@@ -69,8 +72,8 @@ def save_judge(folder, seed=0):
     digits end it."""
     tokens = tokenizer()
     vision = dict(
-        depth=2, hidden_size=32, intermediate_size=64, num_heads=2, out_hidden_size=32, fullatt_block_indexes=[1],
-        window_size=56,
+        depth=2, hidden_size=32, intermediate_size=64, num_heads=2, out_hidden_size=32,
+        fullatt_block_indexes=[1], window_size=56,
     )  # fmt: skip
     config = Qwen2_5_VLConfig(
         text_config=text(tokens), vision_config=vision, **ids(tokens), tie_word_embeddings=False
