@@ -4,7 +4,7 @@
 #
 # PYTHON=python3.12     the interpreter to install with; default: the first of 3.10 to 3.13 that is found
 # VENV=FOLDER           where to install; default: .venv beside this file
-# VERSIONS=exact        the versions that were last green (requirements.lock); oldest: the lower bounds of requirements.txt
+# VERSIONS=exact        the versions of the last passing tests (requirements.lock); oldest: the lower bounds of requirements.txt
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 venv=${VENV:-$here/.venv}
@@ -12,7 +12,7 @@ python=$venv/bin/python
 list=requirements.txt
 [ "${1:-}" = test ] && list=requirements-test.txt
 
-# What an installation is made of: where this is in the stamp, nothing is to be done.
+# Prints what an installation is made of. Nothing is installed if the stamp file has the same text.
 wanted() { echo "${VERSIONS:-newest} ${PYTHON:-}"; cat "$here/requirements.txt" "$here/$1"; [ "${VERSIONS:-}" != exact ] || cat "$here/requirements.lock"; }
 installed() { [ "$(wanted "$1")" = "$(cat "$venv/$1.installed" 2>/dev/null)" ] && "$python" -c '' 2>/dev/null; }
 
@@ -26,7 +26,7 @@ install() {
   "$candidate" -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX)'
   if ! installed "$list"; then
     echo "installing $list into $venv with $candidate (once, a few minutes)"
-    # what an installation left that was stopped half-way, or one by another Python, is cleared away
+    # removes an installation that was interrupted, or that another Python made
     clear=; [ "$(cat "$venv/complete" 2>/dev/null)" = "$candidate" ] && "$python" -c '' 2>/dev/null || clear=--clear
     rm -f "$venv/complete" "$venv"/*.installed
     case ${VERSIONS:-newest} in
