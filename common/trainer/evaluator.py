@@ -1,6 +1,6 @@
 """Held-out evaluation: noise-free samples of fixed prompts from fixed initial noise, scored.
 
-The Evaluator does it during training; evaluate.py uses `sample` and `sample_and_score`.
+The Evaluator does it during training; evaluate.py uses `sample` alone.
 """
 
 import math
