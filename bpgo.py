@@ -19,6 +19,12 @@ scores them, and raises the probability of those that score above the mean of th
     L    = w_i L(A) + beta L(A of Rt)                       main, Advantage and Update    eq 3, 5, 6
            + kl_coef |mean - mean_ref|^2 / (2 std^2)                   loss.gaussian_kl
 
+The authors' code (TeleBoost, commit d4279ac) has other equations; --variant released takes them:
+
+    w_i  = 1 + alpha (l + (h - l) P(mean_i > prior_i | R_i) - 1)       released_reliability_weights
+    Rt   = (a (R - prior) + 1[R > prior]) sigmoid(R / tau) R           released_contrastive_rewards
+    L    = w_i L(A of Rt)                                              main, Advantage and Update
+
 Shapes: P prompts a step, G samples a prompt (the group); row = prompt * G + sample, b rows on each
 process; n rows of a micro-batch, the last of which may be padding; T denoising steps.
 
@@ -35,10 +41,10 @@ import torch
 
 import papers
 from common import cli, errors, groups, loss, memory, models, sde
+from common.args import Above, From
 from common.args import Args as SharedArgs
-from common.args import From
 from common.models.family import Family
-from common.prompts import prompts_ahead, prompts_of_step, read_prompts
+from common.prompts import caption_of, fields_of, prompts_ahead, prompts_of_step, read_prompts
 from common.rewards import Rewards
 from common.trainer import Checkpoints, Clock, Evaluator, Log, Policy, Processes
 
@@ -48,27 +54,47 @@ RUNNING_MEAN_STEPS = 50  # the running mean is exact for so many steps, then exp
 
 @dataclass
 class Args(SharedArgs):
+    variant: Literal["printed", "released"] = "printed"
+    """Equations of RAS and CRT: those that the paper prints, or those of the code that its authors
+    released (TeleBoost). Flags of RAS or CRT "as printed" have no effect on released, and flags "as
+    released" none on printed."""
     alpha: Annotated[float, From(0, 1)] = 0.5
-    """RAS: weights of groups lie in [1 - alpha, 1 + alpha]. 0 gives all groups weight 1."""
-    k: Annotated[float, From(0, 1000)] = 1.0
-    """RAS: how steeply the weight rises with (mean reward - prior) / reward scale."""
-    beta: Annotated[float, From(0, 1000)] = 0.5
-    """CRT: weight of the second surrogate. 0 disables it: RAS alone."""
-    crt_alone: bool = False
-    """Train on the surrogate of CRT alone (eq 5), without RAS and --beta."""
-    lam: Annotated[float, From(0, 1000)] = 1.0
-    """CRT: weight of (reward - prior) / reward scale, added to the step of 1 at the prior."""
-    prior: Literal["running-mean", "sft", "first-frame", "constant"] = "running-mean"
+    """RAS: how far the groups' weights may be from 1: at most by alpha. As released, alpha scales
+    --trust-range - 1, and the default is 1. 0 gives all groups weight 1."""
+    prior: Literal["running-mean", "sft", "first-frame", "field", "constant"] = "running-mean"
     """The expected reward: the mean of the rewards so far; the mean reward of the initial model's
     samples of the prompt (sft); the reward of the prompt's image as a still video (first-frame,
-    image-to-video models only); or --prior-value."""
+    image-to-video models only); the number `prior` in the prompt's line of a jsonl file (field); or
+    --prior-value (constant)."""
     prior_value: Annotated[float, From(-1e6, 1e6)] = 0.0
     """The expected reward of --prior constant."""
+    crt: bool = True
+    """Use CRT. --no-crt trains with RAS alone."""
+    k: Annotated[float, From(0, 1000)] = 1.0
+    """RAS as printed: how steeply the weight rises with (mean reward - prior) / reward scale."""
+    beta: Annotated[float, From(0, 1000)] = 0.5
+    """CRT as printed: weight of the second surrogate. 0 disables it, as --no-crt does."""
+    crt_alone: bool = False
+    """CRT as printed: train on its surrogate alone (eq 5), without RAS and --beta."""
+    lam: Annotated[float, From(0, 1000)] = 1.0
+    """CRT as printed: weight of (reward - prior) / reward scale, added to the step of 1 at the
+    prior."""
     reward_scale: Annotated[float, From(0, 1e6)] = 0.0
     """Unit of reward - prior in --k and --lam. 0: the spread within a group that the rewards
     declare. 1: the equations as printed."""
+    prior_variance: Annotated[float, Above(0, 1e6)] = 1.0
+    """RAS as released: variance of the Normal prior, in squared units of the reward. The smaller it
+    is, the more samples it takes to move a weight from the middle of --trust-range."""
+    trust_range: Annotated[tuple[float, float], From(0, 10)] = (0.5, 1.5)
+    """RAS as released: weights of a group that is surely below its prior, and of one surely above
+    it."""
+    crt_slope: Annotated[float, From(0, 1e6)] = 50.0
+    """CRT as released: weight of (reward - prior), added to the step of 1 at the prior."""
+    crt_temperature: Annotated[float, Above(0, 1e6)] = 5.0
+    """CRT as released: the reward is multiplied by sigmoid(reward / this temperature)."""
 
     SETTINGS = papers.BPGO
+    VARIANTS = {"released": papers.BPGO_RELEASED}
     CURVES = ("prior", "trust")
     TITLE = "Bayesian prior-guided optimization (BPGO)"
     ARXIV = ("2511.18919",)
@@ -101,6 +127,33 @@ def reliability_weights(
     return (1 + alpha * (2 * torch.sigmoid(k * (group_mean - prior)) - 1)).nan_to_num(1.0)
 
 
+def released_reliability_weights(
+    rewards: torch.Tensor,
+    prior: torch.Tensor | float,
+    alpha: float,
+    prior_variance: float,
+    trust_range: tuple[float, float],
+) -> torch.Tensor:
+    """Return the weight of each group, as the authors released it (TeleBoost, d4279ac).
+
+    rewards [P, G], prior [P, 1] -> [P, 1], from 0.01 to 10. With alpha 1 the weight goes from
+    trust_range[0] to trust_range[1] as the probability rises that the expected reward is above the
+    prior. The expected reward has the prior N(prior, prior_variance), and the G rewards are its
+    evidence. A group without any score (NaN) has weight 1.
+    """
+    number = rewards.isfinite().sum(1, keepdim=True)  # [P, 1]
+    mean = rewards.nanmean(1, keepdim=True)
+    variance = (rewards - mean).square().nansum(1, keepdim=True) / (number - 1).clamp(min=1) + 1e-8
+    variance = torch.where(number > 1, variance, 1.0)
+    precision = number / variance  # of the evidence
+    posterior_variance = 1 / (precision + 1 / prior_variance)
+    # the posterior mean less the prior; the difference of the two would cancel
+    shift = posterior_variance * precision * (mean - prior)
+    low, high = trust_range
+    trust = low + (high - low) * torch.special.ndtr(shift / posterior_variance.sqrt())
+    return (1 + alpha * (trust - 1)).clamp(0.01, 10).nan_to_num(1.0)
+
+
 def contrastive_rewards(
     rewards: torch.Tensor, prior: torch.Tensor | float, lam: float
 ) -> torch.Tensor:
@@ -113,6 +166,19 @@ def contrastive_rewards(
     own unit. For rewards more than 1 below the prior the result falls as the reward rises.
     """
     return (lam * (rewards - prior) + (rewards > prior)) * torch.exp(rewards.clamp(-10, 10))
+
+
+def released_contrastive_rewards(
+    rewards: torch.Tensor, prior: torch.Tensor | float, slope: float, temperature: float
+) -> torch.Tensor:
+    """Return rewards stretched around the prior, as the authors released it (TeleBoost, d4279ac).
+
+    rewards [P, G], prior [P, 1] -> [P, G]. The result is 0 at the prior. Between 0 and about half
+    of a positive prior it falls as the reward rises, and for all negative rewards
+    (docs/methods/bpgo.md).
+    """
+    gate = torch.sigmoid((rewards / temperature).clamp(-30, 30))
+    return (slope * (rewards - prior) + (rewards > prior)) * gate * rewards
 
 
 # --- Priors: the expected reward of each prompt (section 4.1). `state` is saved and restored. ---
@@ -146,6 +212,25 @@ class RunningMeanPrior:
             if steps == 0:
                 mean = own
         return torch.full_like(reward[:, :1], mean)
+
+
+class FieldPrior:
+    """Expects of each prompt what the field `prior` of its line says."""
+
+    def __init__(self, prompts: list[str]) -> None:
+        """Raise InputError for a prompt without a finite number as its prior."""
+        self.state = {}
+        for prompt in prompts:
+            value = fields_of(prompt).get("prior")
+            if type(value) not in (int, float) or not math.isfinite(value):
+                raise errors.InputError(
+                    f"--prior field: {caption_of(prompt)!r:.80} has no number `prior`. Train on a "
+                    'jsonl file whose lines are {"prompt": ..., "prior": NUMBER}.'
+                )
+
+    def expect(self, prompts: list[str], reward: torch.Tensor) -> torch.Tensor:
+        """Return the expected reward of P prompts, [P, 1]."""
+        return reward.new_tensor([fields_of(prompt)["prior"] for prompt in prompts])[:, None]
 
 
 class PromptPrior:
@@ -188,14 +273,36 @@ def still_rewards(
     return combine_scores(scores, rewards.weights)
 
 
+def check_variant(args: Args) -> None:
+    """Raise InputError for settings that the variant cannot have."""
+    if args.crt_alone and not args.crt:
+        raise errors.InputError("--crt-alone: --no-crt leaves nothing to train on. Drop one.")
+    if args.trust_range[0] > args.trust_range[1]:
+        low, high = args.trust_range
+        raise errors.InputError(f"--trust-range {low:g} {high:g}: must rise. Swap them.")
+    if args.variant == "printed":
+        return
+    if args.crt_alone:
+        raise errors.InputError(
+            "--crt-alone: eq 5 is of --variant printed. CRT without RAS is --alpha 0 here."
+        )
+    if args.crt and args.aggregate == "advantages":
+        raise errors.InputError(
+            "--aggregate advantages: CRT of --variant released transforms the sum of the rewards. "
+            "Leave it out, or add --no-crt."
+        )
+
+
 def make_prior(
-    args: Args, policy: Policy, evaluator: Evaluator, rewards: Rewards
-) -> ConstantPrior | RunningMeanPrior | PromptPrior:
-    """Return the prior of --prior. Raises InputError for a model without conditioning images."""
+    args: Args, prompts: list[str], policy: Policy, evaluator: Evaluator, rewards: Rewards
+) -> ConstantPrior | RunningMeanPrior | FieldPrior | PromptPrior:
+    """Return the prior of --prior. Raises InputError if model or prompts cannot have it."""
     if args.prior == "constant":
         return ConstantPrior(args.prior_value)
     if args.prior == "running-mean":
         return RunningMeanPrior()
+    if args.prior == "field":
+        return FieldPrior(prompts)
     if args.prior == "sft":
         return PromptPrior(partial(initial_rewards, policy, evaluator, rewards, args.group_size))
     if not hasattr(policy.model, "still"):
@@ -209,6 +316,7 @@ def main(args: Args) -> Log:
     """Train, and return the log. Raises InputError, RunError or Stopped (common/errors.py)."""
     # --- Setup ---
     cli.check(args)
+    check_variant(args)
     processes = Processes(args.process_timeout)
     rows = processes.rows(args.prompts_per_step * args.group_size)  # [b] global row numbers
     checkpoints = Checkpoints(args, processes)  # chooses the run's folder, reads --resume
@@ -223,7 +331,7 @@ def main(args: Args) -> Log:
     policy = Policy(model, args, processes, plan, keep_initial)
     evaluator = Evaluator(args, model, rewards, eval_prompts, processes, checkpoints)
     evaluator.smoke_test(prompts[0])  # one sample through model and rewards: faults show now
-    prior = make_prior(args, policy, evaluator, rewards)
+    prior = make_prior(args, prompts, policy, evaluator, rewards)
     start = checkpoints.resume(policy, {"prior": prior.state})
     log = Log(args, checkpoints.output, processes, start)
     P, G = args.prompts_per_step, args.group_size
@@ -277,17 +385,30 @@ def main(args: Args) -> Log:
 
         # --- Advantage ---
         reward = combine_scores(scores, rewards.weights)  # [P, G]
-        terms = rewards.terms(reward, scores)  # [(rewards [P, G], weight)], by --aggregate
+        expected = prior.expect(step_prompts, reward)  # [P, 1]
+        contrasted = reward  # [P, G]
+        if args.variant == "released" and args.crt:
+            contrasted = released_contrastive_rewards(
+                reward, expected, args.crt_slope, args.crt_temperature
+            )
+        terms = rewards.terms(contrasted, scores)  # [(rewards [P, G], weight)], by --aggregate
         parts = [weight * compute_advantages(r, args.adv_clip_max) for r, weight in terms]
         advantages = sum(parts)  # [P, G]
-        expected = prior.expect(step_prompts, reward)  # [P, 1]
-        unit = args.reward_scale or rewards.scale
-        group_mean = reward.nanmean(1, keepdim=True)  # [P, 1]
-        trust = reliability_weights(group_mean, expected, args.alpha, args.k / unit)  # [P, 1]
-        # eq 4 of R - prior: a factor common to a group cancels, and exp stays small
-        stretched = contrastive_rewards(reward - expected, 0, args.lam / unit)  # [P, G]
-        contrast = compute_advantages(stretched, args.adv_clip_max)  # [P, G]
+        if args.variant == "released":
+            trust = released_reliability_weights(
+                contrasted, expected, args.alpha, args.prior_variance, args.trust_range
+            )  # [P, 1]
+            contrast = torch.zeros_like(advantages)  # there is no second surrogate
+        else:
+            unit = args.reward_scale or rewards.scale
+            group_mean = reward.nanmean(1, keepdim=True)  # [P, 1]
+            trust = reliability_weights(group_mean, expected, args.alpha, args.k / unit)  # [P, 1]
+            # eq 4 of R - prior: a factor common to a group cancels, and exp stays small
+            stretched = contrastive_rewards(reward - expected, 0, args.lam / unit)  # [P, G]
+            contrast = compute_advantages(stretched, args.adv_clip_max)  # [P, G]
         ras_weight, crt_weight = trust, args.beta  # eq 3 and 6
+        if not args.crt:
+            crt_weight = 0.0
         if args.crt_alone:  # eq 5
             ras_weight, crt_weight = torch.zeros_like(trust), 1.0
         # a weight >= 0 may multiply the advantages instead of the surrogate

@@ -298,15 +298,19 @@ class Args(Judge, Run, Update, Rollout, Reward, Model):
     ARXIV = ()  # arXiv ids of its papers
     CURVES = ()  # NAME: a plot NAME.png of the metrics NAME and NAME_...
     SETTINGS = {}  # {named model: {flag: default}}
+    # {value of --variant: {named model: {flag: default}}}, over SETTINGS; "": of every model
+    VARIANTS = {}
 
 
 def defaults(cls: type[AnyArgs], model: str = "tiny-flux", **values: Any) -> AnyArgs:
     """Return an instance of cls with the defaults of a named model, and `values` over them.
 
-    The defaults come from cls.SETTINGS, or from the fields for a folder or hub id. With lora_rank
-    the default learning rate is lora_learning_rate of the table, else LORA_LEARNING_RATE.
+    The defaults come from cls.SETTINGS, or from the fields for a folder or hub id; `variant` among
+    the values adds those of cls.VARIANTS. With lora_rank the default learning rate is
+    lora_learning_rate of the table, else LORA_LEARNING_RATE.
     """
-    table = cls.SETTINGS.get(model, {})
+    variant = cls.VARIANTS.get(values.get("variant"), {})
+    table = {**cls.SETTINGS.get(model, {}), **variant.get("", {}), **variant.get(model, {})}
     flags = {field.name for field in dataclasses.fields(cls)} - {"source"}
     chosen = {name: value for name, value in table.items() if name in flags}
     chosen = {"model": model, **chosen, **values}

@@ -85,8 +85,11 @@ def _with_latest(argv: list[str]) -> list[str]:
 def _defaults_of(cls: type[AnyArgs], argv: list[str]) -> AnyArgs:
     values = {}
     model, rank = given(argv, "--model"), given(argv, "--lora-rank")
+    variant = given(argv, "--variant")
     if model is not None:
         values["model"] = model
+    if variant in cls.VARIANTS:  # the parser refuses anything else
+        values["variant"] = variant
     if rank is not None and rank.isdecimal():  # the parser refuses anything else
         values["lora_rank"] = int(rank)  # a LoRA has a learning rate of its own
     return defaults(cls, **values)

@@ -134,13 +134,16 @@ def reward_words(args: Args, rows: list[dict[str, Any]]) -> str:
 
 def command(script: str, args: Args) -> list[str]:
     """Return the shortest command line that gives these settings; paths lose their folders."""
-    usual = defaults(type(args), args.model)
-    same_rank = defaults(type(args), args.model, lora_rank=args.lora_rank)
-    usual.learning_rate = same_rank.learning_rate  # a LoRA has a default of its own
+    # a variant and a LoRA have defaults of their own
+    own = {name: getattr(args, name) for name in ("variant",) if hasattr(args, name)}
+    usual = defaults(type(args), args.model, **own)
+    same_rank = defaults(type(args), args.model, lora_rank=args.lora_rank, **own)
+    usual.learning_rate = same_rank.learning_rate
     words = [f"{script}.py", "--model", _public(args.model)]
     for field in dataclasses.fields(args):
         value = getattr(args, field.name)
-        if field.name in LEFT_OUT or value == getattr(usual, field.name):
+        default = field.default if field.name in own else getattr(usual, field.name)
+        if field.name in LEFT_OUT or value == default:
             continue
         name = field.name.replace("_", "-")
         if isinstance(value, bool):
