@@ -14,7 +14,8 @@ _DANCE = "2505.07818"
 _FLOW = "2505.05470"
 _BPGO = "2511.18919"
 _SLAS = "2605.10937"
-_PACED = "2511.19356"
+_PACED = "2511.19356"  # v1 (November 2025)
+_PACED_V4 = "2511.19356v4"  # July 2026
 
 
 def over_the_models(own: dict[str, dict]) -> dict[str, dict]:
@@ -53,6 +54,9 @@ BPGO = over_the_models(
     }
 )
 
+# --variant released: TeleBoost (commit d4279ac), the code of BPGO's authors.
+BPGO_RELEASED = {"": dict(alpha=1.0)}
+
 # Section 6.1: two nodes of 8 GPUs for FLUX, one for Stable Diffusion, otherwise as DanceGRPO, whose
 # code adds up advantages.
 _MIXED = dict(paper=_SLAS, prompts="hpdv2", aggregate="advantages")
@@ -63,11 +67,12 @@ SLAS = over_the_models(
     }
 )
 
-# Section 5.2 and appendix A. Images have no smoothness to judge, so two stages are left of three.
+# 2511.19356v1, section 5.2 and appendix A. It prints two thresholds for three stages; the last one
+# is taken twice. Images have no smoothness to judge, so two stages are left of three.
 _JUDGED = dict(
-    reward=("judge:quality", "judge:smoothness", "judge:alignment"), thresholds=(0.75, 0.75)
+    reward=("judge:quality", "judge:smoothness", "judge:alignment"), thresholds=(0.75, 0.75, 0.75)
 )
-_JUDGED_IMAGES = dict(reward=("judge:quality", "judge:alignment"), thresholds=(0.75,))
+_JUDGED_IMAGES = dict(reward=("judge:quality", "judge:alignment"), thresholds=(0.75, 0.75))
 _SHAPES = dict(reward=("verifier:quality", "verifier:layout", "verifier"))
 _MOTION = dict(reward=("motion:quality", "motion:smooth", "motion"))
 SELF_PACED = over_the_models({
@@ -76,10 +81,10 @@ SELF_PACED = over_the_models({
     "sd3.5-medium": _JUDGED_IMAGES,
     "qwen-image": _JUDGED_IMAGES,
     "wan2.1-1.3b": dict(_JUDGED, paper=_PACED),
-    "wan2.1-14b": dict(_JUDGED, paper=_PACED, thresholds=(0.75, 0.73)),
+    "wan2.1-14b": dict(_JUDGED, paper=_PACED, thresholds=(0.75, 0.73, 0.73)),
     "wan2.2-i2v": _JUDGED,
     "hunyuan": dict(
-        _JUDGED, paper=_PACED, thresholds=(0.7, 0.68), height=240, width=416, group_size=16,
+        _JUDGED, paper=_PACED, thresholds=(0.7, 0.68, 0.68), height=240, width=416, group_size=16,
         noise_level=0.5, learning_rate=2e-6, prompts_per_step=16,
     ),
     "tiny-flux": _SHAPES,  # the script's own thresholds, from --calibrate as those below
@@ -87,3 +92,11 @@ SELF_PACED = over_the_models({
     "tiny-wan": dict(_MOTION, thresholds=(0.875, 0.441)),
     "tiny-wan-i2v": dict(_MOTION, thresholds=(0.922, 0.637)),
 })  # fmt: skip
+
+# --variant v4: what v4 of the paper prints instead. Its softmax has no alpha. A GPU has one prompt.
+SELF_PACED_V4 = {
+    "": dict(alpha=1.0),
+    "wan2.1-1.3b": dict(paper=_PACED_V4, frames=81, fps=16.0, steps=220, prompts_per_step=16),
+    "wan2.1-14b": dict(paper=_PACED_V4, fps=16.0, steps=220, prompts_per_step=32),
+    "hunyuan": dict(paper=_PACED_V4, prompts_per_step=32),
+}

@@ -10,7 +10,7 @@ Gaussian with an exact log-probability. A training step samples G images for eac
 scores them, and raises the probability of those that score above the mean of their group:
 
     S(r) = (sqrt(G) - |r|_1 / |r|_2) / (sqrt(G) - 1)                   hoyer_sparsity     eq 8
-    g_k  = sigmoid(slope (mean r_k-1 - tau_k-1))                       stage_gates        eq 9
+    g_k  = sigmoid(slope (mean r_k - tau_k))                           stage_gates        eq 9
            + beta (S(r_k-1) - S(r_k))
     w    = softmax(alpha g)                                            stage_weights      eq 6
     R    = sum_k w_k r_k                                               combine_scores     eq 5
@@ -18,6 +18,12 @@ scores them, and raises the probability of those that score above the mean of th
     rho  = exp(log_prob_new - log_prob_old)                            main, Update; sde.sde_step
     L    = - mean of min(rho A, clip(rho, 1 - c, 1 + c) A)             loss.clipped_surrogate
            + kl_coef |mean - mean_ref|^2 / (2 std^2)                   loss.gaussian_kl
+
+These are the equations of the paper's first version. Version 4 (July 2026, the method's name there
+is TaRoS) changes one of them; --variant v4 takes it, with alpha 1:
+
+    g_k  = sigmoid(slope (mean r_k - tau_k))                           stage_utilities    eq 6
+           + beta (S(r_k) - S(r_k+1)),  S(r_K+1) = 0
 
 Shapes: P prompts a step, G samples a prompt (the group); row = prompt * G + sample, b rows on each
 process; n rows of a micro-batch, the last of which may be padding; T denoising steps, K stages.
@@ -44,20 +50,28 @@ EPS = 1e-8  # added to every standard deviation that rewards are divided by
 
 @dataclass
 class Args(SharedArgs):
-    thresholds: Annotated[tuple[float, ...], From(-1e6, 1e6)] = (0.929, 0.81)
-    """tau: the mean reward, in [0, 1], at which each gate is half open. One less than stages."""
-    gate: Literal["previous", "own"] = "previous"
-    """Whose mean reward opens a stage's gate: that of the stage before it, as the text says, or its
-    own, as eq 9 is printed."""
+    variant: Literal["v1", "v4"] = "v1"
+    """Version of the paper whose gates are used. v4 (July 2026) compares the saturation of a stage
+    with that of the next stage instead of the one before, and has other settings of its models."""
+    thresholds: Annotated[tuple[float, ...], From(-1e6, 1e6)] = (0.929, 0.81, 0.6)
+    """tau: the mean reward, in [0, 1], at which each gate is half open. One for each stage; with
+    --gate previous the last one has no effect and may be left out."""
+    gate: Literal["own", "previous"] = "own"
+    """v1: whose mean reward opens a stage's gate: its own, as eq 9 is printed, or that of the stage
+    before it, as the text reads. v4 has only own."""
     alpha: Annotated[float, From(0, 1000)] = 4.0
-    """How sharply the weights follow the gates. 0 gives all stages the same weight."""
+    """How sharply the weights follow the gates. 0 gives all stages the same weight. Default of v4:
+    1, its equation has no alpha."""
     beta: Annotated[float, From(0, 1000)] = 0.5
-    """Weight of the difference in saturation between a stage and the stage before it."""
+    """Weight of the difference in saturation between a stage and its neighbour."""
     slope: Annotated[float, From(0, 1000)] = 10.0
     """How steeply a gate opens around its threshold."""
     saturation: Literal["hoyer", "one-minus-hoyer"] = "hoyer"
-    """Index of saturation: Hoyer's as printed, 0 for equal rewards; or 1 minus it, as the text
-    describes it."""
+    """v1: index of saturation: Hoyer's as printed, 0 for equal rewards; or 1 minus it, as the text
+    of v1 describes it."""
+    stage_range: Annotated[tuple[float, ...], From(-1e6, 1e6)] = ()
+    """LOW HIGH: scores of a reward that declares no bounds (VideoAlign: -3 3) are mapped from here
+    to [0, 1] and clamped."""
     only_stage: Annotated[int, From(0, 100)] = 0
     """Train on this stage alone, counted from 1. 0 trains on all stages."""
     calibrate: bool = False
@@ -65,6 +79,7 @@ class Args(SharedArgs):
     first reward plus 0.7 times what it gained."""
 
     SETTINGS = papers.SELF_PACED
+    VARIANTS = {"v4": papers.SELF_PACED_V4}
     CURVES = ("weight", "competence")
     TITLE = "Self-Paced GRPO"
     ARXIV = ("2511.19356",)
@@ -94,25 +109,41 @@ def stage_gates(
     beta: float,
     slope: float,
     saturation: str = "hoyer",
-    gate: str = "previous",
+    gate: str = "own",
 ) -> torch.Tensor:
-    """Return the gates of K stages (eq 9): rewards [K, P, G], K - 1 thresholds -> [K, P].
+    """Return the gates of K stages (v1 eq 9): rewards [K, P, G], thresholds -> [K, P].
 
-    The gate of the first stage is always half open.
+    gate "own": a stage's own mean reward opens its gate, by K thresholds, as eq 9 is printed.
+    "previous": that of the stage before it opens it, by K - 1 thresholds, and the gate of the first
+    stage is always half open.
     """
     S = hoyer_sparsity(rewards)  # [K, P]
     if saturation == "one-minus-hoyer":
         S = 1 - S
-    opener = rewards[:-1] if gate == "previous" else rewards[1:]  # [K-1, P, G]
-    above = opener.nanmean(-1) - rewards.new_tensor(thresholds)[:, None]  # [K-1, P]
-    first = torch.full_like(S[:1], 0.5)
-    return torch.cat([first, torch.sigmoid(slope * above) + beta * (S[:-1] - S[1:])])
+    opener = rewards[:-1] if gate == "previous" else rewards  # [K-1 or K, P, G]
+    tau = rewards.new_tensor(thresholds[: len(opener)])[:, None]
+    opened = torch.sigmoid(slope * (opener.nanmean(-1) - tau))
+    if gate == "previous":
+        opened = torch.cat([torch.full_like(S[:1], 0.5), opened])
+    less_saturated = torch.cat([torch.zeros_like(S[:1]), S[:-1] - S[1:]])  # none before the first
+    return opened + beta * less_saturated
+
+
+def stage_utilities(
+    rewards: torch.Tensor, thresholds: tuple[float, ...], beta: float, slope: float
+) -> torch.Tensor:
+    """Return the utilities of K stages (v4 eq 6): rewards [K, P, G], K thresholds -> [K, P]."""
+    S = hoyer_sparsity(rewards)  # [K, P]
+    S_next = torch.cat([S[1:], torch.zeros_like(S[:1])])  # 0 after the last stage
+    tau = rewards.new_tensor(thresholds)[:, None]
+    return torch.sigmoid(slope * (rewards.nanmean(-1) - tau)) + beta * (S - S_next)
 
 
 def stage_weights(gates: torch.Tensor, alpha: float, only_stage: int = 0) -> torch.Tensor:
-    """Return the weights of K stages (eq 6): gates [K, P] -> [K, P], which sum to 1 over K.
+    """Return the weights of K stages: gates [K, P] -> [K, P], which sum to 1 over K.
 
-    only_stage: all weight for this stage, counted from 1; 0: by the gates.
+    This is v1 eq 6, and with alpha 1 v4 eq 7. only_stage: all weight for this stage, counted from
+    1; 0: by the gates.
     """
     if only_stage:
         weights = torch.zeros_like(gates)
@@ -126,13 +157,24 @@ def on_unit_interval(
 ) -> dict[str, torch.Tensor]:
     """Return the scores of the stages on [0, 1]: {name: [P, G]}, {name: (low, high)} of each stage.
 
-    A sample without one of these scores (NaN) has none of them.
+    Scores beyond a range are clamped to it. A sample without one of these scores (NaN) has none of
+    them.
     """
     missing = sum(scores[name] for name in ranges).isnan()  # [P, G]
     return {
-        name: ((scores[name] - low) / (high - low)).masked_fill(missing, torch.nan)
+        name: ((scores[name] - low) / (high - low)).clamp(0, 1).masked_fill(missing, torch.nan)
         for name, (low, high) in ranges.items()
     }
+
+
+def stage_ranges(args: Args, rewards: Rewards) -> dict[str, tuple[float, float]]:
+    """Return {name: (low, high)} of the stages: what a reward declares, else --stage-range."""
+    ranges = {}
+    for name in rewards.weights:
+        ranges[name] = rewards.scorers[name].range
+        if None in ranges[name]:
+            ranges[name] = args.stage_range
+    return ranges
 
 
 def check_stages(args: Args, rewards: Rewards) -> None:
@@ -144,16 +186,29 @@ def check_stages(args: Args, rewards: Rewards) -> None:
         raise errors.InputError(
             "--aggregate advantages: stages are mixed as rewards. Leave it out."
         )
-    if len(args.thresholds) != number - 1:
+    needed = number - 1 if args.gate == "previous" else number
+    if len(args.thresholds) not in (needed, number):
         raise errors.InputError(
-            f"--thresholds: {number} stages need {number - 1}, got {len(args.thresholds)}."
+            f"--thresholds: --reward has {number} stages, which need {needed}, got "
+            f"{len(args.thresholds)}."
         )
     if args.only_stage > number:
         raise errors.InputError(f"--only-stage {args.only_stage}: there are {number} stages.")
+    if args.variant == "v4" and args.gate == "previous":
+        raise errors.InputError("--gate previous: --variant v4 has own gates. Leave it out.")
+    if args.variant == "v4" and args.saturation != "hoyer":
+        raise errors.InputError(
+            f"--saturation {args.saturation}: --variant v4 has Hoyer's index. Leave it out."
+        )
+    if args.stage_range and (
+        len(args.stage_range) != 2 or args.stage_range[0] >= args.stage_range[1]
+    ):
+        given = " ".join(f"{value:g}" for value in args.stage_range)
+        raise errors.InputError(f"--stage-range {given}: give two numbers, LOW and HIGH.")
     for name in rewards.weights:
-        if None in rewards.scorers[name].range:
+        if None in rewards.scorers[name].range and not args.stage_range:
             raise errors.InputError(
-                f"--reward {name}: its scores have no bounds, so they cannot be a stage's."
+                f"--reward {name}: its scores have no bounds. Give them: --stage-range LOW HIGH."
             )
 
 
@@ -173,13 +228,13 @@ def calibrate(args: Args) -> Args:
     if known:
         return replace(args, thresholds=tuple(known.get("thresholds", args.thresholds)))
     thresholds = []
-    openers = args.reward[:-1] if args.gate == "previous" else args.reward[1:]
+    openers = args.reward[:-1] if args.gate == "previous" else args.reward
     for name in openers:
         short_name = name.split("/")[-1].replace(":", "-")
         alone = replace(
             args,
             reward=(name,),
-            thresholds=(),
+            thresholds=(0.0,),  # without effect: a single stage has weight 1
             only_stage=0,
             steps=50,
             calibrate=False,
@@ -218,7 +273,7 @@ def main(args: Args) -> Log:
     all_prompts = prompts + eval_prompts
     rewards = Rewards(args, all_prompts, clips=models.family_of(args.model, args.source).video)
     check_stages(args, rewards)
-    ranges = {name: rewards.scorers[name].range for name in rewards.weights}  # of the stages
+    ranges = stage_ranges(args, rewards)  # {name: (low, high)}
     rewards.weights = {list(ranges)[-1]: 1.0}  # held-out samples are scored by the last stage
     keep_initial = args.kl_coef > 0
     plan = memory.settle(args, processes, rewards.scorers, keep_initial)
@@ -280,14 +335,18 @@ def main(args: Args) -> Log:
 
         # --- Advantage ---
         stages = on_unit_interval(scores, ranges)  # {name: [P, G]} of K stages
-        gates = stage_gates(
-            torch.stack(list(stages.values())),
-            thresholds=args.thresholds,
-            beta=args.beta,
-            slope=args.slope,
-            saturation=args.saturation,
-            gate=args.gate,
-        )  # [K, P]
+        stacked = torch.stack(list(stages.values()))  # [K, P, G]
+        if args.variant == "v4":
+            gates = stage_utilities(stacked, args.thresholds, args.beta, args.slope)  # [K, P]
+        else:
+            gates = stage_gates(
+                stacked,
+                thresholds=args.thresholds,
+                beta=args.beta,
+                slope=args.slope,
+                saturation=args.saturation,
+                gate=args.gate,
+            )  # [K, P]
         weights = stage_weights(gates, args.alpha, args.only_stage)[:, :, None]  # [K, P, 1]
         stage_weight = dict(zip(stages, weights))  # {name: [P, 1]}
         reward = combine_scores(stages, stage_weight)  # [P, G]
