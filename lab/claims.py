@@ -111,23 +111,50 @@ class Setting:
     def searched(self):
         """Whose search it takes its settings from: its own script's, or else the baseline's, on
         this model and task."""
-        own = (self.script, self.model, self.task)
+        own = (self.method, self.model, self.task)
         return own if own in SEARCHED else ("grpo_base", *own[1:])
+
+    @property
+    def method(self):
+        """The name of the variant that its flags make of its script, or the script's own."""
+        for name, (script, flags) in VARIANTS.items():
+            if script == self.script and flags.items() <= dict(self.flags).items():
+                return name
+        return self.script
 
 
 def plain(settings):
     """Whether a run has no flags of its own, beyond those that belong to its script: the methods as
     they are."""
     shared = setting("grpo_base", settings["model"], settings["task"]).settings()
-    own = settings.keys() - shared.keys() - {"source", "prior", "thresholds"}
-    return not own and settings.get("prior", PRIORS[settings["model"]]) == PRIORS[settings["model"]]
+    own = settings.keys() - shared.keys() - {"source", "prior", "thresholds", "gate"}
+    if own or settings.get("gate", "previous") != "previous":
+        return False
+    return settings.get("prior", PRIORS[settings["model"]]) == PRIORS[settings["model"]]
 
 
-def setting(script, model, task, **flags):
-    if script == "self_paced":  # those of the model, of which a change makes other runs
+# Other equations of a script, each with a search of its own: {name: (script, flags)}. The study of
+# Self-Paced was made when --gate previous was the default, so its claims are of that gate.
+VARIANTS = {
+    "bpgo released": ("bpgo", {"variant": "released"}),
+    "self_paced own": ("self_paced", {"gate": "own"}),
+    "self_paced v4": ("self_paced", {"variant": "v4"}),
+}
+
+
+def setting(method, model, task, **flags):
+    """The Setting of a script or of one of VARIANTS, with further flags."""
+    script, own = VARIANTS.get(method, (method, {}))
+    if method == "self_paced":
+        own = {"gate": "previous"}
+    flags = {**own, **flags}
+    if script == "self_paced":  # thresholds are the model's; a change of them makes other runs
         import self_paced
 
-        flags = {"thresholds": defaults(self_paced.Args, model).thresholds, **flags}
+        tau = defaults(self_paced.Args, model).thresholds
+        if own == {"gate": "previous"}:
+            tau = tau[:-1]
+        flags = {"thresholds": tau, **flags}
     if script == "bpgo":
         flags = {"prior": PRIORS[model], **flags}
     return Setting(script, model, task, tuple(sorted(flags.items())))
@@ -161,6 +188,9 @@ SEARCHED = [
     *((script, "tiny-wan", "doubtful") for script in ("grpo_base", "bpgo")),
     ("self_paced", "tiny-wan", "stages"),
     *((script, "tiny-wan-i2v", "doubtful") for script in ("grpo_base", "bpgo")),
+    *(("bpgo released", model, "doubtful") for model in ("tiny-flux", "tiny-wan")),
+    *(("self_paced own", model, "stages") for model in ("tiny-flux", "tiny-wan")),
+    *(("self_paced v4", model, "stages") for model in ("tiny-flux", "tiny-wan")),
 ]
 
 
@@ -490,6 +520,32 @@ def self_paced():
     ]
 
 
+def variants():
+    """The authors' later equations against the printed ones, each at its own search's rate."""
+    found = []
+    for model in ("tiny-flux", "tiny-wan"):
+        printed = setting("bpgo", model, "doubtful")
+        released = setting("bpgo released", model, "doubtful")
+        previous, own, v4 = (
+            setting(name, model, "stages")
+            for name in ("self_paced", "self_paced own", "self_paced v4")
+        )
+        source = "2511.19356 v1 eq 9, v4 eq 6"
+        found += [
+            Claim("released-printed", "BPGO", "TeleBoost d4279ac",
+                  "BPGO as released ends higher than as printed",
+                  end("truth"), released, (printed,)),
+            Claim("own-previous", "Self-Paced", source,
+                  "v1's printed gates (own) end higher than those of its text (previous)",
+                  end("truth"), own, (previous,)),
+            Claim("v4-own", "Self-Paced", source,
+                  "v4 ends higher than v1's printed gates", end("truth"), v4, (own,)),
+            Claim("v4-previous", "Self-Paced", source,
+                  "v4 ends higher than the gates of v1's text", end("truth"), v4, (previous,)),
+        ]  # fmt: skip
+    return found
+
+
 def bias():
     probe, found = Setting("probe:bias", "tiny-flux"), []
     for clusters in (10, 20):
@@ -542,7 +598,7 @@ def ours():
 
 
 KL = 1.0
-CLAIMS = [*slas(), *bpgo(), *self_paced(), *bias(), *ours()]
+CLAIMS = [*slas(), *bpgo(), *self_paced(), *variants(), *bias(), *ours()]
 
 # What a reader's own method is compared by, with --methods: the baseline's settings, its own
 # script.

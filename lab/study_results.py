@@ -80,12 +80,12 @@ class Results:
             tuned = self.tuned(*setting.searched)
         return None if tuned is None else self.shrink(setting.settings(tuned))
 
-    def tried(self, script, model, task):
+    def tried(self, method, model, task):
         """[(point, mean reward of the last two evaluations)] of the search's points whose runs are
         all there."""
         found = []
         for point in claims.points(model, task):
-            runs = self.runs(claims.setting(script, model, task).settings(point))
+            runs = self.runs(claims.setting(method, model, task).settings(point))
             if all(seed in runs for seed in claims.SEARCH_SEEDS):
                 ends = [
                     value
@@ -95,10 +95,10 @@ class Results:
                 found.append((point, sum(ends) / len(ends)))
         return found
 
-    def tuned(self, script, model, task):
+    def tuned(self, method, model, task):
         """{"learning_rate", "clip_range"}: the best point of the search; None till it is done. No
         mix of the best of each: two changes that help alone may unlearn everything together."""
-        tried = self.tried(script, model, task)
+        tried = self.tried(method, model, task)
         return (
             max(tried, key=lambda pair: pair[1])[0]
             if len(tried) == len(claims.points(model, task))
