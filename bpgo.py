@@ -173,9 +173,9 @@ def released_contrastive_rewards(
 ) -> torch.Tensor:
     """Return rewards stretched around the prior, as the authors released it (TeleBoost, d4279ac).
 
-    rewards [P, G], prior [P, 1] -> [P, G]. The result is 0 at the prior. Between 0 and about half
-    of a positive prior it falls as the reward rises, and for all negative rewards
-    (docs/methods/bpgo.md).
+    rewards [P, G], prior [P, 1] -> [P, G]. The result is 0 at the prior. For rewards below about
+    half of the prior it falls as the reward rises; with a negative prior that includes the prior
+    itself (docs/methods/bpgo.md).
     """
     gate = torch.sigmoid((rewards / temperature).clamp(-30, 30))
     return (slope * (rewards - prior) + (rewards > prior)) * gate * rewards
@@ -217,16 +217,8 @@ class RunningMeanPrior:
 class FieldPrior:
     """Expects of each prompt what the field `prior` of its line says."""
 
-    def __init__(self, prompts: list[str]) -> None:
-        """Raise InputError for a prompt without a finite number as its prior."""
+    def __init__(self) -> None:
         self.state = {}
-        for prompt in prompts:
-            value = fields_of(prompt).get("prior")
-            if type(value) not in (int, float) or not math.isfinite(value):
-                raise errors.InputError(
-                    f"--prior field: {caption_of(prompt)!r:.80} has no number `prior`. Train on a "
-                    'jsonl file whose lines are {"prompt": ..., "prior": NUMBER}.'
-                )
 
     def expect(self, prompts: list[str], reward: torch.Tensor) -> torch.Tensor:
         """Return the expected reward of P prompts, [P, 1]."""
@@ -273,8 +265,15 @@ def still_rewards(
     return combine_scores(scores, rewards.weights)
 
 
-def check_variant(args: Args) -> None:
-    """Raise InputError for settings that the variant cannot have."""
+def check_variant(args: Args, prompts: list[str]) -> None:
+    """Raise InputError for settings that the variant cannot have, and prompts without a prior."""
+    for prompt in prompts if args.prior == "field" else ():
+        value = fields_of(prompt).get("prior")
+        if type(value) not in (int, float) or not math.isfinite(value):
+            raise errors.InputError(
+                f"--prior field: {caption_of(prompt)!r:.80} has no number `prior`. Train on a "
+                'jsonl file whose lines are {"prompt": ..., "prior": NUMBER}.'
+            )
     if args.crt_alone and not args.crt:
         raise errors.InputError("--crt-alone: --no-crt leaves nothing to train on. Drop one.")
     if args.trust_range[0] > args.trust_range[1]:
@@ -294,15 +293,15 @@ def check_variant(args: Args) -> None:
 
 
 def make_prior(
-    args: Args, prompts: list[str], policy: Policy, evaluator: Evaluator, rewards: Rewards
+    args: Args, policy: Policy, evaluator: Evaluator, rewards: Rewards
 ) -> ConstantPrior | RunningMeanPrior | FieldPrior | PromptPrior:
-    """Return the prior of --prior. Raises InputError if model or prompts cannot have it."""
+    """Return the prior of --prior. Raises InputError for a model without conditioning images."""
     if args.prior == "constant":
         return ConstantPrior(args.prior_value)
     if args.prior == "running-mean":
         return RunningMeanPrior()
     if args.prior == "field":
-        return FieldPrior(prompts)
+        return FieldPrior()
     if args.prior == "sft":
         return PromptPrior(partial(initial_rewards, policy, evaluator, rewards, args.group_size))
     if not hasattr(policy.model, "still"):
@@ -316,11 +315,11 @@ def main(args: Args) -> Log:
     """Train, and return the log. Raises InputError, RunError or Stopped (common/errors.py)."""
     # --- Setup ---
     cli.check(args)
-    check_variant(args)
     processes = Processes(args.process_timeout)
     rows = processes.rows(args.prompts_per_step * args.group_size)  # [b] global row numbers
     checkpoints = Checkpoints(args, processes)  # chooses the run's folder, reads --resume
     prompts = read_prompts(args.prompts)
+    check_variant(args, prompts)
     eval_prompts = read_prompts(args.eval_prompts) if args.eval_prompts else []
     all_prompts = prompts + eval_prompts
     rewards = Rewards(args, all_prompts, clips=models.family_of(args.model, args.source).video)
@@ -331,7 +330,7 @@ def main(args: Args) -> Log:
     policy = Policy(model, args, processes, plan, keep_initial)
     evaluator = Evaluator(args, model, rewards, eval_prompts, processes, checkpoints)
     evaluator.smoke_test(prompts[0])  # one sample through model and rewards: faults show now
-    prior = make_prior(args, prompts, policy, evaluator, rewards)
+    prior = make_prior(args, policy, evaluator, rewards)
     start = checkpoints.resume(policy, {"prior": prior.state})
     log = Log(args, checkpoints.output, processes, start)
     P, G = args.prompts_per_step, args.group_size

@@ -188,9 +188,9 @@ def check_stages(args: Args, rewards: Rewards) -> None:
         )
     needed = number - 1 if args.gate == "previous" else number
     if len(args.thresholds) not in (needed, number):
+        stages = "1 stage, which needs" if number == 1 else f"{number} stages, which need"
         raise errors.InputError(
-            f"--thresholds: --reward has {number} stages, which need {needed}, got "
-            f"{len(args.thresholds)}."
+            f"--thresholds: --reward has {stages} {needed}, got {len(args.thresholds)}."
         )
     if args.only_stage > number:
         raise errors.InputError(f"--only-stage {args.only_stage}: there are {number} stages.")

@@ -338,7 +338,9 @@ def server(rng, folder):
         "--reward",
         "judge:quality",
         "judge:alignment",
-        "--thresholds=0.5",
+        "--thresholds",
+        "0.5",
+        "0.5",
         "--judge-model=m",
         "--judge-timeout=0.5",
     ]

@@ -119,7 +119,7 @@ def test_every_script_has_all_settings_for_every_named_model(no_hub, script, nam
         scorer.video if args.frames else getattr(scorer, "image", True) for scorer in scorers
     )
     if script == "self_paced":
-        assert len(args.thresholds) == len(scorers) - 1
+        assert len(args.thresholds) == len(scorers)
     if not name.startswith("tiny"):
         assert args.micro_batch == "auto" and args.gradient_checkpointing
         assert args.keep_checkpoints and args.steps >= 100

@@ -166,11 +166,11 @@ FILES = {
     "a judge that is not there": (grpo_base, "--reward judge:quality --judge-model "
                                              "{tmp}/nowhere", "--judge-model"),
     "a prior of an image that is not there": (bpgo, "--prior first-frame", "conditioning image"),
-    "thresholds too many": (self_paced, "--thresholds 0.1 0.2 0.3", "3 stages need 2"),
+    "thresholds too many": (self_paced, "--thresholds 0.1 0.2 0.3 0.4", "which need 3, got 4"),
     "a stage that is not there": (self_paced, "--only-stage 4", "--only-stage"),
     "stages with weights": (self_paced, "--reward verifier:quality=2 verifier --thresholds "
                                         "0.5", "=WEIGHT"),
-    "a stage without bounds": (self_paced, "--reward jpeg verifier --thresholds 0.5", "bounds"),
+    "a stage without bounds": (self_paced, "--reward jpeg verifier --thresholds 0.5 0.5", "bounds"),
     "image to video without images": (grpo_base, "--model tiny-wan-i2v --prompts "
                                                  "{tmp}/motion.txt", "no image"),
     "an image that is not there": (grpo_base, "--model tiny-wan-i2v --prompts "

@@ -133,7 +133,7 @@ def test_hoyer_index_and_stage_weights_are_those_of_the_samples_with_scores():
     less = stages[:, 1:2, [0, 1, 2, 3, 5]]
 
     def weights_of(rewards):
-        gates = self_paced.stage_gates(rewards, (0.5, 0.6), beta=0.5, slope=10.0)
+        gates = self_paced.stage_gates(rewards, (0.5, 0.6, 0.7), beta=0.5, slope=10.0)
         return self_paced.stage_weights(gates, alpha=4.0)
 
     torch.testing.assert_close(
@@ -203,12 +203,21 @@ def test_only_a_reward_that_masks_may_be_nan(flaky):
 # --- Whole runs ---
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_runs_go_on_with_masked_samples_and_count_them(train, flaky, method):
-    stages = dict(reward=("flaky",))
-    if method is self_paced:
-        stages = dict(reward=("flaky", "verifier"), thresholds=(0.5,))
-    _, rows = train(method, steps=3, eval_every=3, watch=("jpeg",), **stages)
+STAGES = dict(reward=("flaky", "verifier"), thresholds=(0.5, 0.5))
+RUNS = {
+    "grpo_base": (grpo_base, dict(reward=("flaky",))),
+    "bpgo": (bpgo, dict(reward=("flaky",))),
+    "bpgo released": (bpgo, dict(reward=("flaky",), variant="released", alpha=1.0)),
+    "slas": (slas, dict(reward=("flaky",))),
+    "self_paced": (self_paced, STAGES),
+    "self_paced v4": (self_paced, dict(STAGES, variant="v4", alpha=1.0)),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_runs_go_on_with_masked_samples_and_count_them(train, flaky, name):
+    method, settings = RUNS[name]
+    _, rows = train(method, steps=3, eval_every=3, watch=("jpeg",), **settings)
     trained = [row for row in rows if "reward_mean" in row]
     assert sum(row["masked_samples"] for row in trained) > 0
     assert all(0 <= row["skipped_groups"] <= 2 for row in trained)
@@ -266,7 +275,7 @@ def test_what_is_no_number_is_null_in_the_metrics_and_no_number_again_after_a_re
         settings = dict(
             reward=("evens", "odds"), output=script.__name__, sampling_steps=2, lora_rank=2
         )
-        settings |= dict(thresholds=(0.5,)) if script is self_paced else {}
+        settings |= dict(thresholds=(0.5, 0.5)) if script is self_paced else {}
         _, rows = train(script, steps=1, **settings)
         assert rows[0]["reward_mean"] is None and rows[0]["grad_norm"] == 0
     _, rows = train(script, steps=2, resume="latest", **settings)

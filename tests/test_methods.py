@@ -6,6 +6,7 @@ import doctest
 import gc
 import inspect
 import json
+import math
 import re
 import shutil
 import sys
@@ -145,6 +146,101 @@ def test_the_exponent_is_bounded():
     assert torch.isfinite(huge).all() and huge[0, 2] == (1e4 + 1) * np.exp(10)
 
 
+# --- BPGO as its authors released it: TeleBoost, commit d4279ac ---
+
+
+def released_weight(R, prior, alpha, prior_variance, low, high):
+    """One group's weight in plain Python; R: its scores."""
+    n = len(R)
+    if n == 0:
+        return 1.0
+    v = 1.0 if n == 1 else sum((r - sum(R) / n) ** 2 for r in R) / (n - 1) + 1e-8
+    var_p = 1 / (n / v + 1 / prior_variance)
+    mean_p = var_p * (sum(R) / v + prior / prior_variance)
+    z = (mean_p - prior) / var_p**0.5
+    probability = 0.5 * math.erfc(-z / 2**0.5)
+    return min(max(1 + alpha * (low + (high - low) * probability - 1), 0.01), 10.0)
+
+
+RELEASED_CASES = [
+    *CASES,
+    RNG.uniform(1, 20, (4, 6)),  # a judge on a scale of 20
+    RNG.normal(-3, 0.1, (2, 3)),
+    np.full((2, 4), 0.7),  # equal rewards
+    RNG.uniform(0, 1, (3, 1)),  # one sample
+    np.where(RNG.uniform(size=(6, 5)) < 0.4, np.nan, RNG.uniform(0, 1, (6, 5))),
+    np.full((1, 3), np.nan),
+]
+
+
+@pytest.mark.parametrize("R", RELEASED_CASES)
+@pytest.mark.parametrize("away", [0.0, 0.3, -2.0, 1000.0])
+@pytest.mark.parametrize(
+    "alpha, prior_variance, trust_range",
+    [
+        (1.0, 1.0, (0.5, 1.5)),
+        (0.3, 0.01, (0.0, 3.0)),
+        (1.0, 1.0, (0.0, 0.0)),
+        (0.0, 1.0, (0.5, 1.5)),
+    ],
+)
+def test_released_reliability_weights(R, away, alpha, prior_variance, trust_range):
+    prior = RNG.normal(0.5, 0.5, (len(R), 1)) + away
+    ours = bpgo.released_reliability_weights(
+        tensor(R), tensor(prior), alpha, prior_variance, trust_range
+    )
+    expected = [
+        [released_weight(row[~np.isnan(row)].tolist(), p, alpha, prior_variance, *trust_range)]
+        for row, (p,) in zip(R, prior)
+    ]
+    close(ours, expected, 1e-6)  # the plain difference of means cancels where v is 1e-8
+    single = bpgo.released_reliability_weights(
+        tensor(R).float(), tensor(prior).float(), alpha, prior_variance, trust_range
+    )
+    close(single, ours, 2e-5)
+
+
+def test_released_reliability_weights_of_known_groups():
+    def weight(R, prior):
+        return bpgo.released_reliability_weights(
+            tensor([R]), tensor([[prior]]), 1.0, 1.0, (0.5, 1.5)
+        )
+
+    assert weight([4, 5, 6], 0).item() == pytest.approx(1.5, abs=1e-12)  # z = 7.5
+    for R, prior in (([0.3, 0.3], 0.3), ([0.2, 0.4], 0.3), ([5.0], 5.0)):
+        assert weight(R, prior).item() == pytest.approx(1.0, abs=1e-12)
+    # one sample: its variance is taken as 1
+    assert weight([6.0], 5.0).item() == pytest.approx(0.5 + 0.5 * math.erfc(-0.5), abs=1e-12)
+
+
+@pytest.mark.parametrize("R", RELEASED_CASES)
+@pytest.mark.parametrize("away", [0.0, 0.3, -2.0, 1000.0])
+@pytest.mark.parametrize("slope, temperature", [(50.0, 5.0), (0.0, 0.01), (3.0, 100.0)])
+def test_released_contrastive_rewards(R, away, slope, temperature):
+    prior = RNG.normal(0.5, 0.5, (len(R), 1)) + away
+    exponent = np.clip(-R / temperature, -30, 30)
+    expected = (slope * (R - prior) + np.where(R > prior, 1.0, 0.0)) / (1 + np.exp(exponent)) * R
+    ours = bpgo.released_contrastive_rewards(tensor(R), tensor(prior), slope, temperature)
+    close(ours, expected)
+    found = bpgo.compute_advantages(ours, 5.0)
+    assert found.isfinite().all() and (found[tensor(R).isnan()] == 0).all()
+
+
+def test_released_contrastive_rewards_of_known_samples():
+    R = tensor([[1, 0.1, 0.5]])
+    ours = bpgo.released_contrastive_rewards(R, tensor([[0.5]]), 50.0, 5.0)
+    close(ours[0], [14.296, -1.010, 0], 5e-4)
+
+
+def test_where_the_released_contrast_falls_as_the_reward_rises():
+    """docs/methods/bpgo.md: up to about half of the prior, whatever its sign."""
+    for prior, turn in ((0.3, 0.151), (1.0, 0.512), (5.0, 2.728), (-1.0, -0.498)):
+        R = torch.linspace(-1.5 * abs(prior), 2 * abs(prior), 40001, dtype=torch.float64)
+        rises = bpgo.released_contrastive_rewards(R, prior, 50.0, 5.0).diff() > 0
+        first = R[1:][rises][0].item()
+        assert first == pytest.approx(turn, abs=0.003) and rises[R[1:] > turn + 0.01].all()
+
+
 @pytest.mark.parametrize("R", CASES)
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
 @pytest.mark.parametrize("normalize", ["before", "after", "shaped", "none"])
@@ -200,6 +296,38 @@ def test_hoyer_sparsity_of_known_groups():
     assert self_paced.hoyer_sparsity(groups).tolist() == [1, 0, 0]
 
 
+def hoyer(r):
+    """Hoyer's index of rewards [K, P, G] in NumPy: [K][P]."""
+    root = r.shape[-1] ** 0.5
+    return [[(root - abs(g).sum() / (g @ g) ** 0.5) / (root - 1) for g in stage] for stage in r]
+
+
+@pytest.mark.parametrize("beta, slope", [(0.5, 10.0), (0.3, 1.0), (0.0, 3.0)])
+@pytest.mark.parametrize("K", [1, 2, 4])
+def test_stage_utilities_of_version_4(K, beta, slope):
+    P, G = 3, 6
+    r, tau = RNG.uniform(0, 1, (K, P, G)), [0.4, 0.5, 0.6, 0.7][:K]
+    S = [*hoyer(r), [0.0] * P]
+    expected = np.zeros((K, P))
+    for p in range(P):
+        g = [
+            1 / (1 + np.exp(-slope * (r[j, p].mean() - tau[j]))) + beta * (S[j][p] - S[j + 1][p])
+            for j in range(K)
+        ]
+        expected[:, p] = np.exp(g) / np.exp(g).sum()
+    utilities = self_paced.stage_utilities(tensor(r), tau, beta, slope)
+    close(self_paced.stage_weights(utilities, alpha=1.0), expected)
+
+
+def test_version_4_prefers_a_stage_that_still_separates_and_version_1_the_one_after_it():
+    equal, apart = [0.5, 0.5, 0.5, 0.5], [0.0, 0.0, 0.0, 2.0]
+    r, tau = tensor([[apart], [equal], [equal]]), (0.5, 0.5, 0.5)
+    v1 = self_paced.stage_gates(r, tau, beta=0.5, slope=10.0)[:, 0]
+    v4 = self_paced.stage_utilities(r, tau, beta=0.5, slope=10.0)[:, 0]
+    close(v1, [0.5, 1.0, 0.5])
+    close(v4, [1.0, 0.5, 0.5])
+
+
 @pytest.mark.parametrize("gate", ["previous", "own"])
 @pytest.mark.parametrize("saturation", ["hoyer", "one-minus-hoyer"])
 @pytest.mark.parametrize(
@@ -207,18 +335,19 @@ def test_hoyer_sparsity_of_known_groups():
 )
 def test_stage_weights(alpha, beta, slope, saturation, gate):
     K, P, G = 4, 3, 6
-    r, tau = RNG.uniform(0, 1, (K, P, G)), [0.4, 0.5, 0.6]
-    S = [[(6**0.5 - abs(g).sum() / (g @ g) ** 0.5) / (6**0.5 - 1) for g in stage] for stage in r]
+    r, tau = RNG.uniform(0, 1, (K, P, G)), [0.4, 0.5, 0.6, 0.7]
+    S = hoyer(r)
     if saturation != "hoyer":
         S = [[1 - s for s in row] for row in S]
     expected = np.zeros((K, P))
     for p in range(P):
-        g = [0.5]
-        for j in range(1, K):
-            mean = r[j - 1, p].mean() if gate == "previous" else r[j, p].mean()
-            g.append(
-                1 / (1 + np.exp(-slope * (mean - tau[j - 1]))) + beta * (S[j - 1][p] - S[j][p])
-            )
+        g = []
+        for j in range(K):
+            opener = j if gate == "own" else j - 1
+            opened = 0.5  # the first gate of "previous"
+            if opener >= 0:
+                opened = 1 / (1 + np.exp(-slope * (r[opener, p].mean() - tau[opener])))
+            g.append(opened + (beta * (S[j - 1][p] - S[j][p]) if j else 0.0))
         e = np.exp(alpha * np.array(g))
         expected[:, p] = e / e.sum()
     settings = dict(saturation=saturation, gate=gate)
@@ -229,7 +358,7 @@ def test_stage_weights(alpha, beta, slope, saturation, gate):
         assert torch.equal(ours, torch.full((K, P), 0.25, dtype=torch.float64))
 
 
-def weights_at(*means, tau=(0.75, 0.75), **settings):
+def weights_at(*means, tau=(0.75, 0.75, 0.75), **settings):
     """The stages' weights of a prompt whose samples all have these mean rewards, one for each
     stage."""
     samples = tensor(means)[:, None, None].repeat(1, 1, 16)
@@ -237,16 +366,18 @@ def weights_at(*means, tau=(0.75, 0.75), **settings):
 
 
 def test_stage_weights_before_training_as_figure_7_has_the_means():
-    close(weights_at(0.724, 0.672, 0.466), [0.44, 0.34, 0.21], 0.005)
-    close(weights_at(0.724, 0.672, 0.466, gate="own"), [0.61, 0.29, 0.10], 0.005)
+    close(weights_at(0.724, 0.672, 0.466), [0.55, 0.34, 0.12], 0.006)
+    close(weights_at(0.724, 0.672, 0.466, gate="previous"), [0.44, 0.34, 0.21], 0.005)
 
 
 def test_the_first_gate_opens_as_the_first_stage_rises_as_in_figure_10():
-    before, after = weights_at(0.73, 0.672, 0.466), weights_at(0.81, 0.672, 0.466)
-    assert before.argmax() == 0 and after.argmax() == 1
-    assert weights_at(0.81, 0.77, 0.55).argmax() == 1 and weights_at(0.81, 0.83, 0.55).argmax() == 2
-    # the third stage's own mean, far below tau, would keep it shut
-    assert weights_at(0.81, 0.83, 0.55, gate="own").argmin() == 2
+    def previous(*means):
+        return weights_at(*means, gate="previous").argmax()
+
+    assert previous(0.73, 0.672, 0.466) == 0 and previous(0.81, 0.672, 0.466) == 1
+    assert previous(0.81, 0.77, 0.55) == 1 and previous(0.81, 0.83, 0.55) == 2
+    # the third stage's own mean, far below tau, keeps it shut
+    assert weights_at(0.81, 0.83, 0.55).argmin() == 2
 
 
 @pytest.mark.parametrize("gate, opener", [("previous", 1), ("own", 2)])
@@ -254,14 +385,14 @@ def test_a_stage_gains_weight_as_the_one_that_opens_its_gate_passes_its_threshol
     def third(mean):
         means = [0.9, 0.7, 0.6]
         means[opener] = mean
-        return weights_at(*means, tau=(0.75, 0.5), gate=gate)[2].item()
+        return weights_at(*means, tau=(0.75, 0.5, 0.5), gate=gate)[2].item()
 
     assert third(0.2) < third(0.4) < third(0.5) < third(0.6) < third(0.9)
 
 
 def test_one_stage_alone():
     r = torch.rand(3, 2, 5, generator=torch.Generator().manual_seed(0))
-    gates = self_paced.stage_gates(r, (0.5, 0.5), beta=0.5, slope=10.0)
+    gates = self_paced.stage_gates(r, (0.5, 0.5, 0.5), beta=0.5, slope=10.0)
     for only in (1, 2, 3):
         found = self_paced.stage_weights(gates, 4.0, only_stage=only)
         assert found.tolist() == [[float(k == only - 1)] * 2 for k in range(3)]
@@ -275,7 +406,10 @@ def test_equations_keep_the_dtype(dtype):
         bpgo.contrastive_rewards(R, R.mean(1, keepdim=True), 1.0),
         slas.compute_advantages(R, 0.5, 5.0),
         self_paced.hoyer_sparsity(R),
-        weights_of(R[:, None], (0.5, 0.5), 1.0, 1.0, 1.0),
+        bpgo.released_reliability_weights(R, 0.2, 1.0, 1.0, (0.5, 1.5)),
+        bpgo.released_contrastive_rewards(R, R.mean(1, keepdim=True), 50.0, 5.0),
+        weights_of(R[:, None], (0.5, 0.5, 0.5), 1.0, 1.0, 1.0),
+        self_paced.stage_utilities(R[:, None], (0.5, 0.5, 0.5), 1.0, 1.0),
         self_paced.combine_scores({"a": R}, {"a": R[:, :1]}),
     ):
         assert value.dtype == dtype
@@ -285,12 +419,14 @@ def test_equations_keep_the_dtype(dtype):
 
 NEUTRAL = {
     "bpgo": dict(alpha=0.0, beta=0.0),
+    "bpgo released": dict(variant="released", alpha=0.0, crt=False),
     "slas": dict(gamma=0.0, prompts_per_step=1, group_size=8),
-    "self_paced": dict(thresholds=()),
+    "self_paced": dict(thresholds=(0.5,)),
+    "self_paced v4": dict(variant="v4", thresholds=(0.5,)),
 }
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", NEUTRAL)
 def test_neutral_settings_are_the_baseline_bit_for_bit(train, name):
     shared = dict(steps=4, reward=("verifier",), learning_rate=1e-3, save_every=0)
     both = {
@@ -299,7 +435,7 @@ def test_neutral_settings_are_the_baseline_bit_for_bit(train, name):
         if key in ("prompts_per_step", "group_size")
     }
     base, expected = train(**shared, **both)
-    folder, rows = train(METHODS[name], "method", **shared, **NEUTRAL[name])
+    folder, rows = train(METHODS[name.split()[0]], "method", **shared, **NEUTRAL[name])
     assert sum(row["grad_norm"] > 0 for row in expected) >= 3  # at least three real updates
     assert [{key: row[key] for key in expected[0]} for row in rows] == expected
     ours, theirs = weights(folder, 4), weights(base, 4)
@@ -322,8 +458,10 @@ STATEFUL = {
     "bpgo running mean": (bpgo, {}),
     "bpgo sft": (bpgo, dict(prior="sft")),
     "bpgo sft, lora": (bpgo, dict(prior="sft", lora_rank=4)),
+    "bpgo released": (bpgo, dict(variant="released", alpha=1.0, minibatches=2)),
     "slas auto": (slas, dict(gamma="auto")),
     "self_paced": (self_paced, {}),
+    "self_paced v4": (self_paced, dict(variant="v4", alpha=1.0, minibatches=2)),
 }
 
 
@@ -554,9 +692,11 @@ def test_layout_stage_does_not_ask_what_the_objects_are():
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("gate, opener", [("previous", "verifier:quality"), ("own", "verifier")])
-def test_calibrate_trains_alone_the_stage_that_opens_a_gate_and_only_once(
-    train, capsys, monkeypatch, gate, opener
+@pytest.mark.parametrize(
+    "gate, openers", [("previous", ["verifier:quality"]), ("own", ["verifier:quality", "verifier"])]
+)
+def test_calibrate_trains_alone_the_stages_that_open_a_gate_and_only_once(
+    train, capsys, monkeypatch, gate, openers
 ):
     settings = dict(
         prompts_per_step=1, group_size=2, sampling_steps=2, learning_rate=1e-3, save_every=10
@@ -572,15 +712,18 @@ def test_calibrate_trains_alone_the_stage_that_opens_a_gate_and_only_once(
     monkeypatch.setattr(memory, "settle", counting)
     folder, rows = train(Calibrated, steps=2, **settings)
     # the stage's model is gone when the next one's is to be loaded
-    assert len(alive) == 2 and alive[0] == alive[1]
-    (calibration,) = folder.glob("calibrate-*")
-    means = [row["reward_mean"] for row in metrics(calibration)]
-    assert len(means) == 50 and means == [row[f"{opener}_mean"] for row in metrics(calibration)]
-    tau = 0.3 * sum(means[:5]) / 5 + 0.7 * sum(means[-5:]) / 5
-    assert json.loads((folder / "config.json").read_text())["thresholds"] == pytest.approx(
-        [tau], abs=1e-9
-    )
-    assert f"measured: --thresholds {tau:.3f}" in capsys.readouterr().out
+    assert len(alive) == 1 + len(openers) and len(set(alive)) == 1
+    assert len(list(folder.glob("calibrate-*"))) == len(openers)
+    thresholds = []
+    for opener in openers:
+        calibration = folder / f"calibrate-{opener.replace(':', '-')}"
+        means = [row["reward_mean"] for row in metrics(calibration)]
+        assert len(means) == 50 and means == [row[f"{opener}_mean"] for row in metrics(calibration)]
+        thresholds.append(0.3 * sum(means[:5]) / 5 + 0.7 * sum(means[-5:]) / 5)
+    found = json.loads((folder / "config.json").read_text())["thresholds"]
+    assert found == pytest.approx(thresholds, abs=1e-9)
+    measured = " ".join(f"{tau:.3f}" for tau in thresholds)
+    assert f"measured: --thresholds {measured}" in capsys.readouterr().out
     if gate == "own":
         return
     # stopped in the calibration, which continues
@@ -598,7 +741,8 @@ def test_calibrate_trains_alone_the_stage_that_opens_a_gate_and_only_once(
 
 
 def test_calibrate_of_one_stage_and_of_another_scripts_run(train):
-    folder, rows = train(Calibrated, reward=("verifier",), thresholds=(), calibrate=True)
+    one = dict(reward=("verifier",), gate="previous", thresholds=())
+    folder, rows = train(Calibrated, calibrate=True, **one)
     assert len(rows) == 2 and not json.loads((folder / "config.json").read_text())["thresholds"]
     train(output="other")
     line = "was started with script 'grpo_base', now it is 'self_paced'"
@@ -623,9 +767,22 @@ BAD = {
     "bpgo --prior first-frame": "has no conditioning image",
     "slas --gamma -0.5": "--gamma -0.5: must be from 0",
     "slas --kl-limit 0": "--kl-limit 0",
-    "self_paced --thresholds 0.5": "--thresholds: 3 stages need 2, got 1",
-    "self_paced --reward verifier": "--thresholds: 1 stages need 0, got 2",
-    "self_paced --reward jpeg verifier --thresholds 0.5": "reward jpeg: its scores have no bounds",
+    "bpgo --trust-range 1.5 0.5": "--trust-range 1.5 0.5: must rise",
+    "bpgo --trust-range 0.5 11": "--trust-range 11.0: must be from 0 to 10",
+    "bpgo --prior-variance 0": "--prior-variance 0",
+    "bpgo --crt-temperature 0": "--crt-temperature 0",
+    "bpgo --crt-alone --no-crt": "--crt-alone: --no-crt leaves nothing",
+    "bpgo --crt-alone --variant released": "--crt-alone: eq 5 is of --variant printed",
+    "bpgo --aggregate advantages --variant released": "--aggregate advantages: CRT of --variant",
+    "bpgo --prior field": "has no number `prior`",
+    "self_paced --thresholds 0.5": "--thresholds: --reward has 3 stages, which need 3, got 1",
+    "self_paced --gate previous --thresholds 0.5": "3 stages, which need 2, got 1",
+    "self_paced --reward verifier": "--thresholds: --reward has 1 stage, which needs 1, got 3",
+    "self_paced --reward jpeg verifier --thresholds 0.5 0.5": "reward jpeg: its scores have no",
+    "self_paced --variant v4 --gate previous": "--gate previous: --variant v4 has own gates",
+    "self_paced --variant v4 --saturation one-minus-hoyer": "--saturation one-minus-hoyer: --var",
+    "self_paced --stage-range 3 -3": "--stage-range 3 -3: give two numbers",
+    "self_paced --stage-range 3": "--stage-range 3: give two numbers",
     "self_paced --reward verifier=2 --thresholds": "--reward: stages have no weights",
     "self_paced --only-stage 4": "--only-stage 4: there are 3 stages",
     "self_paced --aggregate advantages": "--aggregate advantages: stages are mixed as rewards",

@@ -67,7 +67,10 @@ MASKED = {
     )
     for script in (grpo_base, bpgo, slas, self_paced)
 }
-MASKED["self_paced_masked"][1].update(reward=("picky", "green"), thresholds=(0.5,))
+MASKED["self_paced_masked"][1].update(reward=("picky", "green"), thresholds=(0.5, 0.5))
+for variant, name in (("released", "bpgo_masked"), ("v4", "self_paced_masked")):
+    script, settings = MASKED[name]
+    MASKED[f"{name}_{variant}"] = script, {**settings, "variant": variant, "alpha": 1.0}
 RUNS |= MASKED
 SOME = {
     "ddp": ("grpo_base-full", "slas-full", "self_paced-lora", "experts", "parts", *MASKED),

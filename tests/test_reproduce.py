@@ -67,7 +67,8 @@ SLAS = {
     for method in ("DanceGRPO", "SLAS")
 }
 
-# 2511.19356, section 5.2 (size, rate, thresholds, group, steps, GPUs) and appendix A (the rest)
+# 2511.19356v1, section 5.2 (size, rate, thresholds, group, steps, GPUs) and appendix A (the rest). It
+# prints two thresholds; the third is ours.
 PACED = dict(
     sampling_steps=16,
     noise_level=0.5,
@@ -98,18 +99,37 @@ THREE = dict(reward=("judge:quality", "judge:smoothness", "judge:alignment"))
 J7, J72 = (dict(judge_model=f"Qwen/Qwen2.5-VL-{size}B-Instruct") for size in (7, 72))
 SELF_PACED = {
     "Self-Paced, table 1, 1.3B, DanceGRPO": dict(SMALL, reward=("videoalign",)),
-    "Self-Paced, table 1, 1.3B, 7B judge": {**SMALL, **THREE, **J7, "thresholds": (0.75, 0.75)},
-    "Self-Paced, table 1, 1.3B, 72B judge": {**SMALL, **THREE, **J72, "thresholds": (0.75, 0.75)},
-    "Self-Paced, table 1, 14B, 72B judge": {**LARGE, **THREE, **J72, "thresholds": (0.75, 0.73)},
-    "Self-Paced, table 2, HunyuanVideo": {**HUNYUAN, **THREE, **J72, "thresholds": (0.70, 0.68)},
+    "Self-Paced, table 1, 1.3B, 7B judge": {**SMALL, **THREE, **J7, "thresholds": (0.75, 0.75, 0.75)},
+    "Self-Paced, table 1, 1.3B, 72B judge": {**SMALL, **THREE, **J72, "thresholds": (0.75, 0.75, 0.75)},
+    "Self-Paced, table 1, 14B, 72B judge": {**LARGE, **THREE, **J72, "thresholds": (0.75, 0.73, 0.73)},
+    "Self-Paced, table 2, HunyuanVideo": {**HUNYUAN, **THREE, **J72, "thresholds": (0.70, 0.68, 0.68)},
     "Self-Paced, table 3, joint": {**SMALL, **THREE, "alpha": 0},
     "Self-Paced, table 3, one stage": {**SMALL, **THREE, "only_stage": 1},
     "Self-Paced, table 3, two stages": {**SMALL, **THREE, "only_stage": 2},
-    "Self-Paced, table 3, ours": {**SMALL, **THREE, "only_stage": 0, "thresholds": (0.75, 0.75)},
+    "Self-Paced, table 3, ours": {**SMALL, **THREE, "only_stage": 0, "thresholds": (0.75, 0.75, 0.75)},
     "Self-Paced, appendix A, thresholds": {**SMALL, **THREE, "calibrate": True},
     "Self-Paced, figure 7": {**SMALL, **THREE, "steps": 1, "prompts_per_step": 64},
 }
-PRINTED = {**BPGO, **SLAS, **SELF_PACED}
+# What version 4 of it prints instead (section 5 and its tables)
+V4 = dict(variant="v4", alpha=1.0)
+SMALL_4 = {**SMALL, **V4, "frames": 81, "fps": 16.0, "steps": 220, "gpus": 16}
+SMALL_4["prompts_per_step"] = 16
+LARGE_4 = {**LARGE, **V4, "fps": 16.0, "gpus": 32, "prompts_per_step": 32}
+HUNYUAN_4 = {**HUNYUAN, **V4, "gpus": 32}
+RATED = dict(reward=("videoalign:vq", "videoalign:mq", "videoalign:ta"))
+SELF_PACED_4 = {
+    "Self-Paced v4, 1.3B, 7B judge": {**SMALL_4, **THREE, **J7},
+    "Self-Paced v4, 1.3B, 72B judge": {**SMALL_4, **THREE, **J72},
+    "Self-Paced v4, 1.3B, VideoAlign": {**SMALL_4, **RATED},
+    "Self-Paced v4, 14B, 72B judge": {**LARGE_4, **THREE, **J72},
+    "Self-Paced v4, HunyuanVideo, 72B judge": {**HUNYUAN_4, **THREE, **J72},
+}
+RELEASED = dict(variant="released", alpha=1.0, crt_slope=50, crt_temperature=5, prior_variance=1)
+RELEASED["trust_range"] = (0.5, 1.5)
+BPGO["BPGO, released, text to video"] = {**T2V, **SFT, **RELEASED}
+BPGO["BPGO, released, image to video"] = {**I2V, **FRAME, **RELEASED}
+BPGO["BPGO, released, text to image"] = {**T2I, **MEAN, **RELEASED}
+PRINTED = {**BPGO, **SLAS, **SELF_PACED, **SELF_PACED_4}
 
 
 def commands():

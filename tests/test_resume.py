@@ -511,7 +511,7 @@ def test_a_reward_that_poisons_a_step_is_named_with_its_prompt(
     ]
     words += ["--reward", "poisoned"]
     words += (
-        ["verifier", "--thresholds", "0.5", "--only-stage", "1"] if script is self_paced else []
+        ["verifier", "--thresholds", "0.5", "0.5", "--only-stage", "1"] if script is self_paced else []
     )
     with pytest.raises(SystemExit) as ended:
         command(words, script)

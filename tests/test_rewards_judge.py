@@ -597,7 +597,7 @@ def test_transformers_own_server(folder):
 
 
 RUN = (
-    "--steps 4 --save-every 100 --reward judge:quality judge:alignment --thresholds 0.5 "
+    "--steps 4 --save-every 100 --reward judge:quality judge:alignment --thresholds 0.5 0.5 "
     "--prompts-per-step 2 "
     "--group-size 3 --sampling-steps 3 --tracker none --eval-every 0 --sample-every 0 "
     "--judge-model m"

@@ -247,7 +247,7 @@ WATCHED = ("jpeg", "verifier:quality")
 def test_watching_changes_nothing_but_the_metrics(train, script):
     stages = ("verifier:layout", "verifier") if script is self_paced else ("verifier",)
     settings = dict(reward=stages, learning_rate=1e-3, save_every=0, best_of=2)
-    settings |= dict(thresholds=(0.5,)) if script is self_paced else {}
+    settings |= dict(thresholds=(0.5, 0.5)) if script is self_paced else {}
     settings |= dict(prior="sft") if script is bpgo else {}
     _, expected = train(script, "plain", **settings)
     _, rows = train(script, "watched", watch=WATCHED, **settings)

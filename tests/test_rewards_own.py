@@ -321,7 +321,7 @@ def test_a_step_in_units_of_the_spread_is_one_with_those_weights(train):
 
 def test_stages_have_shares_by_their_weights_in_each_group(train):
     _, (row,) = train(
-        self_paced, steps=1, reward=("verifier:quality", "verifier"), thresholds=(0.5,)
+        self_paced, steps=1, reward=("verifier:quality", "verifier"), thresholds=(0.5, 0.5)
     )
     assert row["share_verifier:quality"] + row["share_verifier"] == pytest.approx(1)
 
