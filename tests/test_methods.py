@@ -241,6 +241,17 @@ def test_where_the_released_contrast_falls_as_the_reward_rises():
         assert first == pytest.approx(turn, abs=0.003) and rises[R[1:] > turn + 0.01].all()
 
 
+def test_the_released_weight_saturates_and_compares_two_scales():
+    """docs/methods/bpgo.md, at HPSv2's size: prior 0.28, eight rewards with a spread of 0.01."""
+    shape = torch.linspace(-1, 1, 8, dtype=torch.float64)
+    for above, alone, contrasted in ((0.0025, 1.26, 0.50), (0.005, 1.42, 0.50), (0.01, 1.50, 0.53)):
+        R = (0.28 + above + 0.01 * shape / shape.std())[None]
+        both = R, bpgo.released_contrastive_rewards(R, 0.28, 50.0, 5.0)
+        found = [bpgo.released_reliability_weights(x, 0.28, 1.0, 1.0, (0.5, 1.5)) for x in both]
+        assert [x.item() for x in found] == pytest.approx([alone, contrasted], abs=0.005)
+        assert both[1].min() > -0.11 and both[1].max() < 0.36
+
+
 @pytest.mark.parametrize("R", CASES)
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
 @pytest.mark.parametrize("normalize", ["before", "after", "shaped", "none"])
