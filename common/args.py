@@ -58,9 +58,10 @@ class Model:
     sampling_steps: Annotated[int, From(2, 1000)] = 16
     """Number of denoising steps per sample (T). More steps give better samples and cost more
     time."""
-    shift: Annotated[float, Above(0, 100)] = 3.0
-    """Shift of the noise levels (sigmas). 1: no shift. Larger values spend more steps at high
-    noise."""
+    shift: Annotated[float | Literal["scheduler"], Above(0, 100)] = 3.0
+    """Shift of the noise levels (sigmas). 1: they are evenly spaced from 1 to 0. Larger values
+    spend more steps at high noise. scheduler: the noise levels that the model's own diffusers
+    pipeline visits in --sampling-steps steps."""
     guidance: Annotated[float, From(0, 1000)] = 3.5
     """Guidance scale, the same in rollout and update. For classifier-free guidance (Wan, Stable
     Diffusion, Qwen-Image), 1 disables it."""
@@ -333,7 +334,7 @@ def _check_value(flag: str, value: Any, bounds: list[From]) -> None:
         str(value).encode()
     except UnicodeEncodeError:
         raise InputError(f"{flag} {value!a:.300}: not UTF-8. Choose another name.") from None
-    if isinstance(value, str):  # "auto", where a number has bounds
+    if isinstance(value, str):  # "auto" or "scheduler", where a number has bounds
         return
     for bound in bounds:
         if value not in bound:

@@ -3,7 +3,8 @@
 A model is one class per diffusers pipeline family (common/models/family.py), with
     encode(prompts) -> cond                  {name: [b, ...]}, each distinct prompt encoded once
     noise_shape                              shape of one row's latent
-    sigmas(steps, shift) -> [T+1]            the noise levels that sampling visits
+    sigmas(steps, shift) -> [T+1]            the noise levels that sampling visits; shift is a
+                                             number or "scheduler"
     velocity(x, sigma, cond) -> [b, ...]     float32, guidance inside; x [b, *noise_shape], sigma a
                                              scalar (or [b])
     decode(x0) -> [b, C, H, W] in [0, 1]     clips: [b, F, C, H, W]

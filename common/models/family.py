@@ -1,8 +1,9 @@
 """The base class of all model families: encoding prompts, decoding in slices, guidance."""
 
+import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -105,9 +106,42 @@ class Family:
         """Return the dtype of the text encoders' outputs."""
         return self.pipe.text_encoder.dtype
 
-    def sigmas(self, steps: int, shift: float) -> torch.Tensor:
-        """Return the sigmas [T+1] that sampling visits, 1 (noise) first."""
-        return sde.shifted_sigmas(steps, shift)
+    def sigmas(self, steps: int, shift: float | Literal["scheduler"]) -> torch.Tensor:
+        """Return the sigmas [T+1] that sampling visits, float32, from 1 (noise) to 0.
+
+        shift: that of sde.shifted_sigmas, or "scheduler" for the sigmas that the model's own
+        pipeline visits. Raises InputError for a scheduler without such sigmas.
+        """
+        if shift != "scheduler":
+            return sde.shifted_sigmas(steps, shift)
+        with errors.loading("model", self.source / "scheduler", do="give --shift a number"):
+            scheduler = copy.deepcopy(self.pipe.scheduler)
+            scheduler.set_timesteps(**self.schedule(steps))
+            sigmas = scheduler.sigmas.float()
+            falls = (sigmas.diff() < 0).all() and sigmas[0] <= 1 and sigmas[-1] == 0
+            if len(sigmas) != steps + 1 or not falls:
+                raise ValueError(
+                    f"the sigmas of {type(scheduler).__name__} are not {steps + 1} falling from "
+                    "1 to 0"
+                )
+        return sigmas
+
+    def schedule(self, steps: int) -> dict[str, Any]:
+        """Return what the pipeline's __call__ passes to its scheduler's set_timesteps."""
+        return {"num_inference_steps": steps}
+
+    def dynamic_shift(self, tokens: int) -> float:
+        """Return mu, by which a scheduler with dynamic shifting shifts for a number of tokens."""
+        from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+        config = self.pipe.scheduler.config
+        return calculate_shift(
+            tokens,
+            config.get("base_image_seq_len", 256),
+            config.get("max_image_seq_len", 4096),
+            config.get("base_shift", 0.5),
+            config.get("max_shift", 1.15),
+        )
 
     def trained_at(self, sigma: float | torch.Tensor) -> str:
         """Return the name of the trained module that computes the velocity at a sigma."""

@@ -1,5 +1,8 @@
 """FLUX (diffusers' FluxPipeline): embedded guidance, latents packed into tokens."""
 
+from typing import Any
+
+import numpy as np
 import torch
 from diffusers import FluxPipeline
 from torch.nn.functional import pixel_shuffle
@@ -30,6 +33,13 @@ class Flux(Family):
         self.grid = self.height // unit, self.width // unit
         self.noise_shape = (self.grid[0] * self.grid[1], pipe.transformer.config.in_channels)
         self.longest = min(512, pipe.tokenizer_2.model_max_length)  # tokens of a prompt
+
+    def schedule(self, steps: int) -> dict[str, Any]:
+        """Return what the pipeline's __call__ passes to its scheduler's set_timesteps."""
+        mu = self.dynamic_shift(self.noise_shape[0])
+        if self.pipe.scheduler.config.get("use_flow_sigmas"):
+            return {"num_inference_steps": steps, "mu": mu}
+        return {"sigmas": np.linspace(1, 1 / steps, steps), "mu": mu}
 
     def text(self, caption: str) -> dict[str, torch.Tensor]:
         """Return {"encoder_hidden_states": [S, D], "pooled_projections": [D']}."""

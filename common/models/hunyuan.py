@@ -1,6 +1,9 @@
 """HunyuanVideo (diffusers' HunyuanVideoPipeline): embedded guidance, an attention mask over the
 text."""
 
+from typing import Any
+
+import numpy as np
 import torch
 from diffusers import HunyuanVideoPipeline
 
@@ -36,6 +39,10 @@ class HunyuanVideo(Family):
         length = (self.frames - 1) // time + 1
         size = self.height // space, self.width // space
         self.noise_shape = (pipe.transformer.config.in_channels, length, *size)
+
+    def schedule(self, steps: int) -> dict[str, Any]:
+        """Return what the pipeline's __call__ passes to its scheduler's set_timesteps."""
+        return {"sigmas": np.linspace(1, 0, steps + 1)[:-1]}
 
     def text(self, caption: str) -> dict[str, torch.Tensor]:
         """Return the encoders' outputs for a caption.

@@ -94,19 +94,18 @@ MODELS = {
         noise_level=1.0, group_size=16, timestep_fraction=1.0,
     ),
     # Flow-GRPO (2505.05470 and config/grpo.py of its code): a LoRA, two updates per rollout, all
-    # noisy steps; the shift is that of the model's own scheduler. The KL coefficient and the number
-    # of prompts are in papers.py. The paper prints no number of steps.
+    # noisy steps, at the pipeline's own noise levels. The KL coefficient and the number of prompts
+    # are in papers.py. The paper prints no number of steps.
     "sd3.5-medium": dict(
         _PAPERS, pipeline="StableDiffusion3Pipeline",
         source="stabilityai/stable-diffusion-3.5-medium", height=512, width=512, guidance=4.5,
-        steps=200, sampling_steps=10, sde="flow", shift=3.0, noise_level=0.7, group_size=24,
+        steps=200, sampling_steps=10, sde="flow", shift="scheduler", noise_level=0.7, group_size=24,
         minibatches=2, timestep_fraction=1.0, same_noise=False, lora_rank=32,
     ),
-    # Flow-GRPO too, with noise in two of the first five steps; the shift is that of the model's
-    # scheduler at this size.
+    # Flow-GRPO too, with noise in two of the first five steps.
     "qwen-image": dict(
         _PAPERS, pipeline="QwenImagePipeline", source="Qwen/Qwen-Image", height=512, width=512,
-        guidance=4.0, steps=200, sampling_steps=10, sde="flow", shift=1.71, noise_level=1.2,
+        guidance=4.0, steps=200, sampling_steps=10, sde="flow", shift="scheduler", noise_level=1.2,
         sde_steps=5, sde_window=2, group_size=16, minibatches=2, timestep_fraction=1.0,
         same_noise=False, lora_rank=64,
     ),

@@ -2,7 +2,9 @@
 classifier-free guidance that keeps the norm."""
 
 from functools import partial
+from typing import Any
 
+import numpy as np
 import torch
 from diffusers import QwenImagePipeline
 from torch.nn.functional import pad, pixel_shuffle
@@ -41,6 +43,11 @@ class QwenImage(Family):
         self.unused = tuple(f"transformer_blocks.{last}.{part}." for part in UNUSED)
         not_unused = rf"(?!transformer_blocks\.{last}\.({'|'.join(UNUSED)}))"
         self.lora_targets = not_unused + self.lora_targets
+
+    def schedule(self, steps: int) -> dict[str, Any]:
+        """Return what the pipeline's __call__ passes to its scheduler's set_timesteps."""
+        mu = self.dynamic_shift(self.noise_shape[0])
+        return {"sigmas": np.linspace(1, 1 / steps, steps), "mu": mu}
 
     def learns(self, name: str) -> bool:
         """Return whether the velocity depends on a weight, so that it gets gradients."""

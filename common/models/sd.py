@@ -11,6 +11,7 @@ The ODE step is then DDIM with eta = 0, `--sde ddim` is DDIM with eta (DDPO 2305
 flow schedules work too."""
 
 from pathlib import Path
+from typing import Literal
 
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
@@ -47,12 +48,12 @@ class StableDiffusion(Family):
         self.table = _sigma(self.ddim.alphas_cumprod.double())  # sigma of every training timestep
         self.last = _sigma(self.ddim.final_alpha_cumprod.double())  # sigma at which sampling ends
 
-    def sigmas(self, steps: int, shift: float) -> torch.Tensor:
+    def sigmas(self, steps: int, shift: float | Literal["scheduler"]) -> torch.Tensor:
         """Return the sigmas of DDIM's timesteps and the last one, [T+1].
 
-        Raises InputError for a shift other than 1.
+        Raises InputError for a shift other than 1 and "scheduler", which are the same here.
         """
-        if shift != 1:
+        if shift not in (1, "scheduler"):
             raise InputError(f"--shift {shift:g}: this model has its own schedule. Give --shift 1.")
         self.ddim.set_timesteps(steps)
         return torch.cat([self.table[self.ddim.timesteps], self.last[None]]).float()

@@ -1,6 +1,8 @@
 """Stable Diffusion 3 and 3.5 (diffusers' StableDiffusion3Pipeline): two CLIPs and T5,
 classifier-free guidance."""
 
+from typing import Any
+
 import torch
 from diffusers import StableDiffusion3Pipeline
 
@@ -35,6 +37,19 @@ class StableDiffusion3(Family):
         self.longest = 256  # tokens of a prompt for T5
         if pipe.tokenizer_3:
             self.longest = min(256, pipe.tokenizer_3.model_max_length)
+
+    def schedule(self, steps: int) -> dict[str, Any]:
+        """Return what the pipeline's __call__ passes to its scheduler's set_timesteps.
+
+        The scheduler of 3.5 shifts twice then: its lowest training sigma, where its steps end, and
+        each of them.
+        """
+        found = super().schedule(steps)
+        if self.pipe.scheduler.config.get("use_dynamic_shifting"):
+            patch = self.pipe.transformer.config.patch_size
+            tokens = (self.noise_shape[1] // patch) * (self.noise_shape[2] // patch)
+            found["mu"] = self.dynamic_shift(tokens)
+        return found
 
     def text(self, caption: str) -> dict[str, torch.Tensor]:
         """Return {"encoder_hidden_states": [S, D], "pooled_projections": [D']}.

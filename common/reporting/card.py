@@ -82,7 +82,7 @@ def card(
         f"# {name}, trained with {args.TITLE or f'{script}.py'}",
         " ".join([about, *papers]),
         "The licence of the base model decides about its use; this card states no other.",
-        f"```python\n{loading(base, lora=args.lora_rank > 0)}\n```",
+        f"```python\n{loading(base, lora=args.lora_rank > 0)}\n{noise_levels(base, args)}\n```",
         reward_words(args, rows),
         "All other settings are the script's defaults for this model:",
         f"    {shlex.join(command(script, args))}",
@@ -120,6 +120,26 @@ def loading(base: Base, lora: bool) -> str:
             "load_into_transformer_2=True)",
         ]
     return "\n".join(lines)
+
+
+def noise_levels(base: Base, args: Args) -> str:
+    """Return Python code with which the pipeline samples at the noise levels of the training."""
+    steps, shift = args.sampling_steps, args.shift
+    words = f"# noise levels of the training: pipe(..., num_inference_steps={steps}"
+    if base.pipeline == "StableDiffusionPipeline":
+        name, scheduler = "DDIMScheduler", "DDIMScheduler.from_config(pipe.scheduler.config)"
+    elif shift == "scheduler":
+        return f"{words})"
+    elif base.pipeline.startswith("Wan"):  # its pipelines take no sigmas; these differ by 0.004
+        name = "UniPCMultistepScheduler"
+        settings = f'prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift={shift:g}'
+        scheduler = f"{name}({settings})"
+    else:
+        name = "FlowMatchEulerDiscreteScheduler"
+        scheduler = f"{name}(shift={shift:g})"
+        if base.pipeline == "StableDiffusion3Pipeline":
+            words += f", sigmas=numpy.linspace(1, 1 / {steps}, {steps})"
+    return f"{words})\nfrom diffusers import {name}\n\npipe.scheduler = {scheduler}"
 
 
 def reward_words(args: Args, rows: list[dict[str, Any]]) -> str:
