@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from statistics import NormalDist
 from types import SimpleNamespace
 
 import numpy as np
@@ -386,7 +387,9 @@ def test_means_intervals_and_win_rates_are_those_of_numpy():
     assert found["mean"] == pytest.approx(known.mean(), abs=1e-12)
     assert (found["prompts"], found["samples"], found["missing"]) == (39, 116, 4)
     means = rng.choice(known, (20_000, len(known))).mean(1)
-    assert np.allclose([found["low"], found["high"]], np.quantile(means, [0.025, 0.975]), atol=0.01)
+    outside = NormalDist().cdf(-2.02439 * (39 / 38) ** 0.5)  # Student's t, 38 degrees of freedom
+    expected = np.quantile(means, [outside, 1 - outside])
+    assert np.allclose([found["low"], found["high"]], expected, atol=0.01)
 
 
 def test_a_95_percent_interval_holds_the_mean_in_95_of_100():
@@ -398,6 +401,22 @@ def test_a_95_percent_interval_holds_the_mean_in_95_of_100():
         )
     ]
     assert 0.9 < np.mean(inside) < 0.98
+
+
+def test_the_interval_of_eight_prompts_covers_94_percent_and_plain_percentiles_89():
+    """3000 times eight normal numbers; the standard error is .004 and .006."""
+    samples = np.random.default_rng(1).normal(size=(3000, 8))
+    index = np.random.default_rng(2).integers(8, size=(2000, 8))
+    ours = np.array([tables.interval(values, 2000) for values in samples])
+    plain = np.array([np.quantile(values[index].mean(1), [0.025, 0.975]) for values in samples])
+    covered, before = (((low < 0) & (high > 0)).mean() for low, high in (ours.T, plain.T))
+    assert covered == pytest.approx(0.944, abs=0.015) and before == pytest.approx(0.889, abs=0.02)
+
+
+def test_one_prompt_has_no_interval():
+    found = tables.summary(torch.tensor([[0.5, 0.7]]))
+    assert (found["mean"], found["low"], found["high"]) == (pytest.approx(0.6), None, None)
+    assert tables.cell(found) == "0.6"
 
 
 def test_a_model_wins_every_second_time_against_itself():
