@@ -425,8 +425,8 @@ def main(args: Args) -> Log:
                 not args.kl_coef
             ):  # groups without advantage have no gradient; they still count below
                 learning = minibatch & advantages.any(1, keepdim=True)
-            # [b] 1 / rows of the minibatch on all processes, whose gradients are summed
-            row_weight = processes.local(learning / minibatch.sum())
+            # [b] of the mean over all groups; the gradients of all processes are summed
+            row_weight = processes.local(groups.row_weights(minibatch) * learning)
             trained_steps = sde.noisy_steps(s, args.timestep_fraction, generator)
             # a model may have two networks, for high and low noise: the last step of each
             last_steps = {model.trained_at(sigmas[t]): t for t in trained_steps}

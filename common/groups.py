@@ -45,3 +45,14 @@ def split_rows(kept: torch.Tensor, minibatches: int) -> list[torch.Tensor]:
     """
     turn = kept.cumsum(1)
     return [kept & (turn % minibatches == part) for part in range(minibatches)]
+
+
+def row_weights(minibatch: torch.Tensor) -> torch.Tensor:
+    """Return the weight of each sample in the loss of a minibatch: [P, G] bool -> [P, G].
+
+    The loss is the mean over groups of the mean over each group's samples in the minibatch
+    (2511.18919 eq 6). So a group with masked samples counts as much as any other, and one without
+    samples not at all. If no sample is masked, every weight is 1 / the number of samples.
+    """
+    rows = minibatch.sum(1, keepdim=True)  # [P, 1]
+    return minibatch / (rows * rows.count_nonzero()).clamp(min=1)

@@ -3,6 +3,7 @@ method."""
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -124,6 +125,34 @@ def test_groups_without_two_different_scores_have_no_advantage(method, group):
 def test_rows_to_train_on_have_a_score_and_another_one_beside_it(group, best_of, kept):
     found = groups.keep_rows(torch.tensor([group]), best_of)
     assert "".join(str(int(x)) for x in found[0]) == kept
+
+
+def test_every_group_counts_the_same_in_the_loss_however_many_of_its_samples_are_masked():
+    """2511.18919 eq 6: the mean over groups of each group's mean, in float64 NumPy."""
+    reward, loss = scores(p=4, g=7), scores(p=4, g=7, seed=1)
+    reward[0, 2:5], reward[2, 1:], reward[3, 6] = NAN, NAN, NAN  # 4, 7, 1 and 6 scores
+    kept = groups.keep_rows(reward, best_of=0)
+    for minibatch in [kept, *groups.split_rows(kept, 2)]:
+        values = np.where(minibatch, loss.double(), np.nan)[[0, 1, 3]]  # of one score: skipped
+        weights = groups.row_weights(minibatch)
+        assert (weights * loss).sum().item() == pytest.approx(
+            np.nanmean(values, 1).mean(), abs=1e-6
+        )
+        assert weights.sum().item() == pytest.approx(1, abs=1e-6)
+        assert not weights[2].any() and not weights[~minibatch].any()
+    assert not groups.row_weights(kept & False).any()
+
+
+@pytest.mark.parametrize("p, g, best_of, minibatches", [(8, 12, 0, 3), (3, 7, 0, 2), (5, 16, 8, 2)])
+def test_without_masked_samples_every_weight_is_one_over_the_number_of_rows(
+    p, g, best_of, minibatches
+):
+    reward = scores(p, g)
+    reward[0] = 0.5  # a skipped group may be among them
+    kept = groups.keep_rows(reward, best_of, min_spread=1e-3)
+    assert not kept[0].any() and kept[1:].any(1).all()
+    for minibatch in groups.split_rows(kept, minibatches):
+        assert torch.equal(groups.row_weights(minibatch), minibatch / minibatch.sum())
 
 
 def test_hoyer_index_and_stage_weights_are_those_of_the_samples_with_scores():
