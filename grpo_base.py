@@ -192,6 +192,7 @@ def main(args: Args) -> Log:
         # --- Log ---
         metrics |= loss.summarise(diagnostics, processes.gather)
         policy.check_ratio(metrics["ratio_error"])  # 1 in the first update, or a bug: RunError
+        metrics["grad_rms"] = metrics["grad_norm"] / policy.size**0.5  # per trained weight
         metrics["reward_mean"] = reward.nanmean()
         metrics["reward_std"] = groups.spread(reward).nanmean()
         metrics["advantage_abs_mean"] = advantages.abs().mean()

@@ -227,6 +227,9 @@ class Update:
     --lora-rank the default is the model's rate for a LoRA."""
     weight_decay: Annotated[float, From(0, 1)] = 1e-4
     """Weight decay of AdamW. 0 disables it."""
+    adam_eps: Annotated[float, Above(0, 1)] = 1e-8
+    """Epsilon of AdamW, added to the root of the mean squared gradient. A weight whose gradients
+    are much smaller than this hardly moves: compare it with the metric grad_rms."""
     max_grad_norm: Annotated[float, Above(0, 1e6)] = 1.0
     """Largest norm of the gradients. Larger gradients are scaled down to it."""
     kl_coef: Annotated[float, From(0, 1e6)] = 0.0
@@ -234,6 +237,9 @@ class Update:
     0 an update needs a second forward pass."""
     lora_rank: Annotated[int, From(0, 4096)] = 0
     """Rank of the LoRA to train. 0: train all weights."""
+    lora_alpha: Annotated[float, From(0, 1e6)] = 0.0
+    """Scale of the LoRA: the product of its matrices is multiplied by alpha / rank. Larger values
+    learn faster at the same learning rate. 0: twice the rank."""
     lora_targets: str = ""
     """Regular expression for the names of the layers that the LoRA adapts; --list-models prints the
     defaults. Default: the linear layers of the blocks."""
@@ -256,6 +262,14 @@ class Update:
     """For sharded weights: sync gradients after every backward pass instead of once per update.
     This needs less memory and more communication. Training turns it on when the gradients would not
     fit otherwise."""
+
+    def lora_settings(self) -> dict[str, Any]:
+        """Return the keyword arguments of lora.adapt_model that are flags."""
+        return {
+            "targets": self.lora_targets,
+            "rank": self.lora_rank,
+            "alpha": self.lora_alpha or 2.0 * self.lora_rank,
+        }
 
 
 @dataclass

@@ -178,6 +178,8 @@ def check(args: flags.Args) -> None:
         raise InputError(f"--noise-level {args.noise_level:g}: must be at most 1 with --sde ddim.")
     if args.lora_targets and not args.lora_rank:
         raise InputError("--lora-targets: needs --lora-rank above 0.")
+    if args.lora_alpha and not args.lora_rank:
+        raise InputError(f"--lora-alpha {args.lora_alpha:g}: needs --lora-rank above 0.")
     if args.tracker == "wandb" and importlib.util.find_spec("wandb") is None:
         raise InputError("--tracker wandb: the package is missing. pip install wandb.")
     if args.compile:

@@ -120,7 +120,7 @@ def _config(spec: str | Path, folder: Path) -> dict[str, Any]:
             f"{spec}: {folder} is not the folder of a run, which has a config.json. Give the "
             "--output of a training run, RUN/checkpoints/step_NNNNNN, or RUN/export."
         )
-    return config
+    return run_folder.completed(config)
 
 
 def _newest(spec: str | Path, folder: Path, averaged: bool) -> Path:
@@ -182,26 +182,25 @@ def _load_export(model: Family, trained: Trained) -> None:
 
 
 def _load_checkpoint(model: Family, trained: Trained, autocast: bool) -> None:
-    rank = trained.config.get("lora_rank", 0)
+    settings = trained.settings()
     names = ["ema"] if trained.averaged else list(model.trainable)
     _, states = checkpoint_files.read(trained.folder, names)
     missing = [name for name in names if name not in states]
     if missing:
         raise ValueError(f"it lacks {', '.join(missing)}")
-    if rank:
+    adapted = settings.lora_rank > 0
+    if adapted:
         lora.adapt_model(
             model,
-            trained.config.get("lora_targets", ""),
-            rank=rank,
-            alpha=rank,
+            **settings.lora_settings(),
             seed=0,  # its weights are replaced below
             autocast=autocast,
         )
     if trained.averaged:
-        _copy_average(model, sharding.distribute(states["ema"])["shadow_params"], lora=bool(rank))
+        _copy_average(model, sharding.distribute(states["ema"])["shadow_params"], lora=adapted)
         return
     for name, module in model.trainable.items():
-        _load_state(module, sharding.distribute(states[name]), lora=bool(rank))
+        _load_state(module, sharding.distribute(states[name]), lora=adapted)
 
 
 def _load_state(module: torch.nn.Module, state: dict[str, torch.Tensor], lora: bool) -> None:

@@ -122,9 +122,7 @@ def outline(args: Args, dtype: torch.dtype) -> Family | None:
         with torch.device("meta"):
             lora.adapt_model(
                 model,
-                args.lora_targets,
-                rank=args.lora_rank,
-                alpha=args.lora_rank,
+                **args.lora_settings(),
                 seed=args.seed,
                 autocast=dtype != torch.float32,
             )

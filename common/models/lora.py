@@ -10,7 +10,7 @@ from common.models.family import Family
 
 
 def adapt_model(
-    model: Family, targets: str, *, rank: int, alpha: float, seed: int, autocast: bool = False
+    model: Family, *, targets: str, rank: int, alpha: float, seed: int, autocast: bool = False
 ) -> None:
     """Add a LoRA to every trained module of a model, as `adapt` does; "" are its own targets."""
     for module in model.trainable.values():
@@ -36,6 +36,8 @@ def adapt(
     autocast: bool = False,
 ) -> None:
     """Add a LoRA with float32 weights to the layers whose name matches `targets`, in place.
+
+    alpha: a layer adds alpha / rank times the product of the LoRA's two matrices.
 
     requires_grad of the other weights stays as it is. learns(name): whether gradients reach a
     weight, as Family.learns. autocast: passes run under autocast, so peft does not cast inputs to

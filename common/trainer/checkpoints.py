@@ -233,7 +233,7 @@ class Checkpoints:
 
     def _sizes(self) -> tuple[int, int]:
         """Return the bytes of one checkpoint, and of the export."""
-        trained = sum(weight.numel() for weight in self.policy.weights)
+        trained = self.policy.size
         ema, lora = self.args.ema > 0, self.args.lora_rank > 0
         weights = 0
         for part in self.policy.model.pipe.components.values():

@@ -36,6 +36,7 @@ class Policy:
 
     model      its trained modules are placed, sharded or compiled, with a LoRA or without
     weights    the trained tensors, float32; sharded ones as they are sharded
+    size       number of trained weights, those of all shards together
     optimizer  AdamW on them
     average    their moving average (--ema), diffusers' EMAModel, or None
     updates    number of optimizer steps of this process
@@ -69,8 +70,13 @@ class Policy:
         self._place(args, plan, keep_initial=keep_initial)
         modules = torch.nn.ModuleList(model.trainable.values())
         self.weights = [weight for weight in modules.parameters() if weight.requires_grad]
+        self.size = sum(weight.numel() for weight in self.weights)
         optimizer = torch.optim.AdamW(
-            self.weights, lr=args.learning_rate, weight_decay=args.weight_decay, fused=True
+            self.weights,
+            lr=args.learning_rate,
+            eps=args.adam_eps,
+            weight_decay=args.weight_decay,
+            fused=True,
         )
         self.optimizer = processes.accelerator.prepare(optimizer)
         self.average = None
@@ -93,9 +99,7 @@ class Policy:
         if args.lora_rank:
             lora.adapt_model(
                 self.model,
-                args.lora_targets,
-                rank=args.lora_rank,
-                alpha=args.lora_rank,
+                **args.lora_settings(),
                 seed=args.seed,
                 autocast=self.processes.precision != "no",
             )
@@ -132,7 +136,7 @@ class Policy:
 
     def _describe(self, args: Args, plan: MemoryPlan) -> None:
         world = self.processes.world
-        words = f"{args.model}: training {sum(w.numel() for w in self.weights) / 1e6:.2f}M weights"
+        words = f"{args.model}: training {self.size / 1e6:.2f}M weights"
         if args.lora_rank:
             words += " (LoRA)"
         words += f" on {world} x {self.processes.device.type}"
@@ -270,7 +274,7 @@ class _ModuleState:
 
 
 class _OptimizerState:
-    """The optimizer's moments. The learning rate and weight decay stay those of this run."""
+    """The optimizer's moments. The learning rate, eps and weight decay stay those of this run."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, mesh: Any) -> None:
         self.optimizer = optimizer
@@ -280,14 +284,16 @@ class _OptimizerState:
         return self.optimizer.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        settings = [(group["lr"], group["weight_decay"]) for group in self.optimizer.param_groups]
+        settings = []
+        for group in self.optimizer.param_groups:
+            settings.append({name: group[name] for name in ("lr", "eps", "weight_decay")})
         self.optimizer.load_state_dict(sharding.distribute(state, self.mesh))
         for weight, moments in self.optimizer.state.items():
             for name in ("exp_avg", "exp_avg_sq"):  # torch would look at the shape when it steps
                 if getattr(moments.get(name), "shape", None) != weight.shape:
                     raise ValueError("its moments are those of other weights")
-        for group, (learning_rate, weight_decay) in zip(self.optimizer.param_groups, settings):
-            group.update(lr=learning_rate, weight_decay=weight_decay)
+        for group, own in zip(self.optimizer.param_groups, settings):
+            group.update(own)
 
 
 class _AverageState:

@@ -34,12 +34,14 @@ NEUTRAL = (
     *("compile", "attention"),
 )
 # Settings that may change when a run continues. Any other setting makes it another run.
-FREE = (*NEUTRAL, "learning_rate", "weight_decay", "max_grad_norm")
+FREE = (*NEUTRAL, "learning_rate", "adam_eps", "weight_decay", "max_grad_norm")
 # Settings that may also change when a checkpoint begins a new run: no saved state depends on them.
 FREE_IN_A_NEW_RUN = ("seed", "prompts", "eval_prompts", "kl_coef", "clip_range", "adv_clip_max")
 # Settings that --resume does not take from config.json. A folder from elsewhere must not run code,
 # so rewards in files of code are not taken either.
 NOT_INHERITED = ("output", "resume", "trust_remote_code")
+# Settings that version 0.1.0 did not have, with the values that it acted by.
+ADDED = {"adam_eps": 1e-8}
 
 
 # --- Which folder ---
@@ -90,7 +92,15 @@ def config_of(folder: Path) -> dict[str, Any]:
         config = json.loads(path.read_text())
         if not isinstance(config, dict) or not config:
             raise ValueError("it is not a dictionary of settings")
-    return config
+    return completed(config)
+
+
+def completed(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a config.json with the settings that its version did not have.
+
+    The alpha of a LoRA was its rank then.
+    """
+    return {"lora_alpha": config.get("lora_rank", 0), **ADDED, **config}
 
 
 # --- What may continue ---
