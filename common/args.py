@@ -243,6 +243,10 @@ class Update:
     lora_targets: str = ""
     """Regular expression for the names of the layers that the LoRA adapts; --list-models prints the
     defaults. Default: the linear layers of the blocks."""
+    init_lora: str = ""
+    """Start from this LoRA and train it further: a safetensors file or its folder, for example
+    RUN/export. Rank, alpha and layers are the file's, and the KL term keeps the model close to the
+    model with this LoRA. Empty: start with a new LoRA, which changes nothing at first."""
     ema: Annotated[float, From(0, 0.99999)] = 0.0
     """Decay of a moving average of the trained weights, which is exported to export_ema/. Typical:
     0.99. 0 disables it."""

@@ -16,6 +16,7 @@ from common import args as flags
 from common import errors, models, rewards
 from common.args import AnyArgs, check_bounds, defaults, flag_of
 from common.errors import InputError
+from common.models import lora_file
 from common.prompts import sets
 from common.trainer import compiling, run_folder
 
@@ -92,6 +93,10 @@ def _defaults_of(cls: type[AnyArgs], argv: list[str]) -> AnyArgs:
         values["variant"] = variant
     if rank is not None and rank.isdecimal():  # the parser refuses anything else
         values["lora_rank"] = int(rank)  # a LoRA has a learning rate of its own
+    path = given(argv, "--init-lora")
+    if path:
+        file_rank, values["lora_alpha"] = lora_file.rank_and_alpha(path)
+        values.setdefault("lora_rank", file_rank)
     return defaults(cls, **values)
 
 
@@ -178,6 +183,8 @@ def check(args: flags.Args) -> None:
         raise InputError(f"--noise-level {args.noise_level:g}: must be at most 1 with --sde ddim.")
     if args.lora_targets and not args.lora_rank:
         raise InputError("--lora-targets: needs --lora-rank above 0.")
+    if args.init_lora:
+        _check_init_lora(args)
     if args.lora_alpha and not args.lora_rank:
         raise InputError(f"--lora-alpha {args.lora_alpha:g}: needs --lora-rank above 0.")
     if args.tracker == "wandb" and importlib.util.find_spec("wandb") is None:
@@ -210,6 +217,30 @@ def _check_groups(args: flags.Args) -> None:
         raise InputError(
             f"--minibatches {args.minibatches}: must be at most {trained}, the samples of a group "
             "that are trained on."
+        )
+
+
+def _check_init_lora(args: flags.Args) -> None:
+    rank, alpha = lora_file.rank_and_alpha(args.init_lora)
+    if not args.lora_rank:
+        raise InputError(
+            "--lora-rank 0: --init-lora trains a LoRA. To train all weights, merge it first: "
+            f'pipe.load_lora_weights("{args.init_lora}"), pipe.fuse_lora(), '
+            "pipe.unload_lora_weights(), pipe.save_pretrained(FOLDER); then --model FOLDER."
+        )
+    if args.lora_rank != rank:
+        raise InputError(
+            f"--lora-rank {args.lora_rank}: the LoRA {args.init_lora} has rank {rank}. Leave "
+            "--lora-rank out."
+        )
+    if args.lora_settings()["alpha"] != alpha:
+        raise InputError(
+            f"--lora-alpha {args.lora_alpha:g}: the LoRA {args.init_lora} has alpha {alpha:g}. "
+            "Leave --lora-alpha out."
+        )
+    if args.lora_targets:
+        raise InputError(
+            f"--lora-targets: the layers of the LoRA {args.init_lora} are trained. Leave it out."
         )
 
 

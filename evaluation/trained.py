@@ -183,17 +183,20 @@ def _load_export(model: Family, trained: Trained) -> None:
 
 def _load_checkpoint(model: Family, trained: Trained, autocast: bool) -> None:
     settings = trained.settings()
-    names = ["ema"] if trained.averaged else list(model.trainable)
+    adapted = settings.lora_rank > 0
+    names = ["ema"] if trained.averaged else []
+    if adapted or not trained.averaged:
+        names += model.trainable  # of a LoRA their names are its layers
     _, states = checkpoint_files.read(trained.folder, names)
     missing = [name for name in names if name not in states]
     if missing:
         raise ValueError(f"it lacks {', '.join(missing)}")
-    adapted = settings.lora_rank > 0
-    if adapted:
-        lora.adapt_model(
-            model,
-            **settings.lora_settings(),
+    for name, module in model.trainable.items() if adapted else ():
+        lora.adapt(
+            module,
+            **{**settings.lora_settings(), "targets": lora.layers_of(states[name])},
             seed=0,  # its weights are replaced below
+            learns=model.learns,
             autocast=autocast,
         )
     if trained.averaged:

@@ -87,6 +87,8 @@ def weight_bytes(
     frozen = 0
     if args.lora_rank:
         frozen = precision * (total - trained) / shards
+        if keep_initial and args.init_lora:
+            frozen += master  # of the initial LoRA
     elif keep_initial:
         frozen = precision * total / shards
     whole_gradients = shards == 1 or not args.exchange_often

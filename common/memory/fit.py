@@ -123,6 +123,7 @@ def outline(args: Args, dtype: torch.dtype) -> Family | None:
             lora.adapt_model(
                 model,
                 **args.lora_settings(),
+                init=args.init_lora,
                 seed=args.seed,
                 autocast=dtype != torch.float32,
             )

@@ -9,7 +9,7 @@ import torch
 
 from common import errors, sde
 from common.errors import InputError, LocalError
-from common.models import pictures
+from common.models import lora_file, pictures
 from common.prompts import caption_of
 
 CURE = "download the whole model again, or give another --model"
@@ -321,11 +321,21 @@ class Family:
 
     # --- LoRA files ---
 
-    def save_lora(self, folder: str | Path, layers: dict[str, dict[str, torch.Tensor]]) -> None:
-        """Save LoRA weights, {trained module: weights}, for the pipeline's load_lora_weights."""
-        layers = {f"{name}_lora_layers": weights for name, weights in layers.items()}
-        self.pipe.save_lora_weights(folder, **layers)
+    def save_lora(
+        self, folder: str | Path, layers: dict[str, dict[str, torch.Tensor]], alpha: float
+    ) -> None:
+        """Save LoRA weights, {trained module: weights}, for the pipeline's load_lora_weights.
 
-    def load_lora(self, folder: str | Path) -> None:
-        """Load a LoRA that save_lora saved, with the pipeline's load_lora_weights."""
-        self.pipe.load_lora_weights(folder)
+        alpha: of the training, for --init-lora; the weights are scaled as if it were the rank.
+        """
+        layers = {f"{name}_lora_layers": weights for name, weights in layers.items()}
+        self.pipe.save_lora_weights(folder, save_function=lora_file.writer(alpha), **layers)
+
+    def load_lora(self, path: str | Path) -> dict[str, Path]:
+        """Load a LoRA from a file or folder, with the pipeline's load_lora_weights.
+
+        Returns {trained module: its file}.
+        """
+        file = lora_file.find(path)
+        self.pipe.load_lora_weights(str(file))
+        return {next(iter(self.trainable)): file}

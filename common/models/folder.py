@@ -35,7 +35,7 @@ def load(
     trusted: whether Python code from the folder may run. Raises InputError.
     """
     classes = check(cls, folder, trusted)
-    with _quiet_libraries(), errors.loading("model", folder, do=CURE):
+    with quiet_libraries(), errors.loading("model", folder, do=CURE):
         parts = _parts(cls, folder, classes, dtype, build=_load)
         for name, part in parts.items():
             _check_words(folder / name, part, parts.get(name.replace("tokenizer", "text_encoder")))
@@ -54,7 +54,7 @@ def outline(
     classes = check(cls, folder, trusted)
     if None in classes.values():
         return None
-    with _quiet_libraries():
+    with quiet_libraries():
         try:
             parts = _parts(cls, folder, classes, dtype, build=_outline)
             return cls.pipeline.from_pretrained(folder, **parts, dtype=dtype)
@@ -260,7 +260,7 @@ def _check_words(part: Path, tokenizer: Any, encoder: Any) -> None:
 
 
 @contextlib.contextmanager
-def _quiet_libraries() -> Iterator[None]:
+def quiet_libraries() -> Iterator[None]:
     """Silence diffusers and transformers in the block: an InputError reports what is wrong."""
     logs = [library.utils.logging for library in (diffusers, transformers)]
     before = [log.get_verbosity() for log in logs]

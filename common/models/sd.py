@@ -17,6 +17,7 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 
 from common.errors import InputError
+from common.models import lora_file
 from common.models.family import Family
 
 
@@ -88,19 +89,21 @@ class StableDiffusion(Family):
         images = vae.decode(z.to(vae.dtype)).sample.float()
         return self.pipe.image_processor.postprocess(images, output_type="pt")
 
-    def save_lora(self, folder: str | Path, layers: dict[str, dict[str, torch.Tensor]]) -> None:
+    def save_lora(
+        self, folder: str | Path, layers: dict[str, dict[str, torch.Tensor]], alpha: float
+    ) -> None:
         """Save the LoRA for diffusers, and in folder/kohya with kohya's names for the weights.
 
         ComfyUI and older web interfaces read the latter.
         """
         from diffusers.utils import convert_state_dict_to_kohya
-        from safetensors.torch import load_file, save_file
+        from safetensors.torch import load_file
 
-        super().save_lora(folder, layers)
+        super().save_lora(folder, layers, alpha)
         weights = load_file(Path(folder) / "pytorch_lora_weights.safetensors")
         weights = convert_state_dict_to_kohya(weights)
         (Path(folder) / "kohya").mkdir()
-        save_file(weights, Path(folder) / "kohya/lora.safetensors")
+        lora_file.writer(alpha)(weights, Path(folder) / "kohya/lora.safetensors")
 
 
 def _sigma(signal: torch.Tensor) -> torch.Tensor:

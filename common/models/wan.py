@@ -8,6 +8,7 @@ import torch
 from diffusers import WanImageToVideoPipeline, WanPipeline
 
 from common.errors import InputError
+from common.models import lora_file
 from common.models.family import Family
 from common.models.pictures import read_image
 from common.prompts import image_of
@@ -99,20 +100,30 @@ class Wan(Family):
         clips = vae.decode((x0 * std + mean).to(vae.dtype)).sample.float()
         return self.pipe.video_processor.postprocess_video(clips, output_type="pt")
 
-    def save_lora(self, folder: str | Path, layers: dict[str, dict[str, torch.Tensor]]) -> None:
+    def save_lora(
+        self, folder: str | Path, layers: dict[str, dict[str, torch.Tensor]], alpha: float
+    ) -> None:
         """Save the first expert's LoRA in folder, the second's in folder/transformer_2.
 
         The second loads with load_lora_weights(..., load_into_transformer_2=True).
         """
         for name, weights in layers.items():
             place = folder if name == "transformer" else f"{folder}/{name}"
-            self.pipe.save_lora_weights(place, transformer_lora_layers=weights)
+            self.pipe.save_lora_weights(
+                place, save_function=lora_file.writer(alpha), transformer_lora_layers=weights
+            )
 
-    def load_lora(self, folder: str | Path) -> None:
-        """Load the LoRA of each expert that save_lora saved."""
-        self.pipe.load_lora_weights(folder)
+    def load_lora(self, path: str | Path) -> dict[str, Path]:
+        """Load the LoRA of each expert, from a folder like save_lora's if there are two.
+
+        Returns {trained module: its file}.
+        """
+        files = super().load_lora(path)
         if "transformer_2" in self.trainable:
-            self.pipe.load_lora_weights(f"{folder}/transformer_2", load_into_transformer_2=True)
+            second = lora_file.find(Path(path) / "transformer_2")
+            self.pipe.load_lora_weights(str(second), load_into_transformer_2=True)
+            files["transformer_2"] = second
+        return files
 
 
 class WanImageToVideo(Wan):

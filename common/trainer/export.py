@@ -79,12 +79,21 @@ def plain_copy(module: torch.nn.Module, state: dict[str, torch.Tensor]) -> torch
 
 
 def _save_lora(model: Family, folder: Path, modules: dict, weights: dict) -> None:
+    """Save a LoRA whose alpha is its rank, for which loaders take a file that names none.
+
+    alpha / rank is multiplied into the second matrix: diffusers' adapter metadata would give other
+    loaders half of the LoRA, and diffusers refuses alpha tensors for some pipelines.
+    """
     from peft import get_peft_model_state_dict
 
-    layers = {
-        name: get_peft_model_state_dict(modules[name], state) for name, state in weights.items()
-    }
-    model.save_lora(folder, layers)
+    layers = {}
+    for name, state in weights.items():
+        config = modules[name].peft_config["default"]
+        layers[name] = {}
+        for key, value in get_peft_model_state_dict(modules[name], state).items():
+            scale = config.lora_alpha / config.r if "lora_B" in key else 1.0
+            layers[name][key] = value * scale
+    model.save_lora(folder, layers, config.lora_alpha)
 
 
 def _save_pipeline(pipe: object, folder: Path, modules: dict, weights: dict) -> None:

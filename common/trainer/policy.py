@@ -41,8 +41,9 @@ class Policy:
     average    their moving average (--ema), diffusers' EMAModel, or None
     updates    number of optimizer steps of this process
 
-    keep_initial: whether `reference` is needed; all weights get a frozen copy then, a LoRA is
-    switched off. Raises InputError for --lora-targets or --attention that the model cannot have.
+    keep_initial: whether `reference` is needed; all weights or those of --init-lora get a frozen
+    copy then, a new LoRA is switched off. Raises InputError for --lora-targets, --init-lora or
+    --attention that the model cannot have.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Policy:
         self.model = model
         self.processes = processes
         self.lora_rank = args.lora_rank
+        self.init_lora = args.init_lora
         self.clip_range = args.clip_range
         self.attention = args.attention
         self.exchange_often = args.exchange_often
@@ -66,7 +68,7 @@ class Policy:
         self.mesh = None
         if self.fsdp:
             self.mesh = processes.mesh(plan.shards)
-        self._prepare_modules(args)
+        self._prepare_modules(args, keep_initial=keep_initial)
         self._place(args, plan, keep_initial=keep_initial)
         modules = torch.nn.ModuleList(model.trainable.values())
         self.weights = [weight for weight in modules.parameters() if weight.requires_grad]
@@ -86,7 +88,7 @@ class Policy:
             self.average = EMAModel(self.weights, decay=args.ema)
         self._describe(args, plan)
 
-    def _prepare_modules(self, args: Args) -> None:
+    def _prepare_modules(self, args: Args, keep_initial: bool) -> None:
         recompute = args.gradient_checkpointing
         if self.fsdp and self.fsdp.activation_checkpointing:
             recompute = True
@@ -100,9 +102,13 @@ class Policy:
             lora.adapt_model(
                 self.model,
                 **args.lora_settings(),
+                init=args.init_lora,
                 seed=args.seed,
                 autocast=self.processes.precision != "no",
             )
+        if args.init_lora and keep_initial:
+            for module in self.model.trainable.values():
+                lora.keep_initial(module)
 
     def _place(self, args: Args, plan: MemoryPlan, keep_initial: bool) -> None:
         """Move the model to the device and wrap its modules; where memory is scarce, in turn."""
@@ -166,7 +172,7 @@ class Policy:
     def reference(self) -> Iterator[None]:
         """Compute with the initial weights inside, without gradients.
 
-        The LoRA is switched off, or the frozen copy takes the place of the trained modules.
+        A new LoRA is switched off, or the frozen copy takes the place of what is trained.
         """
         accelerator = self.processes.accelerator
         trained = self.model.trainable
@@ -175,14 +181,20 @@ class Policy:
             adapted = [accelerator.unwrap_model(module) for module in trained.values()]
         with torch.no_grad(), accelerator.autocast():
             for module in adapted:
-                module.disable_adapters()
+                if self.init_lora:
+                    module.set_adapter(lora.INITIAL)
+                else:
+                    module.disable_adapters()
             self.model.trainable = self.frozen or trained
             try:
                 yield
             finally:
                 self.model.trainable = trained
                 for module in adapted:
-                    module.enable_adapters()
+                    if self.init_lora:
+                        module.set_adapter(lora.TRAINED)
+                    else:
+                        module.enable_adapters()
 
     @contextlib.contextmanager
     def sync_gradients(self, now: bool) -> Iterator[None]:

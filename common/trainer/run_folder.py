@@ -41,7 +41,7 @@ FREE_IN_A_NEW_RUN = ("seed", "prompts", "eval_prompts", "kl_coef", "clip_range",
 # so rewards in files of code are not taken either.
 NOT_INHERITED = ("output", "resume", "trust_remote_code")
 # Settings that version 0.1.0 did not have, with the values that it acted by.
-ADDED = {"adam_eps": 1e-8}
+ADDED = {"adam_eps": 1e-8, "init_lora": ""}
 
 
 # --- Which folder ---
