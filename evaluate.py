@@ -103,6 +103,9 @@ def defaults(words: list[str]) -> Args:
         source = found.settings()
         if list(source.reward) != found.config.get("reward"):
             source.reward = ()  # a reward in a file of code: a run's folder alone does not run code
+        source.height = source.eval_height or source.height
+        source.width = source.eval_width or source.width
+        source.sampling_steps = source.eval_steps or source.sampling_steps
     else:
         source = defaults_of(cli.Args, cli.given(words, "--model") or "tiny-flux")
     shared = {field.name for field in dataclasses.fields(cli.Args)} - {*OWN}

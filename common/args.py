@@ -298,6 +298,12 @@ class Run:
     eval_every: Annotated[int, From(0, 1e9)] = 20
     """Steps between evaluations on --eval-prompts; the first and the last step are always
     evaluated. 0: never."""
+    eval_height: Annotated[int, From(0, 1e5)] = 0
+    """Height in pixels of the samples of evaluations and sample grids. 0: --height."""
+    eval_width: Annotated[int, From(0, 1e5)] = 0
+    """Width in pixels of the samples of evaluations and sample grids. 0: --width."""
+    eval_steps: Annotated[int, From(0, 1000)] = 0
+    """Number of denoising steps in evaluations and sample grids. 0: --sampling-steps."""
     tracker: Literal["tensorboard", "wandb", "none"] = "tensorboard"
     """Where metrics are logged in addition to metrics.jsonl. none: nowhere else."""
     push_to_hub: str = ""

@@ -302,6 +302,29 @@ class Family:
 
     # --- Sizes ---
 
+    def resized(self, height: int, width: int) -> "Family":
+        """Return this model with samples of another height and width in pixels, 0 for its own.
+
+        The weights are shared, also while they are trained. Raises InputError for a size that the
+        model cannot make.
+        """
+        settings = {
+            "height": height or self.height,
+            "width": width or self.width,
+            "guidance": self.guidance,
+            "batched_guidance": self.batched_guidance,
+            "decode_batch": self.decode_batch,
+            "offload_encoders": self.offload_encoders,
+        }
+        if self.video:
+            settings["frames"] = self.frames
+        if len(self.trainable) > 1:
+            settings["guidance_2"] = self.guidance_2
+        other = type(self)(self.pipe, **settings)
+        other.trainable = self.trainable
+        other.source = self.source
+        return other
+
     def _size(self, unit: int, height: int, width: int) -> tuple[int, int]:
         """Return (height, width) in pixels. Raises InputError unless both are multiples of unit."""
         if height % unit or width % unit or not height or not width:

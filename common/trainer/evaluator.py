@@ -12,7 +12,7 @@ import torch
 
 from common import models, sde
 from common.args import Args
-from common.errors import phase
+from common.errors import InputError, phase
 from common.models.family import Family
 from common.rewards import Rewards, weighted_sum
 from common.trainer.checkpoints import Checkpoints
@@ -68,6 +68,19 @@ class Evaluator:
         self.micro_batch = args.micro_batch
         self.score_batch = score_batch(args.micro_batch, args.reward_batch)
         self.sigmas = model.sigmas(args.sampling_steps, args.shift)  # [T+1]
+        self.held_out = self._held_out(args)  # model of --eval-height and --eval-width
+        steps = args.eval_steps or args.sampling_steps
+        self.held_out_sigmas = self.held_out.sigmas(steps, args.shift)
+
+    def _held_out(self, args: Args) -> Family:
+        height, width = args.eval_height, args.eval_width
+        if not height and not width:
+            return self.model
+        try:
+            return self.model.resized(height, width)
+        except InputError as error:
+            words = str(error).replace("--height", "--eval-height")
+            raise InputError(words.replace("--width", "--eval-width")) from error
 
     def smoke_test(self, prompt: str) -> None:
         """Run model and rewards on one sample of nothing, so that what fails, fails now.
@@ -90,7 +103,9 @@ class Evaluator:
         scored = self._every(self.eval_every, step, last)
         pictured = self._every(self.sample_every, step, last)
         prompts = self.prompts if scored else self.prompts[:SHOWN]
-        scores, media = self.sample_and_score(prompts, shown=SHOWN if pictured else 0)
+        scores, media = self.sample_and_score(
+            prompts, shown=SHOWN if pictured else 0, held_out=True
+        )
         reward = weighted_sum(scores, self.rewards.weights)
         if pictured:
             log.samples(step, media, prompts, reward)
@@ -109,13 +124,15 @@ class Evaluator:
         shown: int = 0,
         names: Iterable[str] | None = None,
         weights: Callable[[], AbstractContextManager] = nullcontext,
+        held_out: bool = False,
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
         """Score one noise-free sample of each of n prompts.
 
         shown: how many samples are returned, too; names: the rewards, None for all; weights: a
-        context to sample in, such as Policy.reference. Returns {name: [n]}, the same on every
-        process, and up to `shown` of this process's samples, on the main process those of the first
-        prompts. Raises RunError, Stopped.
+        context to sample in, such as Policy.reference; held_out: whether size and denoising steps
+        are those of --eval-height, --eval-width and --eval-steps. Returns {name: [n]}, the same on
+        every process, and up to `shown` of this process's samples, on the main process those of the
+        first prompts. Raises RunError, Stopped.
         """
         processes = self.processes
         # every process takes an equal share: the first prompts fill up the last share
@@ -127,10 +144,10 @@ class Evaluator:
             own = [prompts[number] for number in part]
             with weights(), phase("the evaluation", memory="lower --micro-batch"):
                 media = sample(
-                    self.model,
+                    self.held_out if held_out else self.model,
                     own,
                     streams=part,
-                    sigmas=self.sigmas,
+                    sigmas=self.held_out_sigmas if held_out else self.sigmas,
                     micro_batch=self.micro_batch,
                     device=processes.device,
                 )

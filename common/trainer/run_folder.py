@@ -36,12 +36,21 @@ NEUTRAL = (
 # Settings that may change when a run continues. Any other setting makes it another run.
 FREE = (*NEUTRAL, "learning_rate", "adam_eps", "weight_decay", "max_grad_norm")
 # Settings that may also change when a checkpoint begins a new run: no saved state depends on them.
-FREE_IN_A_NEW_RUN = ("seed", "prompts", "eval_prompts", "kl_coef", "clip_range", "adv_clip_max")
+FREE_IN_A_NEW_RUN = (
+    *("seed", "prompts", "eval_prompts", "eval_height", "eval_width", "eval_steps"),
+    *("kl_coef", "clip_range", "adv_clip_max"),
+)
 # Settings that --resume does not take from config.json. A folder from elsewhere must not run code,
 # so rewards in files of code are not taken either.
 NOT_INHERITED = ("output", "resume", "trust_remote_code")
 # Settings that version 0.1.0 did not have, with the values that it acted by.
-ADDED = {"adam_eps": 1e-8, "init_lora": ""}
+ADDED = {
+    "adam_eps": 1e-8,
+    "init_lora": "",
+    "eval_height": 0,
+    "eval_width": 0,
+    "eval_steps": 0,
+}
 
 
 # --- Which folder ---
