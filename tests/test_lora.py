@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import metrics, weights
+from conftest import ROOT, metrics, weights
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -340,7 +340,7 @@ REFUSED = {
     "a text encoder's": (dict(init_lora="{tmp}/text.safetensors"), "changes the text_encoder too"),
     "layers more": (dict(init_lora="{tmp}/more.safetensors"), "this model has no"),
     "two ranks": (dict(init_lora="{tmp}/ranks.safetensors"), "the ranks 2, 3"),
-    "another shape": (dict(init_lora="{tmp}/shape.safetensors"), "does not load"),
+    "another shape": (dict(init_lora="{tmp}/shape.safetensors"), "has shape [2, 7], this model"),
     "alpha alone": (dict(lora_alpha=8.0, lora_rank=0), "--lora-alpha 8: needs --lora-rank"),
 }
 
@@ -353,7 +353,8 @@ def files(tmp_path_factory):
     good = load_file(folder / "pytorch_lora_weights.safetensors")
     key = next(iter(good))
     layer = key.split(".lora_")[0]
-    up, down = torch.zeros(32, 2), torch.zeros(2, 32)
+    width = models.load("tiny-flux", torch.float32).pipe.text_encoder.config.hidden_size
+    up, down = torch.zeros(width, 2), torch.zeros(2, width)
     text = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
     odd = {
         "text": {f"{text}.lora_A.weight": down, f"{text}.lora_B.weight": up},
@@ -393,6 +394,7 @@ def test_evaluations_have_their_own_size_and_steps(name, train, tmp_path, monkey
     (tmp_path / "few.txt").write_text("\n".join(few))
     settings = dict(model=name, eval_prompts=str(tmp_path / "few.txt"), sampling_steps=4, steps=1)
     settings |= dict(sde_steps=0, eval_every=1, sample_every=1, prompts_per_step=1)
+    settings["reward"] = (f"{ROOT}/tests/smooth.py:green",)
     shapes, pictured = [], []
     true = Evaluator.sample_and_score
 
@@ -434,6 +436,7 @@ def test_evaluate_takes_the_size_of_a_runs_evaluations(train, tmp_path, monkeypa
         eval_every=1,
         eval_prompts=str(tmp_path / "few.txt"),
         eval_height=48,
+        eval_width=48,
         eval_steps=3,
         learning_rate=1e-3,
     )

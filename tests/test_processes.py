@@ -254,6 +254,26 @@ def test_stable_diffusion_3_and_qwen_image_train_on_two_processes_as_on_one(
         assert metrics(alone)[0]["grad_norm"] > 0
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("config", ["ddp", "fsdp2"])
+def test_a_run_that_starts_from_a_lora_trains_on_two_processes_as_on_one(
+    config, tmp_path, monkeypatch
+):
+    """The KL term's reference is the frozen copy of that LoRA, on both processes and after a
+    resume."""
+    settings = {**SMALL, "lora_rank": 4, "lora_alpha": 16.0}
+    monkeypatch.setitem(RUNS, "first", (grpo_base, {**settings, "steps": 1, "learning_rate": 1e-2}))
+    start = {**settings, "init_lora": str(one(monkeypatch, "first", tmp_path / "first") / "export")}
+    start |= {"kl_coef": 10.0, "learning_rate": 1e-3}
+    monkeypatch.setitem(RUNS, "from", (grpo_base, start))
+    job = words(*RUNS["from"], tmp_path / config)
+    two(tmp_path, [[*job, "--steps=2"], [*job, "--resume=latest"]], config)
+    alone = one(monkeypatch, "from", tmp_path / "alone")
+    assert_same(alone, tmp_path / config, steps=4)
+    free = one(monkeypatch, "from", tmp_path / "free", kl_coef=0.0)
+    assert metrics(free)[3]["grad_norm"] != pytest.approx(metrics(alone)[3]["grad_norm"], rel=1e-3)
+
+
 @pytest.mark.slow
 def test_two_machines_of_two_processes_train_as_one_process(tmp_path, monkeypatch):
     """Each machine holds all weights, sharded over its two processes: only gradients go from one to

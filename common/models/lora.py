@@ -162,6 +162,11 @@ def _taken_out(
                 f"{rank}. Merge it into the model, and train that (--model FOLDER)."
             )
         exact = saved.get(key, value)  # the model's dtype may have rounded it
+        if exact.shape != value.shape:  # diffusers fills up smaller ones for FLUX
+            raise InputError(
+                f"--init-lora {file}: {key} has shape {list(exact.shape)}, this model needs "
+                f"{list(value.shape)}. Give a LoRA that was trained for this model."
+            )
         if not value.is_meta and torch.equal(exact.to(value), value):
             value = exact
         factor = scaling[layer] * rank / alpha if matrix[0] == "B" else 1.0
