@@ -304,6 +304,8 @@ def trained(job, folder):
     flags = {
         name: tuple(value) if isinstance(value, list) else value for name, value in flags.items()
     }
+    # results are known by their settings, and those in lab/results have alpha at the rank
+    flags.setdefault("lora_alpha", models.settings(job.settings["model"]).get("lora_rank", 0))
     flags |= dict(seed=job.seed, output=str(output), tracker="none")
     if (output / "config.json").exists():
         flags["resume"] = "latest"

@@ -246,6 +246,42 @@ def test_training_starts_where_the_lora_of_the_file_is(name, tmp_path, monkeypat
     assert all(weight.requires_grad for weight in policy.weights)
 
 
+@pytest.mark.parametrize("name", ["tiny-flux", "tiny-wan-i2v"])
+def test_float32_weights_stay_exact_in_bf16_and_an_outline_has_the_same_layers(name, tmp_path):
+    source = adapted(name, alpha=8.0)
+    folder = save(source, tmp_path / "export")
+    settings = dict(targets="", rank=2, alpha=8.0, seed=0, init=str(folder))
+    half = models.load(name, torch.bfloat16)
+    outline = models.outline(name, torch.bfloat16, large=0)
+    for module in (*half.trainable.values(), *outline.trainable.values()):
+        module.requires_grad_(False)
+    lora.adapt_model(half, **settings)
+    with torch.device("meta"):
+        lora.adapt_model(outline, **settings)
+    for part, module in source.trainable.items():
+        found = dict(half.trainable[part].named_parameters())
+        shapes = dict(outline.trainable[part].named_parameters())
+        for key, value in module.named_parameters():
+            assert shapes[key].shape == value.shape and shapes[key].is_meta
+            assert shapes[key].requires_grad == value.requires_grad == ("lora_" in key)
+            if "lora_" in key:
+                assert torch.equal(found[key], value)
+
+
+def test_a_lora_merged_as_the_error_says_is_the_same_model(tmp_path):
+    source = adapted("tiny-flux", alpha=8.0)
+    expected = velocities(source)
+    folder = save(source, tmp_path / "export")
+    pipe = models.load("tiny-flux", torch.float32).pipe
+    pipe.load_lora_weights(str(folder))
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    pipe.save_pretrained(tmp_path / "tiny-flux")
+    size = dict(height=32, width=32, guidance=3.5)
+    merged = models.load(str(tmp_path / "tiny-flux"), torch.float32, **size)
+    assert (velocities(merged) - expected).abs().max() <= 2e-5 * expected.abs().max()
+
+
 def test_kohyas_and_diffusers_own_files_start_a_run_as_they_are(tmp_path, monkeypatch):
     """A file whose alpha is in tensors, and one whose alpha is in the adapter's metadata."""
     source = adapted("tiny-sd", alpha=8.0)

@@ -385,7 +385,7 @@ def test_export_of_a_lora_loads_into_plain_diffusers(train):
 
     trained = models.load("tiny-flux", torch.float32, height=32, width=32)
     trained.pipe.transformer.add_adapter(
-        LoraConfig(r=4, lora_alpha=4, target_modules=trained.lora_targets)
+        LoraConfig(r=4, lora_alpha=8, target_modules=trained.lora_targets)
     )
     lora = weights(folder, 3)
     assert lora and all("lora" in name for name in lora), (
