@@ -2,6 +2,7 @@
 chosen --model."""
 
 import ast
+import contextlib
 import dataclasses
 import importlib.util
 import inspect
@@ -95,8 +96,9 @@ def _defaults_of(cls: type[AnyArgs], argv: list[str]) -> AnyArgs:
         values["lora_rank"] = int(rank)  # a LoRA has a learning rate of its own
     path = given(argv, "--init-lora")
     if path:
-        file_rank, values["lora_alpha"] = lora_file.rank_and_alpha(path)
-        values.setdefault("lora_rank", file_rank)
+        with contextlib.suppress(InputError):  # `check` reports it
+            file_rank, values["lora_alpha"] = lora_file.rank_and_alpha(path)
+            values.setdefault("lora_rank", file_rank)
     return defaults(cls, **values)
 
 
