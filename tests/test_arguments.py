@@ -416,5 +416,5 @@ def test_every_setting_that_is_read_is_a_flag():
                     owner = node.value  # args.x or self.args.x
                     if getattr(owner, "id", getattr(owner, "attr", "")) == "args":
                         read.add(node.attr)
-    constants = {"CURVES", "TITLE", "ARXIV", "model_settings"}
+    constants = {"CURVES", "TITLE", "ARXIV", "model_settings", "lora_settings"}
     assert read and not read - FIELDS.keys() - constants, "no such flag"
