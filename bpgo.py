@@ -454,16 +454,18 @@ def main(args: Args) -> Log:
                         row_loss += loss.clipped_surrogate(
                             ratio, local_contrast[mb.index], args.clip_range
                         )
+                        kl = None  # [n] from the initial weights, if these are kept
                         if args.kl_coef:
                             with policy.reference():  # the initial weights, no gradients
                                 velocity_ref = policy.velocity(x, sigma, cond_mb)
                             _, _, mean_ref = transition(velocity_ref, x, sigma, sigma_next, s[t])
                             std = sde.transition_std(sigma, sigma_next, s[t])
-                            row_loss += args.kl_coef * loss.gaussian_kl(mean, mean_ref, std)
+                            kl = loss.gaussian_kl(mean, mean_ref, std)
+                            row_loss += args.kl_coef * kl
                         loss_share = (weight * row_loss).sum() / len(trained_steps)
                         policy.backward(loss_share)
                     diagnostics[-1].append(
-                        loss.diagnostics(ratio, args.clip_range, weight, loss_share, update)
+                        loss.diagnostics(ratio, args.clip_range, weight, loss_share, update, kl)
                     )
             metrics["grad_norm"] = 0.0  # the last update's is logged
             if micro_batches:

@@ -3,7 +3,7 @@
   Advantage          deviations are divided by one standard deviation of the whole batch (section 5)
                      and raised to the power 1 + gamma: large deviations teach most
   Setup, Advantage,  --gamma auto: the largest gamma whose update stays in a trust region
-  Update             (common/trainer/fisher.py, theorem 4)
+  Update             (TrustRegion below, theorem 4)
   Log                gamma, and what the trust region measured
 
 The sampler of a flow model becomes a stochastic policy (common/sde.py): each denoising step is a
@@ -35,22 +35,23 @@ from common.args import Args as SharedArgs
 from common.prompts import prompts_ahead, prompts_of_step, read_prompts
 from common.rewards import Rewards
 from common.trainer import Checkpoints, Clock, Evaluator, Log, Policy, Processes
-from common.trainer.fisher import TrustRegion
 
 EPS = 1e-8  # added to every standard deviation that rewards are divided by
+GAMMAS = [n / 100 for n in range(101)]  # what --gamma auto chooses from
 
 
 @dataclass
 class Args(SharedArgs):
     gamma: Annotated[float | Literal["auto"], From(0, 10)] = 0.5
     """Advantages are the power 1 + gamma of the deviations. 0: GRPO without each prompt's own
-    standard deviation. auto: the largest gamma that --kl-limit allows."""
+    standard deviation. auto: the largest gamma up to 1 that --kl-limit allows; it needs one more
+    forward pass of a micro-batch per denoising step and update."""
     normalize: Literal["before", "after", "shaped", "none"] = "before"
     """Divide by the batch's standard deviation before the power is taken, or after; by that of the
     shaped deviations; or not at all."""
-    kl_limit: Annotated[float, Above(0, 1e6)] = 1e-4
-    """--gamma auto: the KL divergence that one update may cost, averaged over rows and
-    dimensions."""
+    kl_limit: Annotated[float, Above(0, 1e6)] = 4e-5
+    """--gamma auto: the KL divergence per dimension that one update may cost. It is held on
+    average; single updates cost more. Lower the learning rate for a limit that gamma 0 exceeds."""
 
     SETTINGS = papers.SLAS
     CURVES = ("gamma",)
@@ -85,14 +86,153 @@ def compute_advantages(
     return advantages.clamp(-adv_clip_max, adv_clip_max)
 
 
+def shape_terms(
+    terms: list[tuple[torch.Tensor, float]], gamma: float, adv_clip_max: float, normalize: str
+) -> list[torch.Tensor]:
+    """Return the weighted advantages of each term; their sum is trained on.
+
+    terms: [(rewards [P, G], weight)] -> [[P, G]].
+    """
+    return [
+        weight * compute_advantages(reward, gamma, adv_clip_max, normalize)
+        for reward, weight in terms
+    ]
+
+
+# --- The trust region of --gamma auto ---
+
+
+def moments_after(
+    moments: tuple[int, float, float], power: float, betas: tuple[float, float]
+) -> tuple[int, float, float]:
+    """Return (k, S, V) after one more update with a gradient of squared size `power`.
+
+    They are the number of updates and AdamW's |m|^2 and v, before their bias is corrected, for
+    gradients that are independent from update to update. Begin with (0, 0.0, 0.0).
+    """
+    updates, first, second = moments
+    beta1, beta2 = betas
+    # independent gradients add up by their squares, so the weights of m are squared
+    first = beta1**2 * first + (1 - beta1) ** 2 * power
+    second = beta2 * second + (1 - beta2) * power
+    return updates + 1, first, second
+
+
+def moments_ratio(moments: tuple[int, float, float], betas: tuple[float, float]) -> float:
+    """Return S / V, the expected square of AdamW's step in units of the learning rate.
+
+    Both are corrected for their bias. It is 1 after the first update and (1 - beta1) / (1 + beta1)
+    after many equal ones. 0.0 if all gradients were 0.
+    """
+    updates, first, second = moments
+    beta1, beta2 = betas
+    if not second:
+        return 0.0
+    return first / (1 - beta1**updates) ** 2 * (1 - beta2**updates) / second
+
+
+def largest_gamma(predicted: dict[float, float], limit: float) -> float:
+    """Return the largest gamma whose predicted KL is at most `limit`: {gamma: KL} -> gamma.
+
+    0.0 if there is none: then the limit needs a lower learning rate, not another power.
+
+    All candidates count, because the allowed ones need not be an interval: powers of deviations
+    below 1 fall with gamma, those above 1 rise, and clamped ones stay.
+    """
+    return max((gamma for gamma, kl in predicted.items() if kl <= limit), default=0.0)
+
+
+class TrustRegion:
+    """Choose gamma by the KL that an update is going to cost (theorem 4, measured).
+
+    AdamW moves the weights by d = -lr m / sqrt(v), which costs KL = d^T F d / 2, where F is the
+    Fisher matrix. If gradients are sqrt(M) times noise of one distribution, with M the mean square
+    of the advantages, then
+
+        KL = kappa S / V,    S = sum_j w_j^2 M_(k-j),    w_j = (1 - b1) b1^j / (1 - b1^k)
+                             V = sum_j u_j M_(k-j),      u_j = (1 - b2) b2^j / (1 - b2^k)
+
+    after k updates. kappa holds the learning rate, curvature, direction and clipping. It is
+    measured, as (KL of an update) V / S, and averaged exponentially over updates.
+
+    limit: the KL per dimension that an update may cost; betas: those of AdamW; memory: what the
+    average keeps of kappa at each update.
+    """
+
+    def __init__(self, limit: float, betas: tuple[float, float], memory: float = 0.8) -> None:
+        self.limit = limit
+        self.betas = betas
+        self.memory = memory
+        self.moments = (0, 0.0, 0.0)  # k, S, V
+        self.kappa = 0.0  # sum of the weighted measurements
+        self.weight = 0.0  # sum of their weights
+        self.costs = []  # KL of each update since gamma was chosen
+        self.predicted = None  # KL of the dearest of these updates, as it was predicted
+
+    def predict(self, power: float, updates: int) -> float:
+        """Return the largest KL of the next updates, each with mean square `power`."""
+        moments, largest = self.moments, 0.0
+        for _ in range(updates):
+            moments = moments_after(moments, power, self.betas)
+            largest = max(largest, moments_ratio(moments, self.betas))
+        return self.kappa / self.weight * largest
+
+    def exponent(self, powers: dict[float, torch.Tensor], updates: int) -> float:
+        """Return gamma for the next updates; 0.0 before the first measurement.
+
+        powers: {gamma: mean square of the advantages}; updates: how many gamma is for.
+        """
+        self.costs = []
+        if not self.weight:
+            return 0.0
+        sizes = torch.stack(list(powers.values())).tolist()
+        predicted = {gamma: self.predict(size, updates) for gamma, size in zip(powers, sizes)}
+        gamma = largest_gamma(predicted, self.limit)
+        self.predicted = predicted[gamma]
+        return gamma
+
+    def observe(self, power: torch.Tensor, kl: torch.Tensor) -> None:
+        """Remember an update: the mean square of its advantages, and the KL that it cost."""
+        power, kl = power.item(), kl.item()
+        self.costs.append(kl)
+        self.moments = moments_after(self.moments, power, self.betas)
+        ratio = moments_ratio(self.moments, self.betas)
+        if ratio:
+            self.kappa = self.memory * self.kappa + (1 - self.memory) * kl / ratio
+            self.weight = self.memory * self.weight + (1 - self.memory)
+
+    def metrics(self) -> dict[str, float]:
+        """Return what docs/metrics.md lists; {} if nothing was measured since gamma was chosen."""
+        if not self.costs:
+            return {}
+        found = {"update_kl": sum(self.costs) / len(self.costs)}
+        if self.predicted is not None:
+            found["predicted_kl"] = self.predicted
+        return found
+
+    def state_dict(self) -> dict[str, float]:
+        """Return what a checkpoint keeps."""
+        updates, first, second = self.moments
+        return {
+            "updates": updates,
+            "first": first,
+            "second": second,
+            "kappa": self.kappa,
+            "weight": self.weight,
+        }
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Continue with what a checkpoint kept; begin anew with that of version 0.2 or before."""
+        if "weight" in state:
+            self.moments = (int(state["updates"]), float(state["first"]), float(state["second"]))
+            self.kappa = float(state["kappa"])
+            self.weight = float(state["weight"])
+
+
 def main(args: Args) -> Log:
     """Train, and return the log. Raises InputError, RunError or Stopped (common/errors.py)."""
     # --- Setup ---
     cli.check(args)
-    if args.gamma == "auto" and args.normalize in ("after", "shaped"):
-        raise errors.InputError(
-            f"--normalize {args.normalize}: --gamma auto needs --normalize before or none."
-        )
     processes = Processes(args.process_timeout)
     rows = processes.rows(args.prompts_per_step * args.group_size)  # [b] global row numbers
     checkpoints = Checkpoints(args, processes)  # chooses the run's folder, reads --resume
@@ -107,9 +247,7 @@ def main(args: Args) -> Log:
     policy = Policy(model, args, processes, plan, keep_initial)
     evaluator = Evaluator(args, model, rewards, eval_prompts, processes, checkpoints)
     evaluator.smoke_test(prompts[0])  # one sample through model and rewards: faults show now
-    region = TrustRegion(args.kl_limit, args.learning_rate, transition=sde.TRANSITIONS[args.sde])
-    if args.gamma == "auto":
-        region.prepare(policy, processes, rows=plan.batch)
+    region = TrustRegion(args.kl_limit, betas=policy.optimizer.param_groups[0]["betas"])
     start = checkpoints.resume(policy, {"region": region})
     log = Log(args, checkpoints.output, processes, start)
     P, G = args.prompts_per_step, args.group_size
@@ -164,15 +302,17 @@ def main(args: Args) -> Log:
         # --- Advantage ---
         reward = combine_scores(scores, rewards.weights)  # [P, G]
         terms = rewards.terms(reward, scores)  # [(rewards [P, G], weight)], by --aggregate
+        kept = groups.keep_rows(reward, args.best_of, args.min_spread)  # [P, G] bool: trained on
+        shape = partial(
+            shape_terms, terms, adv_clip_max=args.adv_clip_max, normalize=args.normalize
+        )
         gamma = args.gamma
         if args.gamma == "auto":
-            linear = partial(compute_advantages, gamma=0, adv_clip_max=torch.inf)
-            gamma = region.exponent(sum(w * linear(r, normalize=args.normalize) for r, w in terms))
-        shape = partial(compute_advantages, gamma=gamma, adv_clip_max=args.adv_clip_max)
-        parts = [weight * shape(r, normalize=args.normalize) for r, weight in terms]
+            powers = {g: sum(shape(gamma=g))[kept].square().mean() for g in GAMMAS}
+            gamma = region.exponent(powers, updates=args.updates_per_step * args.minibatches)
+        parts = shape(gamma=gamma)
         advantages = sum(parts)  # [P, G]
         local_advantages = processes.local(advantages)  # [b]
-        kept = groups.keep_rows(reward, args.best_of, args.min_spread)  # [P, G] bool: trained on
         minibatches = groups.split_rows(kept, args.minibatches)  # a [P, G] mask for each
 
         # --- Update ---
@@ -192,6 +332,7 @@ def main(args: Args) -> Log:
             # equally many on every process, of equal size; none if no row learns
             micro_batches = processes.micro_batches(learning, plan.batch)
             diagnostics.append([])
+            means = {}  # {t: [n, ...]} of the first micro-batch, before the update
             for mb in micro_batches:
                 cond_mb = models.take(cond, mb.index)
                 weight = row_weight[mb.index] * mb.real  # [n]: padding rows count nothing
@@ -210,16 +351,20 @@ def main(args: Args) -> Log:
                         row_loss = loss.clipped_surrogate(
                             ratio, local_advantages[mb.index], args.clip_range
                         )
+                        kl = None  # [n] from the initial weights, if these are kept
                         if args.kl_coef:
                             with policy.reference():  # the initial weights, no gradients
                                 velocity_ref = policy.velocity(x, sigma, cond_mb)
                             _, _, mean_ref = transition(velocity_ref, x, sigma, sigma_next, s[t])
                             std = sde.transition_std(sigma, sigma_next, s[t])
-                            row_loss += args.kl_coef * loss.gaussian_kl(mean, mean_ref, std)
+                            kl = loss.gaussian_kl(mean, mean_ref, std)
+                            row_loss += args.kl_coef * kl
                         loss_share = (weight * row_loss).sum() / len(trained_steps)
                         policy.backward(loss_share)
+                    if args.gamma == "auto" and mb is micro_batches[0]:
+                        means[t] = mean.detach()
                     diagnostics[-1].append(
-                        loss.diagnostics(ratio, args.clip_range, weight, loss_share, update)
+                        loss.diagnostics(ratio, args.clip_range, weight, loss_share, update, kl)
                     )
             metrics["grad_norm"] = 0.0  # the last update's is logged
             if micro_batches:
@@ -228,17 +373,19 @@ def main(args: Args) -> Log:
                     cause = rewards.explain(scores, advantages, step_prompts)
                     raise errors.RunError(f"step {step}: the gradient is not finite. {cause}")
                 policy.step()
-        if args.gamma == "auto" and micro_batches:
-            mb, t = micro_batches[-1], trained_steps[-1]  # what was trained on last
-            region.observe(advantages[minibatch], metrics["grad_norm"])
-            region.measure(
-                step,
-                x=latents[mb.index, t],
-                cond=models.take(cond, mb.index),
-                sigma=sigmas[t],
-                sigma_next=sigmas[t + 1],
-                s=s[t],
-            )
+                if args.gamma == "auto":  # what the update cost: the means before and after it
+                    mb = micro_batches[0]  # the one with the fewest padding rows
+                    cond_mb = models.take(cond, mb.index)
+                    kls = []
+                    for t in trained_steps:
+                        x, sigma, sigma_next = latents[mb.index, t], sigmas[t], sigmas[t + 1]
+                        with policy.sampling():  # no gradients
+                            velocity = policy.velocity(x, sigma, cond_mb)
+                        _, _, mean = transition(velocity, x, sigma, sigma_next, s[t])
+                        std = sde.transition_std(sigma, sigma_next, s[t])
+                        kls.append(loss.gaussian_kl(mean, means[t], std))
+                    cost = processes.gather(torch.stack(kls).mean(0))[processes.gather(mb.real)]
+                    region.observe(advantages[minibatch].square().mean(), cost.mean())
         metrics["update_seconds"] = clock.lap()
 
         # --- Log ---
@@ -252,7 +399,7 @@ def main(args: Args) -> Log:
         metrics["skipped_groups"] = (~kept.any(1)).sum()
         metrics["gamma"] = gamma
         metrics["batch_std"] = reward[reward.isfinite()].std(unbiased=False)
-        metrics |= region.measured
+        metrics |= region.metrics()
         metrics |= rewards.summary(scores, parts)
         seconds = [metrics[f"{phase}_seconds"] for phase in ("rollout", "reward", "update")]
         metrics["samples_per_second"] = P * G / sum(seconds)

@@ -37,30 +37,40 @@ def gaussian_kl(
 
 @torch.no_grad()
 def diagnostics(
-    ratio: torch.Tensor, clip_range: float, share: torch.Tensor, loss: torch.Tensor, update: int
+    ratio: torch.Tensor,
+    clip_range: float,
+    share: torch.Tensor,
+    loss: torch.Tensor,
+    update: int,
+    kl: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
     """Return the diagnostics of one micro-batch, {name: scalar}, over the rows with share > 0.
 
     ratio [B]; share [B]: the weight of each row in the loss; loss: a scalar; update: the number of
-    the rollout's update, from 0.
+    the rollout's update, from 0; kl [B]: `gaussian_kl` from the initial weights, or None.
 
-    ratio_error    max |rho - 1| before the first update. More than rounding means that rollout and
-                   update compute different log-probabilities.
-    clip_fraction  the number of rows whose |rho - 1| is above clip_range
-    approx_kl      the sum of (rho - 1) - log rho: Schulman's estimate of KL(old || new), never
-                   negative
-    loss, rows     the loss, and the number of rows
+    ratio_error       max |rho - 1| before the first update. More than rounding means that rollout
+                      and update compute different log-probabilities.
+    clip_fraction     the number of rows whose |rho - 1| is above clip_range
+    ratio_divergence  the sum of (rho - 1) - log rho, about (log rho)^2 / 2. It is not a KL: log rho
+                      is an average over the D dimensions, so with a KL per dimension of k the
+                      expected value of (log rho)^2 / 2 is k / D + k^2 / 2.
+    loss, rows        the loss, and the number of rows
+    kl                the sum of kl, if it is given
     """
     counts = share > 0
     ratio = torch.where(counts, ratio, 1.0)
     error = (ratio - 1).abs()
-    return {
+    found = {
         "ratio_error": error.max() * (update == 0),
         "clip_fraction": (error > clip_range).float().sum(),
-        "approx_kl": (ratio - 1 - ratio.log()).sum(),
+        "ratio_divergence": (ratio - 1 - ratio.log()).sum(),
         "loss": loss.detach(),
         "rows": counts.sum(),
     }
+    if kl is not None:
+        found["kl"] = torch.where(counts, kl, 0.0).sum()
+    return found
 
 
 def summarise(
@@ -70,32 +80,31 @@ def summarise(
     """Return the diagnostics of a step, {name: number}, over all rows, processes and updates.
 
     diagnostics: for each update a list with those of its micro-batches. gather: [b, ...] of each
-    process -> [B, ...] on all of them. The result also has clip_fraction_N and approx_kl_N for each
-    update N after the first, because only there the ratio has moved. If no row was trained on, all
-    values are 0.
+    process -> [B, ...] on all of them. The result also has clip_fraction_N and ratio_divergence_N
+    for each update N after the first, because only there the ratio has moved. If no row was trained
+    on, all values are 0, and kl is left out.
     """
-    names = ("ratio_error", "clip_fraction", "approx_kl", "loss", "rows")
+    names = ("ratio_error", "clip_fraction", "ratio_divergence", "loss", "rows")
     later = {
         name: n
         for n in range(2, len(diagnostics) + 1)
-        for name in (f"clip_fraction_{n}", f"approx_kl_{n}")
+        for name in (f"clip_fraction_{n}", f"ratio_divergence_{n}")
     }
-    if not any(diagnostics):
+    parts = [part for update in diagnostics for part in update]
+    if not parts:
         return dict.fromkeys([*names[:4], *later], 0.0)
+    if "kl" in parts[0]:
+        names = (*names, "kl")
     number = [len(update) for update in diagnostics]
-    local = torch.stack(
-        [torch.stack([part[name] for name in names]) for update in diagnostics for part in update]
-    )
+    local = torch.stack([torch.stack([part[name] for name in names]) for part in parts])
     sums = torch.stack(
         [part.sum(0) for part in (local, *local.split(number))]
     )  # [1 + updates, names]
     total = gather(sums[None]).sum(0)
     worst = gather(local[:, :1].amax(0)).max()
-    clipped, kl = total[:, 1:3].div(total[:, 4:].clamp(min=1)).T.tolist()  # of no rows: 0
-    return {
-        "ratio_error": worst.item(),
-        "clip_fraction": clipped[0],
-        "approx_kl": kl[0],
-        "loss": (total[0, 3] / len(diagnostics)).item(),
-        **{name: (clipped if name.startswith("clip") else kl)[n] for name, n in later.items()},
-    }
+    # {name: [1 + updates]}; of no rows: 0
+    means = dict(zip(names, total.div(total[:, 4:5].clamp(min=1)).T.tolist()))
+    found = {name: means[name][0] for name in names if name not in ("ratio_error", "rows")}
+    found["ratio_error"] = worst.item()
+    found["loss"] = (total[0, 3] / len(diagnostics)).item()  # a sum over the rows already
+    return found | {name: means[name.rpartition("_")[0]][n] for name, n in later.items()}

@@ -615,10 +615,10 @@ REMARKS = {
     "reward. The interval ends"
     " at 0, and five seeds are few for it.",
     "gamma-auto:tiny-flux": "auto was 0 in every step of every seed, so this is the comparison "
-    "with 0 once more: "
-    "theorem 4 bounds the KL in the worst direction, which is 3.3 here where a step really had "
-    "6e-6, and --kl-limit is "
-    "1e-4. A limit above 3.3 would let it choose.",
+    "with 0 once more. "
+    "These runs are of version 0.2, which bounded the KL by theorem 4: in the worst direction and "
+    "at the least noisy "
+    "step. Since then auto measures the KL. It was not compared again.",
     "grpo-hacks:tiny-sd": "the search sees the proxy alone and gave GRPO a LoRA rate of .006, at "
     "which the proxy is "
     "hacked; its points are not monotone (.003 was the worst of the first three): two seeds may "

@@ -212,12 +212,12 @@ def seconds(settings):
         every.get("best_of") or every["group_size"]
     )
     trained *= every["prompts_per_step"] * (1.33 if every.get("kl_coef") else 1)
-    again = (
-        samples * sampled if every.get("prior") == "sft" else 0.0
-    )  # of the initial weights, while prompts are new
-    step = (
-        samples * sampled + trained * updated + again + (0.5 if every.get("gamma") == "auto" else 0)
-    )
+    again = 0.0
+    if every.get("prior") == "sft":  # by the initial weights, while prompts are new
+        again = samples * sampled
+    if every.get("gamma") == "auto":  # at most: the means after an update
+        again = samples * sampled
+    step = samples * sampled + trained * updated + again
     return (
         start
         + evaluation * (2 + (every["steps"] - 1) // every["eval_every"])

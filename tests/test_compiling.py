@@ -13,7 +13,6 @@ from test_families import folder_of, picture  # noqa: F401, a fixture
 from torch._dynamo.backends.debugging import aot_eager
 
 import grpo_base
-import slas
 from common.errors import InputError
 from common.trainer import compiling
 
@@ -103,11 +102,6 @@ def test_every_familys_blocks_compile_once(family, graphs, train, tmp_path, pict
     assert len(graphs) == number  # of the same blocks in another run
 
 
-def test_what_is_differentiated_twice_is_not_compiled(graphs, small, train):
-    _, rows = train(slas, **small, gamma="auto", kl_limit=1e-5, compile=True)
-    assert graphs and all(row["eigenvalue"] > 0 for row in rows[:1])
-
-
 def test_without_a_compiler_it_is_one_line(small, train, monkeypatch):
     from torch._inductor import config
 
@@ -141,8 +135,6 @@ def test_attention_takes_the_kernels_that_are_asked_for(small, train, monkeypatc
 def test_attention_that_is_not_there_is_one_line(small, train, tmp_path, picture):  # noqa: F811
     with pytest.raises(InputError, match="--attention flash .*backend 'flash' is not usable"):
         train(**small, attention="flash")
-    with pytest.raises(InputError, match="--attention _native_math has no second derivative"):
-        train(slas, **small, gamma="auto", attention="_native_math")
     with pytest.raises(InputError, match="--attention _native_math: a UNet2DConditionModel"):
         train(**folder_of("sd", tmp_path, picture), attention="_native_math", output="sd")
 

@@ -180,11 +180,10 @@ def test_the_equations_bring_torch_along_and_nothing_else():
         import sys, torch
         before = set(sys.modules)
         from grpo_base import compute_advantages
-        from slas import compute_advantages
+        from slas import TrustRegion, compute_advantages
         from bpgo import contrastive_rewards, reliability_weights
         from self_paced import combine_scores, hoyer_sparsity, stage_weights
         from common import groups, loss, sde
-        from common.trainer import fisher
         names = sys.modules.keys() - before
         new = {name: getattr(sys.modules[name], "__file__", None) or "" for name in names}
         packages = {name.partition(".")[0] for name, file in new.items() if "site-packages" in file}

@@ -108,11 +108,11 @@ WEIGHT = torch.tensor([0.25, 0.25, 0.25, 0.25, 0.0, 0.0])
 def test_diagnostics_leave_out_rows_without_weight():
     got = loss.diagnostics(RATIO, 0.1, WEIGHT, torch.tensor(0.5), update=0)
     rho = RATIO[:4].numpy()
-    assert set(got) == {"ratio_error", "clip_fraction", "approx_kl", "loss", "rows"}
+    assert set(got) == {"ratio_error", "clip_fraction", "ratio_divergence", "loss", "rows"}
     assert got["rows"] == 4 and got["loss"] == 0.5
     assert got["clip_fraction"] == 2  # 1.3 and 0.6 of the four; a count, not yet a fraction
     assert got["ratio_error"].item() == pytest.approx(0.4, abs=1e-12)
-    assert got["approx_kl"].item() == pytest.approx(sum(rho - 1 - np.log(rho)), abs=1e-12)
+    assert got["ratio_divergence"].item() == pytest.approx(sum(rho - 1 - np.log(rho)), abs=1e-12)
     alone = loss.diagnostics(RATIO[:4], 0.1, WEIGHT[:4], torch.tensor(0.5), update=0)
     assert {name: value.item() for name, value in alone.items()} == {
         name: value.item() for name, value in got.items()
@@ -135,22 +135,48 @@ def test_ratio_error_is_zero_after_the_first_update_where_the_ratio_may_move():
 
 def test_diagnostics_at_ratio_one_are_exactly_zero():
     got = loss.diagnostics(torch.ones(3), 1e-4, torch.ones(3), torch.tensor(0.5), update=0)
-    assert got["ratio_error"] == got["clip_fraction"] == got["approx_kl"] == 0 and got["rows"] == 3
+    assert got["ratio_error"] == got["clip_fraction"] == got["ratio_divergence"] == 0
+    assert got["rows"] == 3
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_approx_kl_is_never_negative(dtype):
+def test_ratio_divergence_is_never_negative(dtype):
     for delta in np.concatenate([-np.logspace(-6, -0.01, 200), np.logspace(-6, 1, 200)]):
         ratio = torch.tensor([1 + delta], dtype=dtype)
-        assert loss.diagnostics(ratio, 0.1, torch.ones(1), torch.tensor(0.0), 0)["approx_kl"] >= 0
+        got = loss.diagnostics(ratio, 0.1, torch.ones(1), torch.tensor(0.0), 0)
+        assert got["ratio_divergence"] >= 0
 
 
 @pytest.mark.parametrize("delta", [1e-2, 1e-3, -1e-2, -1e-3])
-def test_approx_kl_is_second_order_in_the_log_ratio(delta):
+def test_ratio_divergence_is_second_order_in_the_log_ratio(delta):
     """e^d - 1 - d = d^2/2 + d^3/6 + ..."""
     ratio = torch.tensor([delta], dtype=torch.float64).exp()
-    got = loss.diagnostics(ratio, 0.1, torch.ones(1), torch.tensor(0.0), 0)["approx_kl"].item()
-    assert abs(got - delta**2 / 2) < abs(delta) ** 3 / 5
+    got = loss.diagnostics(ratio, 0.1, torch.ones(1), torch.tensor(0.0), 0)
+    assert abs(got["ratio_divergence"].item() - delta**2 / 2) < abs(delta) ** 3 / 5
+
+
+@pytest.mark.parametrize("k, D", [(4e-5, 512), (1e-3, 512), (0.05, 64)])
+def test_ratio_divergence_is_no_kl(k, D):
+    """With a KL of k per dimension it is k / D + k^2 / 2 to second order; -log rho has mean k."""
+    rng = np.random.default_rng(0)
+    z = rng.standard_normal((10_000, D))
+    apart = np.sqrt(2 * k)  # of the means, in standard deviations: the KL is apart^2 / 2
+    log_ratio = ((z**2 - (z - apart) ** 2) / 2).mean(1)
+    rows = torch.ones(len(z), dtype=torch.float64)
+    ratio = torch.as_tensor(np.exp(log_ratio))
+    got = loss.diagnostics(ratio, 0.1, rows, torch.tensor(0.0), 0)["ratio_divergence"] / len(z)
+    assert got.item() == pytest.approx(k / D + k**2 / 2, rel=0.06)
+    error = np.sqrt(2 * k / D / len(z))
+    assert -log_ratio.mean() == pytest.approx(k, abs=4 * error)
+
+
+def test_the_kl_is_that_of_the_rows_that_count():
+    kl = torch.tensor([0.1, 0.2, 0.3, 0.4, torch.nan, 7.0], requires_grad=True)
+    got = loss.diagnostics(RATIO, 0.1, WEIGHT, torch.tensor(0.5), 0, kl)
+    assert got["kl"].item() == pytest.approx(1.0) and not got["kl"].requires_grad
+    other = loss.diagnostics(RATIO[:2], 0.1, WEIGHT[:2], torch.tensor(0.5), 1, kl[:2])
+    assert loss.summarise([[got], [other]])["kl"] == pytest.approx(1.3 / 6)
+    assert "kl" not in loss.summarise([[], []])
 
 
 def test_diagnostics_keep_no_graph():

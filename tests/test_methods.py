@@ -27,7 +27,6 @@ from common.models.family import Family
 from common.models.flux import Flux
 from common.prompts import prompts_of_step, read_prompts
 from common.rewards import Rewards
-from common.trainer import fisher
 from common.trainer.evaluator import sample
 from common.trainer.log import Log
 from lab.method_diffs import page, with_diff
@@ -470,7 +469,6 @@ STATEFUL = {
     "bpgo sft": (bpgo, dict(prior="sft")),
     "bpgo sft, lora": (bpgo, dict(prior="sft", lora_rank=4)),
     "bpgo released": (bpgo, dict(variant="released", alpha=1.0, minibatches=2)),
-    "slas auto": (slas, dict(gamma="auto")),
     "self_paced": (self_paced, {}),
     "self_paced v4": (self_paced, dict(variant="v4", alpha=1.0, minibatches=2)),
 }
@@ -610,56 +608,6 @@ def test_gradient_of_both_terms_is_theirs_added(train):
     assert contrast.norm() > 0.1 * plain.norm() and (trusted - plain).norm() > 0.01 * plain.norm()
     assert (everything - trusted - 0.7 * contrast).norm() <= 1e-4 * everything.norm()
     assert (alone - contrast).norm() <= 1e-4 * contrast.norm()  # eq 5
-
-
-# --- The trust region ---
-
-
-def test_auto_gamma_keeps_the_moment_within_the_limit(train, monkeypatch):
-    calls, honest = [], fisher.TrustRegion.observe
-    seen, largest = [], fisher.largest_exponent
-
-    def observe(region, advantages, grad_norm):
-        calls.append((advantages.square().mean().item(), float(grad_norm)))
-        return honest(region, advantages, grad_norm)
-
-    def largest_exponent(deviation, *settings):
-        seen.append((deviation, largest(deviation, *settings)))
-        return seen[-1][1]
-
-    monkeypatch.setattr(fisher.TrustRegion, "observe", observe)
-    monkeypatch.setattr(fisher, "largest_exponent", largest_exponent)
-    folder, rows = train(slas, steps=4, gamma="auto", kl_limit=1e-5, learning_rate=1e-4)
-    size = sum(value.numel() for value in weights(folder, 4).values())
-    assert rows[0]["gamma"] == 0 and "limit" not in rows[0]
-    for n, row in enumerate(rows[1:], 1):
-        power, norm = zip(*calls[:n])
-        g_max = max(g**2 / p for g, p in zip(norm, power) if p)
-        tau = 1e-4 * size**0.5 / norm[-1]
-        assert row["limit"] == pytest.approx(
-            2e-5 / (tau**2 * rows[n - 1]["eigenvalue"] * g_max), rel=1e-5
-        )
-    assert [row["gamma"] for row in rows[1:]] == [gamma for _, gamma in seen]
-    for (z, gamma), row in zip(seen, rows[1:]):
-        moment = (z.double().abs() ** (2 * (1 + gamma))).mean().item()
-        assert gamma == 0 or moment <= row["limit"] * (1 + 1e-9)
-    assert rows[-1]["residual"] < 0.5 and rows[-1]["eigenvalue"] > 0
-    assert all(name in rows[-1] for name in ("gamma", "batch_std", "gradient_max", "step_size"))
-
-
-@pytest.mark.long
-def test_a_wider_limit_allows_a_larger_gamma(train):
-    tight, wide = (
-        train(slas, name, steps=3, gamma="auto", kl_limit=limit, learning_rate=1e-4)[1][-1]["gamma"]
-        for name, limit in (("tight", 1e-12), ("wide", 1e6))
-    )
-    assert (tight, wide) == (0.0, 1.0)
-
-
-@pytest.mark.parametrize("normalize", ["after", "shaped"])
-def test_auto_gamma_bounds_the_moment_that_the_update_takes_or_refuses(train, normalize):
-    with pytest.raises(errors.InputError, match=f"--normalize {normalize}: --gamma auto needs"):
-        train(slas, gamma="auto", normalize=normalize)
 
 
 # --- Stages ---

@@ -12,7 +12,6 @@ import torch
 import yaml
 from conftest import ROOT
 from peft import LoraConfig
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import bpgo
 import grpo_base
@@ -150,24 +149,6 @@ def test_activations_without_contents_are_those_of_a_real_pass(name, lora):
     assert 0 < found < activations.row_bytes(outline, torch.float32, False)
     assert real.unwanted == {}  # guidance would take what counting left there
     assert all(weight.device.type == "meta" for weight in outline.pipe.vae.parameters())
-
-
-def test_attention_that_is_differentiated_twice_is_refused_if_its_scores_do_not_fit(monkeypatch):
-    large = models.outline("tiny-flux", torch.float32, 0, height=256, width=256)
-    module = large.pipe.transformer.requires_grad_(True)
-    plain = activations.row_bytes(large, torch.float32, False)
-    with sdpa_kernel(SDPBackend.MATH):
-        scores = activations.row_bytes(large, torch.float32, False)
-    tokens = large.noise_shape[0] + large.blank()["encoder_hidden_states"].shape[0]
-    blocks = len(module.transformer_blocks) + len(module.single_transformer_blocks)
-    assert scores - plain >= 0.9 * blocks * module.config.num_attention_heads * tokens**2 * 4
-
-    with sdpa_kernel(SDPBackend.MATH):
-        fit.check_twice_differentiated(large, torch.float32, rows=3, free=0)  # a small model
-        monkeypatch.setattr(fit, "SMALL", 0)
-        fit.check_twice_differentiated(large, torch.float32, rows=3, free=6 * scores)
-        with pytest.raises(InputError, match="with 3 rows needs .* Choose a number for --gamma"):
-            fit.check_twice_differentiated(large, torch.float32, rows=3, free=6 * scores - 1)
 
 
 def test_rewards_are_counted_once_and_a_judge_in_this_process_too():

@@ -11,7 +11,7 @@ import torch
 from common import models
 from common.args import Args
 from common.errors import InputError
-from common.memory import activations, turns
+from common.memory import turns
 from common.memory.bytes import Launch, number, reward_modules
 from common.memory.ways import ROOM, Counter, MemoryPlan, as_asked, plan, resolved, ways
 from common.models import lora
@@ -188,23 +188,3 @@ def commands_that_fit(args: Args, counter: Counter, free: float) -> list[str]:
             found.append(f"{words} --num_processes {world} {script}{small_pass}")
             break
     return found
-
-
-# --- Used by slas.py --gamma auto ---
-
-
-def check_twice_differentiated(model: Family, dtype: torch.dtype, rows: int, free: float) -> None:
-    """Raise InputError if a pass that is differentiated twice does not fit into `free` bytes.
-
-    The caller has chosen an attention kernel that can be differentiated twice: it keeps the scores
-    of every block. rows: of a pass. Models below 1 GiB are not counted.
-    """
-    if 4 * sum(map(number, model.trainable.values())) < SMALL:
-        return
-    need = 2 * rows * activations.row_bytes(model, dtype, checkpointing=False)
-    if need > free:
-        raise InputError(
-            f"--gamma auto: measuring the Fisher matrix with {rows} rows needs "
-            f"{need / 2**30:.1f} GiB for attention scores, and {free / 2**30:.1f} GiB are free. "
-            "Choose a number for --gamma, or make smaller samples (--height, --width, --frames)."
-        )
