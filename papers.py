@@ -3,13 +3,14 @@
 The table in common/models has the settings of a model for any script, and those of DanceGRPO, on
 which all three papers build. This file replaces them by the settings that a script's paper prints.
 A pair of script and model with `paper` is from that paper. For the other pairs the script and the
-model suggest the values. docs/reproduce.md has the commands for the papers' tables, and
-tests/test_reproduce.py compares them with the printed settings.
+model suggest the values. docs/reproduce.md lists the versions of the papers and has the commands
+for their tables. tests/test_reproduce.py compares those with the printed settings.
 """
 
 from common import models
 
-# arXiv ids
+# arXiv ids. The settings are those of v1 of BPGO, SLAS and Self-Paced GRPO. Settings that only
+# BPGO's released code (TeleBoost) or v4 of Self-Paced GRPO has are marked.
 _DANCE = "2505.07818"
 _FLOW = "2505.05470"
 _BPGO = "2511.18919"
