@@ -23,7 +23,7 @@ COMMANDS = [(name, command) for name, text in TEXTS.items() for command in comma
 def elsewhere(tmp_path, monkeypatch):
     """A folder with the runs that commands name."""
     monkeypatch.chdir(tmp_path)
-    for name in ("RUN", "runs/bpgo-tiny-flux-1", "runs/slas-tiny-flux-1"):
+    for name in ("RUN", "runs/plain", "runs/bpgo-tiny-flux-1", "runs/slas-tiny-flux-1"):
         for part in ("export", "checkpoints/step_000020"):
             (tmp_path / name / part).mkdir(parents=True)
         config = asdict(cli.defaults(bpgo.Args)) | {"script": "bpgo"}
