@@ -18,7 +18,7 @@ from common import cli, errors, models
 from common.args import defaults
 from common.models import lora, lora_file
 from common.prompts import read_prompts
-from common.trainer import Policy, export, run_folder
+from common.trainer import Policy, export
 from evaluation import trained
 
 SCRIPTS = {script.__name__: script for script in (grpo_base, bpgo, slas, self_paced)}
@@ -132,7 +132,7 @@ def test_alpha_is_twice_the_rank_unless_it_is_given(train):
 def as_of_0_1_0(folder):
     """Take the settings out of config.json that version 0.1.0 did not have."""
     config = json.loads((folder / "config.json").read_text())
-    for name in ("lora_alpha", *run_folder.ADDED):
+    for name in ("lora_alpha", "adam_eps", "init_lora", "eval_height", "eval_width", "eval_steps"):
         del config[name]
     (folder / "config.json").write_text(json.dumps(config))
 

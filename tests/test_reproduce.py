@@ -67,8 +67,8 @@ SLAS = {
     for method in ("DanceGRPO", "SLAS")
 }
 
-# 2511.19356v1, section 5.2 (size, rate, thresholds, group, steps, GPUs) and appendix A (the rest). It
-# prints two thresholds; the third is ours.
+# 2511.19356v1, section 5.2 (size, rate, thresholds, group, steps, GPUs) and appendix A (the rest).
+# It prints two thresholds; the third is ours.
 PACED = dict(
     sampling_steps=16,
     noise_level=0.5,
@@ -99,14 +99,39 @@ THREE = dict(reward=("judge:quality", "judge:smoothness", "judge:alignment"))
 J7, J72 = (dict(judge_model=f"Qwen/Qwen2.5-VL-{size}B-Instruct") for size in (7, 72))
 SELF_PACED = {
     "Self-Paced, table 1, 1.3B, DanceGRPO": dict(SMALL, reward=("videoalign",)),
-    "Self-Paced, table 1, 1.3B, 7B judge": {**SMALL, **THREE, **J7, "thresholds": (0.75, 0.75, 0.75)},
-    "Self-Paced, table 1, 1.3B, 72B judge": {**SMALL, **THREE, **J72, "thresholds": (0.75, 0.75, 0.75)},
-    "Self-Paced, table 1, 14B, 72B judge": {**LARGE, **THREE, **J72, "thresholds": (0.75, 0.73, 0.73)},
-    "Self-Paced, table 2, HunyuanVideo": {**HUNYUAN, **THREE, **J72, "thresholds": (0.70, 0.68, 0.68)},
+    "Self-Paced, table 1, 1.3B, 7B judge": {
+        **SMALL,
+        **THREE,
+        **J7,
+        "thresholds": (0.75, 0.75, 0.75),
+    },
+    "Self-Paced, table 1, 1.3B, 72B judge": {
+        **SMALL,
+        **THREE,
+        **J72,
+        "thresholds": (0.75, 0.75, 0.75),
+    },
+    "Self-Paced, table 1, 14B, 72B judge": {
+        **LARGE,
+        **THREE,
+        **J72,
+        "thresholds": (0.75, 0.73, 0.73),
+    },
+    "Self-Paced, table 2, HunyuanVideo": {
+        **HUNYUAN,
+        **THREE,
+        **J72,
+        "thresholds": (0.70, 0.68, 0.68),
+    },
     "Self-Paced, table 3, joint": {**SMALL, **THREE, "alpha": 0},
     "Self-Paced, table 3, one stage": {**SMALL, **THREE, "only_stage": 1},
     "Self-Paced, table 3, two stages": {**SMALL, **THREE, "only_stage": 2},
-    "Self-Paced, table 3, ours": {**SMALL, **THREE, "only_stage": 0, "thresholds": (0.75, 0.75, 0.75)},
+    "Self-Paced, table 3, ours": {
+        **SMALL,
+        **THREE,
+        "only_stage": 0,
+        "thresholds": (0.75, 0.75, 0.75),
+    },
     "Self-Paced, appendix A, thresholds": {**SMALL, **THREE, "calibrate": True},
     "Self-Paced, figure 7": {**SMALL, **THREE, "steps": 1, "prompts_per_step": 64},
 }

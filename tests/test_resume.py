@@ -256,7 +256,6 @@ ODD = {
     "a number for a list": ({"reward": 3}, "reward 3, now it is ['verifier']"),
     "another script's": ({"script": "bpgo", "alpha": 0.5}, "script 'bpgo', now it is 'grpo_base'"),
     "a setting more": ({"temperature": 1}, "another version, as the setting temperature shows"),
-    "a setting less": ({"seed": None}, "another version, as the setting seed shows"),
 }
 
 
@@ -511,7 +510,9 @@ def test_a_reward_that_poisons_a_step_is_named_with_its_prompt(
     ]
     words += ["--reward", "poisoned"]
     words += (
-        ["verifier", "--thresholds", "0.5", "0.5", "--only-stage", "1"] if script is self_paced else []
+        ["verifier", "--thresholds", "0.5", "0.5", "--only-stage", "1"]
+        if script is self_paced
+        else []
     )
     with pytest.raises(SystemExit) as ended:
         command(words, script)

@@ -43,14 +43,6 @@ FREE_IN_A_NEW_RUN = (
 # Settings that --resume does not take from config.json. A folder from elsewhere must not run code,
 # so rewards in files of code are not taken either.
 NOT_INHERITED = ("output", "resume", "trust_remote_code")
-# Settings that version 0.1.0 did not have, with the values that it acted by.
-ADDED = {
-    "adam_eps": 1e-8,
-    "init_lora": "",
-    "eval_height": 0,
-    "eval_width": 0,
-    "eval_steps": 0,
-}
 
 
 # --- Which folder ---
@@ -109,7 +101,7 @@ def completed(config: dict[str, Any]) -> dict[str, Any]:
 
     The alpha of a LoRA was its rank then.
     """
-    return {"lora_alpha": config.get("lora_rank", 0), **ADDED, **config}
+    return {"lora_alpha": config.get("lora_rank", 0), **config}
 
 
 # --- What may continue ---
@@ -133,6 +125,8 @@ def check(folder: Path, args: Args) -> str:
     free = (*FREE, *FREE_IN_A_NEW_RUN) if new else FREE
     then = {name: value for name, value in config.items() if name not in ("run", "from")}
     now = settings(args) if then else {}
+    if then:  # an older version acted by the defaults of the settings that it did not have
+        then = {**settings(type(args)()), **then}
     changed = sorted(name for name in {*then, *now} if then.get(name) != now.get(name))
     for name in sorted(changed, key=lambda name: name != "script"):
         if name not in free:
