@@ -163,9 +163,10 @@ class Rollout:
 
     prompts: str = ""
     """Training prompts: a text file with one prompt per line (for image-to-video models IMAGE <tab>
-    PROMPT); FILE:COLUMN of a csv, tsv, jsonl, json or parquet table; hub:OWNER/NAME/FILE:COLUMN of
-    a data set on the hub; or a named set: dancegrpo:images, dancegrpo:videos, hpdv2, first-frames.
-    Other fields of a jsonl line are passed to rewards that ask for them."""
+    PROMPT); FILE:COLUMN of a csv, tsv, jsonl, ndjson, json or parquet table;
+    hub:OWNER/NAME/FILE:COLUMN of a data set on the hub; or a named set: dancegrpo:images,
+    dancegrpo:videos, hpdv2, first-frames. Other fields of a jsonl line are passed to rewards that
+    ask for them."""
     eval_prompts: str = ""
     """Held-out prompts for --eval-every and --sample-every, given as for --prompts, or those of a
     benchmark: hpsv2:STYLE (anime, concept-art, paintings, photo, all), geneval, unigenbench,

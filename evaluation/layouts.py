@@ -200,12 +200,9 @@ def _rows(spec: str, **columns) -> list[dict[str, Any]]:
     path = sets.path_of(spec) if spec in sets.PUBLISHED else Path(spec)
     try:
         rows = files.rows_of(path, next(iter(columns)))
-    except (
-        OSError,
-        KeyError,
-        ValueError,
-        RecursionError,
-    ) as error:  # csv's own errors do not come of readable text
+    except InputError:
+        raise
+    except (OSError, KeyError, ValueError, RecursionError) as error:
         raise InputError(
             f"prompts: {spec} is not a readable file of the benchmark ({text(error)}). Give "
             "another file."

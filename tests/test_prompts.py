@@ -12,7 +12,14 @@ import pytest
 import torch
 
 from common.errors import InputError
-from common.prompts import AHEAD, files, prompts_ahead, prompts_of_step, read_prompts
+from common.prompts import (
+    AHEAD,
+    fields_of,
+    files,
+    prompts_ahead,
+    prompts_of_step,
+    read_prompts,
+)
 
 
 def written(tmp_path, content):
@@ -232,14 +239,14 @@ def test_strings_without_columns(tmp_path):
         (
             "a.jsonl",
             b'{"prompt": "one"}\n"a red \\ud83d"',
-            r"a.jsonl has '\ud83d', half of a letter",
+            r"a.jsonl (line 2) has '\ud83d', half of a letter",
         ),
         ("a.jsonl", b'{"prompt": "one"}\n{"prompt": ["two"]}', "row 2 of "),
         ("a.jsonl", b"[1]", "row 1 of "),
         ("a.jsonl", b"caf\xe9", "position 3"),
         ("a.csv", b"prompt\n" + b"x" * 200_000, "field larger"),
         ("a.csv", b"", "no prompt in it"),
-        ("a.csv", b"index,prompt\n1\n2,\n", "no prompt in it"),
+        ("a.csv", b"index,prompt\n,\n2,\n", "no prompt in it"),
         ("a.parquet", b"PAR1", "ArrowInvalid"),
         ("b.csv:prompt", None, "No such file"),
     ],
@@ -251,6 +258,144 @@ def test_bad_tables_are_refused_in_one_line(tmp_path, name, content, reason):
         read_prompts(tmp_path / name)
     assert str(tmp_path / name.partition(":")[0]) in str(error.value) and reason in str(error.value)
     assert "\n" not in str(error.value) and len(str(error.value)) < 600
+
+
+# --- Files as people keep them ---
+
+
+def kept(tmp_path, name, content):
+    path = tmp_path / name
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return read_prompts(path)
+
+
+@pytest.mark.parametrize(
+    "name, content, prompts",
+    [
+        # quotes are part of a cell where nothing needs them, which is what OCR prompts are made of
+        (
+            "a.tsv",
+            'id\tprompt\n1\t"EXIT" above a door\n2\tplain\n',
+            ['"EXIT" above a door', "plain"],
+        ),
+        ("a.tsv", 'prompt\tid\n"OPEN 24 H"\t1\nplain\t2\n', ['"OPEN 24 H"', "plain"]),
+        ("a.tsv", 'id\tprompt\n1\t"never closed\n2\tplain\n', ['"never closed', "plain"]),
+        ("a.tsv", 'prompt\na 19" rack\n"a" and "b"\n', ['a 19" rack', '"a" and "b"']),
+        # what a csv writer made of them
+        (
+            "a.tsv",
+            'id\tprompt\n1\t"""EXIT"" above a door"\n2\tplain\n',
+            ['"EXIT" above a door', "plain"],
+        ),
+        ("a.tsv", '"id"\t"prompt"\n"1"\t"a red fox"\n', ["a red fox"]),
+        ("a.tsv", 'id\tprompt\n1\t"two\tcells"\n2\t"two\nlines"\n', ["two cells", "two lines"]),
+        (
+            "a.csv",
+            'prompt\n"""EXIT"" above a door"\na 19" rack\n',
+            ['"EXIT" above a door', 'a 19" rack'],
+        ),
+        ("a.csv", "\n\nid,prompt\n\n1,one\r\n,\n3,three", ["one", "three"]),
+        ("a.csv", "id,prompt\r1,one\r2,two\r", ["one", "two"]),  # of an old Mac
+        ("a.csv", ",prompt\n0,one\n", ["one"]),  # pandas' index
+        ("a.ndjson", '{"prompt": "one"}\n\n{"prompt": "two"}', ["one", "two"]),
+        # a tab is part of a caption, unless the name of a file is before it
+        ("a.txt", "a fox,\tin snow\nplain\n", ["a fox, in snow", "plain"]),
+        ("a.txt", "v1.5\t\tof a fox\n", ["v1.5 of a fox"]),
+        ("a.txt", b"one\n\xef\xbb\xbftwo\n", ["one", "two"]),  # cat one.txt two.txt
+        ("a.txt", "{red|blue} fox\n[a fox]\n", ["{red|blue} fox", "[a fox]"]),
+        ("a.txt", "caption this, a fox\nprompt\n", ["caption this, a fox", "prompt"]),
+    ],
+)
+def test_files_as_people_keep_them(tmp_path, name, content, prompts):
+    assert kept(tmp_path, name, content) == prompts
+
+
+@pytest.mark.parametrize(
+    "name, content, reason",
+    [
+        (
+            "a.csv",
+            "prompt,id\na fox,1\na fox, asleep,2\n",
+            "row 2 of {} (line 3): the number of cells is 3",
+        ),
+        ("a.csv", "prompt\na fox, asleep\n", "row 1 of {} (line 2): the number of cells is 2"),
+        ("a.csv", "id,prompt\n1,a fox\n\n2\n", "row 2 of {} (line 4): the number of cells is 1"),
+        ("a.csv", 'id,prompt\n1,"EXIT" above a door\n', "row 1 of {} (line 2): ',' expected"),
+        ("a.csv", 'id,prompt\n1,one\n2,"never\n3,three\n', "row 2 of {} (line 3): unexpected end"),
+        ("a.csv", 'id,prompt\n1,"never\n2,"again"\n', "row 1 of {} (line 2): "),
+        (
+            "a.csv",
+            "sep=,\nid,prompt\n1,one\n",
+            "row 1 of {} (line 2) has no column",
+        ),  # Excel's first line
+        ("a.csv", "id;prompt\n1;one\n", "row 1 of {} (line 2) has no column 'prompt'; it has 'id;"),
+        ("a.csv", "a fox,7\na cat,8\n", "first line of a csv or tsv file has the names"),
+        ("a.csv", "prompt,prompt\na,b\n", "has two columns 'prompt'"),
+        ("a.csv", "id,prompt\n1,a\0b\n", "{}, line 2: a NUL character"),
+        (
+            "a.tsv",
+            "id\tprompt\n1\tone\n2\ttwo\tcells\n",
+            "row 2 of {} (line 3): the number of cells is 3",
+        ),
+        (
+            "a.tsv",
+            'id\tprompt\n1\t"X" on a door\n2\n',
+            "row 2 of {} (line 3): the number of cells is 1",
+        ),
+        ("a.tsv", 'prompt\n"two\nlines"\n', "row 1 of {} (line 2) opens a quote"),
+        ("a.tsv", 'id\tprompt\n1\t"X" on a door\n2\t"a ""y"""\n', "row 1 of {} (line 2): "),
+        ("a.txt", '{"prompt": "a fox"}\n', "{}, line 1: "),
+        ("a.txt", 'a fox\n\n{"prompt": "a fox"}\n', "{}, line 3: "),
+        ("a.txt", '["a fox", "a cat"]\n', "Name the file .jsonl"),
+        ("a.txt", '[\n  {\n    "prompt": "a fox"\n', "Name the file .jsonl"),
+        ("a.txt", "prompt\na fox\n", "'prompt' looks like the header"),
+        ("a.txt", "id,Prompt\n1,a fox\n", "looks like the header"),
+        ("a.json", '{"prompt": "one"}\n{"prompt": "two"}\n', "Name the file .jsonl"),
+        ("a.jsonl", '[\n{"prompt": "one"}\n]\n', "{}, line 1: JSONDecodeError"),
+        ("a.jsonl", '"one"\n\n{"prompt": 7}', "row 2 of {} (line 3) has '7' in column"),
+        ("a.jsonl", '{"prompt": "a\\u0000b"}', "row 1 of {} (line 1) has a NUL"),
+        ("a.txt", "one\ntwo\n".encode("utf-16-le"), "{}, line 1: a NUL character"),
+        ("a.csv", "prompt\none\n".encode("utf-16"), "{}, line 1: UTF-16 ("),
+        ("a.txt", "one\ncafé\n".encode("cp1252"), "{}, line 2: not UTF-8"),
+        ("a.txt", "version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
+        ("a.csv", "\n<!DOCTYPE html>\n<html>\n", "a web page"),
+        ("a.jsonl", "404: Not Found", "a server's answer"),
+    ],
+)
+def test_what_would_be_read_as_something_else_is_refused(tmp_path, name, content, reason):
+    with pytest.raises(InputError) as error:
+        kept(tmp_path, name, content)
+    assert reason.format(tmp_path / name) in str(error.value)
+    assert str(tmp_path / name) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_parquet_column_of_other_things_than_text(tmp_path):
+    rows = {"prompt": [b"one"], "number": [3], "words": [["a", "b"]], "text": ["one"]}
+    pyarrow.parquet.write_table(pyarrow.table(rows), tmp_path / "a.parquet")
+    for column in ("prompt", "number", "words"):
+        with pytest.raises(InputError, match=f"row 1 of .*a.parquet has .* in column '{column}'"):
+            read_prompts(f"{tmp_path}/a.parquet:{column}")
+    encoded = pyarrow.array(["one", None, "two"]).dictionary_encode()  # pandas' categories
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": encoded}), tmp_path / "b.parquet")
+    assert read_prompts(tmp_path / "b.parquet") == ["one", "two"]
+
+
+def test_the_fields_of_json_lines_under_their_other_name(tmp_path):
+    (prompt,) = kept(tmp_path, "a.ndjson", '{"prompt": "a sign", "text": "EXIT"}')
+    assert fields_of(prompt) == {"text": "EXIT"}
+
+
+def test_the_image_before_a_tab(tmp_path, monkeypatch):
+    """A file that is missing or lacks an ending, a caption with another tab, with odd slashes."""
+    (tmp_path / "frame").write_bytes(b"")
+    monkeypatch.setenv("HOME", "/home/fox")
+    lines = "lost.PNG\ta  fox // x/./y\nframe\ta\tfox\n~/clip.mp4\tc\nnot a file\td\n"
+    assert kept(tmp_path, "a.txt", lines) == [
+        f"{tmp_path}/lost.PNG\ta  fox // x/./y",
+        f"{tmp_path}/frame\ta fox",
+        "/home/fox/clip.mp4\tc",
+        "not a file d",
+    ]
 
 
 def test_fifty_thousand_prompts_are_read_and_dealt_out_at_once(tmp_path):
@@ -274,9 +419,9 @@ def test_a_file_without_end_is_refused(monkeypatch):
 
 
 def test_a_file_of_one_endless_line_is_refused(tmp_path):
-    (tmp_path / "line.txt").write_text("a red circle " * 10_000)
+    (tmp_path / "line.txt").write_text("one\n" + "a red circle " * 10_000)
     with pytest.raises(
         InputError,
-        match="line.txt has a prompt of more than 100000 letters",
+        match=r"line.txt has a prompt of more than 100000 letters \(line 2\)",
     ):
         read_prompts(tmp_path / "line.txt")

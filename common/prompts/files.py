@@ -1,6 +1,5 @@
 """Read prompt files: text with one prompt a line, or a table with prompts in one column."""
 
-import csv
 import json
 import re
 from pathlib import Path
@@ -8,11 +7,27 @@ from typing import Any
 
 from common import errors
 from common.errors import InputError
+from common.prompts import tables
+from common.prompts.tables import Row
 
-TABLES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+JSON_LINES = (".jsonl", ".ndjson")
+TABLES = (*JSON_LINES, ".json", ".csv", ".tsv", ".parquet")
 LONGEST = 2**30  # bytes of a file
 LETTERS = 100_000  # of a prompt; the models read some hundred words
 COLUMN = "prompt"  # the column of a table when none is named
+HEADER = {"prompt", "prompts", "caption", "captions"}  # a text file that begins so is a table
+# What counts as a path before a tab, also if the file is missing. Any other file must exist.
+MEDIA = (
+    ".png .jpg .jpeg .webp .bmp .gif .tif .tiff .avif .heic .mp4 .mov .avi .mkv .webm .m4v".split()
+)
+# how files begin, in small letters, that are not what somebody meant to download
+NOT_PROMPTS = {
+    "version https://git-lfs": "a pointer of git-lfs. Fetch the file with `git lfs pull`",
+    "<!doctype html": "a web page. Download the raw file",
+    "<html": "a web page. Download the raw file",
+    "404: not found": "a server's answer that there is no such file. Download it again",
+    "entry not found": "a server's answer that there is no such file. Download it again",
+}
 
 
 class Prompt(str):
@@ -33,10 +48,11 @@ def read(path: str | Path, column: str = COLUMN, called: str | Path | None = Non
     """Return the prompts of a file, without blank ones.
 
     A text file (UTF-8, with or without a byte-order mark) has a prompt a line. In a line
-    IMAGE <tab> CAPTION the image's path is relative to the file's folder. For a table (TABLES) the
-    prompts are the strings of one column; .jsonl and .json may also be lists of strings. The other
-    values in a line of .jsonl become the prompt's `fields`. called: the name of the file in errors.
-    Raises InputError.
+    IMAGE <tab> CAPTION the image's path is relative to the file's folder; a tab after anything but
+    the name of a picture, a clip or a file is a blank of the caption. For a table (TABLES) the
+    prompts are the strings of one column; .jsonl, .ndjson and .json may also be lists of strings.
+    The other values in a line of .jsonl or .ndjson become the prompt's `fields`. called: the name
+    of the file in errors. Raises InputError, with the line or row at fault.
     """
     path, called = Path(path), called or path
     if path.is_fifo():
@@ -46,13 +62,9 @@ def read(path: str | Path, column: str = COLUMN, called: str | Path | None = Non
         if path.suffix.lower() in TABLES:
             prompts = _table(path, column, called)
         else:
-            prompts = _lines(path)
+            prompts = _lines(path, called)
     if not prompts:
         raise InputError(f"prompts: {called} has no prompt in it. Write one prompt a line.")
-    if len(max(prompts, key=len)) > LETTERS:
-        raise InputError(
-            f"prompts: {called} has a prompt of more than {LETTERS} letters. Shorten it."
-        )
     return prompts
 
 
@@ -61,43 +73,131 @@ def one_line(text: str) -> str:
     return re.sub(r"[\t\r\n]+", " ", text).strip()
 
 
-def rows_of(path: Path, column: str) -> list:
-    """Return the rows of a table: dictionaries, or any values for .jsonl and .json.
+def _text(path: Path, called: str | Path) -> str:
+    """Return what a text file holds, with the line ends of Unix.
 
-    For .parquet they have the given column only. Raises OSError and ValueError.
+    Raises InputError for other encodings than UTF-8, and for what was not meant to be a text file.
     """
-    kind = path.suffix.lower()
-    if kind == ".jsonl":
-        return _jsonl(path)
-    if kind == ".json":
-        return _json(path)
-    if kind == ".parquet":
-        return _parquet(path, column)
-    return _csv(path, delimiter="\t" if kind == ".tsv" else ",")
-
-
-def _text(path: Path) -> str:
-    """Return what a text file holds, with the line ends of Unix."""
     with open(path, "rb") as file:
         regular = path.is_file() and path.stat().st_size <= LONGEST
         data = file.read() if regular else file.read(LONGEST + 1)  # /dev/zero has no end
     if len(data) > LONGEST:
         raise ValueError(f"it has more than {LONGEST} bytes")
-    return data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        kind = "UTF-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "not UTF-8"
+        raise InputError(
+            f"prompts: {called}, line {line}: {kind} ({error}). Save it as UTF-8 text."
+        ) from None
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    text = text.replace("\n\ufeff", "\n")  # byte-order marks of files that were joined
+    if "\0" in text:
+        line = text[: text.index("\0")].count("\n") + 1
+        raise InputError(
+            f"prompts: {called}, line {line}: a NUL character, as in UTF-16, binary or damaged "
+            "files. Save it as UTF-8 text."
+        )
+    start = text[:100].lstrip().lower()
+    for beginning, meaning in NOT_PROMPTS.items():
+        if start.startswith(beginning):
+            raise InputError(f"prompts: {called} is {meaning}.")
+    return text
 
 
-def _lines(path: Path) -> list[str]:
-    prompts = [line.strip() for line in _text(path).split("\n") if line.strip()]
-    return [str(path.parent / prompt) if "\t" in prompt else prompt for prompt in prompts]
+# --- Text with one prompt a line ---
+
+
+def _lines(path: Path, called: str | Path) -> list[str]:
+    prompts = []
+    for number, line in enumerate(_text(path, called).split("\n"), 1):
+        line = line.strip()
+        if line:
+            place = f"prompts: {called}, line {number}"
+            if not prompts:
+                _refuse_header(line, place)
+            _refuse_json(line, place, first=not prompts)
+            prompts.append(_with_path(line, path.parent))
+            _check_length(prompts[-1], f"prompts: {called}", f"line {number}")
+    return prompts
+
+
+def _with_path(line: str, folder: Path) -> str:
+    """Return IMAGE <tab> CAPTION with the image's path from `folder`, or a caption without tabs."""
+    image, tab, caption = line.partition("\t")
+    if not tab:
+        return line
+    path = folder / Path(image.strip()).expanduser()
+    if path.suffix.lower() in MEDIA or path.is_file():
+        return f"{path}\t{one_line(caption)}"
+    return one_line(line)
+
+
+def _refuse_header(line: str, place: str) -> None:
+    """Raise InputError if the first line of a text file is the header of a table."""
+    cells = [cell.strip(" \"'").lower() for cell in re.split(r"[,;\t]", line)]
+    if HEADER & set(cells) and all(re.fullmatch(r"\w*", cell) for cell in cells):
+        raise InputError(
+            f"{place}: {line[:80]!r} looks like the header of a table. Name the file .csv or .tsv, "
+            "or delete that line."
+        )
+
+
+def _refuse_json(line: str, place: str, first: bool) -> None:
+    """Raise InputError for a line that is a JSON object, and for a first line that begins JSON."""
+    if line[0] not in ("{[" if first else "{"):
+        return
+    try:
+        json.loads(line)
+    except ValueError:
+        if not first or line not in ("{", "[", "[{"):
+            return
+    raise InputError(
+        f"{place}: {line[:80]!r} is JSON. Name the file .jsonl if each line is an object, else "
+        ".json."
+    )
+
+
+def _check_length(prompt: str, owner: str, place: str) -> None:
+    if len(prompt) > LETTERS:
+        raise InputError(
+            f"{owner} has a prompt of more than {LETTERS} letters ({place}). Shorten it."
+        )
+
+
+# --- Tables ---
+
+
+def rows_of(path: Path, column: str) -> list[Any]:
+    """Return the rows of a table: dictionaries, or any values for JSON.
+
+    For .parquet they have the given column only. Raises OSError and ValueError.
+    """
+    return [row.value for row in _rows(path, column, path)]
+
+
+def _rows(path: Path, column: str, called: str | Path) -> list[Row]:
+    kind = path.suffix.lower()
+    if kind == ".parquet":
+        return tables.parquet_rows(path, column)
+    text = _text(path, called)
+    if kind == ".json":
+        return tables.json_rows(text, called)
+    if kind == ".tsv":
+        return tables.tsv_rows(text, called)
+    if kind == ".csv":
+        return list(tables.csv_rows(text, called))
+    return tables.jsonl_rows(text, called)
 
 
 def _table(path: Path, column: str, called: str | Path) -> list[str]:
-    """Return one column of a table. For .jsonl the other columns become fields."""
+    """Return one column of a table. For JSON lines the other columns become fields."""
     prompts = []
-    for number, row in enumerate(rows_of(path, column), 1):
-        text = _cell(row, column, number, called)
-        if text and path.suffix.lower() == ".jsonl":
-            text = with_fields(text, row, column)
+    for row in _rows(path, column, called):
+        text = _cell(row, column, called)
+        if text and path.suffix.lower() in JSON_LINES:
+            text = with_fields(text, row.value, column)
         if text:
             prompts.append(text)
     return prompts
@@ -112,62 +212,33 @@ def with_fields(text: str, row: dict | str | None, column: str) -> str:
     return prompt
 
 
-def _cell(row: Any, column: str, number: int, called: str | Path) -> str:
+def _cell(row: Row, column: str, called: str | Path) -> str:
     """Return the prompt in a row, "" if it has none.
 
     Tabs and line breaks become blanks: the text before a tab would count as an image's path. Raises
     InputError for a row without the column, and for a value that is not text.
     """
-    if isinstance(row, dict):
-        if column not in row:
-            has = ", ".join(map(repr, row)) or "none"
+    value, place = row.value, f"prompts: {row.of(called)}"
+    if isinstance(value, dict):
+        if column not in value:
+            has = ", ".join(map(repr, value)) or "none"
             raise InputError(
-                f"prompts: row {number} of {called} has no column {column!r}; it has {has}. Write "
-                "FILE:COLUMN."
+                f"{place} has no column {column!r}; it has {has[:300]}. Write FILE:COLUMN. The "
+                "first line of a csv or tsv file has the names of its columns."
             )
-        row = row[column]
-    if not isinstance(row, str | None):
+        value = value[column]
+    if not isinstance(value, str | None):
         raise InputError(
-            f"prompts: row {number} of {called} has {str(row)[:40]!r} in column {column!r}, which "
-            "is not text. Name another column as FILE:COLUMN, or correct that row."
+            f"{place} has {str(value)[:40]!r} in column {column!r}, which is not text. Name "
+            "another column as FILE:COLUMN, or correct that row."
         )
+    value = value or ""
     try:
-        (row or "").encode()
+        value.encode()
     except UnicodeEncodeError as error:  # JSON can spell half of a letter; tokenizers cannot
-        half = row[error.start : error.end]
-        raise InputError(
-            f"prompts: row {number} of {called} has {half!a}, half of a letter. Correct that row."
-        ) from None
-    return one_line(row or "")
-
-
-def _jsonl(path: Path) -> list:
-    rows = []
-    for number, line in enumerate(_text(path).split("\n"), 1):
-        if line.strip():
-            try:
-                rows.append(json.loads(line))
-            except ValueError as error:
-                raise ValueError(f"line {number}: {error}") from None
-    return rows
-
-
-def _json(path: Path) -> list:
-    rows = json.loads(_text(path))
-    if not isinstance(rows, list):
-        raise ValueError("it is not a list of rows")
-    return rows
-
-
-def _csv(path: Path, delimiter: str) -> list[dict]:
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        return list(csv.DictReader(file, delimiter=delimiter))
-
-
-def _parquet(path: Path, column: str) -> list[dict]:
-    import pyarrow.parquet as parquet  # hpsv2 installs it
-
-    names = parquet.read_schema(path).names
-    if column not in names:
-        return [dict.fromkeys(names)]
-    return parquet.read_table(path, columns=[column]).to_pylist()  # others may hold pictures
+        half = value[error.start : error.end]
+        raise InputError(f"{place} has {half!a}, half of a letter. Correct that row.") from None
+    if "\0" in value:
+        raise InputError(f"{place} has a NUL character. Correct that row.")
+    _check_length(value, f"prompts: {called}", f"row {row.number}")
+    return one_line(value)
