@@ -41,6 +41,7 @@ from common import cli, errors, models
 from common.args import From, check_bounds, defaults, rows_of
 from common.errors import InputError
 from common.models.family import Family
+from common.models.pictures import read_image
 from common.prompts import caption_of, files, image_of, prompts_of_step, read_prompts
 from common.reporting.pictures import pyplot
 from common.rewards import Rewards
@@ -250,7 +251,7 @@ def medium(path: str) -> torch.Tensor:
         if Path(path).suffix.lower() in MOVING:
             pixels = np.stack([frame[..., :3] for frame in imageio.imiter(path)])
         else:
-            pixels = imageio.imread(path, mode="RGB")
+            pixels = np.asarray(read_image(path))
         return torch.from_numpy(pixels.copy()).movedim(-1, -3)[None].float() / 255
 
 

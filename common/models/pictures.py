@@ -42,15 +42,18 @@ def check(prompts: Sequence[str], wanted: bool) -> None:
 
 
 def read_image(path: str, small: bool = False) -> "Image.Image":
-    """Load an image in RGB.
+    """Load an image in RGB, turned as its EXIF orientation says: diffusers.utils.load_image.
 
     small: read a JPEG to its end, but decode it at a small size, for a check. Raises InputError for
-    a file that is not an image, is broken, or is too large for PIL.
+    a file that is not an image, is broken, or is too large for PIL, and for integers above 255 and
+    floats, which PIL would make white or black.
     """
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     with errors.loading("image", path, do="replace it in the prompts"):
         with Image.open(path) as picture:
+            if picture.mode[0] in "IF":
+                raise ValueError(f"its mode {picture.mode} has more than 8 bits, save it with 8")
             if small:
                 picture.draft("RGB", (64, 64))
-            return picture.convert("RGB")
+            return ImageOps.exif_transpose(picture).convert("RGB")
