@@ -44,7 +44,14 @@ from common import cli, errors, groups, loss, memory, models, sde
 from common.args import Above, From
 from common.args import Args as SharedArgs
 from common.models.family import Family
-from common.prompts import caption_of, fields_of, prompts_ahead, prompts_of_step, read_prompts
+from common.prompts import (
+    caption_of,
+    fields_of,
+    key_of,
+    prompts_ahead,
+    prompts_of_step,
+    read_prompts,
+)
 from common.rewards import Rewards
 from common.trainer import Checkpoints, Clock, Evaluator, Log, Policy, Processes
 
@@ -235,13 +242,16 @@ class PromptPrior:
     def expect(self, prompts: list[str], reward: torch.Tensor) -> torch.Tensor:
         """Return the expected reward of P prompts, [P, 1]. Raises RunError if one has no score."""
         known = self.state["known"]
-        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in known]
+        keys = [key_of(prompt) for prompt in prompts]  # a caption may have several rows
+        new = {key: prompt for key, prompt in zip(keys, prompts) if key not in known}
         if new:
-            for prompt, value in zip(new, self.measure(new).tolist()):
+            for key, value in zip(new, self.measure(list(new.values())).tolist()):
                 if math.isnan(value):
-                    raise errors.RunError(f"--prior: {prompt!r} has no score. Take another prior.")
-                known[str(prompt)] = value  # a plain string: a prompt may carry fields
-        return reward.new_tensor([known[prompt] for prompt in prompts])[:, None]
+                    raise errors.RunError(
+                        f"--prior: {new[key]!r} has no score. Take another prior."
+                    )
+                known[key] = value
+        return reward.new_tensor([known[key] for key in keys])[:, None]
 
 
 def initial_rewards(

@@ -42,7 +42,7 @@ from common.args import From, check_bounds, defaults, rows_of
 from common.errors import InputError
 from common.models.family import Family
 from common.models.pictures import read_image
-from common.prompts import caption_of, files, image_of, prompts_of_step, read_prompts
+from common.prompts import caption_of, files, image_of, key_of, prompts_of_step, read_prompts
 from common.reporting.pictures import pyplot
 from common.rewards import Rewards
 from common.trainer.evaluator import sample
@@ -278,7 +278,7 @@ def main(args: Args) -> list[dict]:
         number = min(args.number, len(prompts))
         prompts = prompts_of_step(prompts, 0, number=number, seed=args.seed)
     if not args.real:
-        prompts = list(dict.fromkeys(prompts))
+        prompts = list({key_of(prompt): prompt for prompt in prompts}.values())
     captions = [caption_of(prompt) for prompt in prompts]
     model, settings = load(args, captions if args.real else prompts)
     settings = replace(

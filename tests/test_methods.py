@@ -25,7 +25,7 @@ from common import cli, errors, memory, models
 from common.args import defaults
 from common.models.family import Family
 from common.models.flux import Flux
-from common.prompts import prompts_of_step, read_prompts
+from common.prompts import fields_of, prompts_of_step, read_prompts
 from common.rewards import Rewards
 from common.trainer.evaluator import sample
 from common.trainer.log import Log
@@ -521,6 +521,41 @@ def test_running_mean_forgets():
     for step in range(200):
         expected = prior.expect(["a"], torch.full((1, 4), float(step >= 100)))
     assert expected.item() == pytest.approx(1 - (1 - 1 / bpgo.RUNNING_MEAN_STEPS) ** 99, abs=1e-6)
+
+
+def test_each_row_has_its_own_measured_prior(tmp_path):
+    """Rows with one caption and other fields, or another image; each is measured once."""
+    rows = [("a sign", "EXIT"), ("a sign", "OPEN"), ("a door", "EXIT"), ("a sign", "EXIT")]
+    lines = [json.dumps({"prompt": caption, "text": text}) for caption, text in rows]
+    (tmp_path / "a.jsonl").write_text("\n".join([*lines, '"a sign"']))
+    (tmp_path / "b.txt").write_text("1.png\ta sign\n2.png\ta sign\n")
+    prompts = read_prompts(tmp_path / "a.jsonl") + read_prompts(tmp_path / "b.txt")
+    measured = []
+
+    def measure(new):
+        measured.extend(new)
+        return torch.arange(len(measured) - len(new), len(measured)).float()
+
+    prior = bpgo.PromptPrior(measure)
+    reward = torch.zeros(len(prompts), 4)
+    expected = [[0.0], [1.0], [2.0], [0.0], [3.0], [4.0], [5.0]]
+    assert prior.expect(prompts, reward).tolist() == expected
+    assert [fields_of(prompt).get("text") for prompt in measured] == [
+        "EXIT",
+        "OPEN",
+        "EXIT",
+        *3 * [None],
+    ]
+    assert prior.expect(prompts[::-1], reward).tolist() == expected[::-1] and len(measured) == 6
+    assert all(type(key) is str for key in prior.state["known"])  # checkpoints hold plain values
+
+
+def test_measured_priors_of_an_older_checkpoint_are_used_on():
+    """There the key was the caption, which is still that of a prompt without fields."""
+    prior = bpgo.PromptPrior(None)  # measures nothing
+    prior.state["known"] = {"a sign": 0.25, "1.png\ta sign": 0.5}
+    prompts = ["1.png\ta sign", "a sign"]
+    assert prior.expect(prompts, torch.zeros(2, 4)).tolist() == [[0.5], [0.25]]
 
 
 @pytest.mark.parametrize("lora_rank", [0, 4])

@@ -6,6 +6,7 @@ rewards that need them.
 """
 
 import functools
+import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -41,6 +42,15 @@ def image_of(prompt: str) -> str:
 def fields_of(prompt: str) -> dict:
     """Return the other values of the prompt's line of JSONL: {name: value}."""
     return getattr(prompt, "fields", {})
+
+
+def key_of(prompt: str) -> str:
+    """Return a key of a prompt with its image and fields; without fields it is the prompt's text.
+
+    Equality of prompts is that of their text alone.
+    """
+    fields = fields_of(prompt)
+    return f"{prompt}\n{json.dumps(fields, sort_keys=True)}" if fields else str(prompt)
 
 
 def prompts_of_step(prompts: list[str], step: int, number: int, seed: int) -> list[str]:
