@@ -6,6 +6,8 @@ import contextlib
 import dataclasses
 import importlib.util
 import inspect
+import os
+import re
 import sys
 import textwrap
 from collections.abc import Callable
@@ -59,7 +61,7 @@ def parse(
     """
     import tyro
 
-    argv = sys.argv[1:]
+    argv = at_home(sys.argv[1:])
     with errors.one_line():
         if "--list-models" in argv:
             print(models.table(cls.SETTINGS))
@@ -75,6 +77,15 @@ def parse(
         for name, value in vars(found).items():
             values.update(vars(value) if isinstance(value, Group) else {name: value})
         return cls(**values)
+
+
+def at_home(argv: list[str]) -> list[str]:
+    """Return the words of a command line with ~ in full, also after an equals sign.
+
+    A shell leaves --output=~/runs and hpsv2=~/weights.pt as they are.
+    """
+    home = re.compile(r"(?<![^=])~[^/=]*(?=/|$)")  # (?<![^=]): at the start, or after an =
+    return [home.sub(lambda found: os.path.expanduser(found[0]), word) for word in argv]
 
 
 def _with_latest(argv: list[str]) -> list[str]:

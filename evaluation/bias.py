@@ -422,5 +422,5 @@ def draw(path: Path, rows: list[dict], kinds: list[dict], names: list[str]) -> N
 
 if __name__ == "__main__":
     with errors.one_line():
-        given = tyro.cli(Args, description=__doc__, args=sys.argv[1:])
+        given = tyro.cli(Args, description=__doc__, args=cli.at_home(sys.argv[1:]))
     errors.run(main, given)

@@ -21,7 +21,7 @@ from typing import Any
 
 import tyro
 
-from common import errors, rewards
+from common import cli, errors, rewards
 from common.errors import InputError
 from common.reporting.files import rows_before
 from common.reporting.pictures import pyplot
@@ -273,5 +273,5 @@ def main(args: Args) -> None:
 
 if __name__ == "__main__":
     with errors.one_line():
-        arguments = tyro.cli(Args, description=__doc__, args=sys.argv[1:])
+        arguments = tyro.cli(Args, description=__doc__, args=cli.at_home(sys.argv[1:]))
     errors.run(main, arguments)

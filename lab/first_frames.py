@@ -10,6 +10,7 @@ it goes on. BPGO (2511.18919, appendix B) starts from the first frames of real c
 objects were removed; these are whole."""
 
 import json
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import torch
 import tyro
 from PIL import Image, ImageOps
 
-from common import models
+from common import cli, models
 from common.errors import InputError, run
 from common.prompts import caption_of, image_of, prompts_of_step, read_prompts, sets
 from common.trainer.evaluator import sample
@@ -130,4 +131,4 @@ def artist(args, prompts):
 
 
 if __name__ == "__main__":
-    run(main, tyro.cli(Args, description=__doc__))
+    run(main, tyro.cli(Args, description=__doc__, args=cli.at_home(sys.argv[1:])))

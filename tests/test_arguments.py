@@ -350,6 +350,47 @@ def test_rewards_take_words_and_numbers(monkeypatch, word, frames):
 
 
 @pytest.mark.parametrize(
+    "words, name, value",
+    [
+        ("--output=~/runs", "output", "/home/fox/runs"),
+        ("--output ~", "output", "/home/fox"),  # in quotes a shell leaves it, too
+        ("--prompts=~/a.txt", "prompts", "/home/fox/a.txt"),
+        ("--eval-prompts=~/a.csv:text", "eval_prompts", "/home/fox/a.csv:text"),
+        ("--eval_prompts=~/a.csv", "eval_prompts", "/home/fox/a.csv"),
+        ("--model=~/sd", "model", "/home/fox/sd"),
+        ("--source=~/model", "source", "/home/fox/model"),
+        ("--judge-model=~/judge", "judge_model", "/home/fox/judge"),
+        ("--reward ~/a.py:Mine=2 jpeg", "reward", ("/home/fox/a.py:Mine=2", "jpeg")),
+        ("--reward=~/a.py:Mine=2", "reward", ("/home/fox/a.py:Mine=2",)),
+        ("--watch=~/a.py:Mine", "watch", ("/home/fox/a.py:Mine",)),
+        (
+            "--reward-path hpsv2=~/w.pt clip=~/c",
+            "reward_path",
+            ("hpsv2=/home/fox/w.pt", "clip=/home/fox/c"),
+        ),
+        ("--reward-path=hpsv2=~/w.pt", "reward_path", ("hpsv2=/home/fox/w.pt",)),
+        ("--output=a~/b", "output", "a~/b"),
+        ("--output=runs/~/b", "output", "runs/~/b"),
+        ("--output=~nobody.of.this.name/b", "output", "~nobody.of.this.name/b"),
+    ],
+)
+def test_a_path_may_begin_at_home(monkeypatch, words, name, value):
+    monkeypatch.setenv("HOME", "/home/fox")
+    assert getattr(parsed(monkeypatch, *words.split()), name) == value
+
+
+def test_a_run_to_resume_may_be_at_home(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    settings = dataclasses.asdict(dataclasses.replace(defaults(Args), seed=7))
+    run = tmp_path / "runs/a"
+    (run / "checkpoints/step_000001").mkdir(parents=True)
+    (run / "config.json").write_text(json.dumps({**settings, "script": "grpo_base"}))
+    args = parsed(monkeypatch, "--resume=~/runs/a/checkpoints/step_000001", "--output=~/runs/b")
+    assert args.seed == 7 and args.output == f"{tmp_path}/runs/b"
+    assert parsed(monkeypatch, "--resume", "latest", "--output=~/runs/a").seed == 7
+
+
+@pytest.mark.parametrize(
     "argv, resume",
     [
         ([], ""),
