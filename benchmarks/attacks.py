@@ -183,7 +183,7 @@ def pictures(rng, folder):
         file.unlink()
     if how == "a loop":
         file.symlink_to(file)
-    (folder / "p.txt").write_text(f"{file.name}\ta red circle moving left\n")
+    (folder / "p.txt").write_text(f"{file.name}\ta red circle moving left\n", encoding="utf-8")
     words = [
         "--model",
         "tiny-wan-i2v",
@@ -252,9 +252,9 @@ def spoilt(rng, folder):
         file.write_bytes(data)
     elif how == "value" and configs:
         file = rng.choice(configs)
-        content = json.loads(file.read_text())
+        content = json.loads(file.read_text(encoding="utf-8"))
         key, value = rng.choice(sorted(content)), rng.choice(VALUES)
-        file.write_text(json.dumps({**content, key: value}))
+        file.write_text(json.dumps({**content, key: value}), encoding="utf-8")
         how = f"{key} = {value!r:.30} in"
     elif how in ("tensor", "numbers", "type") and tensors:
         file = rng.choice(tensors)
@@ -283,7 +283,8 @@ def spoilt(rng, folder):
     else:
         how = {"pointer": "pointer"}.get(how, "half a JSON")
         file.write_text(
-            "version https://git-lfs.github.com/spec/v1\n" if how == "pointer" else '{"a": ['
+            "version https://git-lfs.github.com/spec/v1\n" if how == "pointer" else '{"a": [',
+            encoding="utf-8",
         )
     return f"{how} {file.relative_to(folder)}"
 
@@ -395,7 +396,7 @@ def machine(rng, folder):
     if how in ("full", "closed"):
         attack = Attack(f"{how} output", words, stdout="/dev/full" if how == "full" else "|")
     elif how == "ASCII":
-        (folder / "pé.txt").write_text("a réd circle\n")
+        (folder / "pé.txt").write_text("a réd circle\n", encoding="utf-8")
         words += ["--prompts=pé.txt", "--reward", "jpeg", "--output=rüns"]
         attack = Attack(
             "an ASCII terminal",
@@ -423,7 +424,10 @@ def machine(rng, folder):
 
 
 def _little_memory(more):
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    used = (
+        int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[0])
+        * resource.getpagesize()
+    )
     resource.setrlimit(resource.RLIMIT_AS, (used + more, used + more))
     return []
 
@@ -467,10 +471,13 @@ def resumed(rng, folder):
         file.mkdir() if how == "folder" else None
     elif how == "value":
         file = place / "checkpoint.json"
-        content = json.loads(file.read_text())
-        file.write_text(json.dumps({**content, rng.choice(sorted(content)): rng.choice(VALUES)}))
+        content = json.loads(file.read_text(encoding="utf-8"))
+        file.write_text(
+            json.dumps({**content, rng.choice(sorted(content)): rng.choice(VALUES)}),
+            encoding="utf-8",
+        )
     else:
-        file.write_text("" if how == "empty" else '{"step": ["x"]}\n')
+        file.write_text("" if how == "empty" else '{"step": ["x"]}\n', encoding="utf-8")
     words = [
         "--output=run",
         "--resume=latest",
@@ -527,7 +534,10 @@ def begin(attack, folder):
         os.dup2(os.open("stderr.txt", os.O_WRONLY | os.O_CREAT), 2)
         if attack.own and not attack.before:
             os.execv(sys.executable, [sys.executable, str(ROOT / f"{attack.script}.py"), *words])
-        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+        sys.stdout, sys.stderr = (
+            open(1, "w", closefd=False, encoding="utf-8"),
+            open(2, "w", closefd=False, encoding="utf-8"),
+        )
         words += attack.before() if attack.before else []
         sys.argv = [f"{attack.script}.py", *words]
         script = SCRIPTS[attack.script]
@@ -545,7 +555,7 @@ def begin(attack, folder):
 def verdict(attack, folder, status, seconds, memory):
     """(what came of an attack: "its end", "one line", or what went wrong, the line that it said)"""
     said = (
-        (folder / "stderr.txt").read_text(errors="replace")
+        (folder / "stderr.txt").read_text(errors="replace", encoding="utf-8")
         if (folder / "stderr.txt").exists()
         else ""
     )
@@ -581,7 +591,7 @@ def lost(attack, folder, code, line):
     for run in folder.glob("r*n*"):
         if not attack.saved or attack.kept or not (run / "metrics.jsonl").is_file():
             continue
-        rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+        rows = map(json.loads, (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
         steps = sum(
             "reward_mean" in row for row in rows
         )  # the last evaluation has a row of its own
@@ -605,7 +615,7 @@ def template():
         folder.mkdir()
         _template.append(folder / "run")
         child = begin(Attack("", ["--lora-rank=4", "--save-every=1"]), folder)
-        assert os.waitpid(child, 0)[1] == 0, (folder / "stderr.txt").read_text()
+        assert os.waitpid(child, 0)[1] == 0, (folder / "stderr.txt").read_text(encoding="utf-8")
     return _template[0]
 
 

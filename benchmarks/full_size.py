@@ -264,7 +264,7 @@ def watched(phases, steps):
 
 def measured(args, phases, folder):
     """Run grpo_base.main; return its settings, and what it logged of the last step."""
-    (folder / "prompts.txt").write_text("\n".join(CAPTIONS))
+    (folder / "prompts.txt").write_text("\n".join(CAPTIONS), encoding="utf-8")
     run_args = defaults(
         grpo_base.Args,
         args.model,
@@ -323,7 +323,10 @@ def wheels():
     from packaging.requirements import Requirement
 
     found = {}
-    queue = [Requirement(line) for line in (ROOT / "requirements.txt").read_text().split()]
+    queue = [
+        Requirement(line)
+        for line in (ROOT / "requirements.txt").read_text(encoding="utf-8").split()
+    ]
     while queue:
         need = queue.pop()
         name = re.sub("[-_.]+", "-", need.name.lower())

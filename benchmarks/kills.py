@@ -75,7 +75,9 @@ def start(job, folder, *flags):
         f"--output={folder}",
         *flags,
     ]
-    return subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, encoding="utf-8"
+    )
 
 
 def finish(process):
@@ -85,7 +87,7 @@ def finish(process):
 
 def steps_done(folder):
     path = folder / "metrics.jsonl"
-    return len(path.read_text().splitlines()) if path.exists() else 0
+    return len(path.read_text(encoding="utf-8").splitlines()) if path.exists() else 0
 
 
 def kill(process, folder, rng, moment):
@@ -138,7 +140,10 @@ def same(folder, whole):
     """Whether two finished runs left the same numbers, weights and exports."""
     numbers, states, exports = [], [], []
     for run in (folder, whole):
-        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        rows = [
+            json.loads(line)
+            for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        ]
         numbers.append([{name: row[name] for name in row if name not in TIMINGS} for row in rows])
         step, state = checkpoint_files.read(checkpoint_files.newest_first(run)[0])
         states.append([step, *torch.utils._pytree.tree_leaves(state)])

@@ -47,14 +47,16 @@ def has(kernels):
     """Whether this processor can run these kernels."""
     features = Path("/proc/cpuinfo")  # on Linux; elsewhere the default alone is tried
     needed = {"avx512": "avx512f"}.get(kernels, kernels)
-    return kernels == "default" or (features.exists() and f" {needed} " in features.read_text())
+    return kernels == "default" or (
+        features.exists() and f" {needed} " in features.read_text(encoding="utf-8")
+    )
 
 
 def run(words, environment, log):
     """bash run.sh words -> (seconds, its output, its exit code); the output goes to the end of the
     log as it comes."""
     started, command = time.time(), ["bash", str(ROOT / "run.sh"), *words]
-    with log.open("a") as file:
+    with log.open("a", encoding="utf-8") as file:
         print("$", *words, file=file, flush=True)
         before = file.tell()
         done = subprocess.run(
@@ -103,7 +105,7 @@ def lock(pythons, args):
     for python in pythons:
         freeze = [str(venv(python, args) / "bin/python"), "-m", "pip", "freeze", "--local"]
         for line in subprocess.run(
-            freeze, capture_output=True, text=True, check=True
+            freeze, capture_output=True, text=True, check=True, encoding="utf-8"
         ).stdout.splitlines():
             name, _, version = line.partition("==")
             versions.setdefault(name.lower(), {})[python] = version.partition("+")[0]
@@ -119,7 +121,7 @@ def lock(pythons, args):
                 f'{name}=={version} ; python_version == "{python}"'
                 for python, version in found.items()
             ]
-    (ROOT / "requirements.lock").write_text("\n".join(lines) + "\n")
+    (ROOT / "requirements.lock").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def main():

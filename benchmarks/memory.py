@@ -257,7 +257,10 @@ def main(args):
             print(lines[-1], flush=True)
     if args.write:
         part = re.compile(r"(?<=<!-- memory -->\n).*?(?=<!-- /memory -->)", re.S)
-        PAGE.write_text(part.sub(lambda _: "\n".join(lines) + "\n", PAGE.read_text()))
+        PAGE.write_text(
+            part.sub(lambda _: "\n".join(lines) + "\n", PAGE.read_text(encoding="utf-8")),
+            encoding="utf-8",
+        )
 
 
 if __name__ == "__main__":

@@ -15,7 +15,9 @@ def commit():
     """The commit that is checked out, "unknown" without git."""
     words = ["git", "-C", str(RESULTS.parent), "rev-parse", "--short", "HEAD"]
     try:
-        return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            words, capture_output=True, text=True, check=True, encoding="utf-8"
+        ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
@@ -28,8 +30,9 @@ def write(title, lines):
         f"{platform.machine()}, {torch.get_num_threads()} threads, {versions}, {device}, "
         f"commit {commit()}"
     )
-    text = RESULTS.read_text() if RESULTS.exists() else "# Measured results\n"
+    text = RESULTS.read_text(encoding="utf-8") if RESULTS.exists() else "# Measured results\n"
     old = re.compile(rf"\n## {re.escape(title)}\n.*?(?=\n## |\Z)", re.S)
     RESULTS.write_text(
-        old.sub("", text) + "\n".join(["", f"## {title}", "", machine, "", *lines, ""])
+        old.sub("", text) + "\n".join(["", f"## {title}", "", machine, "", *lines, ""]),
+        encoding="utf-8",
     )

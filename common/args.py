@@ -358,7 +358,9 @@ def _check_value(flag: str, value: Any, bounds: list[From]) -> None:
     try:
         str(value).encode()
     except UnicodeEncodeError:
-        raise InputError(f"{flag} {value!a:.300}: not UTF-8. Choose another name.") from None
+        raise InputError(
+            f"{flag} {value!a:.300}: not UTF-8. Choose another name, or set PYTHONUTF8=1."
+        ) from None
     if isinstance(value, str):  # "auto" or "scheduler", where a number has bounds
         return
     for bound in bounds:

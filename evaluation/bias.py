@@ -336,7 +336,9 @@ def write(
     ]
     folder.mkdir(parents=True, exist_ok=True)
     tables = {"bias": rows, "clusters": kinds}
-    (folder / "bias.json").write_text(json.dumps(tables, indent=1, allow_nan=False) + "\n")
+    (folder / "bias.json").write_text(
+        json.dumps(tables, indent=1, allow_nan=False) + "\n", encoding="utf-8"
+    )
     for name, table in tables.items():
         with (folder / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([list(table[0]), *(list(row.values()) for row in table)])

@@ -52,7 +52,7 @@ class Folder:
         if not path.exists():
             return
         with errors.loading("--output", path, do="choose another folder"):
-            then = json.loads(path.read_text())
+            then = json.loads(path.read_text(encoding="utf-8"))
             names = {**then, **self.settings}
             wrong = [name for name in names if then.get(name) != self.settings.get(name)]
         if wrong:
@@ -64,7 +64,9 @@ class Folder:
 
     def _read(self, name: str) -> dict[int, dict[str, list]]:
         path = self._scores(name)
-        lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+        lines = (
+            path.read_text(errors="replace", encoding="utf-8").splitlines() if path.exists() else []
+        )
         rows = [_json(line) for line in lines]
         rows = [row for row in rows if isinstance(row, dict)]  # a killed process leaves half a line
         if rows and rows[0] != self.whose[name]:
@@ -97,7 +99,7 @@ class Folder:
         for reward, found in scores.items():
             values[reward] = [v if v == v else None for v in found.tolist()]
         self.parts[name][number] = values
-        with self._scores(name).open("a") as file:
+        with self._scores(name).open("a", encoding="utf-8") as file:
             file.write(json.dumps({"part": number, "scores": values}) + "\n")
 
     def scores(

@@ -112,7 +112,7 @@ def _split(path: Path) -> tuple[Path, Path | None]:
 
 def _config(spec: str | Path, folder: Path) -> dict[str, Any]:
     try:
-        config = json.loads((folder / "config.json").read_text())
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         config = None
     if not isinstance(config, dict) or not isinstance(config.get("model"), str):

@@ -105,7 +105,7 @@ def read(folder: str | Path) -> Run:
     step."""
     folder = Path(folder)
     try:
-        config = json.loads((folder / "config.json").read_text())
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         rows = rows_before(folder / "metrics.jsonl", math.inf)
     except (OSError, ValueError) as error:
         raise InputError(f"{folder} is no run's folder ({errors.text(error)})") from None
@@ -260,8 +260,10 @@ def main(args: Args) -> None:
     rows = table(groups, shown)
     folder.mkdir(parents=True, exist_ok=True)
     draw(folder / "compare.png", groups, shown)
-    (folder / "compare.json").write_text(json.dumps(rows, indent=1, allow_nan=False) + "\n")
-    with (folder / "compare.csv").open("w", newline="") as file:
+    (folder / "compare.json").write_text(
+        json.dumps(rows, indent=1, allow_nan=False) + "\n", encoding="utf-8"
+    )
+    with (folder / "compare.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)

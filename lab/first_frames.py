@@ -79,11 +79,15 @@ def begin(args):
     try:
         output.mkdir(parents=True, exist_ok=True)
         settings = output / "settings.json"
-        if any(output.glob("*.png")) and settings.exists() and settings.read_text() != made:
+        if (
+            any(output.glob("*.png"))
+            and settings.exists()
+            and settings.read_text(encoding="utf-8") != made
+        ):
             raise InputError(
                 f"--output {output} has begun with other settings; delete it or give another"
             )
-        settings.write_text(made)
+        settings.write_text(made, encoding="utf-8")
     except OSError as error:
         raise InputError(f"--output {output}: cannot write there ({error.strerror})") from None
     return output

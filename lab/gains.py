@@ -61,7 +61,7 @@ def run(job, seed, folder):
         "--tracker=none",
         *resume,
     ]
-    with (folder / f"{output.name}.log").open("a") as log:
+    with (folder / f"{output.name}.log").open("a", encoding="utf-8") as log:
         subprocess.run(
             words,
             cwd=ROOT,
@@ -70,14 +70,21 @@ def run(job, seed, folder):
             stderr=log,
             check=True,
         )
-    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line)
+        for line in (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     evaluations = [row["eval_reward"] for row in rows if "eval_reward" in row]
     return {"start": evaluations[0], "end": evaluations[-1], "commit": commit()}
 
 
 def commit():
     return subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
+        ["git", "rev-parse", "--short", "HEAD"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
     ).stdout.strip()
 
 
@@ -100,13 +107,12 @@ def with_table(readme):
     before, _, rest = readme.partition("<!-- gains -->")
     _, end, after = rest.partition("<!-- /gains -->")
     assert end, "README.md has no place for the gains"
-    return (
-        f"{before}<!-- gains -->\n{table(json.loads(RESULTS.read_text()))}\n<!-- /gains -->{after}"
-    )
+    results = json.loads(RESULTS.read_text(encoding="utf-8"))
+    return f"{before}<!-- gains -->\n{table(results)}\n<!-- /gains -->{after}"
 
 
 def main(args):
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
     todo = [
         (job, seed)
         for seed in args.seeds
@@ -120,10 +126,12 @@ def main(args):
         for done in as_completed(under_way):
             (job, seed), found = under_way[done], done.result()
             results.setdefault(job, {})[str(seed)] = found
-            RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
+            RESULTS.write_text(
+                json.dumps(results, indent=1, sort_keys=True) + "\n", encoding="utf-8"
+            )
             print(f"{job} --seed {seed}: {found['start']:.3f} -> {found['end']:.3f}", flush=True)
     readme = ROOT / "README.md"
-    readme.write_text(with_table(readme.read_text()))
+    readme.write_text(with_table(readme.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":

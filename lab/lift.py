@@ -64,7 +64,7 @@ def functions(source):
 
 def lifted(name):
     """Return a file's text: the functions of NAME.py that need torch, and one another, alone."""
-    source = (ROOT / f"{name}.py").read_text()
+    source = (ROOT / f"{name}.py").read_text(encoding="utf-8")
     asked = functions(source)
     while out := [function for function, names in asked.items() if names - asked.keys()]:
         for function in out:

@@ -14,7 +14,7 @@ METHODS = ("bpgo", "slas", "self_paced")
 
 def code(name):
     """Return the lines of a script from its first function on."""
-    lines = (ROOT / f"{name}.py").read_text().splitlines()
+    lines = (ROOT / f"{name}.py").read_text(encoding="utf-8").splitlines()
     return lines[next(i for i, line in enumerate(lines) if line.startswith("def ")) :]
 
 
@@ -48,4 +48,6 @@ def with_diff(text, name):
 
 if __name__ == "__main__":
     for name in METHODS:
-        page(name).write_text(with_diff(page(name).read_text(), name))
+        page(name).write_text(
+            with_diff(page(name).read_text(encoding="utf-8"), name), encoding="utf-8"
+        )

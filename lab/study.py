@@ -264,7 +264,9 @@ def start_worker(parent, folder):
 
     threading.Thread(target=watch, daemon=True).start()
     os.chdir(ROOT)
-    sys.stdout = sys.stderr = (folder / f"worker-{os.getpid()}.log").open("a", buffering=1)
+    sys.stdout = sys.stderr = (folder / f"worker-{os.getpid()}.log").open(
+        "a", buffering=1, encoding="utf-8"
+    )
     import torch
 
     torch.set_num_threads(1)

@@ -50,7 +50,8 @@ class Results:
             shrink or (lambda settings: settings),
         )
         self.files = {
-            path.stem: json.loads(path.read_text()) for path in sorted(self.folder.glob("*-*.json"))
+            path.stem: json.loads(path.read_text(encoding="utf-8"))
+            for path in sorted(self.folder.glob("*-*.json"))
         }
 
     def runs(self, settings):
@@ -133,7 +134,7 @@ class Results:
         process leaves the old file or the new one."""
         name = name_of(settings)
         path = self.folder / f"{name}.json"
-        known = json.loads(path.read_text())["runs"] if path.exists() else {}
+        known = json.loads(path.read_text(encoding="utf-8"))["runs"] if path.exists() else {}
         runs = sorted({**known, str(seed): rounded(run)}.items(), key=lambda pair: int(pair[0]))
         self.files[name] = {"settings": settings, "config": config, "runs": dict(runs)}
         self.folder.mkdir(parents=True, exist_ok=True)

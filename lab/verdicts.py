@@ -315,7 +315,7 @@ def with_table(text, results):
 
 
 def write(results):
-    README.write_text(with_table(README.read_text(), results))
+    README.write_text(with_table(README.read_text(encoding="utf-8"), results), encoding="utf-8")
 
 
 if __name__ == "__main__":

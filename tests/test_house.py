@@ -4,6 +4,8 @@ import ast
 import dataclasses
 import difflib
 import importlib
+import json
+import os
 import re
 import subprocess
 import sys
@@ -245,3 +247,127 @@ def test_every_flag_of_every_script_is_read_somewhere():
     for path in [*SCRIPTS, ROOT / "evaluate.py"]:
         flags = {f.name for f in dataclasses.fields(importlib.import_module(path.stem).Args)}
         assert not flags - shared - set(reads(path)), path.name
+
+
+# --- Text is UTF-8, whatever the locale ---
+
+TEXT_FILES = {"open", "read_text", "write_text", "fdopen", "NamedTemporaryFile", "TemporaryFile"}
+TEXT_FILES |= {"TextIOWrapper", "FileHandler", "basicConfig", "run", "Popen", "check_output"}
+OF_BYTES = {"os", "Image"}  # os.open, Image.open
+OWN = {"files"}  # common.reporting.files.write_text, which is UTF-8
+
+
+def opens_text(call):
+    """Whether a call opens a text file, or a pipe to another program in text mode."""
+    name = getattr(call.func, "attr", getattr(call.func, "id", ""))
+    owner = getattr(getattr(call.func, "value", None), "id", "")
+    keywords = {keyword.arg: keyword.value for keyword in call.keywords}
+    method = isinstance(call.func, ast.Attribute)
+    if name not in TEXT_FILES or (name == "open" and owner in OF_BYTES):
+        return False
+    if name in ("run", "Popen", "check_output"):
+        return bool({"text", "universal_newlines"} & keywords.keys())
+    if name in ("read_text", "write_text"):
+        return method and owner not in OWN
+    if name in ("FileHandler", "TextIOWrapper", "basicConfig"):
+        return name != "basicConfig" or "filename" in keywords
+    place = 1 if name == "fdopen" or not method else 0  # of the mode
+    if name.endswith("TemporaryFile"):
+        place, default = 0, "w+b"
+    else:
+        default = "r"
+    mode = keywords.get("mode", call.args[place] if len(call.args) > place else None)
+    return "b" not in (mode.value if isinstance(mode, ast.Constant) else default)
+
+
+def without_encoding(code):
+    """The lines of code that open text in the encoding of the locale."""
+    calls = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)]
+    return [
+        call.lineno
+        for call in calls
+        if opens_text(call) and "encoding" not in {keyword.arg for keyword in call.keywords}
+    ]
+
+
+@pytest.mark.parametrize(
+    "code, wrong",
+    [
+        ("open(path)", True),
+        ("open(path, 'w')", True),
+        ("open(path, mode='a', newline='')", True),
+        ("open(path, 'rb')", False),
+        ("path.open('a')", True),
+        ("path.open('wb')", False),
+        ("gzip.open(path, 'rt')", True),
+        ("path.read_text()", True),
+        ("path.read_text(encoding='utf-8')", False),
+        ("(a / b).write_text(words)", True),
+        ("write_text(path, words)", False),
+        ("os.open(path, os.O_RDONLY)", False),
+        ("os.fdopen(number, 'w')", True),
+        ("tempfile.NamedTemporaryFile()", False),
+        ("tempfile.NamedTemporaryFile('w')", True),
+        ("subprocess.run(words, text=True)", True),
+        ("subprocess.run(words)", False),
+        ("logging.FileHandler(path)", True),
+    ],
+)
+def test_what_opens_text_in_the_encoding_of_the_locale(code, wrong):
+    assert bool(without_encoding(code)) == wrong
+
+
+def test_text_is_opened_as_utf_8():
+    rooms = ("common", "evaluation", "worlds", "lab", "benchmarks")
+    paths = [*ROOT.glob("*.py"), *(path for room in rooms for path in (ROOT / room).rglob("*.py"))]
+    assert len(paths) > 100
+    found = [
+        f"{path.relative_to(ROOT)}:{line}"
+        for path in paths
+        for line in without_encoding(path.read_text(encoding="utf-8"))
+    ]
+    assert not found
+
+
+@pytest.mark.parametrize(
+    "locale",
+    [
+        {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},  # ASCII
+        {"PYTHONIOENCODING": "latin-1"},
+    ],
+    ids=["files and streams", "streams"],
+)
+def test_a_run_in_a_locale_without_utf_8(locale, tmp_path):
+    """Prompts are read, the page is written, and lines are printed, all with other letters."""
+    (tmp_path / "prompts.txt").write_text("🦊 läuft → 中\n", encoding="utf-8")
+    settings = {"prompts": "läuft 中", "script": "bpgo"}
+    (tmp_path / "config.json").write_text(json.dumps(settings, ensure_ascii=False), "utf-8")
+    rows = [{"step": step, "reward_mean": 0.5 + step, "eval_reward": step} for step in range(2)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    code = """if True:
+        import sys
+        from pathlib import Path
+        from common import errors
+        from common.prompts import read_prompts
+        from common.reporting import page
+
+        def main(folder):
+            (prompt,) = read_prompts(folder / "prompts.txt")
+            assert page.write(folder).read_bytes().decode().count("l\\xe4uft \\u4e2d")
+            print(prompt)
+            print(prompt, file=sys.stderr)
+            raise errors.InputError(f"prompts: {prompt} is not of this world")
+
+        errors.run(main, Path(sys.argv[1]))
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path],
+        cwd=ROOT,
+        env={**os.environ, **locale},
+        capture_output=True,
+    )
+    assert done.returncode == 2, done.stderr.decode(errors="replace")
+    assert done.stdout.startswith(b"\\U0001f98a l") and b"\\u4e2d" in done.stdout
+    assert b"error: prompts: \\U0001f98a l" in done.stderr and b"Traceback" not in done.stderr
+    html = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "läuft 中" in html and "0.500 → 1.500" in html

@@ -240,7 +240,7 @@ def main(folder="assets/prompts"):
         pixels = (clip[0] * 255).round().byte().movedim(0, -1).numpy()  # [H, W, 3]
         Image.fromarray(pixels).save(path / line.split("\t")[0])
     for name, of_file in lines.items():
-        (path / name).write_text("\n".join(of_file) + "\n")
+        (path / name).write_text("\n".join(of_file) + "\n", encoding="utf-8")
         print(f"{path / name}: {len(of_file)} lines")
 
 

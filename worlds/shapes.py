@@ -288,7 +288,7 @@ def main(folder="assets/prompts"):
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
     for name, lines in zip(("shapes.txt", "shapes_heldout.txt"), split_captions()):
-        (path / name).write_text("\n".join(lines) + "\n")
+        (path / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
         print(f"{path / name}: {len(lines)} captions")
 
 

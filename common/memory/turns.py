@@ -29,7 +29,7 @@ class Turn:
     """
 
     def __init__(self) -> None:
-        self.file = open(LOCK, "w")
+        self.file = open(LOCK, "w", encoding="utf-8")
         fcntl.flock(self.file, fcntl.LOCK_EX)
 
     def end(self) -> None:

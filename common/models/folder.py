@@ -240,7 +240,9 @@ def _outline(part: Path, of: type, dtype: torch.dtype) -> Any:
     with torch.device("meta"):
         if issubclass(of, transformers.PreTrainedModel):
             return of(of.config_class.from_pretrained(part)).to(dtype)
-        return of.from_config(json.loads((part / "config.json").read_text("utf-8"))).to(dtype)
+        return of.from_config(json.loads((part / "config.json").read_text(encoding="utf-8"))).to(
+            dtype
+        )
 
 
 def _check_words(part: Path, tokenizer: Any, encoder: Any) -> None:

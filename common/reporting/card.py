@@ -42,7 +42,7 @@ def write(folder: Path, args: Args, base: Base) -> None:
     args: the flags of the run; the card names those of config.json, which this machine's memory
     has not changed.
     """
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     given = {}
     for field in dataclasses.fields(args):
         value = config.get(field.name, getattr(args, field.name))

@@ -10,7 +10,7 @@ from typing import Any
 
 def write_text(path: Path, text: str) -> None:
     """Replace a file's text. A killed process leaves the old or the new text. Raises OSError."""
-    write_beside(path, lambda beside: beside.write_text(text))
+    write_beside(path, lambda beside: beside.write_text(text, encoding="utf-8"))
 
 
 def write_beside(path: Path, write: Callable[[Path], Any]) -> None:
@@ -25,7 +25,7 @@ def rows_before(path: Path, step: float) -> list[dict[str, Any]]:
 
     Lines that a killed process left half written are skipped; without the file there are no rows.
     """
-    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+    lines = path.read_text(errors="replace", encoding="utf-8").splitlines() if path.exists() else []
     rows = []
     for line in lines:
         row = _row(line)

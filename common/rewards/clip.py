@@ -59,7 +59,7 @@ class OpenClip(Cosine):
         local = source.given and source.given / "open_clip_config.json"
         if local and local.is_file():
             path = source.find(self.repo, "open_clip_model.safetensors")
-            config = json.loads(local.read_text())
+            config = json.loads(local.read_text(encoding="utf-8"))
             about |= config.get("preprocess_cfg", {})
             return path, config["model_cfg"], about, f"local-dir:{source.given}"
         path = source.find(self.repo, self.file)

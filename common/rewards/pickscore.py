@@ -28,7 +28,7 @@ class PickScore(Cosine):
         """Load the weights and return the module with them."""
         path = source.find(self.repo, self.file)
         about = source.find(self.repo, "config.json", beside=True)
-        config = CLIPConfig(**json.loads(about.read_text()))
+        config = CLIPConfig(**json.loads(about.read_text(encoding="utf-8")))
         module = weights.fill(source.name, CLIPModel(config), weights.read(source.name, path), path)
         self.factor = module.logit_scale.exp().item()  # before it loses digits to half precision
         self.tokens = open_clip.get_tokenizer("ViT-H-14")

@@ -36,7 +36,7 @@ LORA = 2.0  # alpha 128 over rank 64, of the adapters in the checkpoint
 RATE, FEWEST, MOST = 2.0, 4, 768  # frames a second, and in all
 SMALLEST, LARGEST = 128 * 28**2, 448**2  # pixels of a frame
 SIDE = 28  # divides the sides of a frame
-QUESTION = Path(__file__).with_suffix(".txt").read_text()
+QUESTION = Path(__file__).with_suffix(".txt").read_text(encoding="utf-8")
 CHAT = (
     "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
     "<|im_start|>user\n<|vision_start|><|video_pad|><|vision_end|>{}<|im_end|>\n"
@@ -102,7 +102,7 @@ class Ratings:
         path = source.find(REPO, FILE)
         about = source.find(BASE, "config.json", beside=True)
         vocabulary = source.find(BASE, "tokenizer.json", beside=True)
-        config = Qwen2VLConfig(**json.loads(about.read_text()))
+        config = Qwen2VLConfig(**json.loads(about.read_text(encoding="utf-8")))
         tokenizer = PreTrainedTokenizerFast(
             tokenizer_file=str(vocabulary), pad_token="<|endoftext|>"
         )

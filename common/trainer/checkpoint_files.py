@@ -60,7 +60,7 @@ def publish(output: Path, step: int, parts: dict[str, int], keep: int = 0) -> No
     parts: {name: number of files, 0 if not sharded}. Raises OSError.
     """
     unfinished = _unfinished(output, step)
-    with (unfinished / "checkpoint.json").open("w") as file:
+    with (unfinished / "checkpoint.json").open("w", encoding="utf-8") as file:
         file.write(json.dumps({"step": step, "parts": parts}))
         _sync(file)
     _rename(unfinished, output, step)
@@ -139,7 +139,7 @@ def read(folder: Path, names: Collection[str] | None = None) -> tuple[int, dict[
     names: which states, None for all. Raises Broken with the reason.
     """
     try:
-        about = json.loads((folder / "checkpoint.json").read_text())
+        about = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))
         step, parts = int(about["step"]), dict(about["parts"])
         if not parts:
             raise ValueError("its checkpoint.json names no parts")

@@ -63,7 +63,7 @@ class Log:
         self.rows.append(row)
         if not self.processes.is_main:
             return
-        with self.path.open("a") as file:
+        with self.path.open("a", encoding="utf-8") as file:
             file.write(line_of(row))
         if self.tracker:
             self.tracker.log(values, step=step)
@@ -205,7 +205,7 @@ def start_tracker(args: Args, output: Path) -> Any:
             tracker = WandBTracker(
                 "vgrpo",
                 name=output.name,
-                id=json.loads((output / "config.json").read_text()).get("run"),
+                id=json.loads((output / "config.json").read_text(encoding="utf-8")).get("run"),
                 resume="allow",
                 dir=str(output),
             )

@@ -90,7 +90,7 @@ def config_of(folder: Path) -> dict[str, Any]:
     if not os.path.exists(path):
         return {}
     with loading(f"--output {folder}: config.json", do="choose another folder"):
-        config = json.loads(path.read_text())
+        config = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(config, dict) or not config:
             raise ValueError("it is not a dictionary of settings")
     return completed(config)
