@@ -281,6 +281,7 @@ def kept(tmp_path, name, content):
         ("a.tsv", 'prompt\tid\n"OPEN 24 H"\t1\nplain\t2\n', ['"OPEN 24 H"', "plain"]),
         ("a.tsv", 'id\tprompt\n1\t"never closed\n2\tplain\n', ['"never closed', "plain"]),
         ("a.tsv", 'prompt\na 19" rack\n"a" and "b"\n', ['a 19" rack', '"a" and "b"']),
+        ("a.tsv", 'prompt\n" "\nplain\n', ['" "', "plain"]),
         # what a csv writer made of them
         (
             "a.tsv",

@@ -74,28 +74,27 @@ def tsv_rows(text: str, called: str | Path) -> list[Row]:
 
     Quotes are part of a cell, as in `"STOP" on a sign`, unless the file needs them: the header is
     quoted, a quoted cell has a doubled quote, or rows have the header's number of cells only if
-    quotes enclose tabs and line breaks. Raises InputError as csv_rows does, and if both readings
-    are possible and have other numbers of rows.
+    quotes enclose tabs and line breaks. Raises InputError as csv_rows does, and for a quote that
+    may be part of a cell or may enclose several lines.
     """
-    errors, readings = [], []
+    faults, readings = [], []
     for quoting in (csv.QUOTE_NONE, csv.QUOTE_MINIMAL):
         try:
             readings.append(list(csv_rows(text, called, "\t", quoting)))
+            faults.append(None)
         except InputError as error:
             readings.append(None)
-            errors.append(error)
+            faults.append(error)
     plain, quoted = readings
-    if _has_quoted_cells(text):
-        plain = None
-    if plain is None and quoted is None:
-        raise errors[-1] if _has_quoted_cells(text) else errors[0]
-    if plain is None:
+    if _has_quoted_cells(text) or plain is None:
+        if quoted is None:
+            raise faults[1] if _has_quoted_cells(text) else faults[0]
         return quoted
-    if quoted is not None and len(quoted) < len(plain):
-        row = next(row for row in quoted if any("\n" in cell for cell in row.value.values()))
+    several = [row for row in quoted or () if any("\n" in cell for cell in row.value.values())]
+    if several:
         raise InputError(
-            f"prompts: {row.of(called)} opens a quote that closes in a later line. Delete the "
-            "quote, or save the table as .csv if the cell has several lines."
+            f"prompts: {several[0].of(called)} opens a quote that closes in a later line. Delete "
+            "the quote, or save the table as .csv if the cell has several lines."
         )
     return plain
 
