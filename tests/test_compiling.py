@@ -13,6 +13,7 @@ from test_families import folder_of, picture  # noqa: F401, a fixture
 from torch._dynamo.backends.debugging import aot_eager
 
 import grpo_base
+import slas
 from common.errors import InputError
 from common.trainer import compiling
 
@@ -100,6 +101,13 @@ def test_every_familys_blocks_compile_once(family, graphs, train, tmp_path, pict
         assert row["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
     _, rows = train(**settings, compile=True, output="compiled", steps=3, resume="latest")
     assert len(graphs) == number  # of the same blocks in another run
+
+
+def test_the_kl_of_an_update_is_the_same_if_it_is_compiled(graphs, small, train):
+    _, plain = train(slas, **small, gamma="auto")
+    _, rows = train(slas, **small, gamma="auto", compile=True, output="compiled")
+    assert graphs and plain[0]["update_kl"] > 0
+    assert rows[0]["update_kl"] == pytest.approx(plain[0]["update_kl"], rel=1e-2)
 
 
 def test_without_a_compiler_it_is_one_line(small, train, monkeypatch):

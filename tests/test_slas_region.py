@@ -240,6 +240,7 @@ def test_a_wider_limit_allows_a_larger_gamma(train):
 def test_two_processes_choose_the_gamma_of_one(config, tmp_path, monkeypatch):
     """All rows of an update are measured, whose halves fill a micro-batch with padding rows."""
     auto = dict(gamma="auto", kl_limit=6e-5, learning_rate=1e-4, micro_batch=12, steps=5)
+    auto |= dict(kl_coef=0.1)  # so that kl is compared, too
     monkeypatch.setitem(RUNS, "auto", (slas, {**SMALL, **auto}))
     two(tmp_path, [words(*RUNS["auto"], tmp_path / config)], config)
     alone = one(monkeypatch, "auto", tmp_path / "alone")
