@@ -29,6 +29,10 @@ class InputError(ValueError):
     """A wrong flag, file or setting, almost always found before any work."""
 
 
+class SetupError(InputError):
+    """A wrong setting of the shell, as a proxy; `loading` puts in front what needed it."""
+
+
 class RunError(RuntimeError):
     """A run that cannot continue. Every process raises it; the finished steps are saved."""
 
@@ -63,14 +67,16 @@ def loading(what: str, source: object = "", do: str = "") -> Iterator[None]:
     what: "reward clip", for example; source: the path or name that the user gave; do: what helps,
     a sentence without its full stop.
     """
+    where = f"{what} {source}".strip()
     try:
         yield
+    except SetupError as error:
+        raise InputError(f"{where.removesuffix(':')}: {error}") from error.__cause__
     except (InputError, RunError, Stopped):
         raise
     except BaseException as error:  # a user's code may even call sys.exit
         if from_a_signal(error):
             raise
-        where = f"{what} {source}".strip()
         advice = f"; {do}" if do and not out_of_memory(error) else ""
         raise InputError(f"{where} does not load ({described(error)}){advice}") from error
 
@@ -205,6 +211,11 @@ def _rescue(error: Exception) -> None:
             rescue(error)
         except Exception as worse:
             _print("error", f"the finished steps could not be saved: {text(worse)}")
+
+
+def warn(line: str) -> None:
+    """Print one line of warning on stderr."""
+    _print("warning", line)
 
 
 def _print(kind: str, line: str) -> None:

@@ -1,19 +1,24 @@
 """Download files from Hugging Face repositories, and upload a folder to one."""
 
+import contextlib
 import functools
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
 from common import errors
-from common.errors import InputError
+from common.errors import InputError, SetupError
 
 PATIENCE = 5.0  # seconds in which the hub has to answer at all
+PROXIES = ("ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY")
 
 
 def find(repository: str, file: str, kind: Literal["model", "dataset"] = "model") -> Path:
     """Return the path of a file of OWNER/NAME in the cache, after a download if necessary.
 
-    A cached file is used without asking the hub. Raises OSError, and ValueError for a wrong id.
+    A cached file is used without asking the hub. Raises OSError, ValueError for a wrong id, and
+    SetupError.
     """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import LocalEntryNotFoundError
@@ -30,21 +35,47 @@ def settle() -> None:
     """Check once whether the hub answers; if it does not, set its client to offline.
 
     Otherwise the client, and so transformers and diffusers, would try five times for every file,
-    half a minute long.
+    half a minute long. Raises SetupError for a proxy that the client cannot use.
     """
     from huggingface_hub import constants, get_session
 
     if constants.HF_HUB_OFFLINE:
         return
+    with proxies():
+        session = get_session()
     try:
-        get_session().head(constants.ENDPOINT, timeout=PATIENCE)
+        session.head(constants.ENDPOINT, timeout=PATIENCE)
     except Exception:  # of whichever HTTP library the client uses
         constants.HF_HUB_OFFLINE = True
 
 
+@contextlib.contextmanager
+def proxies() -> Iterator[None]:
+    """Raise SetupError if an HTTP client made inside cannot use a proxy of the environment."""
+    try:
+        yield
+    except Exception as error:  # ImportError, ValueError or a class of the HTTP library
+        names = [name for upper in PROXIES for name in (upper, upper.lower())]
+        named = [name for name in names if os.environ.get(name)]
+        if not named:
+            raise
+        if isinstance(error, ImportError):
+            socks = [name for name in named if os.environ[name].lower().startswith("socks")]
+            given = ", ".join(socks or named)
+            raise SetupError(
+                f"the proxy in {given} needs the package socksio: pip install 'httpx[socks]', or "
+                f"unset {given}."
+            ) from error
+        given = ", ".join(named)
+        raise SetupError(
+            f"the proxy in {given} cannot be used ({errors.described(error)}). Write "
+            f"http://HOST:PORT, or unset {given}."
+        ) from error
+
+
 def check_push(repository: str) -> None:
     """Raise InputError if `push` cannot work: a name that is not OWNER/NAME, or no valid token."""
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, get_session
     from huggingface_hub.utils import validate_repo_id
 
     if not all(repository.partition("/")):
@@ -52,6 +83,8 @@ def check_push(repository: str) -> None:
     do = f"run `hf auth login`, or push later: `hf upload {repository} RUN/export`"
     with errors.loading("--push-to-hub", repository, do=do):
         validate_repo_id(repository)
+        with proxies():
+            get_session()
         HfApi().whoami()
 
 

@@ -180,9 +180,9 @@ def _folder(source: str, cls: type[Family], trusted: bool) -> Path:
     path = _index_file(source).parent
     if Path(source).is_dir() or not folder.missing(path, folder.classes(cls, path, trusted)):
         return path
-    hub.settle()
     do = f"run `hf download {source}` where there is a network, or give --model PATH"
     with errors.loading("model", source, do=do):
+        hub.settle()
         return Path(cls.pipeline.download(source, trust_remote_code=trusted))
 
 
