@@ -26,7 +26,7 @@ import self_paced
 from benchmarks import servers
 from common import cli, rewards
 from common.errors import InputError, RunError
-from common.rewards import judge, judge_local, judge_questions, table
+from common.rewards import judge, judge_answers, judge_local, judge_questions, judge_server, table
 
 in_this_process = pytest.mark.skipif(
     Version(transformers.__version__) < Version("5.23"),
@@ -102,35 +102,71 @@ def colour_score(body):
     return f"{1 + 9 * pictures_of(body)[0].getpixel((5, 5))[0] / 255:.2f}"
 
 
-# --- What a number is ---
+# --- What a score is ---
+
+SCORES = [
+    ("5.80", 5.8), ("10", 10), ("10.00", 10), ("1", 1), (" 7.25\n", 7.25), ("**8.5**", 8.5),
+    ('"9"', 9), ("6.", 6), ("# 7", 7), ("`8.0`", 8), ("8 points", 8), ("8分", 8), ("8,5", 8.5),
+    # out of ten
+    ("8/10", 8), ("8 / 10", 8), ("8.5 out of 10", 8.5), ("**9.25**/10", 9.25), ("10/10", 10),
+    ("The two dogs look real. 8/10", 8), ("8/10 - sharp", 8), ("I see 7,5/10, as two err.", 7.5),
+    # names of a score
+    ("Score: 8", 8), ("**Score:** 8.5", 8.5), ("Score = 8/10", 8), ("Score: 8,5", 8.5),
+    ("My rating is 9.", 9), ("Rating: [[6]]", 6), ("<score>8</score>", 8), ("评分：8", 8),
+    ("Answer: 8", 8), ("The final answer is $\\boxed{8}$.", 8), ("Overall: 7", 7),
+    ("Quality score: 7\nMotion score: 5\nOverall score: 6", 6), ("Score: 7\nSCORE: 7.0", 7),
+    ("Visual quality: 7/10\nMotion: 6/10\n\nScore: 6.5", 6.5), ("Score: 8\n\n1. Sharp", 8),
+    ("Score: 8/10\nReason: 3 of the 4 cats", 8), ("Score: 8. The image shows two dog…", 8),
+    # JSON
+    ('{"score": 8}', 8), ('```json\n{"score": 8.25}\n```', 8.25),
+    ('{"quality": 3, "overall_score": 6.5, "max": 10}', 6.5),
+    ('Here it is:\n```\n{"rating": "7/10", "reason": "2 dogs"}\n```', 7),
+    # sentences, scales and thoughts
+    ("on a scale of 1 to 10 I give 7", 7), ("7 (on a scale from 1 to 10)", 7),
+    ("On a scale of 1-10, I'd rate this image 7.5 out of 10.", 7.5), ("Score (1-10): 8", 8),
+    ("I would give it a score of 6.75.", 6.75), ("It deserves a 9 for its light.", 9),
+    ("<think>It may be 3 or 4.\nScore: 4</think>\n\n7.5", 7.5), ("hm, 3?</think>Score: 8", 8),
+]  # fmt: skip
+NO_SCORES = [
+    "", None, "0.99", "10.01", "11", "-3", "nan", "inf", "1e1", "٧", "7.2.1", "8,500", "7½", "8e",
+    "I cannot rate this.", "Score: good", "Score: -3", "Score: 0.8", "Score: 11", "no 2024 model",
+    # several numbers, ranges, other totals
+    "5 6", "7, 8", "7,8,9", "7-8", "7 to 8", "7 or 8", "between 7 and 8", "Score: 7-8",
+    "Score: 7 or 8", "Score: 7\nScore: 8", "I'd give it 7, maybe 8", "7/10 for light, 5/10 else",
+    "4/5", "Score: 4/5", "80%", "Score: 80%", "85/100", "Score: 85/100", "Score: 8 out of 9",
+    "I give it a 7 for light and an 8 for motion", "8/10/2024", "8:30",
+    # parts of a score
+    "Quality: 7, motion: 6", "Quality score: 7\nMotion score: 5", "Sharpness: 8/10",
+    # the scale, the question, other numbers
+    "1 to 10", "Score: 1-10", "from 1.00 (bad) to 10.00 (perfect)", "1 = bad, 10 = perfect",
+    judge_questions.NUMBER, "I see 2 dogs", "I give 2 reasons", "I will score 3 aspects: light",
+    "2 out of 10 dogs are blurred", "I cannot give it 8", "I give it more than 5",
+    # JSON that is cut, has two scores or none
+    '{"score": 8', '{"score": 7, "score": 8}', '{"score": 7, "rating": 8}', '{"score": true}',
+    '{"score": null}', '{"score": [7]}', '{"score": 80}', '{"score": 8} {"score": 9}',
+    '{"quality": 7, "motion": 6}', "{" * 100_000,
+    # thoughts, and answers that were cut
+    "<think>Score: 8", "<think>I see 7</think>", "8…", "8.…", "8.5…", "Score: 8…", "Score: 8.…",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("answer, score", SCORES)
+def test_the_common_forms_of_a_score_are_read(answer, score):
+    assert judge_answers.score_in(answer) == score
+
+
+@pytest.mark.parametrize("answer", NO_SCORES, ids=lambda answer: f"{answer!r:.40}")
+def test_what_is_not_one_score_is_none(answer):
+    assert math.isnan(judge_answers.score_in(answer))
 
 
 @pytest.mark.parametrize(
-    "answer, score",
-    [
-        ("5.80", 5.8),
-        ("10", 10),
-        ("10.00", 10),
-        ("1", 1),
-        (" 7.25\n", 7.25),
-        ("**8.5**", 8.5),
-        ('"9"', 9),
-        ("6.", 6),
-    ],
+    "part", ["9", "score ", "score:\t", "rate the ", "1 to ", "( ", "* ", "score is ", "\n", "1 ("]
 )
-def test_a_number_from_1_to_10_is_a_score(answer, score):
-    assert judge_questions.number_in(answer) == score
-
-
-@pytest.mark.parametrize(
-    "answer",
-    ["", None, "0.99", "10.01", "11", "-3", "8/10", "8.5 out of 10", "I cannot rate "
-                                                                     "this.", "Score: good", "5 6",
-                                                                     "nan",
-     "inf", "1e1", "5,8", "7.2.1", "٧"],
-)  # fmt: skip
-def test_anything_else_is_none(answer):
-    assert math.isnan(judge_questions.number_in(answer))
+def test_no_answer_takes_long_to_read(part):
+    started = time.perf_counter()
+    judge_answers.score_in((part * judge_server.LETTERS)[: judge_server.LETTERS])
+    assert time.perf_counter() - started < 2
 
 
 def test_the_expected_score_is_that_of_the_digits():
@@ -293,7 +329,7 @@ def test_half_an_answer_is_repeated(serve):
 
 
 def test_garbage_is_asked_again_with_what_was_said(serve):
-    said = ["A lovely clip!", "8/10", "8.0"]
+    said = ["A lovely clip!", "7 or 8", "8.0"]
     url, server = serve(lambda handler, number, body: handler.say(said[number - 1]))
     assert scorer(url=url).score(clips(1), ["p"]).tolist() == [8.0]
     messages = server.asked[-1][1]["messages"]
@@ -335,7 +371,8 @@ def test_a_server_that_goes_away_stops_the_run_with_one_line(serve):
     made = scorer(url=url, retries=2)
     server.shutdown(), server.server_close()
     with pytest.raises(
-        RunError, match=r"judge:alignment: the server at http\S+ is gone .*--resume latest"
+        RunError,
+        match=r"judge:alignment: the server at --judge-url http\S+ is gone: .*--resume latest",
     ) as error:
         made.score(clips(5), ["p"] * 5)
     assert "\n" not in str(error.value)
@@ -344,7 +381,9 @@ def test_a_server_that_goes_away_stops_the_run_with_one_line(serve):
 @pytest.mark.parametrize("status", [400, 401, 404, 422])
 def test_a_refusal_stops_the_run_at_once(serve, status):
     url, server = serve(lambda handler, number, body: handler.fail(status))
-    with pytest.raises(RunError, match="refuses to judge .*something went wrong"):
+    with pytest.raises(
+        RunError, match=f"refuses to judge: answered {status} .*something went wrong"
+    ):
         scorer(url=url).score(clips(1), ["p"])
     assert len(server.asked) == 1
 
@@ -377,7 +416,7 @@ def free_url():
 
 
 def test_no_server_at_the_url_is_said_before_any_rollout():
-    with pytest.raises(InputError, match="--judge-model m at --judge-url http.* does not load"):
+    with pytest.raises(InputError, match="--judge-model m at --judge-url http.*Connection refused"):
         scorer(url=free_url(), retries=0)
 
 
@@ -430,7 +469,9 @@ def test_a_server_that_does_nothing_else_is_refused_before_any_rollout(serve, ha
     "url", ["http://[::1/v1", "http://a\x00b/v1", "ftp://localhost/v1", "http://é:99999/v1", "//"]
 )
 def test_an_odd_url_is_one_line(url):
-    with pytest.raises(InputError, match="--judge-url .* does not load"):
+    with pytest.raises(
+        InputError, match="--judge-model m at --judge-url .*protocol|does not load|Error"
+    ):
         scorer(url=url, retries=0)
 
 
@@ -441,6 +482,173 @@ def test_an_odd_key_is_one_line_that_does_not_show_it(serve, monkeypatch, key):
     with pytest.raises(InputError, match="OPENAI_API_KEY: has letters that no key has") as error:
         scorer(url=url)
     assert key not in str(error.value)
+
+
+# --- Why there is no score ---
+
+
+PAGE = b"<html><head><title>502 Bad Gateway</title></head><body>nginx</body></html>"
+LOGIN = b"<!doctype html><html><body>Sign in to the campus network</body></html>"
+TROUBLE = {  # what a server does, and what the line has to say
+    "a gateway": (
+        lambda h: h.raw(PAGE, 502, Content_Type="text/html"),
+        "answered 502 Bad Gateway: '<html><head><title>502 Bad Gateway</title>.*' 2 times",
+    ),
+    "a busy server": (
+        lambda h: h.raw(b"overloaded", 503, Content_Type="text/plain"),
+        "answered 503 Service Unavailable: 'overloaded' 2 times",
+    ),
+    "too many requests": (
+        lambda h: h.raw(b'{"error": "slow down"}', 429, Retry_After="0.01"),
+        "answered 429 Too Many Requests: .*slow down.*Retry-After: 0.01. 2 times",
+    ),
+    "a pause of an hour": (
+        lambda h: h.raw(b'{"error": "quota"}', 429, Retry_After="3600"),
+        "answered 429 Too Many Requests: .*quota.*Retry-After: 3600",
+    ),
+    "a login page": (
+        lambda h: h.raw(LOGIN, Content_Type="text/html"),
+        "answered 200 OK, not a completion: '<!doctype html>.*campus network.*' 2 times",
+    ),
+    "a page that says it is JSON": (
+        lambda h: h.raw(LOGIN), "answered 200 OK, not a completion: '<!doctype html>.*' 2 times",
+    ),
+    "an error in a 200": (
+        lambda h: h.reply(200, {"error": {"message": "CUDA out of memory", "code": 500}}),
+        "answered 200 OK, not a completion: .*CUDA out of memory.* 2 times",
+    ),
+    "half an answer": (
+        lambda h: h.raw(b'{"choices": [{"message": {"content": "7'),
+        "answered 200 OK, not a completion: .*choices.* 2 times",
+    ),
+    "no choices": (
+        lambda h: h.reply(200, {"choices": []}), "answered 200 OK, not a completion: .*choices.* 2 times",
+    ),
+    "silence": (lambda h: time.sleep(2), "gave no whole answer in 0.5 seconds 2 times"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("trouble", TROUBLE)
+def test_the_cause_of_a_failed_request_is_kept_and_told_once(serve, trouble, capsys):
+    act, said = TROUBLE[trouble]
+    url, server = serve(
+        lambda handler, number, body: (
+            act(handler) if "poison" in words_of(body)[0] else handler.say("5")
+        )
+    )
+    name = "judge:alignment"
+    found = made("jpeg", scorers={name: scorer(name, url=url, timeout=0.5, retries=1)})
+    for _ in range(2):
+        scores = found.score(clips(2), ["p", "poison"])
+        assert scores[name].isnan().tolist() == [False, True]
+        found.check({name: scores[name][None]}, ["p"])
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and re.search(said, lines[0]), lines
+    assert lines[0].startswith(f"warning: reward {name}: a sample without a score is masked: ")
+    # all samples of a rollout, and the sample of the try-out
+    with pytest.raises(RunError, match=f"has no score for any of 1 samples: {said}"):
+        found.check({name: scores[name][None, 1:]}, ["p"])
+    with pytest.raises(InputError, match=f"{name} has no score for a first sample: {said}"):
+        found.smoke_test(clips(1), "poison")
+
+
+@pytest.mark.parametrize("trouble", TROUBLE)
+def test_a_server_in_trouble_is_named_before_any_rollout(serve, trouble):
+    act, said = TROUBLE[trouble]
+    url, server = serve(None)
+    server.greeting = act
+    with pytest.raises(InputError, match=f"--judge-url {url}: {said}") as error:
+        scorer(url=url, timeout=0.5, retries=1)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "status, advice", [(401, "Set OPENAI_API_KEY"), (404, "Check --judge-model, and that")]
+)
+def test_a_refusal_says_what_to_change_and_not_the_key(serve, monkeypatch, status, advice):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    url, server = serve(None)
+    server.greeting = lambda handler: handler.raw(b'{"error": "bad: sk-secret"}', status)
+    with pytest.raises(InputError, match=f"answered {status} .*bad: KEY.*{advice}") as error:
+        scorer(url=url)
+    assert "sk-secret" not in str(error.value)
+
+
+def test_a_retry_after_is_waited_for(serve):
+    def behave(handler, number, body):
+        handler.raw(b"{}", 429, Retry_After="1") if number == 1 else handler.say("6")
+
+    url, server = serve(behave)
+    made_ready = scorer(url=url, timeout=0.3, retries=1)
+    started = time.perf_counter()
+    assert made_ready.score(clips(1), ["p"]).tolist() == [6.0]
+    assert 1 <= time.perf_counter() - started
+
+
+@pytest.mark.parametrize("said", ["a nice clip", "", "7 or 8", '{"quality": 7, "motion": 6}'])
+def test_the_try_out_fails_without_a_score_and_quotes_the_answer(serve, said):
+    url, _ = serve(lambda handler, number, body: handler.say(said))
+    found = made("jpeg", scorers={"judge:quality": scorer("judge:quality", url=url)})
+    quoted = re.escape(repr(said)) if said else "nothing that can be read"
+    with pytest.raises(InputError, match=f"no score for a first sample: asked 3 times, .*{quoted}"):
+        found.smoke_test(clips(1), "p")
+
+
+def choice_of(content, finish="stop", **message):
+    message = {"role": "assistant", "content": content, **message}
+    return {"choices": [{"index": 0, "finish_reason": finish, "message": message}]}
+
+
+@pytest.mark.parametrize("field", ["content", "reasoning_content", "reasoning"])
+def test_a_model_that_thinks_first_gets_the_tokens_for_it(serve, field):
+    """Its thoughts come as text, or in the field of a server's parser."""
+
+    def behave(handler, number, body):
+        if body["max_tokens"] < 1000:
+            thought = "<think>The clip" if field == "content" else None
+            other = {} if field == "content" else {field: "The clip"}
+            return handler.reply(200, choice_of(thought, finish="length", **other))
+        thought = "<think>The clip shows 3 dogs" + " and more" * 500 + "</think>"
+        if field == "content":
+            return handler.reply(200, choice_of(f"{thought}\n\n7.5"))
+        handler.reply(200, choice_of("\n\n7.5", **{field: thought}))
+
+    url, server = serve(behave)
+    found = scorer(url=url)
+    assert found.score(clips(1), ["p"]).tolist() == [7.5] and len(server.asked) == 2
+    assert found.score(clips(2), ["p", "q"]).tolist() == [7.5, 7.5] and len(server.asked) == 4
+
+
+def test_thoughts_without_an_answer_are_quoted(serve):
+    url, _ = serve(
+        lambda handler, number, body: handler.reply(200, choice_of(None, reasoning="Score: 7"))
+    )
+    found = scorer(url=url)
+    assert found.score(clips(1), ["p"]).isnan().all()
+    assert "'<think>Score: 7'" in found.missing["no score"]
+
+
+def test_a_number_at_the_limit_of_the_tokens_may_be_half_of_one(serve):
+    url, _ = serve(
+        lambda handler, number, body: handler.reply(200, choice_of("Score: 8", finish="length"))
+    )
+    assert scorer(url=url).score(clips(1), ["p"]).isnan().all()
+
+
+@pytest.mark.parametrize(
+    "proxy, value, said",
+    [
+        ("ALL_PROXY", "socks5://localhost:9", "needs the package socksio: pip install"),
+        ("https_proxy", "socks5h://localhost:9", "needs the package socksio: pip install"),
+        ("HTTP_PROXY", "socks4://localhost:9", "cannot be used .ValueError: Unknown scheme"),
+        ("HTTPS_PROXY", "http://host:port", "cannot be used .InvalidURL: Invalid port"),
+    ],
+)
+def test_a_proxy_that_cannot_be_used_is_named(serve, monkeypatch, proxy, value, said):
+    url, _ = serve(lambda handler, number, body: handler.say("5"))
+    monkeypatch.setenv(proxy, value)
+    with pytest.raises(InputError, match=f"--judge-url {url}: the proxy in {proxy} {said}.*unset"):
+        scorer(url=url)
 
 
 # --- A small random Qwen2.5-VL, in this process and behind transformers' own server ---
@@ -626,7 +834,10 @@ def test_a_run_whose_server_dies_ends_with_one_line_and_a_checkpoint_and_goes_on
     died = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert died.returncode == 1 and "Traceback" not in died.stderr
     (line,) = [line for line in died.stderr.splitlines() if line.startswith("error:")]
-    assert re.search(r"judge:\w+: the server at .* is gone", line) and "--resume latest" in line
+    assert (
+        re.search(r"judge:\w+: the server at --judge-url .* is gone", line)
+        and "--resume latest" in line
+    )
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_000002"]
 
     url, _ = serve(lambda handler, number, body: handler.say(colour_score(body)))

@@ -93,7 +93,7 @@ def test_a_server_that_goes_in_the_middle_of_a_rollout_ends_the_run(train, serve
         )
     said = capfd.readouterr()
     assert ended.value.code == 1 and "Traceback" not in said.err
-    assert f"error: reward judge:alignment: the server at {url} is gone" in said.err
+    assert f"error: reward judge:alignment: the server at --judge-url {url} is gone" in said.err
     assert "1 steps are saved" in said.out
 
 

@@ -15,6 +15,8 @@ and optionally
                     keyword, a list of b values: score(media, prompts, text)
     masks           True: a score may be NaN for a sample that could not be judged; the group is
                     then treated as if it had one sample less
+    missing         {kind: cause} of the samples without a score, for the log. With a cause, a
+                    first sample without a score ends the run
     image           False: scores clips only
     elsewhere       True: another machine computes the scores while sampling continues
     check(prompts)  raises ValueError for a prompt that it cannot score

@@ -9,15 +9,16 @@ from collections.abc import Sequence
 
 import torch
 
+from common.rewards.judge_answers import score_in
 from common.rewards.judge_questions import (
     ALIGNMENT,
     DIGIT,
     NUMBER,
     QUALITY,
     SMOOTHNESS,
+    Failure,
     asked_again,
     expected_score,
-    number_in,
     question,
 )
 from common.rewards.weights import Source
@@ -26,7 +27,7 @@ ASKED = 3  # times in all, before a sample counts as not judged
 
 
 class Judge:
-    """Score a clip or an image from 1 to 10, or NaN if the judge's answer has no number.
+    """Score a clip or an image from 1 to 10, or NaN if the judge's answer has no score.
 
     `Qwen/Qwen2.5-VL-7B-Instruct`, Apache-2.0 (-72B-Instruct: Qwen licence), or the model that
     `--judge-url` serves. Thresholds apply to the score divided by 10, as in the paper. The scale is
@@ -41,6 +42,7 @@ class Judge:
 
     def load(self, source: Source, batch: int = 16) -> None:
         """Connect to the server or load the model. Raises InputError."""
+        self.missing = {}  # {kind of failure: the last cause} of samples without a score
         settings = self.judge
         self.elsewhere = bool(settings["url"])
         if self.elsewhere:
@@ -69,7 +71,7 @@ class Judge:
         """Return the scores [b] float32 of media [b, F, 3, H, W] or [b, 3, H, W] in [0, 1]."""
         assert len(media) == len(prompts), f"{len(media)} samples, {len(prompts)} prompts"
         expected = self.judge["expected"]
-        read = expected_score if expected else number_in
+        read = expected_score if expected else score_in
         wanted = DIGIT if expected else NUMBER
         talks = [self.question(sample, prompt) for sample, prompt in zip(media, prompts)]
         scores = torch.full((len(media),), torch.nan)
@@ -78,15 +80,25 @@ class Judge:
             answers = self.backend.answers([talks[i] for i in left])
             unclear = []
             for i, answer in zip(left, answers):
+                if isinstance(answer, Failure):  # the backend has repeated the request already
+                    self._miss(answer.kind, answer.cause)
+                    continue
                 scores[i] = read(answer)
-                # None is a failed request, which the backend has repeated already
-                if answer is not None and scores[i].isnan():
+                if scores[i].isnan():
                     talks[i] = asked_again(talks[i], said=answer, answer=wanted)
-                    unclear.append(i)
-            left = unclear
+                    unclear.append((i, answer))
+            left = [i for i, _ in unclear]
             if not left:
                 break
+        for _, answer in unclear:
+            said = repr(answer) if answer else "nothing that can be read"
+            self._miss("no score", f"asked {ASKED} times, the judge last answered {said:.300}")
         return scores.to(media.device)
+
+    def _miss(self, kind: str, cause: str) -> None:
+        """Keep why a sample has no score, as the latest cause."""
+        self.missing.pop(kind, None)
+        self.missing[kind] = cause
 
     def question(self, sample: torch.Tensor, prompt: str) -> list[dict]:
         """Return the conversation that asks about a sample [F, 3, H, W] or [3, H, W]."""

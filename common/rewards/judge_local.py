@@ -10,6 +10,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, BatchFeatur
 
 from common import errors, hub
 from common.errors import InputError
+from common.rewards.judge_answers import CUT
 from common.rewards.judge_questions import TOKENS, Answer, Talk, digits
 
 NEEDED = "5.23"  # in older releases of transformers a prompt can spell control tokens
@@ -33,14 +34,14 @@ class Local:
             )
         self.expected = expected
         self.batch = batch
-        if not Path(model).exists():
-            hub.settle()
         with errors.loading(
             "reward judge: --judge-model",
             model,
             do=f"run `hf download {model}`, give a folder, use a server by --judge-url, or add "
             "--trust-remote-code for a model with Python code",
         ):
+            if not Path(model).exists():
+                hub.settle()
             self.processor = AutoProcessor.from_pretrained(model, trust_remote_code=trusted)
             self.model = AutoModelForImageTextToText.from_pretrained(
                 model, dtype="auto", trust_remote_code=trusted
@@ -78,7 +79,10 @@ class Local:
             top_k=None,
         )
         new = whole[:, inputs["input_ids"].shape[1] :]
-        return self.processor.batch_decode(new, skip_special_tokens=True)
+        said = self.processor.batch_decode(new, skip_special_tokens=True)
+        ends = self.model.generation_config.eos_token_id
+        ended = torch.isin(new, torch.tensor(ends or [], device=new.device)).any(1).tolist()
+        return [words if end else f"{words}{CUT}" for words, end in zip(said, ended)]
 
     def _chances(self, inputs: BatchFeature) -> list[dict[int, float]]:
         """Return {digit: probability} of the next token, for each of b conversations."""

@@ -1,12 +1,12 @@
-"""Write the judge's questions, and read its answers.
+"""Write the judge's questions. judge_answers.py reads the answers in words.
 
 The questions follow arXiv 2511.19356, figure 14. Their points are the paper's sub-dimensions, in
 other words than the paper's.
 """
 
 import math
-import re
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from PIL import Image
@@ -52,6 +52,15 @@ DIGIT = (
 AGAIN = "That is not what was asked for. "
 TOKENS = 16  # of an answer
 
+
+@dataclass(frozen=True)
+class Failure:
+    """A request that has no answer."""
+
+    kind: str  # "answered 502 Bad Gateway"
+    cause: str  # "answered 502 Bad Gateway: '<html>...' 6 times"
+
+
 Talk = list[dict]  # messages {"role", "content"}; the content lists words and PIL images
 Answer = str | dict[int, float]  # words, or with `expected` {digit: probability}
 
@@ -94,12 +103,6 @@ def as_picture(frame: torch.Tensor) -> Image.Image:
     """Return a frame [3, H, W] in [0, 1] as a PIL image."""
     levels = (frame.detach().float().clamp(0, 1) * 255).round().byte()
     return Image.fromarray(levels.movedim(0, -1).cpu().numpy())
-
-
-def number_in(answer: str | None) -> float:
-    """Return the score, 1 to 10, of an answer; NaN if it is not just such a number."""
-    found = re.fullmatch(r"[\s\"'*]*([0-9]+(\.[0-9]+)?)[\s\"'*.]*", answer or "")
-    return float(found[1]) if found and 1 <= float(found[1]) <= 10 else math.nan
 
 
 def expected_score(chances: dict[int, float] | None) -> float:

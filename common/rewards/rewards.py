@@ -88,6 +88,7 @@ class Rewards:
         self.weights = weights
         self.aggregate = getattr(args, "aggregate", "rewards")  # evaluate.py has no --aggregate
         self.failures = {}  # {name: exception}, until `check`
+        self.told = set()  # (name, kind) of the missing scores that the log has
 
     # --- Scores ---
 
@@ -147,8 +148,16 @@ class Rewards:
             if error:
                 raise RunError(_said(name, error)) from error
             masks = getattr(self.scorers[name], "masks", False)
+            missing = getattr(self.scorers[name], "missing", {})
             if masks and values.isnan().all():
-                raise RunError(f"reward {name} has no score for any of {values.numel()} samples")
+                raise RunError(
+                    f"reward {name} has no score for any of {values.numel()} samples"
+                    f"{_last(missing)}"
+                )
+            for kind, cause in missing.items():
+                if (name, kind) not in self.told:
+                    self.told.add((name, kind))
+                    errors.warn(f"reward {name}: a sample without a score is masked: {cause}")
             wrong = (~values.isfinite() & ~(values.isnan() & masks)).nonzero().tolist()
             if wrong:
                 row, sample = wrong[0]
@@ -164,6 +173,9 @@ class Rewards:
             error = self.failures.pop(name, None)
             if error:
                 raise InputError(_said(name, error)) from error
+            missing = getattr(self.scorers[name], "missing", {})
+            if missing and scores.isnan().any():
+                raise InputError(f"reward {name} has no score for a first sample{_last(missing)}.")
             if out_of_range(self.scorers[name], scores).any():
                 raise InputError(
                     f"reward {name} scores {scores.item():g}, outside of its range "
@@ -299,6 +311,11 @@ def _said(name: str, error: BaseException) -> str:
     if isinstance(error, (InputError, RunError)):
         return str(error)
     return f"reward {name} failed: {errors.described(error)}"
+
+
+def _last(missing: dict[str, str]) -> str:
+    """Return ": CAUSE", the latest of {kind: cause} of missing scores; "" if there is none."""
+    return f": {list(missing.values())[-1]}" if missing else ""
 
 
 def _extremes(values: torch.Tensor) -> str:
