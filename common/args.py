@@ -3,8 +3,9 @@
 The bounds of a setting are part of its type, for example Annotated[int, From(1, 1000)]."""
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeVar, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 
 from common.errors import InputError
 
@@ -343,6 +344,34 @@ def defaults(cls: type[AnyArgs], model: str = "tiny-flux", **values: Any) -> Any
     if chosen.get("lora_rank") and "learning_rate" not in values:
         chosen["learning_rate"] = table.get("lora_learning_rate", LORA_LEARNING_RATE)
     return cls(**chosen)
+
+
+def check_lists(cls: type, argv: Sequence[str]) -> None:
+    """Raise InputError if the words of a command line give a flag with a list of values twice.
+
+    The parser would keep the last list only. A flag with one value may come again: the last one
+    counts, so a script can append flags to a command.
+    """
+    hints = get_type_hints(cls)
+    lists = {flag_of(name) for name, hint in hints.items() if get_args(hint)[1:] == (...,)}
+    found = {}
+    for i, word in enumerate(argv):
+        name, equals, value = word.partition("=")
+        flag = name.replace("_", "-")
+        if flag not in lists:
+            continue
+        rest = [value] if equals else []
+        for following in argv[i + 1 :]:
+            if following.startswith("--"):
+                break
+            rest.append(following)
+        if flag in found:
+            every = " ".join([*found[flag], *rest])
+            raise InputError(
+                f"{flag}: is given twice. Write all values after one, or remove one: {flag} "
+                f"{every:.200}"
+            )
+        found[flag] = rest
 
 
 def check_bounds(args: Any) -> None:

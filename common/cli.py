@@ -17,7 +17,7 @@ import torch
 
 from common import args as flags
 from common import errors, models, rewards
-from common.args import AnyArgs, check_bounds, defaults, flag_of
+from common.args import AnyArgs, check_bounds, check_lists, defaults, flag_of
 from common.errors import InputError
 from common.models import lora_file
 from common.prompts import sets
@@ -167,7 +167,8 @@ def _docs(cls: type) -> dict[str, str]:
 
 
 def _check_words(cls: type[AnyArgs], argv: list[str]) -> None:
-    """Raise InputError for abbreviations like --lr, and for words longer than any path."""
+    """Raise InputError for abbreviations like --lr, for words longer than any path, and for a list
+    given twice."""
     names = [field.name for field in dataclasses.fields(cls)]
     for word in argv:
         if len(word) > 4096:
@@ -177,6 +178,7 @@ def _check_words(cls: type[AnyArgs], argv: list[str]) -> None:
         if word.startswith("--") and meant and short not in names:
             flags = " or ".join(map(flag_of, meant))
             raise InputError(f"--{short}: there is no such flag. Did you mean {flags}?")
+    check_lists(cls, argv)
 
 
 def check(args: flags.Args) -> None:

@@ -38,7 +38,7 @@ import torch
 import tyro
 
 from common import cli, errors, models
-from common.args import From, check_bounds, defaults, rows_of
+from common.args import From, check_bounds, check_lists, defaults, rows_of
 from common.errors import InputError
 from common.models.family import Family
 from common.models.pictures import read_image
@@ -424,5 +424,6 @@ def draw(path: Path, rows: list[dict], kinds: list[dict], names: list[str]) -> N
 
 if __name__ == "__main__":
     with errors.one_line():
+        check_lists(Args, sys.argv[1:])
         given = tyro.cli(Args, description=__doc__, args=cli.at_home(sys.argv[1:]))
     errors.run(main, given)

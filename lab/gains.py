@@ -19,6 +19,9 @@ from pathlib import Path
 
 import tyro
 
+from common import errors
+from common.args import check_lists
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs/gains.json"
 JOBS = (
@@ -135,4 +138,6 @@ def main(args):
 
 
 if __name__ == "__main__":
+    with errors.one_line():
+        check_lists(Args, sys.argv[1:])
     main(tyro.cli(Args, description=__doc__))

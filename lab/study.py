@@ -35,7 +35,7 @@ from pathlib import Path
 import tyro
 
 from common import errors, models
-from common.args import defaults
+from common.args import check_lists, defaults
 from common.errors import InputError
 from common.reporting.files import rows_before
 from common.trainer import run_folder
@@ -475,5 +475,6 @@ def main(args):
 
 if __name__ == "__main__":
     with errors.one_line():
+        check_lists(Args, sys.argv[1:])
         given = tyro.cli(Args, description=__doc__)
     errors.run(main, given)

@@ -13,13 +13,16 @@ from pathlib import Path
 import pytest
 
 import bpgo
+import evaluate
 import grpo_base
 import self_paced
 import slas
 from common import cli, models, rewards
-from common.args import Above, From, defaults
+from common.args import Above, From, check_lists, defaults
 from common.cli import Args, check
 from common.errors import InputError
+from evaluation import bias
+from lab import gains, study
 
 ROOT = Path(__file__).resolve().parents[1]
 FIELDS = {field.name: field.default for field in dataclasses.fields(Args)}
@@ -55,6 +58,45 @@ def reward_class(name):
 
 def flag(name):
     return "--" + name.replace("_", "-")
+
+
+# --- A flag given twice ---
+
+
+@pytest.mark.parametrize(
+    "script, words, said",
+    [
+        (grpo_base, "--reward verifier --steps 1 --reward jpeg=2", "--reward verifier jpeg=2"),
+        (grpo_base, "--reward=verifier --reward=jpeg", "--reward verifier jpeg"),
+        (bpgo, "--watch jpeg --watch jpeg", "--watch jpeg jpeg"),
+        (slas, "--reward_path clip=a b=c --reward-path d=e", "--reward-path clip=a b=c d=e"),
+        (self_paced, "--thresholds .5 -1 --seed 1 --thresholds .2", "--thresholds .5 -1 .2"),
+        (self_paced, "--reward a --stage-range 0 1 --stage-range 0 2", "--stage-range 0 1 0 2"),
+        (evaluate, "RUN --reward verifier --reward jpeg", "--reward verifier jpeg"),
+    ],
+)
+def test_a_list_given_twice_is_refused_in_one_line(script, words, said, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["x.py", *words.split()])
+    with pytest.raises(SystemExit) as ended:
+        cli.parse(script.Args, "")
+    name = said.partition(" ")[0]
+    expected = f"error: {name}: is given twice. Write all values after one, or remove one: {said}\n"
+    assert ended.value.code == 2 and capsys.readouterr().err == expected
+
+
+@pytest.mark.parametrize("module", [bias, study, gains], ids=lambda module: module.__name__)
+def test_the_commands_with_parsers_of_their_own_refuse_it_too(module):
+    field = next(f.name for f in dataclasses.fields(module.Args) if isinstance(f.default, tuple))
+    with pytest.raises(InputError, match=f"{flag(field)}: is given twice"):
+        check_lists(module.Args, [flag(field), "1", "2", flag(field), "3"])
+    assert "check_lists(Args, sys.argv[1:])" in Path(module.__file__).read_text()
+
+
+def test_of_a_single_value_given_twice_the_last_counts(monkeypatch):
+    words = "--steps 3 --reward verifier jpeg --steps 5 --model tiny-wan --model tiny-flux"
+    monkeypatch.setattr(sys, "argv", ["x.py", *words.split()])
+    args = cli.parse(grpo_base.Args, "")
+    assert (args.steps, args.model, args.reward) == (5, "tiny-flux", ("verifier", "jpeg"))
 
 
 # --- Defaults ---

@@ -522,7 +522,8 @@ TROUBLE = {  # what a server does, and what the line has to say
         "answered 200 OK, not a completion: .*choices.* 2 times",
     ),
     "no choices": (
-        lambda h: h.reply(200, {"choices": []}), "answered 200 OK, not a completion: .*choices.* 2 times",
+        lambda h: h.reply(200, {"choices": []}),
+        "answered 200 OK, not a completion: .*choices.* 2 times",
     ),
     "silence": (lambda h: time.sleep(2), "gave no whole answer in 0.5 seconds 2 times"),
 }  # fmt: skip
