@@ -2,6 +2,7 @@
 sum, and weights in units of the spread."""
 
 import json
+import os
 import sys
 from types import SimpleNamespace
 
@@ -16,7 +17,7 @@ import self_paced
 from common import cli, errors, rewards
 from common.errors import InputError
 from common.prompts import caption_of, fields_of, read_prompts
-from common.rewards import table
+from common.rewards import switches, table
 from common.trainer import checkpoint_files, run_folder
 
 OWN = '''
@@ -242,6 +243,131 @@ def test_a_run_trains_on_one_and_watches_another_and_goes_on_when_both_are_given
         run_folder.check(run, args)
     _, rows = train(**own, steps=3, script=bpgo, prior="sft", resume="latest")
     assert [row["step"] for row in rows] == [0, 1, 2] and rows[2]["own.py:Long_mean"] > 4
+
+
+# --- Global switches ---
+
+SWITCHED = {  # what a reward does to the process: a statement at import or in score
+    "the working directory": "os.chdir('/')",
+    "gradients": "torch.set_grad_enabled(False)",
+    "inference mode": "KEPT.append(torch.inference_mode()); KEPT[-1].__enter__()",
+    "autocast": "torch.autocast('cpu', torch.bfloat16).__enter__()",
+    "dtype": "torch.set_default_dtype(torch.float64)",
+    "device": "torch.set_default_device('meta')",
+    "deterministic": "torch.use_deterministic_algorithms(True)",
+    "cudnn": "torch.backends.cudnn.benchmark = True; torch.backends.cudnn.allow_tf32 = False",
+    "tf32": "torch.backends.cuda.matmul.allow_tf32 = True",
+    "precision": "torch.set_float32_matmul_precision('medium')",
+    "attention": "torch.backends.cuda.enable_math_sdp(False)",
+    "anomalies": "torch.autograd.set_detect_anomaly(True)",
+    "threads": "torch.set_num_threads(torch.get_num_threads() + 1)",
+    "seeds": "torch.manual_seed(3); random.seed(3); np.random.seed(3)",
+    "numpy": "np.seterr(all='raise')",
+    "warnings": "warnings.simplefilter('error')",
+    "logging": "logging.disable(50); logging.basicConfig(force=True)",
+    "signals": "signal.signal(signal.SIGTERM, signal.SIG_IGN)",
+    "sys.argv": "sys.argv = ['mine']",
+    "sys.path": "sys.path.insert(0, '/nowhere')",
+    "the environment": "os.environ['WORLD_SIZE'] = '8'; os.environ.pop('HOME', None)",
+    "streams": "sys.stdout = sys.stderr = KEPT",
+}
+RUDE = """
+import logging, os, random, signal, sys, warnings
+import numpy as np
+import torch
+KEPT = []
+{at_import}
+
+class R:
+    video, scale, range = False, 0.05, (0.0, 1.0)
+    {elsewhere}
+
+    def score(self, media, prompts):
+        scores = media.mean((1, 2, 3), dtype=torch.float32)
+        {in_score}
+        return scores
+"""
+
+
+def rude(path, statement="pass", where="in_score", elsewhere=False):
+    """A reward of the mean, which does one thing to the process."""
+    parts = {"at_import": "pass", "in_score": "pass", where: statement}
+    path.write_text(RUDE.format(**parts, elsewhere="elsewhere = True" if elsewhere else ""))
+    return f"{path}:R"
+
+
+def state():
+    """What the process has now, of all that a reward can switch."""
+    read = {name: switch.read() for name, switch in switches.SWITCHES.items()}
+    return read | {"inference mode": torch.is_inference_mode_enabled()}
+
+
+@pytest.mark.parametrize("where", ["at_import", "in_score"])
+@pytest.mark.parametrize("name", SWITCHED)
+def test_a_switch_that_a_reward_leaves_on_is_put_back(name, where, tmp_path):
+    media = torch.rand(3, 3, 8, 8)
+    before = state()
+    found = made(rude(tmp_path / "own.py", SWITCHED[name], where))
+    for _ in range(2):
+        scores = found.score(media, ["a"] * 3)["own.py:R"]
+        found.check({"own.py:R": scores[None]}, ["a"])
+        torch.testing.assert_close(scores, media.mean((1, 2, 3)))
+        after = state()
+        assert {key for key in before if before[key] != after[key]} == set()
+    weight = torch.ones(2, requires_grad=True)
+    (weight * 2).sum().backward()
+    assert weight.grad.tolist() == [2, 2]
+
+
+def test_a_reward_finds_its_own_switches_again(tmp_path):
+    """It opens files beside it, draws new random numbers, and imports what lies in its folder."""
+    (tmp_path / "beside.txt").write_text("0.5")
+    (tmp_path / "late.py").write_text("half = 0.5")
+    at_import = (
+        f"os.chdir({str(tmp_path)!r}); sys.path.insert(0, {str(tmp_path)!r}); "
+        "torch.manual_seed(5); os.environ['MINE'] = 'x'"
+    )
+    in_score = (
+        "import late; assert os.environ['MINE'] == 'x'; "
+        "scores = float(open('beside.txt').read()) * torch.rand(len(media)) + 0 * late.half"
+    )
+    path = tmp_path / "elsewhere"
+    path.mkdir()
+    spec = rude(path / "own.py", at_import, where="at_import")
+    text = (path / "own.py").read_text().replace("        pass\n", f"        {in_score}\n")
+    (path / "own.py").write_text(text)
+    found, media = made(spec), torch.rand(4, 3, 8, 8)
+    drawn = [found.score(media, ["a"] * 4)["own.py:R"] for _ in range(2)]
+    torch.manual_seed(11)  # the run's own numbers are no matter
+    drawn += [found.score(media, ["a"] * 4)["own.py:R"]]
+    generator = torch.Generator().manual_seed(5)
+    expected = [0.5 * torch.rand(4, generator=generator) for _ in range(3)]
+    assert [part.tolist() for part in drawn] == [part.tolist() for part in expected]
+    assert "MINE" not in os.environ
+
+
+@pytest.mark.parametrize("name", ["the working directory", "dtype", "cudnn", "deterministic"])
+def test_a_switch_of_the_process_is_refused_while_the_run_samples(name, tmp_path):
+    media = torch.rand(2, 3, 8, 8)
+    before = state()
+    found = made(rude(tmp_path / "own.py", SWITCHED[name], elsewhere=True))
+    scoring = found.begin(lambda x0: x0, ["a"] * 2, size=2)
+    scoring.add(media)
+    scores = scoring.result()
+    assert state() == before
+    with pytest.raises(errors.RunError, match="own.py:R failed: .*it changed .* another thread"):
+        found.check({name: part[None] for name, part in scores.items()}, ["a"])
+
+
+def test_a_run_with_a_rude_reward_has_the_numbers_of_a_polite_one(train, tmp_path):
+    """All at once, at import and in every call, on the tiny model."""
+    small = dict(steps=2, eval_prompts="", group_size=2, sampling_steps=2, learning_rate=1e-4)
+    spec = rude(tmp_path / "own.py")
+    _, polite = train(output="polite", reward=(spec,), **small)
+    everything = "; ".join(part for name, part in SWITCHED.items() if name != "device")
+    rude(tmp_path / "own.py", everything)
+    run, found = train(output="rude", reward=(spec,), **small)
+    assert found == polite and (run / "export").is_dir()
 
 
 # --- Shares and units ---

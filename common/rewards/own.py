@@ -1,19 +1,22 @@
 """Load a reward from a user's file, `path/to/file.py:Class`.
 
 The docstring of __init__.py describes the class. The file may import other files of its folder. A
-run's folder never makes such code run: with --resume the reward must be named again.
+run's folder never makes such code run: with --resume the reward must be named again. The global
+switches that it sets are its own (switches.py).
 """
 
 import importlib.util
 import math
 import re
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from common import errors
 from common.errors import InputError
+from common.rewards.switches import Switches
 
 MARK = ".py:"  # between the file and the class
 
@@ -23,16 +26,23 @@ def load(source: str) -> Any:
     path, _, name = source.rpartition(":")
     if not Path(path).is_file():
         raise InputError(f"reward {source}: there is no file {path}. Correct the path.")
-    with errors.loading("reward", source, do="correct the file"):
+    switches = Switches()
+    with errors.loading("reward", source, do="correct the file"), switches:
         module = _imported(Path(path).resolve())
         cls = getattr(module, name, None)
         if not isinstance(cls, type):
             raise InputError(f"reward {source}: the file has no class {name!r}. Correct the name.")
         scorer = cls()
+    scorer.switches = switches
     wrong = flaw(scorer)
     if wrong:
         raise InputError(f"reward {source}: {wrong}. Read the head of common/rewards/__init__.py.")
     return scorer
+
+
+def apart(scorer: Any) -> AbstractContextManager:
+    """Return the context in which a scorer is called: the `Switches` of one from a file."""
+    return getattr(scorer, "switches", nullcontext())
 
 
 def flaw(scorer: Any) -> str:

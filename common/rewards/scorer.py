@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from common.prompts import caption_of, fields_of
+from common.rewards import own
 
 
 def chosen_frames(which: str | int, number: int) -> list[int]:
@@ -48,12 +49,14 @@ def scores_of(scorer: Any, media: torch.Tensor, prompts: list[str]) -> torch.Ten
 
 
 def _called(scorer: Any, media: torch.Tensor, prompts: list[str]) -> Any:
-    """Call scorer.score with the captions of the prompts and their fields."""
+    """Call scorer.score with the captions of the prompts and their fields, in its own switches."""
     fields = {
         name: [fields_of(prompt)[name] for prompt in prompts]
         for name in getattr(scorer, "fields", ())
     }
-    return scorer.score(media, [caption_of(prompt) for prompt in prompts], **fields)
+    captions = [caption_of(prompt) for prompt in prompts]
+    with own.apart(scorer):
+        return scorer.score(media, captions, **fields)
 
 
 def out_of_range(scorer: Any, scores: torch.Tensor) -> torch.Tensor:

@@ -143,8 +143,11 @@ def load(
         if hasattr(scorer, "load"):
             given = Source(name, paths)
             where = f"--reward-path {name}={given.given}" if given.given else "from the hub's cache"
-            with errors.loading(
-                f"reward {name}:", where, do="download its files again, or give --reward-path"
+            with (
+                errors.loading(
+                    f"reward {name}:", where, do="download its files again, or give --reward-path"
+                ),
+                own.apart(scorer),
             ):
                 scorer.load(given, reward_batch)
     return scorers
@@ -186,6 +189,7 @@ def _check_prompts(name: str, scorer: Any, prompts: list[str], clips: bool | Non
                 )
     if hasattr(scorer, "check"):
         try:
-            scorer.check([caption_of(prompt) for prompt in prompts])
+            with own.apart(scorer):
+                scorer.check([caption_of(prompt) for prompt in prompts])
         except Exception as error:  # a prompt that it cannot score, or a bug in a user's code
             raise InputError(f"reward {name}: {errors.text(error)}") from error
