@@ -53,7 +53,8 @@ def flags(paths: list[str]) -> Switch:
         values = {}
         for path in paths:
             try:
-                values[path] = getattr(*owner(path))
+                module, name = owner(path)
+                values[path] = getattr(module, name)
             except AttributeError:  # another release of torch
                 continue
             except RuntimeError:
@@ -63,7 +64,8 @@ def flags(paths: list[str]) -> Switch:
     def write(values: dict[str, Any]) -> None:
         for path, value in values.items():
             if value != UNREADABLE:
-                setattr(*owner(path), value)
+                module, name = owner(path)
+                setattr(module, name, value)
 
     return Switch(read, write, numbers=True)
 
