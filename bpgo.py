@@ -19,11 +19,13 @@ scores them, and raises the probability of those that score above the mean of th
     L    = w_i L(A) + beta L(A of Rt)                       main, Advantage and Update    eq 3, 5, 6
            + kl_coef |mean - mean_ref|^2 / (2 std^2)                   loss.gaussian_kl
 
-The authors' code (TeleBoost, commit d4279ac) has other equations; --variant released takes them:
+The authors' code (TeleBoost, commit d4279ac) has other equations. --variant released takes them:
 
-    w_i  = 1 + alpha (l + (h - l) P(mean_i > prior_i | R_i) - 1)       released_reliability_weights
     Rt   = (a (R - prior) + 1[R > prior]) sigmoid(R / tau) R           released_contrastive_rewards
-    L    = w_i L(A of Rt)                                              main, Advantage and Update
+    w_i  = 1 + alpha (l + (h - l) P(mu_i > prior_i | Rt_i) - 1)        released_reliability_weights
+    L    = w_i L(A of Rt) + the KL term                                main, Advantage and Update
+
+mu_i is the expected reward of prompt i, known through its group. a, tau, l and h are flags.
 
 Shapes: P prompts a step, G samples a prompt (the group); row = prompt * G + sample, b rows on each
 process; n rows of a micro-batch, the last of which may be padding; T denoising steps.
@@ -62,23 +64,25 @@ RUNNING_MEAN_STEPS = 50  # the running mean is exact for so many steps, then exp
 @dataclass
 class Args(SharedArgs):
     variant: Literal["printed", "released"] = "printed"
-    """Equations of RAS and CRT: those that the paper prints, or those of the code that its authors
-    released (TeleBoost). Flags of RAS or CRT "as printed" have no effect on released, and flags "as
-    released" none on printed."""
+    """Equations of RAS and CRT. printed: those of the paper. released: those of the code that its
+    authors released (TeleBoost). A flag described as printed or as released has an effect only with
+    that variant."""
     alpha: Annotated[float, From(0, 1)] = 0.5
-    """RAS: how far the groups' weights may be from 1: at most by alpha. As released, alpha scales
-    --trust-range - 1, and the default is 1. 0 gives all groups weight 1."""
+    """RAS: how far the weights of groups may differ from 1. As printed: at most by alpha. As
+    released: alpha times as far as --trust-range does, and the default is 1. 0 gives all groups
+    weight 1."""
     prior: Literal["running-mean", "sft", "first-frame", "field", "constant"] = "running-mean"
-    """The expected reward: the mean of the rewards so far; the mean reward of the initial model's
-    samples of the prompt (sft); the reward of the prompt's image as a still video (first-frame,
-    image-to-video models only); the number `prior` in the prompt's line of a jsonl file (field); or
-    --prior-value (constant)."""
+    """The expected reward of a prompt. running-mean: the mean of all rewards so far. sft: the mean
+    reward of the initial model's samples of the prompt. first-frame, for image-to-video models: the
+    reward of the prompt's image as a still video. field: the number `prior` in the prompt's line of
+    a jsonl file. constant: --prior-value."""
     prior_value: Annotated[float, From(-1e6, 1e6)] = 0.0
     """The expected reward of --prior constant."""
     crt: bool = True
     """Use CRT. --no-crt trains with RAS alone."""
     k: Annotated[float, From(0, 1000)] = 1.0
-    """RAS as printed: how steeply the weight rises with (mean reward - prior) / reward scale."""
+    """RAS as printed: how steeply the weight rises with (mean reward - prior) / reward scale. At 1
+    a group one unit above its prior gets 46% of the largest change. 0 gives all groups weight 1."""
     beta: Annotated[float, From(0, 1000)] = 0.5
     """CRT as printed: weight of the second surrogate. 0 disables it, as --no-crt does."""
     crt_alone: bool = False
@@ -87,18 +91,19 @@ class Args(SharedArgs):
     """CRT as printed: weight of (reward - prior) / reward scale, added to the step of 1 at the
     prior."""
     reward_scale: Annotated[float, From(0, 1e6)] = 0.0
-    """Unit of reward - prior in --k and --lam. 0: the spread within a group that the rewards
-    declare. 1: the equations as printed."""
+    """As printed: unit of reward - prior in --k and --lam. 0: the typical spread within a group
+    that the rewards declare. 1: the equations exactly as in the paper."""
     prior_variance: Annotated[float, Above(0, 1e6)] = 1.0
-    """RAS as released: variance of the Normal prior, in squared units of the reward. The smaller it
-    is, the more samples it takes to move a weight from the middle of --trust-range."""
+    """RAS as released: variance of the Normal prior, in squared units of the reward. With a smaller
+    variance, more samples are needed to move a weight from the middle of --trust-range."""
     trust_range: Annotated[tuple[float, float], From(0, 10)] = (0.5, 1.5)
-    """RAS as released: weights of a group that is surely below its prior, and of one surely above
-    it."""
+    """LOW HIGH. RAS as released, with --alpha 1: the weight of a group that is certainly below its
+    prior, and of one that is certainly above it."""
     crt_slope: Annotated[float, From(0, 1e6)] = 50.0
     """CRT as released: weight of (reward - prior), added to the step of 1 at the prior."""
     crt_temperature: Annotated[float, Above(0, 1e6)] = 5.0
-    """CRT as released: the reward is multiplied by sigmoid(reward / this temperature)."""
+    """CRT as released: rewards are multiplied by sigmoid(reward / temperature). Unit: that of the
+    reward."""
 
     SETTINGS = papers.BPGO
     VARIANTS = {"released": papers.BPGO_RELEASED}
@@ -141,12 +146,13 @@ def released_reliability_weights(
     prior_variance: float,
     trust_range: tuple[float, float],
 ) -> torch.Tensor:
-    """Return the weight of each group, as the authors released it (TeleBoost, d4279ac).
+    """Return the weight of each group as in the authors' code (TeleBoost, d4279ac).
 
-    rewards [P, G], prior [P, 1] -> [P, 1], from 0.01 to 10. With alpha 1 the weight goes from
-    trust_range[0] to trust_range[1] as the probability rises that the expected reward is above the
-    prior. The expected reward has the prior N(prior, prior_variance), and the G rewards are its
-    evidence. A group without any score (NaN) has weight 1.
+    rewards [P, G] (contrasted, if CRT is on), prior [P, 1] -> [P, 1], clamped to [0.01, 10]. The
+    expected reward of a prompt has the Normal prior N(prior, prior_variance), and its G rewards are
+    the evidence. With alpha 1 the weight rises from trust_range[0] to trust_range[1] with the
+    probability that the expected reward is above the prior. A group without any score (NaN) has
+    weight 1.
     """
     number = rewards.isfinite().sum(1, keepdim=True)  # [P, 1]
     mean = rewards.nanmean(1, keepdim=True)
@@ -154,7 +160,7 @@ def released_reliability_weights(
     variance = torch.where(number > 1, variance, 1.0)
     precision = number / variance  # of the evidence
     posterior_variance = 1 / (precision + 1 / prior_variance)
-    # the posterior mean less the prior; the difference of the two would cancel
+    # posterior mean minus prior; computing both and subtracting would lose digits
     shift = posterior_variance * precision * (mean - prior)
     low, high = trust_range
     trust = low + (high - low) * torch.special.ndtr(shift / posterior_variance.sqrt())
@@ -178,11 +184,11 @@ def contrastive_rewards(
 def released_contrastive_rewards(
     rewards: torch.Tensor, prior: torch.Tensor | float, slope: float, temperature: float
 ) -> torch.Tensor:
-    """Return rewards stretched around the prior, as the authors released it (TeleBoost, d4279ac).
+    """Return rewards stretched around the prior as in the authors' code (TeleBoost, d4279ac).
 
-    rewards [P, G], prior [P, 1] -> [P, G]. The result is 0 at the prior. For rewards below about
-    half of the prior it falls as the reward rises; with a negative prior that includes the prior
-    itself (docs/methods/bpgo.md).
+    rewards [P, G], prior [P, 1] -> [P, G]. The result is 0 at the prior. It falls as the reward
+    rises where the reward is below about half of the prior. If the prior is negative, that includes
+    rewards near the prior (docs/methods/bpgo.md).
     """
     gate = torch.sigmoid((rewards / temperature).clamp(-30, 30))
     return (slope * (rewards - prior) + (rewards > prior)) * gate * rewards
@@ -222,7 +228,7 @@ class RunningMeanPrior:
 
 
 class FieldPrior:
-    """Expects of each prompt what the field `prior` of its line says."""
+    """Expects of each prompt the number in the field `prior` of its line."""
 
     def __init__(self) -> None:
         self.state = {}
@@ -276,29 +282,30 @@ def still_rewards(
 
 
 def check_variant(args: Args, prompts: list[str]) -> None:
-    """Raise InputError for settings that the variant cannot have, and prompts without a prior."""
-    for prompt in prompts if args.prior == "field" else ():
-        value = fields_of(prompt).get("prior")
-        if type(value) not in (int, float) or not math.isfinite(value):
-            raise errors.InputError(
-                f"--prior field: {caption_of(prompt)!r:.80} has no number `prior`. Train on a "
-                'jsonl file whose lines are {"prompt": ..., "prior": NUMBER}.'
-            )
+    """Raise InputError for settings that do not fit together and for prompts without a prior."""
+    if args.prior == "field":
+        for prompt in prompts:
+            value = fields_of(prompt).get("prior")
+            if type(value) not in (int, float) or not math.isfinite(value):
+                raise errors.InputError(
+                    f"--prior field: {caption_of(prompt)!r:.80} has no number `prior`. Train on a "
+                    'jsonl file whose lines are {"prompt": ..., "prior": NUMBER}.'
+                )
     if args.crt_alone and not args.crt:
         raise errors.InputError("--crt-alone: --no-crt leaves nothing to train on. Drop one.")
     if args.trust_range[0] > args.trust_range[1]:
         low, high = args.trust_range
-        raise errors.InputError(f"--trust-range {low:g} {high:g}: must rise. Swap them.")
+        raise errors.InputError(f"--trust-range {low:g} {high:g}: must rise. Swap the two.")
     if args.variant == "printed":
         return
     if args.crt_alone:
         raise errors.InputError(
-            "--crt-alone: eq 5 is of --variant printed. CRT without RAS is --alpha 0 here."
+            "--crt-alone: only for --variant printed. Give --alpha 0 for CRT without RAS."
         )
     if args.crt and args.aggregate == "advantages":
         raise errors.InputError(
-            "--aggregate advantages: CRT of --variant released transforms the sum of the rewards. "
-            "Leave it out, or add --no-crt."
+            "--aggregate advantages: CRT of --variant released needs the sum of the rewards. Leave "
+            "it out, or add --no-crt."
         )
 
 
@@ -407,7 +414,7 @@ def main(args: Args) -> Log:
             trust = released_reliability_weights(
                 contrasted, expected, args.alpha, args.prior_variance, args.trust_range
             )  # [P, 1]
-            contrast = torch.zeros_like(advantages)  # there is no second surrogate
+            contrast = torch.zeros_like(advantages)  # no second surrogate
         else:
             unit = args.reward_scale or rewards.scale
             group_mean = reward.nanmean(1, keepdim=True)  # [P, 1]
@@ -431,11 +438,10 @@ def main(args: Args) -> Log:
         for update in range(args.updates_per_step * args.minibatches):  # passes x minibatches
             minibatch = minibatches[update % args.minibatches]  # [P, G] bool
             learning = minibatch
-            if (
-                not args.kl_coef
-            ):  # groups without advantage have no gradient; they still count below
+            if not args.kl_coef:  # then groups without advantage have no gradient
                 learning = minibatch & advantages.any(1, keepdim=True)
-            # [b] of the mean over all groups; the gradients of all processes are summed
+            # [b] of the mean over all groups, also those without a gradient; the gradients of all
+            # processes are summed
             row_weight = processes.local(groups.row_weights(minibatch) * learning)
             trained_steps = sde.noisy_steps(s, args.timestep_fraction, generator)
             # a model may have two networks, for high and low noise: the last step of each

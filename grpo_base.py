@@ -139,11 +139,10 @@ def main(args: Args) -> Log:
         for update in range(args.updates_per_step * args.minibatches):  # passes x minibatches
             minibatch = minibatches[update % args.minibatches]  # [P, G] bool
             learning = minibatch
-            if (
-                not args.kl_coef
-            ):  # groups without advantage have no gradient; they still count below
+            if not args.kl_coef:  # then groups without advantage have no gradient
                 learning = minibatch & advantages.any(1, keepdim=True)
-            # [b] of the mean over all groups; the gradients of all processes are summed
+            # [b] of the mean over all groups, also those without a gradient; the gradients of all
+            # processes are summed
             row_weight = processes.local(groups.row_weights(minibatch) * learning)
             trained_steps = sde.noisy_steps(s, args.timestep_fraction, generator)
             # a model may have two networks, for high and low noise: the last step of each

@@ -9,8 +9,8 @@ for their tables. tests/test_reproduce.py compares those with the printed settin
 
 from common import models
 
-# arXiv ids. The settings are those of v1 of BPGO, SLAS and Self-Paced GRPO. Settings that only
-# BPGO's released code (TeleBoost) or v4 of Self-Paced GRPO has are marked.
+# arXiv ids. The settings are those of v1 of BPGO, SLAS and Self-Paced GRPO. BPGO_RELEASED and
+# SELF_PACED_V4 have those that the released code and v4 change.
 _DANCE = "2505.07818"
 _FLOW = "2505.05470"
 _BPGO = "2511.18919"
@@ -68,8 +68,8 @@ SLAS = over_the_models(
     }
 )
 
-# 2511.19356v1, section 5.2 and appendix A. It prints two thresholds for three stages; the last one
-# is taken twice. Images have no smoothness to judge, so two stages are left of three.
+# 2511.19356v1, section 5.2 and appendix A. It prints two thresholds for three stages, so the last
+# one is used twice. Images have no smoothness to judge, so they have two stages instead of three.
 _JUDGED = dict(
     reward=("judge:quality", "judge:smoothness", "judge:alignment"), thresholds=(0.75, 0.75, 0.75)
 )
@@ -94,7 +94,8 @@ SELF_PACED = over_the_models({
     "tiny-wan-i2v": dict(_MOTION, thresholds=(0.922, 0.637, 0.587)),
 })  # fmt: skip
 
-# --variant v4: what v4 of the paper prints instead. Its softmax has no alpha. A GPU has one prompt.
+# --variant v4: what v4 of the paper prints instead. Its softmax has no alpha. It does not print the
+# prompts of a step: here one for each GPU.
 SELF_PACED_V4 = {
     "": dict(alpha=1.0),
     "wan2.1-1.3b": dict(paper=_PACED_V4, frames=81, fps=16.0, steps=220, prompts_per_step=16),

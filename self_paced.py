@@ -1,7 +1,7 @@
 """Self-Paced GRPO (arXiv 2511.19356): the reward grows with the generator. Against grpo_base.py:
 
-  Setup              --reward names ordered stages, easy to hard; held-out samples are scored by the
-                     last one; --calibrate measures the thresholds first (appendix A)
+  Setup              --reward lists stages, from easy to hard; the last one scores the held-out
+                     samples; --calibrate measures the thresholds first (appendix A)
   Advantage          each group mixes the stages, by gates that open as mean rewards pass thresholds
   Log                the weight and the mean reward of each stage
 
@@ -11,7 +11,7 @@ scores them, and raises the probability of those that score above the mean of th
 
     S(r) = (sqrt(G) - |r|_1 / |r|_2) / (sqrt(G) - 1)                   hoyer_sparsity     eq 8
     g_k  = sigmoid(slope (mean r_k - tau_k))                           stage_gates        eq 9
-           + beta (S(r_k-1) - S(r_k))
+           + beta (S(r_k-1) - S(r_k)), without this term for k = 1
     w    = softmax(alpha g)                                            stage_weights      eq 6
     R    = sum_k w_k r_k                                               combine_scores     eq 5
     A_ij = (R_ij - mean_j R_ij) / (std_j R_ij + eps)                   compute_advantages
@@ -19,8 +19,8 @@ scores them, and raises the probability of those that score above the mean of th
     L    = - mean of min(rho A, clip(rho, 1 - c, 1 + c) A)             loss.clipped_surrogate
            + kl_coef |mean - mean_ref|^2 / (2 std^2)                   loss.gaussian_kl
 
-These are the equations of the paper's first version. Version 4 (July 2026, the method's name there
-is TaRoS) changes one of them; --variant v4 takes it, with alpha 1:
+These are the equations of the paper's first version. Version 4 (July 2026) calls the method TaRoS
+and changes one of them. --variant v4 takes it, with alpha 1:
 
     g_k  = sigmoid(slope (mean r_k - tau_k))                           stage_utilities    eq 6
            + beta (S(r_k) - S(r_k+1)),  S(r_K+1) = 0
@@ -51,32 +51,33 @@ EPS = 1e-8  # added to every standard deviation that rewards are divided by
 @dataclass
 class Args(SharedArgs):
     variant: Literal["v1", "v4"] = "v1"
-    """Version of the paper whose gates are used. v4 (July 2026) compares the saturation of a stage
-    with that of the next stage instead of the one before, and has other settings of its models."""
+    """Version of the paper. v4 (July 2026, TaRoS) compares the saturation of a stage with that of
+    the next stage instead of the one before, and has other defaults for the paper's models."""
     thresholds: Annotated[tuple[float, ...], From(-1e6, 1e6)] = (0.929, 0.81, 0.6)
     """tau: the mean reward, in [0, 1], at which each gate is half open. One for each stage; with
     --gate previous the last one has no effect and may be left out."""
     gate: Literal["own", "previous"] = "own"
-    """v1: whose mean reward opens a stage's gate: its own, as eq 9 is printed, or that of the stage
-    before it, as the text reads. v4 has only own."""
+    """Whose mean reward opens a stage's gate. own: the stage's own, as eq 9 is printed. previous:
+    that of the stage before it, as the text of v1 suggests; only for --variant v1."""
     alpha: Annotated[float, From(0, 1000)] = 4.0
-    """How sharply the weights follow the gates. 0 gives all stages the same weight. Default of v4:
-    1, its equation has no alpha."""
+    """How sharply the weights follow the gates. 0 gives all stages the same weight. With --variant
+    v4 the default is 1, because its equation has no alpha."""
     beta: Annotated[float, From(0, 1000)] = 0.5
-    """Weight of the difference in saturation between a stage and its neighbour."""
+    """Weight of the difference in saturation between a stage and its neighbour. 0 disables it."""
     slope: Annotated[float, From(0, 1000)] = 10.0
-    """How steeply a gate opens around its threshold."""
+    """How steeply a gate opens around its threshold. At 10 a mean reward 0.1 above it opens the
+    gate to 73%."""
     saturation: Literal["hoyer", "one-minus-hoyer"] = "hoyer"
-    """v1: index of saturation: Hoyer's as printed, 0 for equal rewards; or 1 minus it, as the text
-    of v1 describes it."""
+    """Index of saturation. hoyer: Hoyer's index as printed, 0 for equal rewards. one-minus-hoyer: 1
+    minus it, as the text of v1 describes it; only for --variant v1."""
     stage_range: Annotated[tuple[float, ...], From(-1e6, 1e6)] = ()
-    """LOW HIGH: scores of a reward that declares no bounds (VideoAlign: -3 3) are mapped from here
-    to [0, 1] and clamped."""
+    """LOW HIGH. Scores of rewards that declare no bounds are mapped from this range to [0, 1] and
+    clamped. For VideoAlign: -3 3. Other rewards need no range."""
     only_stage: Annotated[int, From(0, 100)] = 0
     """Train on this stage alone, counted from 1. 0 trains on all stages."""
     calibrate: bool = False
-    """Train each stage that opens a gate alone for 50 steps first, and set its threshold to its
-    first reward plus 0.7 times what it gained."""
+    """First train on each stage that opens a gate alone, for 50 steps each. Its threshold is then
+    its mean reward at the start plus 0.7 times its gain."""
 
     SETTINGS = papers.SELF_PACED
     VARIANTS = {"v4": papers.SELF_PACED_V4}
@@ -95,7 +96,8 @@ def combine_scores(
 def hoyer_sparsity(rewards: torch.Tensor) -> torch.Tensor:
     """Return Hoyer's index of each group: rewards [..., G] -> [...] in [0, 1] (eq 8).
 
-    0 if all rewards are equal, 1 if all but one are 0. NaN is a sample without a score.
+    The index is 0 if all rewards are equal, and 1 if all but one are 0. NaN is a sample without a
+    score.
     """
     norm = rewards.square().nansum(-1).sqrt()
     root = rewards.isfinite().to(rewards).sum(-1).sqrt()
@@ -113,9 +115,9 @@ def stage_gates(
 ) -> torch.Tensor:
     """Return the gates of K stages (v1 eq 9): rewards [K, P, G], thresholds -> [K, P].
 
-    gate "own": a stage's own mean reward opens its gate, by K thresholds, as eq 9 is printed.
-    "previous": that of the stage before it opens it, by K - 1 thresholds, and the gate of the first
-    stage is always half open.
+    gate "own": the mean reward of a stage opens its gate, as eq 9 is printed. This needs K
+    thresholds. "previous": the mean reward of the stage before it does. This needs K - 1, and the
+    gate of the first stage is always half open.
     """
     S = hoyer_sparsity(rewards)  # [K, P]
     if saturation == "one-minus-hoyer":
@@ -142,8 +144,8 @@ def stage_utilities(
 def stage_weights(gates: torch.Tensor, alpha: float, only_stage: int = 0) -> torch.Tensor:
     """Return the weights of K stages: gates [K, P] -> [K, P], which sum to 1 over K.
 
-    This is v1 eq 6, and with alpha 1 v4 eq 7. only_stage: all weight for this stage, counted from
-    1; 0: by the gates.
+    This is v1 eq 6, and v4 eq 7 if alpha is 1. only_stage: the stage that gets all weight, counted
+    from 1; 0: the gates decide.
     """
     if only_stage:
         weights = torch.zeros_like(gates)
@@ -157,8 +159,8 @@ def on_unit_interval(
 ) -> dict[str, torch.Tensor]:
     """Return the scores of the stages on [0, 1]: {name: [P, G]}, {name: (low, high)} of each stage.
 
-    Scores beyond a range are clamped to it. A sample without one of these scores (NaN) has none of
-    them.
+    Scores beyond a range are clamped to it. A sample that lacks one of these scores (NaN) gets NaN
+    for all of them.
     """
     missing = sum(scores[name] for name in ranges).isnan()  # [P, G]
     return {
@@ -195,16 +197,16 @@ def check_stages(args: Args, rewards: Rewards) -> None:
     if args.only_stage > number:
         raise errors.InputError(f"--only-stage {args.only_stage}: there are {number} stages.")
     if args.variant == "v4" and args.gate == "previous":
-        raise errors.InputError("--gate previous: --variant v4 has own gates. Leave it out.")
+        raise errors.InputError("--gate previous: only for --variant v1. Leave it out.")
     if args.variant == "v4" and args.saturation != "hoyer":
         raise errors.InputError(
-            f"--saturation {args.saturation}: --variant v4 has Hoyer's index. Leave it out."
+            f"--saturation {args.saturation}: only for --variant v1. Leave it out."
         )
     if args.stage_range and (
         len(args.stage_range) != 2 or args.stage_range[0] >= args.stage_range[1]
     ):
         given = " ".join(f"{value:g}" for value in args.stage_range)
-        raise errors.InputError(f"--stage-range {given}: give two numbers, LOW and HIGH.")
+        raise errors.InputError(f"--stage-range {given}: not two rising numbers. Give LOW HIGH.")
     for name in rewards.weights:
         if None in rewards.scorers[name].range and not args.stage_range:
             raise errors.InputError(
@@ -215,7 +217,7 @@ def check_stages(args: Args, rewards: Rewards) -> None:
 def calibrate(args: Args) -> Args:
     """Return args with thresholds from runs of each stage that opens a gate (appendix A).
 
-    A run that continues keeps the thresholds in its config.json.
+    A run that continues takes the thresholds from its config.json.
     """
     if not args.calibrate:
         return args
@@ -362,11 +364,10 @@ def main(args: Args) -> Log:
         for update in range(args.updates_per_step * args.minibatches):  # passes x minibatches
             minibatch = minibatches[update % args.minibatches]  # [P, G] bool
             learning = minibatch
-            if (
-                not args.kl_coef
-            ):  # groups without advantage have no gradient; they still count below
+            if not args.kl_coef:  # then groups without advantage have no gradient
                 learning = minibatch & advantages.any(1, keepdim=True)
-            # [b] of the mean over all groups; the gradients of all processes are summed
+            # [b] of the mean over all groups, also those without a gradient; the gradients of all
+            # processes are summed
             row_weight = processes.local(groups.row_weights(minibatch) * learning)
             trained_steps = sde.noisy_steps(s, args.timestep_fraction, generator)
             # a model may have two networks, for high and low noise: the last step of each

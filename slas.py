@@ -1,9 +1,9 @@
 """Super-linear advantage shaping (SLAS, arXiv 2605.10937). Against grpo_base.py it changes:
 
   Advantage          deviations are divided by one standard deviation of the whole batch (section 5)
-                     and raised to the power 1 + gamma: large deviations teach most
-  Setup, Advantage,  --gamma auto: the largest gamma whose update stays in a trust region
-  Update             (TrustRegion below, theorem 4)
+                     and raised to the power 1 + gamma, so large deviations count most
+  Setup, Advantage,  --gamma auto: the largest gamma whose update stays within a trust region
+  Update             (class TrustRegion, theorem 4)
   Log                gamma, and what the trust region measured
 
 The sampler of a flow model becomes a stochastic policy (common/sde.py): each denoising step is a
@@ -37,21 +37,23 @@ from common.rewards import Rewards
 from common.trainer import Checkpoints, Clock, Evaluator, Log, Policy, Processes
 
 EPS = 1e-8  # added to every standard deviation that rewards are divided by
-GAMMAS = [n / 100 for n in range(101)]  # what --gamma auto chooses from
+GAMMAS = [n / 100 for n in range(101)]  # candidates of --gamma auto
 
 
 @dataclass
 class Args(SharedArgs):
     gamma: Annotated[float | Literal["auto"], From(0, 10)] = 0.5
-    """Advantages are the power 1 + gamma of the deviations. 0: GRPO without each prompt's own
-    standard deviation. auto: the largest gamma up to 1 that --kl-limit allows; it needs one more
-    forward pass of a micro-batch per denoising step and update."""
+    """Advantages are the deviations to the power 1 + gamma. Larger values give more weight to large
+    deviations. 0: GRPO with the batch's standard deviation. auto: the largest gamma up to 1 that
+    --kl-limit allows. It needs one more forward pass of a micro-batch per denoising step and
+    update."""
     normalize: Literal["before", "after", "shaped", "none"] = "before"
-    """Divide by the batch's standard deviation before the power is taken, or after; by that of the
-    shaped deviations; or not at all."""
+    """How advantages are normalised. before: deviations are divided by the batch's standard
+    deviation, then raised to the power. after: the other way round. shaped: the powers are divided
+    by their own standard deviation. none: no division."""
     kl_limit: Annotated[float, Above(0, 1e6)] = 4e-5
-    """--gamma auto: the KL divergence per dimension that one update may cost. It is held on
-    average; single updates cost more. Lower the learning rate for a limit that gamma 0 exceeds."""
+    """--gamma auto: largest KL divergence of an update, per dimension. The limit holds on average;
+    single updates may exceed it. If gamma stays at 0, lower --learning-rate or raise the limit."""
 
     SETTINGS = papers.SLAS
     CURVES = ("gamma",)
@@ -89,7 +91,7 @@ def compute_advantages(
 def shape_terms(
     terms: list[tuple[torch.Tensor, float]], gamma: float, adv_clip_max: float, normalize: str
 ) -> list[torch.Tensor]:
-    """Return the weighted advantages of each term; their sum is trained on.
+    """Return the weighted advantages of each term, whose sum is trained on.
 
     terms: [(rewards [P, G], weight)] -> [[P, G]].
     """
@@ -107,8 +109,8 @@ def moments_after(
 ) -> tuple[int, float, float]:
     """Return (k, S, V) after one more update with a gradient of squared size `power`.
 
-    They are the number of updates and AdamW's |m|^2 and v, before their bias is corrected, for
-    gradients that are independent from update to update. Begin with (0, 0.0, 0.0).
+    k is the number of updates. S and V are the expected |m|^2 and v of AdamW before its correction
+    of the bias, if gradients of different updates are independent. Start with (0, 0.0, 0.0).
     """
     updates, first, second = moments
     beta1, beta2 = betas
@@ -121,8 +123,8 @@ def moments_after(
 def moments_ratio(moments: tuple[int, float, float], betas: tuple[float, float]) -> float:
     """Return S / V, the expected square of AdamW's step in units of the learning rate.
 
-    Both are corrected for their bias. It is 1 after the first update and (1 - beta1) / (1 + beta1)
-    after many equal ones. 0.0 if all gradients were 0.
+    Both are corrected for their bias. The ratio is 1 after the first update, and (1 - beta1) /
+    (1 + beta1) after many equal ones. It is 0.0 if all gradients were 0.
     """
     updates, first, second = moments
     beta1, beta2 = betas
@@ -134,40 +136,40 @@ def moments_ratio(moments: tuple[int, float, float], betas: tuple[float, float])
 def largest_gamma(predicted: dict[float, float], limit: float) -> float:
     """Return the largest gamma whose predicted KL is at most `limit`: {gamma: KL} -> gamma.
 
-    0.0 if there is none: then the limit needs a lower learning rate, not another power.
+    Returns 0.0 if none is allowed. Then the limit needs a lower learning rate, not another gamma.
 
-    All candidates count, because the allowed ones need not be an interval: powers of deviations
-    below 1 fall with gamma, those above 1 rise, and clamped ones stay.
+    All candidates are compared, because the allowed ones need not be an interval: deviations below
+    1 shrink with gamma, those above 1 grow, and clamped ones stay.
     """
     return max((gamma for gamma, kl in predicted.items() if kl <= limit), default=0.0)
 
 
 class TrustRegion:
-    """Choose gamma by the KL that an update is going to cost (theorem 4, measured).
+    """Choose gamma by the predicted KL of the next updates (theorem 4, measured).
 
-    AdamW moves the weights by d = -lr m / sqrt(v), which costs KL = d^T F d / 2, where F is the
-    Fisher matrix. If gradients are sqrt(M) times noise of one distribution, with M the mean square
-    of the advantages, then
+    AdamW moves the weights by d = -lr m / sqrt(v). The KL between the policies before and after is
+    d^T F d / 2, with the Fisher matrix F. If a gradient is sqrt(M) times noise of one distribution,
+    with M the mean square of the advantages, then
 
         KL = kappa S / V,    S = sum_j w_j^2 M_(k-j),    w_j = (1 - b1) b1^j / (1 - b1^k)
                              V = sum_j u_j M_(k-j),      u_j = (1 - b2) b2^j / (1 - b2^k)
 
-    after k updates. kappa holds the learning rate, curvature, direction and clipping. It is
-    measured, as (KL of an update) V / S, and averaged exponentially over updates.
+    after k updates. kappa depends on the learning rate, curvature, direction and clipping. It is
+    measured as (KL of an update) V / S, and averaged exponentially over updates.
 
-    limit: the KL per dimension that an update may cost; betas: those of AdamW; memory: what the
-    average keeps of kappa at each update.
+    limit: largest KL of an update, per dimension; betas: those of AdamW (b1, b2); memory: the
+    fraction of the average that stays at each update.
     """
 
     def __init__(self, limit: float, betas: tuple[float, float], memory: float = 0.8) -> None:
         self.limit = limit
         self.betas = betas
         self.memory = memory
-        self.moments = (0, 0.0, 0.0)  # k, S, V
+        self.moments = (0, 0.0, 0.0)  # k, S, V of moments_after
         self.kappa = 0.0  # sum of the weighted measurements
         self.weight = 0.0  # sum of their weights
         self.costs = []  # KL of each update since gamma was chosen
-        self.predicted = None  # KL of the dearest of these updates, as it was predicted
+        self.predicted = None  # largest predicted KL of these updates
 
     def predict(self, power: float, updates: int) -> float:
         """Return the largest KL of the next updates, each with mean square `power`."""
@@ -180,7 +182,7 @@ class TrustRegion:
     def exponent(self, powers: dict[float, torch.Tensor], updates: int) -> float:
         """Return gamma for the next updates; 0.0 before the first measurement.
 
-        powers: {gamma: mean square of the advantages}; updates: how many gamma is for.
+        powers: {gamma: mean square of the advantages}; updates: how many updates use this gamma.
         """
         self.costs = []
         if not self.weight:
@@ -192,7 +194,7 @@ class TrustRegion:
         return gamma
 
     def observe(self, power: torch.Tensor, kl: torch.Tensor) -> None:
-        """Remember an update: the mean square of its advantages, and the KL that it cost."""
+        """Record an update: the mean square of its advantages, and its measured KL."""
         power, kl = power.item(), kl.item()
         self.costs.append(kl)
         self.moments = moments_after(self.moments, power, self.betas)
@@ -202,7 +204,7 @@ class TrustRegion:
             self.weight = self.memory * self.weight + (1 - self.memory)
 
     def metrics(self) -> dict[str, float]:
-        """Return what docs/metrics.md lists; {} if nothing was measured since gamma was chosen."""
+        """Return update_kl and predicted_kl (docs/metrics.md); {} if there was no update."""
         if not self.costs:
             return {}
         found = {"update_kl": sum(self.costs) / len(self.costs)}
@@ -222,7 +224,7 @@ class TrustRegion:
         }
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Continue with what a checkpoint kept; begin anew with that of version 0.2 or before."""
+        """Restore what a checkpoint keeps. Those of version 0.2 and earlier lack it."""
         if "weight" in state:
             self.moments = (int(state["updates"]), float(state["first"]), float(state["second"]))
             self.kappa = float(state["kappa"])
@@ -308,6 +310,7 @@ def main(args: Args) -> Log:
         )
         gamma = args.gamma
         if args.gamma == "auto":
+            # mean square of the advantages that each gamma would give
             powers = {g: sum(shape(gamma=g))[kept].square().mean() for g in GAMMAS}
             gamma = region.exponent(powers, updates=args.updates_per_step * args.minibatches)
         parts = shape(gamma=gamma)
@@ -320,11 +323,10 @@ def main(args: Args) -> Log:
         for update in range(args.updates_per_step * args.minibatches):  # passes x minibatches
             minibatch = minibatches[update % args.minibatches]  # [P, G] bool
             learning = minibatch
-            if (
-                not args.kl_coef
-            ):  # groups without advantage have no gradient; they still count below
+            if not args.kl_coef:  # then groups without advantage have no gradient
                 learning = minibatch & advantages.any(1, keepdim=True)
-            # [b] of the mean over all groups; the gradients of all processes are summed
+            # [b] of the mean over all groups, also those without a gradient; the gradients of all
+            # processes are summed
             row_weight = processes.local(groups.row_weights(minibatch) * learning)
             trained_steps = sde.noisy_steps(s, args.timestep_fraction, generator)
             # a model may have two networks, for high and low noise: the last step of each
@@ -373,7 +375,7 @@ def main(args: Args) -> Log:
                     cause = rewards.explain(scores, advantages, step_prompts)
                     raise errors.RunError(f"step {step}: the gradient is not finite. {cause}")
                 policy.step()
-                if args.gamma == "auto":  # what the update cost: the means before and after it
+                if args.gamma == "auto":  # the update's KL, from the means before and after it
                     mb = micro_batches[0]  # the one with the fewest padding rows
                     cond_mb = models.take(cond, mb.index)
                     kls = []

@@ -60,7 +60,7 @@ class Model:
     """Number of denoising steps per sample (T). More steps give better samples and cost more
     time."""
     shift: Annotated[float | Literal["scheduler"], Above(0, 100)] = 3.0
-    """Shift of the noise levels (sigmas). 1: they are evenly spaced from 1 to 0. Larger values
+    """Shift of the noise levels (sigmas). 1: evenly spaced from 1 to 0. Larger values
     spend more steps at high noise. scheduler: the noise levels that the model's own diffusers
     pipeline visits in --sampling-steps steps."""
     guidance: Annotated[float, From(0, 1000)] = 3.5
@@ -240,15 +240,15 @@ class Update:
     lora_rank: Annotated[int, From(0, 4096)] = 0
     """Rank of the LoRA to train. 0: train all weights."""
     lora_alpha: Annotated[float, From(0, 1e6)] = 0.0
-    """Scale of the LoRA: the product of its matrices is multiplied by alpha / rank. Larger values
-    learn faster at the same learning rate. 0: twice the rank."""
+    """Scale of the LoRA: the product of its matrices is multiplied by alpha / rank. With a larger
+    value the model changes faster at the same learning rate. 0: twice the rank."""
     lora_targets: str = ""
     """Regular expression for the names of the layers that the LoRA adapts; --list-models prints the
     defaults. Default: the linear layers of the blocks."""
     init_lora: str = ""
     """Start from this LoRA and train it further: a safetensors file or its folder, for example
-    RUN/export. Rank, alpha and layers are the file's, and the KL term keeps the model close to the
-    model with this LoRA. Empty: start with a new LoRA, which changes nothing at first."""
+    RUN/export. Rank, alpha and layers are taken from the file. The KL term keeps the model close to
+    the model with this LoRA. Empty: start with a new LoRA, which changes nothing at first."""
     ema: Annotated[float, From(0, 0.99999)] = 0.0
     """Decay of a moving average of the trained weights, which is exported to export_ema/. Typical:
     0.99. 0 disables it."""
@@ -301,11 +301,12 @@ class Run:
     """Steps between evaluations on --eval-prompts; the first and the last step are always
     evaluated. 0: never."""
     eval_height: Annotated[int, From(0, 1e5)] = 0
-    """Height in pixels of the samples of evaluations and sample grids. 0: --height."""
+    """Height in pixels of samples in evaluations and sample grids. 0: the value of --height."""
     eval_width: Annotated[int, From(0, 1e5)] = 0
-    """Width in pixels of the samples of evaluations and sample grids. 0: --width."""
+    """Width in pixels of samples in evaluations and sample grids. 0: the value of --width."""
     eval_steps: Annotated[int, From(0, 1000)] = 0
-    """Number of denoising steps in evaluations and sample grids. 0: --sampling-steps."""
+    """Number of denoising steps in evaluations and sample grids. 0: the value of
+    --sampling-steps."""
     tracker: Literal["tensorboard", "wandb", "none"] = "tensorboard"
     """Where metrics are logged in addition to metrics.jsonl. none: nowhere else."""
     push_to_hub: str = ""
@@ -325,16 +326,16 @@ class Args(Judge, Run, Update, Rollout, Reward, Model):
     ARXIV = ()  # arXiv ids of its papers
     CURVES = ()  # NAME: a plot NAME.png of the metrics NAME and NAME_...
     SETTINGS = {}  # {named model: {flag: default}}
-    # {value of --variant: {named model: {flag: default}}}, over SETTINGS; "": of every model
+    # defaults that a --variant changes: {value: {named model, or "" for all: {flag: default}}}
     VARIANTS = {}
 
 
 def defaults(cls: type[AnyArgs], model: str = "tiny-flux", **values: Any) -> AnyArgs:
     """Return an instance of cls with the defaults of a named model, and `values` over them.
 
-    The defaults come from cls.SETTINGS, or from the fields for a folder or hub id; `variant` among
-    the values adds those of cls.VARIANTS. With lora_rank the default learning rate is
-    lora_learning_rate of the table, else LORA_LEARNING_RATE.
+    The defaults come from cls.SETTINGS, or from the fields for a folder or hub id. If the values
+    have a `variant`, its defaults in cls.VARIANTS replace them. With lora_rank the default learning
+    rate is lora_learning_rate of the table, else LORA_LEARNING_RATE.
     """
     variant = cls.VARIANTS.get(values.get("variant"), {})
     table = {**cls.SETTINGS.get(model, {}), **variant.get("", {}), **variant.get(model, {})}

@@ -7,7 +7,7 @@ import torch
 
 
 def zero_variance(reward: torch.Tensor) -> torch.Tensor:
-    """Return which groups teach nothing: all their scores are equal, or fewer than two exist.
+    """Return which groups give no gradient: equal scores, or fewer than two.
 
     reward [P, G] -> [P, 1] bool.
     """

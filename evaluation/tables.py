@@ -42,7 +42,7 @@ def interval(values: Sequence[float], resamples: int = RESAMPLES) -> tuple[float
     """Return (low, high), the 95% interval of the mean of n >= 2 values.
 
     It is a percentile bootstrap, with the same draws every time. For few values the percentiles
-    are moved outwards as Hesterberg does it (2015, "What teachers should know about the
+    are moved outwards as Hesterberg proposes (2015, "What teachers should know about the
     bootstrap": expanded percentiles). It contains the mean of 4, 5 or 8 normal values in 87.5%,
     92.1% or 94.4% of cases. The 2.5% and 97.5% percentiles do in 79.8%, 83.9% or 88.9%.
     """

@@ -186,19 +186,20 @@ def _load_checkpoint(model: Family, trained: Trained, autocast: bool) -> None:
     adapted = settings.lora_rank > 0
     names = ["ema"] if trained.averaged else []
     if adapted or not trained.averaged:
-        names += model.trainable  # of a LoRA their names are its layers
+        names += model.trainable  # the names of a LoRA's weights give its layers
     _, states = checkpoint_files.read(trained.folder, names)
     missing = [name for name in names if name not in states]
     if missing:
         raise ValueError(f"it lacks {', '.join(missing)}")
-    for name, module in model.trainable.items() if adapted else ():
-        lora.adapt(
-            module,
-            **{**settings.lora_settings(), "targets": lora.layers_of(states[name])},
-            seed=0,  # its weights are replaced below
-            learns=model.learns,
-            autocast=autocast,
-        )
+    if adapted:
+        for name, module in model.trainable.items():
+            lora.adapt(
+                module,
+                **{**settings.lora_settings(), "targets": lora.layers_of(states[name])},
+                seed=0,  # its weights are replaced below
+                learns=model.learns,
+                autocast=autocast,
+            )
     if trained.averaged:
         _copy_average(model, sharding.distribute(states["ema"])["shadow_params"], lora=adapted)
         return

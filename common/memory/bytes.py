@@ -88,7 +88,7 @@ def weight_bytes(
     if args.lora_rank:
         frozen = precision * (total - trained) / shards
         if keep_initial and args.init_lora:
-            frozen += master  # of the initial LoRA
+            frozen += master  # the copy of the initial LoRA
     elif keep_initial:
         frozen = precision * total / shards
     whole_gradients = shards == 1 or not args.exchange_often

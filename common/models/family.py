@@ -109,8 +109,8 @@ class Family:
     def sigmas(self, steps: int, shift: float | Literal["scheduler"]) -> torch.Tensor:
         """Return the sigmas [T+1] that sampling visits, float32, from 1 (noise) to 0.
 
-        shift: that of sde.shifted_sigmas, or "scheduler" for the sigmas that the model's own
-        pipeline visits. Raises InputError for a scheduler without such sigmas.
+        shift: as for sde.shifted_sigmas, or "scheduler" for the sigmas that the model's own
+        pipeline visits. Raises InputError if the scheduler has no such sigmas.
         """
         if shift != "scheduler":
             return sde.shifted_sigmas(steps, shift)
@@ -131,7 +131,7 @@ class Family:
         return {"num_inference_steps": steps}
 
     def dynamic_shift(self, tokens: int) -> float:
-        """Return mu, by which a scheduler with dynamic shifting shifts for a number of tokens."""
+        """Return mu, the shift of a scheduler with dynamic shifting for a number of tokens."""
         from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
         config = self.pipe.scheduler.config
@@ -305,8 +305,8 @@ class Family:
     def resized(self, height: int, width: int) -> "Family":
         """Return this model with samples of another height and width in pixels, 0 for its own.
 
-        The weights are shared, also while they are trained. Raises InputError for a size that the
-        model cannot make.
+        Both models share the trained weights. Raises InputError for a size that the model does not
+        support.
         """
         settings = {
             "height": height or self.height,
@@ -349,7 +349,8 @@ class Family:
     ) -> None:
         """Save LoRA weights, {trained module: weights}, for the pipeline's load_lora_weights.
 
-        alpha: of the training, for --init-lora; the weights are scaled as if it were the rank.
+        alpha: that of the training, kept in the file for --init-lora. The weights already contain
+        the factor alpha / rank.
         """
         layers = {f"{name}_lora_layers": weights for name, weights in layers.items()}
         self.pipe.save_lora_weights(folder, save_function=lora_file.writer(alpha), **layers)

@@ -13,7 +13,7 @@ from common.errors import InputError
 from common.models.family import Family
 
 TRAINED = "default"  # peft's name of the LoRA that is trained
-INITIAL = "initial"  # and of its frozen copy
+INITIAL = "initial"  # peft's name of its frozen copy
 
 
 def adapt_model(
@@ -28,8 +28,8 @@ def adapt_model(
 ) -> None:
     """Add a LoRA to every trained module of a model, as `adapt` does.
 
-    targets: "" are the model's own. init: the LoRA of this file or folder, with its layers and
-    weights. Raises InputError.
+    targets: a regular expression, or "" for the model's own layers. init: the file or folder of a
+    LoRA to start from, whose layers replace targets, or "". Raises InputError.
     """
     loaded = _read(model, init, rank=rank, alpha=alpha) if init else {}
     for name, module in model.trainable.items():
@@ -109,8 +109,8 @@ def _read(
 ) -> dict[str, dict[str, torch.Tensor]]:
     """Return the LoRA weights of a file or folder, {trained module: {name: tensor}}.
 
-    diffusers reads it into the model, as a plain pipeline would, and it is taken out again. It may
-    scale each layer by other means than alpha / rank, so the second matrices are scaled here.
+    diffusers loads the LoRA into the model as in a plain pipeline, then it is removed. The file may
+    scale each layer by something other than alpha / rank, so the second matrices are rescaled.
     """
     from common.models import folder  # it imports diffusers and transformers
 

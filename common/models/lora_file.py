@@ -1,4 +1,4 @@
-"""Files of LoRAs: which one a path names, its rank and alpha, and ours written."""
+"""Find the file of a LoRA, read its rank and alpha, and write files that name alpha."""
 
 import json
 import re
@@ -44,8 +44,9 @@ def find(path: str | Path) -> Path:
 def rank_and_alpha(path: str | Path) -> tuple[int, float]:
     """Return rank and alpha of the LoRA in a file or folder, from the file's header.
 
-    Ours have alpha in their metadata, diffusers' in the adapter's, kohya's in tensors. Without one
-    alpha is the rank. Raises InputError unless it is a LoRA with one rank.
+    Our files have alpha in their metadata, diffusers' in the adapter's metadata, kohya's in
+    tensors. If a file names no alpha, it is the rank. Raises InputError unless it is a LoRA with
+    one rank.
     """
     from safetensors import safe_open
 

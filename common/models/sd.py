@@ -52,7 +52,7 @@ class StableDiffusion(Family):
     def sigmas(self, steps: int, shift: float | Literal["scheduler"]) -> torch.Tensor:
         """Return the sigmas of DDIM's timesteps and the last one, [T+1].
 
-        Raises InputError for a shift other than 1 and "scheduler", which are the same here.
+        Raises InputError unless shift is 1 or "scheduler", which mean the same here.
         """
         if shift not in (1, "scheduler"):
             raise InputError(f"--shift {shift:g}: this model has its own schedule. Give --shift 1.")

@@ -41,8 +41,8 @@ class StableDiffusion3(Family):
     def schedule(self, steps: int) -> dict[str, Any]:
         """Return what the pipeline's __call__ passes to its scheduler's set_timesteps.
 
-        The scheduler of 3.5 shifts twice then: its lowest training sigma, where its steps end, and
-        each of them.
+        The scheduler of 3.5 then shifts twice: first its lowest training sigma, at which its steps
+        end, then the sigma of every step.
         """
         found = super().schedule(steps)
         if self.pipe.scheduler.config.get("use_dynamic_shifting"):

@@ -130,7 +130,7 @@ def noise_levels(base: Base, args: Args) -> str:
         name, scheduler = "DDIMScheduler", "DDIMScheduler.from_config(pipe.scheduler.config)"
     elif shift == "scheduler":
         return f"{words})"
-    elif base.pipeline.startswith("Wan"):  # take no sigmas; these differ by 0.001 * shift
+    elif base.pipeline.startswith("Wan"):  # no sigmas; off by 0.001 * shift at most
         name = "UniPCMultistepScheduler"
         settings = f'prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift={shift:g}'
         scheduler = f"{name}({settings})"

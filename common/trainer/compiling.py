@@ -52,7 +52,7 @@ def set_attention(module: torch.nn.Module, backend: str) -> None:
 
 @contextlib.contextmanager
 def off() -> Iterator[None]:
-    """Leave blocks uncompiled inside: for measurements of the plain model."""
+    """Leave blocks uncompiled inside, to measure the plain model."""
     global _off
     before, _off = _off, True
     try:

@@ -79,10 +79,11 @@ def plain_copy(module: torch.nn.Module, state: dict[str, torch.Tensor]) -> torch
 
 
 def _save_lora(model: Family, folder: Path, modules: dict, weights: dict) -> None:
-    """Save a LoRA whose alpha is its rank, for which loaders take a file that names none.
+    """Save a LoRA with alpha / rank multiplied into its second matrix.
 
-    alpha / rank is multiplied into the second matrix: diffusers' adapter metadata would give other
-    loaders half of the LoRA, and diffusers refuses alpha tensors for some pipelines.
+    Loaders take the rank as alpha if a file names none, so all of them use the same scale. Loaders
+    other than diffusers ignore alpha in its adapter metadata, and diffusers refuses tensors with
+    alpha for some pipelines.
     """
     from peft import get_peft_model_state_dict
 

@@ -41,9 +41,9 @@ class Policy:
     average    their moving average (--ema), diffusers' EMAModel, or None
     updates    number of optimizer steps of this process
 
-    keep_initial: whether `reference` is needed; all weights or those of --init-lora get a frozen
-    copy then, a new LoRA is switched off. Raises InputError for --lora-targets, --init-lora or
-    --attention that the model cannot have.
+    keep_initial: whether `reference` is needed. It takes a frozen copy of all weights, or of the
+    LoRA of --init-lora; a new LoRA is switched off instead. Raises InputError for --lora-targets,
+    --init-lora or --attention that the model does not support.
     """
 
     def __init__(
@@ -172,7 +172,7 @@ class Policy:
     def reference(self) -> Iterator[None]:
         """Compute with the initial weights inside, without gradients.
 
-        A new LoRA is switched off, or the frozen copy takes the place of what is trained.
+        A new LoRA is switched off. Otherwise a frozen copy replaces the trained weights.
         """
         accelerator = self.processes.accelerator
         trained = self.model.trainable

@@ -97,9 +97,9 @@ def config_of(folder: Path) -> dict[str, Any]:
 
 
 def completed(config: dict[str, Any]) -> dict[str, Any]:
-    """Return a config.json with the settings that its version did not have.
+    """Return the settings of a config.json with those added that its version did not have.
 
-    The alpha of a LoRA was its rank then.
+    Before --lora-alpha existed, alpha was the rank.
     """
     return {"lora_alpha": config.get("lora_rank", 0), **config}
 
@@ -125,7 +125,7 @@ def check(folder: Path, args: Args) -> str:
     free = (*FREE, *FREE_IN_A_NEW_RUN) if new else FREE
     then = {name: value for name, value in config.items() if name not in ("run", "from")}
     now = settings(args) if then else {}
-    if then:  # an older version acted by the defaults of the settings that it did not have
+    if then:  # settings that an older version did not have count as their defaults
         then = {**settings(type(args)()), **then}
     changed = sorted(name for name in {*then, *now} if then.get(name) != now.get(name))
     for name in sorted(changed, key=lambda name: name != "script"):
