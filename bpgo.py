@@ -25,7 +25,8 @@ The authors' code (TeleBoost, commit d4279ac) has other equations. --variant rel
     w_i  = 1 + alpha (l + (h - l) P(mu_i > prior_i | Rt_i) - 1)        released_reliability_weights
     L    = w_i L(A of Rt) + the KL term                                main, Advantage and Update
 
-mu_i is the expected reward of prompt i, known through its group. a, tau, l and h are flags.
+a is --crt-slope, tau is --crt-temperature, l and h are --trust-range. P is the posterior
+probability that the expected reward of prompt i, mu_i, is above its prior.
 
 Shapes: P prompts a step, G samples a prompt (the group); row = prompt * G + sample, b rows on each
 process; n rows of a micro-batch, the last of which may be padding; T denoising steps.
