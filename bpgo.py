@@ -282,7 +282,7 @@ def still_rewards(
     return combine_scores(scores, rewards.weights)
 
 
-def check_variant(args: Args, prompts: list[str]) -> None:
+def check_settings(args: Args, prompts: list[str]) -> None:
     """Raise InputError for settings that do not fit together and for prompts without a prior."""
     if args.prior == "field":
         for prompt in prompts:
@@ -337,7 +337,7 @@ def main(args: Args) -> Log:
     rows = processes.rows(args.prompts_per_step * args.group_size)  # [b] global row numbers
     checkpoints = Checkpoints(args, processes)  # chooses the run's folder, reads --resume
     prompts = read_prompts(args.prompts)
-    check_variant(args, prompts)
+    check_settings(args, prompts)
     eval_prompts = read_prompts(args.eval_prompts) if args.eval_prompts else []
     all_prompts = prompts + eval_prompts
     rewards = Rewards(args, all_prompts, clips=models.family_of(args.model, args.source).video)

@@ -179,7 +179,7 @@ class TrustRegion:
             largest = max(largest, moments_ratio(moments, self.betas))
         return self.kappa / self.weight * largest
 
-    def exponent(self, powers: dict[float, torch.Tensor], updates: int) -> float:
+    def choose_gamma(self, powers: dict[float, torch.Tensor], updates: int) -> float:
         """Return gamma for the next updates; 0.0 before the first measurement.
 
         powers: {gamma: mean square of the advantages}; updates: how many updates use this gamma.
@@ -312,7 +312,7 @@ def main(args: Args) -> Log:
         if args.gamma == "auto":
             # mean square of the advantages that each gamma would give
             powers = {g: sum(shape(gamma=g))[kept].square().mean() for g in GAMMAS}
-            gamma = region.exponent(powers, updates=args.updates_per_step * args.minibatches)
+            gamma = region.choose_gamma(powers, updates=args.updates_per_step * args.minibatches)
         parts = shape(gamma=gamma)
         advantages = sum(parts)  # [P, G]
         local_advantages = processes.local(advantages)  # [b]

@@ -104,7 +104,7 @@ def test_the_choice_equals_the_transcription(scale, share):
     limit = share * predicted[0.5]
     region = region_after(past, kls, limit)
     powers = {g: torch.tensor((np.abs(z) ** (2 + 2 * g)).mean()) for g in slas.GAMMAS}
-    gamma = region.exponent(powers, updates=3)
+    gamma = region.choose_gamma(powers, updates=3)
     assert gamma == max([g for g in slas.GAMMAS if predicted[g] <= limit], default=0.0)
     assert region.predicted == pytest.approx(predicted[gamma], rel=1e-5)
 
@@ -112,11 +112,11 @@ def test_the_choice_equals_the_transcription(scale, share):
 def test_gamma_is_0_before_the_first_measurement_and_after_gradients_of_0():
     powers = {gamma: torch.tensor(1.0) for gamma in slas.GAMMAS}
     region = slas.TrustRegion(1e9, BETAS)
-    assert region.exponent(powers, updates=1) == 0.0 and region.metrics() == {}
+    assert region.choose_gamma(powers, updates=1) == 0.0 and region.metrics() == {}
     region.observe(torch.tensor(0.0), torch.tensor(1e-5))  # the KL term alone moved the weights
-    assert region.exponent(powers, updates=1) == 0.0
+    assert region.choose_gamma(powers, updates=1) == 0.0
     region.observe(torch.tensor(1.0), torch.tensor(1e-5))
-    assert region.exponent(powers, updates=1) == 1.0
+    assert region.choose_gamma(powers, updates=1) == 1.0
 
 
 # --- In a run ---
@@ -126,11 +126,11 @@ def test_gamma_is_0_before_the_first_measurement_and_after_gradients_of_0():
 def watched(monkeypatch):
     """What the trust region was asked and told, and the advantages that were trained on."""
     chosen, told, trained = [], [], []
-    exponent, observe = slas.TrustRegion.exponent, slas.TrustRegion.observe
+    choose_gamma, observe = slas.TrustRegion.choose_gamma, slas.TrustRegion.observe
     surrogate = loss.clipped_surrogate
 
     def choose(region, powers, updates):
-        chosen.append((powers, updates, exponent(region, powers, updates)))
+        chosen.append((powers, updates, choose_gamma(region, powers, updates)))
         return chosen[-1][2]
 
     def note(region, power, kl):
@@ -142,7 +142,7 @@ def watched(monkeypatch):
         trained.append(advantages.clone())
         return surrogate(ratio, advantages, clip_range)
 
-    monkeypatch.setattr(slas.TrustRegion, "exponent", choose)
+    monkeypatch.setattr(slas.TrustRegion, "choose_gamma", choose)
     monkeypatch.setattr(slas.TrustRegion, "observe", note)
     monkeypatch.setattr(loss, "clipped_surrogate", watch)
     return chosen, told
