@@ -59,6 +59,7 @@ from common.rewards import Rewards
 from common.trainer import Checkpoints, Clock, Evaluator, Log, Policy, Processes
 
 EPS = 1e-8  # added to every standard deviation that rewards are divided by
+LARGEST_PRIOR = 1e6  # of --prior-value and --prior field
 RUNNING_MEAN_STEPS = 50  # the running mean is exact for so many steps, then exponential
 
 
@@ -77,7 +78,7 @@ class Args(SharedArgs):
     reward of the initial model's samples of the prompt. first-frame, for image-to-video models: the
     reward of the prompt's image as a still video. field: the number `prior` in the prompt's line of
     a jsonl file. constant: --prior-value."""
-    prior_value: Annotated[float, From(-1e6, 1e6)] = 0.0
+    prior_value: Annotated[float, From(-LARGEST_PRIOR, LARGEST_PRIOR)] = 0.0
     """The expected reward of --prior constant."""
     crt: bool = True
     """Use CRT. --no-crt trains with RAS alone."""
@@ -287,10 +288,11 @@ def check_settings(args: Args, prompts: list[str]) -> None:
     if args.prior == "field":
         for prompt in prompts:
             value = fields_of(prompt).get("prior")
-            if type(value) not in (int, float) or not math.isfinite(value):
+            if type(value) not in (int, float) or not -LARGEST_PRIOR <= value <= LARGEST_PRIOR:
                 raise errors.InputError(
-                    f"--prior field: {caption_of(prompt)!r:.80} has no number `prior`. Train on a "
-                    'jsonl file whose lines are {"prompt": ..., "prior": NUMBER}.'
+                    f"--prior field: {caption_of(prompt)!r:.80} has no number `prior` from "
+                    f"{-LARGEST_PRIOR:g} to {LARGEST_PRIOR:g}. Train on a jsonl file whose lines "
+                    'are {"prompt": ..., "prior": NUMBER}.'
                 )
     if args.crt_alone and not args.crt:
         raise errors.InputError("--crt-alone: --no-crt leaves nothing to train on. Drop one.")

@@ -179,6 +179,15 @@ def stage_ranges(args: Args, rewards: Rewards) -> dict[str, tuple[float, float]]
     return ranges
 
 
+def check_only_stage(args: Args) -> None:
+    """Raise InputError for a stage that --reward does not name."""
+    number = len(args.reward)
+    if args.only_stage > number:
+        raise errors.InputError(
+            f"--only-stage {args.only_stage}: there is no such stage, --reward names {number}."
+        )
+
+
 def check_stages(args: Args, rewards: Rewards) -> None:
     """Raise InputError for stages that cannot be mixed."""
     number = len(rewards.weights)
@@ -194,8 +203,7 @@ def check_stages(args: Args, rewards: Rewards) -> None:
         raise errors.InputError(
             f"--thresholds: --reward has {stages} {needed}, got {len(args.thresholds)}."
         )
-    if args.only_stage > number:
-        raise errors.InputError(f"--only-stage {args.only_stage}: there are {number} stages.")
+    check_only_stage(args)
     if args.variant == "v4" and args.gate == "previous":
         raise errors.InputError("--gate previous: only for --variant v1. Leave it out.")
     if args.variant == "v4" and args.saturation != "hoyer":
@@ -221,6 +229,7 @@ def calibrate(args: Args) -> Args:
     """
     if not args.calibrate:
         return args
+    check_only_stage(args)
     processes = Processes(args.process_timeout)
     folder = processes.collect(run_folder.choose(args))[0]
     source = run_folder.run_of(args.resume)  # whose checkpoint a new run begins with

@@ -337,8 +337,7 @@ def defaults(cls: type[AnyArgs], model: str = "tiny-flux", **values: Any) -> Any
     have a `variant`, its defaults in cls.VARIANTS replace them. With lora_rank the default learning
     rate is lora_learning_rate of the table, else LORA_LEARNING_RATE.
     """
-    variant = cls.VARIANTS.get(values.get("variant"), {})
-    table = {**cls.SETTINGS.get(model, {}), **variant.get("", {}), **variant.get(model, {})}
+    table = settings_of(cls, model, values.get("variant"))
     flags = {field.name for field in dataclasses.fields(cls)} - {"source"}
     chosen = {name: value for name, value in table.items() if name in flags}
     chosen = {"model": model, **chosen, **values}
@@ -373,6 +372,15 @@ def check_lists(cls: type, argv: Sequence[str]) -> None:
                 f"{every:.200}"
             )
         found[flag] = rest
+
+
+def settings_of(cls: type[AnyArgs], model: str, variant: str | None = None) -> dict[str, Any]:
+    """Return the settings of a named model, {flag: default}, with those of a --variant over them.
+
+    A folder or hub id has those of the variant alone.
+    """
+    changes = cls.VARIANTS.get(variant, {})
+    return {**cls.SETTINGS.get(model, {}), **changes.get("", {}), **changes.get(model, {})}
 
 
 def check_bounds(args: Any) -> None:

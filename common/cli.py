@@ -64,7 +64,9 @@ def parse(
     argv = at_home(sys.argv[1:])
     with errors.one_line():
         if "--list-models" in argv:
-            print(models.table(cls.SETTINGS))
+            variant = given(argv, "--variant")
+            table = {name: flags.settings_of(cls, name, variant) for name in cls.SETTINGS}
+            print(models.table(table))
             sys.exit()
         argv = _with_latest(argv)
         _check_words(cls, argv)

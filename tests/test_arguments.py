@@ -179,6 +179,35 @@ def test_list_models_says_which_pairs_are_a_papers(monkeypatch, capsys, script):
     assert len({paper for _, paper, *_ in rows}) == number
 
 
+# --- Variants ---
+
+
+def test_a_variant_has_defaults_of_its_own(monkeypatch):
+    assert defaults(bpgo.Args).alpha == 0.5 and defaults(self_paced.Args).alpha == 4.0
+    for cls, variant in ((bpgo.Args, "released"), (self_paced.Args, "v4")):
+        for model in ("tiny-flux", "flux", "some/folder"):
+            assert defaults(cls, model, variant=variant).alpha == 1.0
+            assert defaults(cls, model, variant=variant, alpha=0.25).alpha == 0.25
+        monkeypatch.setattr(sys, "argv", ["x.py", f"--variant={variant}"])
+        assert cli.parse(cls, "about").alpha == 1.0
+        monkeypatch.setattr(sys, "argv", ["x.py", "--alpha", "0.25", "--variant", variant])
+        assert cli.parse(cls, "about").alpha == 0.25
+    wan = defaults(self_paced.Args, "wan2.1-1.3b", variant="v4")
+    assert (wan.frames, wan.fps, wan.steps, wan.prompts_per_step) == (81, 16.0, 220, 16)
+    assert defaults(self_paced.Args, "wan2.1-1.3b").frames == 53
+    with pytest.raises(SystemExit):
+        monkeypatch.setattr(sys, "argv", ["x.py", "--variant", "v2"])
+        cli.parse(self_paced.Args, "about")
+
+
+def test_list_models_has_the_settings_of_the_variant(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["self_paced.py", "--list-models", "--variant", "v4"])
+    with pytest.raises(SystemExit):
+        cli.parse(self_paced.Args, "about")
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if "wan2.1-1.3b" in line]
+    assert "2511.19356v4" in row and " 81 " in row
+
+
 # --- Bad values ---
 
 

@@ -183,7 +183,9 @@ def test_of_two_experts_both_loras_are_loaded_and_all_weights_are_a_pipeline():
     base = card.Base("Wan-AI/Wan2.2-I2V-A14B-Diffusers", "image-to-video", "WanPipeline", True)
     both = card.loading(base, lora=True)
     assert 'from_pretrained("Wan-AI/Wan2.2-I2V-A14B-Diffusers")' in both
-    assert "load_into_transformer_2=True" in both
+    second = both.split("pipe.load_lora_weights")[2]
+    assert "load_into_transformer_2=True" in second and "#" not in second
+    assert 'weight_name="transformer_2/pytorch_lora_weights.safetensors"' in second
     assert "load_into_transformer_2=True" not in card.loading(WAN, lora=True)
     whole = card.loading(base, lora=False)
     assert 'from_pretrained("this repository")' in whole and "lora" not in whole

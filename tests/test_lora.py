@@ -377,6 +377,9 @@ REFUSED = {
     "layers more": (dict(init_lora="{tmp}/more.safetensors"), "this model has no"),
     "two ranks": (dict(init_lora="{tmp}/ranks.safetensors"), "the ranks 2, 3"),
     "another shape": (dict(init_lora="{tmp}/shape.safetensors"), "has shape [2, 7], this model"),
+    "a larger shape": (dict(init_lora="{tmp}/larger.safetensors"), "Give a LoRA that was trained"),
+    "not finite": (dict(init_lora="{tmp}/nan.safetensors"), "is not finite. Give another LoRA"),
+    "an alpha of nan": (dict(init_lora="{tmp}/alpha.safetensors"), "its alpha is nan"),
     "alpha alone": (dict(lora_alpha=8.0, lora_rank=0), "--lora-alpha 8: needs --lora-rank"),
 }
 
@@ -399,7 +402,10 @@ def files(tmp_path_factory):
             f"{layer}.lora_A.weight": torch.zeros(3, good[f"{layer}.lora_A.weight"].shape[1])
         },
         "shape": {f"{layer}.lora_A.weight": torch.zeros(2, 7)},
+        "larger": {f"{layer}.lora_A.weight": torch.zeros(2, 7000)},
+        "nan": {f"{layer}.lora_A.weight": good[f"{layer}.lora_A.weight"] * torch.nan},
     }
+    lora_file.writer(float("nan"))(good, folder / "alpha.safetensors")
     for name, changed in odd.items():
         lora_file.writer(4.0)({**good, **changed}, folder / f"{name}.safetensors")
     return folder

@@ -608,6 +608,30 @@ def test_first_frame_prior_is_the_score_of_the_image_held_still(train, monkeypat
     )
 
 
+def test_field_prior_is_the_number_of_the_prompts_own_line(train, tmp_path):
+    """Two lines with one caption have priors of their own."""
+    file = tmp_path / "prompts.jsonl"
+    lines = [{"prompt": "a red circle", "prior": 0.25}, {"prompt": "a red circle", "prior": 1}]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    settings = dict(prompts=str(file), prior="field", reward_scale=1.0, k=2.0, steps=1)
+    _, (row, *_) = train(bpgo, **settings)
+    assert row["prior"] == pytest.approx((0.25 + 1) / 2)
+    prompts = read_prompts(str(file))
+    expected = bpgo.FieldPrior().expect(prompts, torch.zeros(2, 4))
+    assert expected.tolist() == [[0.25], [1.0]]
+
+
+@pytest.mark.parametrize(
+    "value", ["0.5", None, True, [0.5], {}, math.nan, math.inf, -1e7, 1e39, 10**400]
+)
+def test_field_prior_of_no_number_is_refused_by_its_prompt(tmp_path, value):
+    file = tmp_path / "prompts.jsonl"
+    lines = [{"prompt": "a red circle", "prior": 0.5}, {"prompt": "two crosses", "prior": value}]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(errors.InputError, match="'two crosses' has no number `prior`"):
+        bpgo.check_settings(bpgo.Args(prior="field"), read_prompts(str(file)))
+
+
 def test_constant_prior(train):
     _, rows = train(bpgo, steps=2, prior="constant", prior_value=0.3, reward_scale=1.0, k=2.0)
     for row in rows:
@@ -778,7 +802,7 @@ BAD = {
     "self_paced --stage-range 3 -3": "--stage-range 3 -3: not two rising numbers",
     "self_paced --stage-range 3": "--stage-range 3: not two rising numbers",
     "self_paced --reward verifier=2 --thresholds": "--reward: stages have no weights",
-    "self_paced --only-stage 4": "--only-stage 4: there are 3 stages",
+    "self_paced --only-stage 4": "--only-stage 4: there is no such stage, --reward names 3",
     "self_paced --aggregate advantages": "--aggregate advantages: stages are mixed as rewards",
 }
 

@@ -115,6 +115,7 @@ def _read(
     from common.models import folder  # it imports diffusers and transformers
 
     do = "give a LoRA that was trained for this model"
+    sizes = _sizes(model)
     with errors.loading("--init-lora", path, do=do), folder.quiet_libraries():
         files = model.load_lora(path)
     for name, part in model.pipe.components.items():
@@ -128,7 +129,18 @@ def _read(
         if not getattr(module, "peft_config", None):
             raise InputError(f"--init-lora {path}: it has no layers of the {name} of this model.")
         found[name] = _taken_out(module, name, model, files[name], rank=rank, alpha=alpha)
+    if _sizes(model) != sizes:  # diffusers makes layers of FLUX larger for a LoRA that needs it
+        raise InputError(
+            f"--init-lora {path}: its layers are larger than those of this model. Give a LoRA that "
+            "was trained for this model."
+        )
     return found
+
+
+def _sizes(model: Family) -> dict[str, torch.Size]:
+    """Return the shapes of the weights of the trained modules, without those of a LoRA."""
+    modules = torch.nn.ModuleDict(model.trainable).named_parameters()
+    return {name: weight.shape for name, weight in modules if ".lora_" not in name}
 
 
 def _taken_out(
@@ -167,6 +179,8 @@ def _taken_out(
                 f"--init-lora {file}: {key} has shape {list(exact.shape)}, this model needs "
                 f"{list(value.shape)}. Give a LoRA that was trained for this model."
             )
+        if not value.is_meta and not value.isfinite().all():
+            raise InputError(f"--init-lora {file}: {key} is not finite. Give another LoRA.")
         if not value.is_meta and torch.equal(exact.to(value), value):
             value = exact
         factor = scaling[layer] * rank / alpha if matrix[0] == "B" else 1.0

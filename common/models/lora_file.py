@@ -1,6 +1,7 @@
 """Find the file of a LoRA, read its rank and alpha, and write files that name alpha."""
 
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -73,7 +74,10 @@ def rank_and_alpha(path: str | Path) -> tuple[int, float]:
             f"--init-lora {path}: its layers have the ranks {', '.join(map(str, ranks))}. Only one "
             "rank for all is supported. Merge it into the model, and train that (--model FOLDER)."
         )
-    return ranks[0], alphas[0] if alphas and alphas[0] > 0 else float(ranks[0])
+    alpha = alphas[0] if alphas else float(ranks[0])
+    if not 0 < alpha < math.inf:
+        raise InputError(f"--init-lora {path}: its alpha is {alpha:g}. Give another LoRA.")
+    return ranks[0], alpha
 
 
 def _in_metadata(metadata: dict[str, str]) -> list[float]:

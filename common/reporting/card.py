@@ -71,11 +71,12 @@ def card(
     """
     name = _public(args.model)
     weights = f"A LoRA (rank {args.lora_rank}) for" if args.lora_rank else "All weights of"
+    started = ", which began from another LoRA (`--init-lora`)" if args.init_lora else ""
     average = ", the moving average over the training" if averaged else ""
     papers = [f"Paper: [arXiv {paper}]({ARXIV}{paper})." for paper in args.ARXIV]
     about = (
-        f"{weights} `{_public(base.source)}`{average}, trained by reinforcement learning with "
-        f"`{script}.py` of vgrpo."
+        f"{weights} `{_public(base.source)}`{average}{started}, trained by reinforcement learning "
+        f"with `{script}.py` of vgrpo."
     )
     parts = [
         f"---\n{front_matter(args, base).to_yaml()}\n---",
@@ -114,10 +115,10 @@ def loading(base: Base, lora: bool) -> str:
         'pipe.load_lora_weights("this repository")',
     ]
     if base.two_experts:
+        # diffusers finds a local file at the top before it looks at a subfolder
         lines += [
-            "# for a model with two experts also:",
-            '# pipe.load_lora_weights("this repository", subfolder="transformer_2", '
-            "load_into_transformer_2=True)",
+            'pipe.load_lora_weights("this repository", load_into_transformer_2=True,',
+            '    weight_name="transformer_2/pytorch_lora_weights.safetensors")',
         ]
     return "\n".join(lines)
 

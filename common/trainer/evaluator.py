@@ -88,6 +88,8 @@ class Evaluator:
         Raises InputError.
         """
         self.rewards.smoke_test(self.model.try_out(prompt), prompt)
+        if self.held_out is not self.model:
+            self.rewards.smoke_test(self.held_out.try_out(prompt), prompt)
 
     def due(self, step: int, last: bool = False) -> bool:
         """Return whether held-out samples are scored or pictured before this step."""
