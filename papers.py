@@ -89,7 +89,7 @@ SELF_PACED = over_the_models({
         noise_level=0.5, learning_rate=2e-6, prompts_per_step=16,
     ),
     "tiny-flux": _SHAPES,  # the script's own thresholds, from --calibrate as those below
-    "tiny-sd": dict(_SHAPES, thresholds=(0.963, 0.859)),
+    "tiny-sd": dict(_SHAPES, thresholds=(0.963, 0.859, 0.587)),
     "tiny-wan": dict(_MOTION, thresholds=(0.875, 0.441, 0.370)),
     "tiny-wan-i2v": dict(_MOTION, thresholds=(0.922, 0.637, 0.587)),
 })  # fmt: skip
