@@ -136,7 +136,7 @@ WRONG = {
         setting("transformer/config.json", num_layers="two"), "transformer does not load",
     ),
     "a scale that is none": (
-        setting("vae/config.json", scaling_factor=None), "the VAE failed: .*NoneType",
+        setting("vae/config.json", scaling_factor=None), "scaling_factor None",
     ),
     "an endless schedule": (
         setting("scheduler/scheduler_config.json", num_train_timesteps=10**10), "num_train_time",
@@ -201,7 +201,7 @@ def test_a_broken_folder_is_one_line_with_folder_file_and_cure(what, copy, monke
     line = str(error.value)
     assert re.search(words, line) and "\n" not in line and len(line) < 1000
     assert line.startswith("model") and str(model) in line
-    assert re.search("download|--trust-remote-code|Supported are", line)
+    assert re.search("download|--trust-remote-code|Supported (are|is)", line)
     assert not (tmp_path / "RAN").exists()
 
 

@@ -112,7 +112,7 @@ def test_the_normalised_ratio_has_lost_its_shift_and_the_steps_spread(tmp_path, 
 
 def test_the_pages_class_is_the_files():
     file, parts = inspect.getsource(StableDiffusion3), blocks("new_model", "python")
-    assert len(parts) == 5 and all(part in file for part in parts)
+    assert len(parts) == 6 and all(part in file for part in parts)
     left = file
     for part in parts:
         left = left.replace(part, "")

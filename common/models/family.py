@@ -1,7 +1,7 @@
 """The base class of all model families: encoding prompts, decoding in slices, guidance."""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,6 +10,7 @@ import torch
 from common import errors, sde
 from common.errors import InputError, LocalError
 from common.models import lora_file, pictures
+from common.models.assumed import Values
 from common.prompts import caption_of
 
 CURE = "download the whole model again, or give another --model"
@@ -90,6 +91,14 @@ class Family:
     def task(cls) -> str:
         """Return the task in the hub's words: text-to-image, and so on."""
         return f"{'image' if cls.images else 'text'}-to-{'video' if cls.video else 'image'}"
+
+    @classmethod
+    def assumed(cls, configs: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Values]]:
+        """Return what velocity and pixels assume of the configurations, {part: {name: values}}.
+
+        configs: the folder's, {part: configuration}. A folder that has another value is refused.
+        """
+        return {}
 
     @classmethod
     def check(cls, prompts: Sequence[str]) -> None:

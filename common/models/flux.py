@@ -1,5 +1,6 @@
 """FLUX (diffusers' FluxPipeline): embedded guidance, latents packed into tokens."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -7,6 +8,8 @@ import torch
 from diffusers import FluxPipeline
 from torch.nn.functional import pixel_shuffle
 
+from common.models import assumed
+from common.models.assumed import Values
 from common.models.family import Family
 
 
@@ -24,6 +27,27 @@ class Flux(Family):
         r".*blocks\.\d+\.(attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"
         r"|ff(_context)?\.net\.(0\.proj|2)|proj_mlp|proj_out)"
     )
+
+    @classmethod
+    def assumed(cls, configs: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Values]]:
+        """Return what is assumed of a folder. FLUX's Fill and Control models have more inputs."""
+        vae = configs["vae"]
+        channels = 4 * vae.get("latent_channels", 0)
+        return {
+            "scheduler": assumed.flow(configs["scheduler"]),
+            "transformer": {
+                "in_channels": (channels,),
+                "out_channels": (None, channels),
+                "patch_size": (None, 1),
+                "guidance_embeds": (True, False),
+            },
+            "vae": {
+                "latent_channels": int,
+                "sample_size": int,
+                "scaling_factor": float,
+                "shift_factor": float,
+            },
+        }
 
     def __init__(self, pipe: FluxPipeline, height: int = 0, width: int = 0, **settings) -> None:
         super().__init__(pipe, **settings)

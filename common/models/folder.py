@@ -10,6 +10,7 @@ import importlib
 import inspect
 import json
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -21,6 +22,7 @@ import transformers
 
 from common import errors
 from common.errors import InputError
+from common.models.assumed import require
 from common.models.family import CURE, Family
 
 LAYERS = 1000  # the most layers or blocks of a part: building more, even without weights, hangs
@@ -70,10 +72,16 @@ def check(cls: type[Family], folder: Path, trusted: bool = False) -> dict[str, t
     found = classes(cls, folder, trusted)
     if lacking := missing(folder, found):
         raise InputError(f"model: {folder} has no {lacking}; {CURE}.")
+    configs = defaultdict(dict)  # a part that the index lacks: diffusers reports it
     for name, of in found.items():
         if of is not None:
             with errors.loading("model", folder / name, do=CURE):
-                _check_config(folder / name, of)
+                configs[name] = _check_config(folder / name, of)
+    if None not in found.values():  # code in the folder may read its configurations as it likes
+        for name, values in cls.assumed(configs).items():
+            file = "scheduler_config.json" if name == "scheduler" else "config.json"
+            for key, allowed in values.items() if name in found else ():
+                require(folder / name / file, configs[name], key, allowed)
     return found
 
 
@@ -175,21 +183,26 @@ def _needed(part: Path, of: type) -> list[str]:
     return ["config.json", *sorted(set(shards))]
 
 
-def _check_config(part: Path, of: type) -> None:
-    """Raise ValueError for the settings of another class, or of a part that cannot be built."""
+def _check_config(part: Path, of: type) -> dict[str, Any]:
+    """Return the configuration of a part, {} for a tokenizer.
+
+    Raises ValueError for the settings of another class, or of a part that cannot be built.
+    """
     scheduler = issubclass(of, diffusers.SchedulerMixin)
     if not scheduler and not _is_module(of):
-        return
+        return {}
     file = "scheduler_config.json" if scheduler else "config.json"
     config = json.loads((part / file).read_text(encoding="utf-8"))
     own = config.get("_class_name", of.__name__)
-    if own != of.__name__ and not scheduler:  # the libraries would take their defaults instead
+    # the libraries would take their defaults instead of settings that they do not know
+    if own != of.__name__ and own not in getattr(of, "_compatibles", ()):
         raise ValueError(f"its {file} is of {own!s:.60}, not {of.__name__}")
     for key, value in config.items():
         counts = "layers" in key or "blocks" in key
         most = TIMESTEPS if key == "num_train_timesteps" else LAYERS if counts else None
         if most and isinstance(value, int) and value > most:
             raise ValueError(f"{key} is {value:.3g} in its {file}")
+    return config
 
 
 # --- Loading ---

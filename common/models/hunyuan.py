@@ -1,12 +1,15 @@
 """HunyuanVideo (diffusers' HunyuanVideoPipeline): embedded guidance, an attention mask over the
 text."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers import HunyuanVideoPipeline
 
+from common.models import assumed
+from common.models.assumed import Values
 from common.models.family import Family
 
 
@@ -21,6 +24,22 @@ class HunyuanVideo(Family):
         r"|ff(_context)?\.net\.(0\.proj|2)|proj_mlp|proj_out)"
     )
     video = True
+
+    @classmethod
+    def assumed(cls, configs: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Values]]:
+        """Return what is assumed of a folder. Image-to-video models have more inputs."""
+        channels = configs["vae"].get("latent_channels")
+        return {
+            "scheduler": assumed.flow(configs["scheduler"]),
+            "transformer": {
+                "in_channels": (channels,),
+                "out_channels": (None, channels),
+                "patch_size": int,
+                "guidance_embeds": (True, False),
+                "image_condition_type": (None,),
+            },
+            "vae": {"latent_channels": int, "scaling_factor": float},
+        }
 
     def __init__(
         self,

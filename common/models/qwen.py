@@ -1,6 +1,7 @@
 """Qwen-Image (diffusers' QwenImagePipeline): a language model's embeddings with a mask, and
 classifier-free guidance that keeps the norm."""
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -9,6 +10,8 @@ import torch
 from diffusers import QwenImagePipeline
 from torch.nn.functional import pad, pixel_shuffle
 
+from common.models import assumed
+from common.models.assumed import Values
 from common.models.family import Family
 
 LONGEST = 512  # tokens of a prompt, the pipeline's default
@@ -29,6 +32,25 @@ class QwenImage(Family):
         r"|(img|txt)_mlp\.net\.(0\.proj|2))"
     )
     negative = True
+
+    @classmethod
+    def assumed(cls, configs: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Values]]:
+        """Return what is assumed of a folder. Edit and Layered models have more inputs."""
+        channels = configs["vae"].get("z_dim", 0)
+        return {
+            "scheduler": assumed.flow(configs["scheduler"]),
+            "transformer": {
+                "in_channels": (4 * channels,),
+                "out_channels": (None, channels),
+                "patch_size": (2,),
+                "num_layers": int,
+                "guidance_embeds": (None, False),
+                "zero_cond_t": (None, False),
+                "use_additional_t_cond": (None, False),
+                "use_layer3d_rope": (None, False),
+            },
+            "vae": {"z_dim": int, "latents_mean": list, "latents_std": list},
+        }
 
     def __init__(
         self, pipe: QwenImagePipeline, height: int = 0, width: int = 0, **settings

@@ -10,15 +10,19 @@ h = sqrt((1 - sigma)^2 + sigma^2),
 The ODE step is then DDIM with eta = 0, `--sde ddim` is DDIM with eta (DDPO 2305.13301), and the
 flow schedules work too."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 
 from common.errors import InputError
 from common.models import lora_file
+from common.models.assumed import Values
 from common.models.family import Family
+
+BETAS = ("linear", "scaled_linear", "squaredcos_cap_v2")  # the schedules that DDIM knows
 
 
 class StableDiffusion(Family):
@@ -31,6 +35,39 @@ class StableDiffusion(Family):
     lora_targets = r".*attn[12]\.(to_[qkv]|to_out\.0)"
     negative = True
 
+    @classmethod
+    def assumed(cls, configs: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Values]]:
+        """Return what is assumed of a folder.
+
+        Inpainting U-Nets have more inputs, latent consistency models an embedding of the guidance.
+        """
+        scheduler = configs["scheduler"]
+        betas = {"beta_start": float, "beta_end": float, "beta_schedule": BETAS}
+        if scheduler.get("trained_betas"):
+            betas = {"trained_betas": list}
+        channels = configs["vae"].get("latent_channels")
+        return {
+            "scheduler": {
+                **betas,
+                "num_train_timesteps": int,
+                "prediction_type": (None, "epsilon"),  # the default of all schedulers with betas
+                "timestep_type": (None, "discrete"),
+                "use_flow_sigmas": (None, False),
+                "thresholding": (None, False),
+            },
+            "unet": {
+                "in_channels": (channels,),
+                "out_channels": (None, channels),
+                "sample_size": int,
+                "time_cond_proj_dim": (None,),
+                "class_embed_type": (None,),
+                "num_class_embeds": (None,),
+                "addition_embed_type": (None,),
+                "encoder_hid_dim_type": (None,),
+            },
+            "vae": {"latent_channels": int},
+        }
+
     def __init__(
         self, pipe: StableDiffusionPipeline, height: int = 0, width: int = 0, **settings
     ) -> None:
@@ -41,13 +78,9 @@ class StableDiffusion(Family):
         size = self.height // factor, self.width // factor
         self.noise_shape = (pipe.unet.config.in_channels, *size)
         self.ddim = DDIMScheduler.from_config(pipe.scheduler.config)
-        if self.ddim.config.prediction_type != "epsilon":
-            raise InputError(
-                f"model: the U-Net predicts {self.ddim.config.prediction_type!s:.60}. Supported is "
-                "epsilon."
-            )
         self.table = _sigma(self.ddim.alphas_cumprod.double())  # sigma of every training timestep
         self.last = _sigma(self.ddim.final_alpha_cumprod.double())  # sigma at which sampling ends
+        self.sigmas(2, 1.0)  # refuses a schedule without a first step
 
     def sigmas(self, steps: int, shift: float | Literal["scheduler"]) -> torch.Tensor:
         """Return the sigmas of DDIM's timesteps and the last one, [T+1].
@@ -57,7 +90,17 @@ class StableDiffusion(Family):
         if shift not in (1, "scheduler"):
             raise InputError(f"--shift {shift:g}: this model has its own schedule. Give --shift 1.")
         self.ddim.set_timesteps(steps)
-        return torch.cat([self.table[self.ddim.timesteps], self.last[None]]).float()
+        sigmas = torch.cat([self.table[self.ddim.timesteps], self.last[None]]).float()
+        if sigmas[0] == 1:
+            config = self.ddim.config
+            raise InputError(
+                "model: its scheduler_config.json starts at pure noise (timestep_spacing "
+                f"{config.timestep_spacing}, rescale_betas_zero_snr "
+                f"{config.rescale_betas_zero_snr}), where a U-Net that predicts the noise says "
+                "nothing about the image. Set rescale_betas_zero_snr to false there, or "
+                "timestep_spacing to leading."
+            )
+        return sigmas
 
     def text(self, caption: str) -> dict[str, torch.Tensor]:
         """Return {"encoder_hidden_states": [S, D]}."""

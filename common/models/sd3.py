@@ -1,11 +1,14 @@
 """Stable Diffusion 3 and 3.5 (diffusers' StableDiffusion3Pipeline): two CLIPs and T5,
 classifier-free guidance."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from diffusers import StableDiffusion3Pipeline
 
+from common.models import assumed
+from common.models.assumed import Values
 from common.models.family import Family
 
 
@@ -23,6 +26,21 @@ class StableDiffusion3(Family):
     negative = True
     # many folders lack T5 (9 GiB); the pipeline then uses zeros as its embeddings
     left_out = ("text_encoder_3", "tokenizer_3")
+
+    @classmethod
+    def assumed(cls, configs: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Values]]:
+        """Return what is assumed of a folder, {part: {name: values}}."""
+        channels = configs["vae"].get("latent_channels")
+        return {
+            "scheduler": assumed.flow(configs["scheduler"]),
+            "transformer": {
+                "in_channels": (channels,),
+                "out_channels": (None, channels),
+                "patch_size": int,
+                "sample_size": int,
+            },
+            "vae": {"latent_channels": int, "scaling_factor": float, "shift_factor": float},
+        }
 
     def __init__(
         self, pipe: StableDiffusion3Pipeline, height: int = 0, width: int = 0, **settings

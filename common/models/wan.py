@@ -1,14 +1,16 @@
 """Wan 2.1 and 2.2 (diffusers' WanPipeline and WanImageToVideoPipeline): classifier-free guidance,
 one expert or two."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import WanImageToVideoPipeline, WanPipeline
 
 from common.errors import InputError
-from common.models import lora_file
+from common.models import assumed, lora_file
+from common.models.assumed import Values
 from common.models.family import Family
 from common.models.pictures import read_image
 from common.prompts import image_of
@@ -31,6 +33,26 @@ class Wan(Family):
     video = True
     vae_dtype = torch.float32  # as in diffusers' own examples
 
+    @classmethod
+    def assumed(cls, configs: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Values]]:
+        """Return what is assumed of a folder. Wan's control models have more inputs."""
+        vae = configs["vae"]
+        channels = inputs = vae.get("z_dim", 0)
+        if cls.images:  # the latents of the image, and its mask for each frame of a latent
+            inputs = 2 * channels + vae.get("scale_factor_temporal", 4)
+        expert = {
+            "in_channels": (inputs,),
+            "out_channels": (None, channels),
+            "patch_size": list,
+            "pos_embed_seq_len": (None,),  # of models between a first and a last frame
+        }
+        experts = {name: expert for name in cls.trained if name in configs}
+        return {
+            "scheduler": assumed.flow(configs["scheduler"]),
+            **experts,
+            "vae": {"z_dim": int, "latents_mean": list, "latents_std": list},
+        }
+
     def __init__(
         self,
         pipe: WanPipeline | WanImageToVideoPipeline,
@@ -44,6 +66,11 @@ class Wan(Family):
             raise InputError(
                 "model: Wan2.2 TI2V, with a timestep for each token, is not supported. Give a T2V "
                 "or I2V model."
+            )
+        if len(self.trainable) > 1 and pipe.config.boundary_ratio is None:
+            raise InputError(
+                "model: its model_index.json has a transformer_2 and no boundary_ratio, the noise "
+                "level at which the second expert takes over. Give another --model."
             )
         space = pipe.vae_scale_factor_spatial
         time = pipe.vae_scale_factor_temporal
