@@ -152,6 +152,11 @@ def place(model: Family, device: torch.device, offload_encoders: bool) -> None:
             module.requires_grad_(False).eval().to("cpu" if waits else device)
 
 
+def blocks() -> set[str]:
+    """Return the names of the blocks of all families, as configs/fsdp2.yaml lists them."""
+    return {block for pipeline in FAMILIES for block in _family(pipeline).blocks}
+
+
 def _model(cls: type[Family], pipe: object, path: Path, settings: dict) -> Family:
     with errors.loading("model", path, do=CURE):  # configurations that do not fit together
         model = cls(pipe, **settings)

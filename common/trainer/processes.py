@@ -13,7 +13,7 @@ import torch
 from torch.nn.functional import pad
 
 from common.errors import InputError, text
-from common.trainer import sharding
+from common.trainer import launch, sharding
 
 # Accelerate's name for the precision of the forward passes, and the dtype of frozen weights.
 PRECISION = {"cuda": ("bf16", torch.bfloat16), "cpu": ("no", torch.float32)}
@@ -45,13 +45,13 @@ class Processes:
     offloads           whether its shards are on the CPU between passes
     accelerator        Accelerate's object: autocast, distributed modules, gradient clipping
 
-    timeout_minutes: how long processes wait for one another. Raises InputError for a launch with
-    DeepSpeed or FSDP1.
+    timeout_minutes: how long processes wait for one another. Raises InputError for a setting of the
+    launch that is not supported (launch.py), or if processes do not come.
     """
 
     def __init__(self, timeout_minutes: float = 60.0) -> None:
         from accelerate import Accelerator, PartialState
-        from accelerate.utils import DistributedDataParallelKwargs
+        from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
 
         if "PYTORCH_ALLOC_CONF" not in os.environ:
             # samples, passes and encoders differ in size, which leaves gaps otherwise
@@ -61,7 +61,10 @@ class Processes:
         if on_gpu:
             torch.cuda.empty_cache()
         self.precision, self.dtype = PRECISION["cuda" if on_gpu else "cpu"]
-        state = PartialState(cpu=not on_gpu, timeout=timedelta(minutes=timeout_minutes))
+        launch.check(on_gpu)
+        group = launch.meet(launch.settle(), timeout_minutes)
+        timeout = timedelta(minutes=timeout_minutes)
+        state = PartialState(cpu=not on_gpu, timeout=timeout, **group)
         self.device = state.device
         self.rank = state.process_index
         self.world = state.num_processes
@@ -71,7 +74,10 @@ class Processes:
         self.meshes = {}  # {shards: mesh}
         self.per_machine = self._per_machine()
         self.accelerator = Accelerator(
+            # explicit, or Accelerate takes them from the environment
             mixed_precision=self.precision,
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+            dynamo_backend="no",
             cpu=not on_gpu,
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],  # constants
         )

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from common import errors, models
 from common.errors import InputError
 from common.trainer.checkpoint_files import Pieces
 
@@ -23,25 +24,18 @@ asked = False  # whether the launcher asked for FSDP, for another run of this pr
 def take_plugin() -> Any:
     """Return Accelerate's FSDP plugin if the launcher asked for it, else None.
 
-    It is removed from the environment: otherwise the Accelerator would shard, too. Raises
-    InputError for DeepSpeed and for FSDP1.
+    It is removed from the environment: otherwise the Accelerator would shard, too. launch.py has
+    checked its settings.
     """
     global asked
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
-        raise InputError(
-            "DeepSpeed is not supported: it needs one model and one optimizer in one engine. "
-            "configs/fsdp2.yaml shards weights, gradients and optimizer as its stage 3 does."
-        )
     if os.environ.pop("ACCELERATE_USE_FSDP", "false").lower() != "true" and not asked:
         return None
-    if os.environ.get("FSDP_VERSION", "1") != "2":
-        raise InputError(
-            "FSDP1 is not supported. Write fsdp_version: 2, as configs/fsdp2.yaml does."
-        )
     from accelerate.utils import FullyShardedDataParallelPlugin
 
+    with errors.loading("fsdp_config", do="write it as in configs/fsdp2.yaml"):
+        plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
     asked = True
-    return FullyShardedDataParallelPlugin()
+    return plugin
 
 
 def own_plugin() -> Any:
@@ -96,10 +90,28 @@ def shard(
         settings["offload_policy"] = CPUOffloadPolicy()
     # FLUX's single blocks return views, which nobody writes to
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    names = plugin.transformer_cls_names_to_wrap or blocks
+    names = _names(module, blocks, plugin.transformer_cls_names_to_wrap or blocks)
     for part in [part for part in module.modules() if type(part).__name__ in names]:
         fully_shard(part, **settings)
     return fully_shard(module, **settings)
+
+
+def _names(module: torch.nn.Module, blocks: Sequence[str], given: Sequence[str]) -> set[str]:
+    """Return the names of the classes that are sharded one by one.
+
+    A configuration may name the blocks of other families. Raises InputError for a name of no class,
+    and if the module has none of them: then all of its weights would be gathered at once.
+    """
+    names = {name.strip() for name in given}
+    present = {type(part).__name__ for part in module.modules()}
+    unknown = sorted(names - present - models.blocks())
+    if unknown or not names & present:
+        wrong = ", ".join(unknown or sorted(names))
+        raise InputError(
+            f"fsdp_transformer_layer_cls_to_wrap {wrong}: a {type(module).__name__} has no such "
+            f"part. Write {','.join(blocks)}, or leave the line out."
+        )
+    return names
 
 
 def mesh_in(state: Any) -> DeviceMesh | None:
