@@ -14,20 +14,29 @@ PATIENCE = 5.0  # seconds in which the hub has to answer at all
 PROXIES = ("ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY")
 
 
+class NoSuchFile(OSError):
+    """The hub has the repository, and not the file."""
+
+
 def find(repository: str, file: str, kind: Literal["model", "dataset"] = "model") -> Path:
     """Return the path of a file of OWNER/NAME in the cache, after a download if necessary.
 
-    A cached file is used without asking the hub. Raises OSError, ValueError for a wrong id, and
-    SetupError.
+    A cached file is used without asking the hub. Raises OSError, ValueError for a wrong id,
+    NoSuchFile if the hub has the repository and not the file, and SetupError.
     """
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     try:
         return Path(hf_hub_download(repository, file, repo_type=kind, local_files_only=True))
     except LocalEntryNotFoundError:
         settle()
-        return Path(hf_hub_download(repository, file, repo_type=kind))
+        try:
+            return Path(hf_hub_download(repository, file, repo_type=kind))
+        except LocalEntryNotFoundError:  # the hub did not answer
+            raise
+        except EntryNotFoundError as error:
+            raise NoSuchFile(errors.text(error)) from error
 
 
 @functools.cache

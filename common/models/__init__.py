@@ -30,6 +30,7 @@ import torch
 
 from common import errors, hub
 from common.errors import InputError
+from common.models import contents
 from common.models.family import CURE, Family
 from common.models.presets import ASSETS, MODELS
 
@@ -196,11 +197,14 @@ def _index_file(source: str) -> Path:
     if Path(source).is_dir():
         index = Path(source) / "model_index.json"
         if not index.is_file():
-            raise InputError(
-                f"model: {source} has no model_index.json. Give the folder of a whole diffusers "
-                "pipeline."
-            )
+            with errors.loading("model", source, do=CURE):
+                what = contents.of_folder(Path(source))
+            raise InputError(f"model: {source} has no model_index.json: {what}.")
         return index
+    if Path(source).is_file():
+        with errors.loading("model", source, do=CURE):
+            what = contents.of_file(Path(source))
+        raise InputError(f"model: {source} {what}.")
     if source.count("/") != 1:
         near = difflib.get_close_matches(source, MODELS, n=2, cutoff=0.4)
         hint = f" Did you mean {' or '.join(near)}?" if near else ""
@@ -213,7 +217,13 @@ def _index_file(source: str) -> Path:
         "huggingface.co and run `hf auth login`; or give --model PATH"
     )
     with errors.loading("model", source, do=do):
-        return hub.find(source, "model_index.json")
+        try:
+            return hub.find(source, "model_index.json")
+        except hub.NoSuchFile as error:
+            raise InputError(
+                f"model: {source} has no model_index.json on the hub: it is a LoRA, a part or a "
+                f"single file of weights. {contents.WHOLE}."
+            ) from error
 
 
 # --- --list-models ---

@@ -22,6 +22,7 @@ import transformers
 
 from common import errors
 from common.errors import InputError
+from common.models import contents
 from common.models.assumed import require
 from common.models.family import CURE, Family
 
@@ -71,12 +72,16 @@ def check(cls: type[Family], folder: Path, trusted: bool = False) -> dict[str, t
     """
     found = classes(cls, folder, trusted)
     if lacking := missing(folder, found):
-        raise InputError(f"model: {folder} has no {lacking}; {CURE}.")
+        what = contents.instead(folder / lacking)
+        raise InputError(f"model: {folder} has no {lacking}{what}; {CURE}.")
     configs = defaultdict(dict)  # a part that the index lacks: diffusers reports it
     for name, of in found.items():
         if of is not None:
             with errors.loading("model", folder / name, do=CURE):
                 configs[name] = _check_config(folder / name, of)
+                wrong = _wrong_weights(folder / name, of)
+            if wrong:
+                raise InputError(f"model: {wrong}.")
     if None not in found.values():  # code in the folder may read its configurations as it likes
         for name, values in cls.assumed(configs).items():
             file = "scheduler_config.json" if name == "scheduler" else "config.json"
@@ -172,15 +177,45 @@ def _needed(part: Path, of: type) -> list[str]:
         return ["tokenizer_config.json"]
     if not _is_module(of):
         return []
-    stem = "model" if issubclass(of, transformers.PreTrainedModel) else "diffusion_pytorch_model"
-    file = f"{stem}.safetensors"
-    table = part / f"{file}.index.json"
+    stem, variant = _stem(of), _variant(part, of)
+    file = f"{stem}.{variant}.safetensors" if variant else f"{stem}.safetensors"
+    table = part / f"{stem}.safetensors.index{f'.{variant}' * bool(variant)}.json"
     if (part / file).is_file() or list(part.glob("*.bin")):
         return ["config.json"]
     if not table.is_file():
         return ["config.json", file]
     shards = json.loads(table.read_text(encoding="utf-8"))["weight_map"].values()
     return ["config.json", *sorted(set(shards))]
+
+
+def _stem(of: type) -> str:
+    """Return the name of a part's file of weights, without what follows the first point."""
+    return "model" if issubclass(of, transformers.PreTrainedModel) else "diffusion_pytorch_model"
+
+
+def _variant(part: Path, of: type) -> str | None:
+    """Return the variant of a part's weights, such as fp16, if the folder has one and no other."""
+    variants = set(_variants(part, of).values())
+    return variants.pop() if len(variants) == 1 else None
+
+
+def _variants(part: Path, of: type) -> dict[Path, str | None]:
+    """Return the safetensors files of a part's weights and their variants, None for the plain."""
+    pattern = re.compile(rf"{_stem(of)}(\.(\w+))?(-\d+-of-\d+)?\.safetensors")
+    found = {path: pattern.fullmatch(path.name) for path in sorted(part.glob("*.safetensors"))}
+    return {path: match[2] for path, match in found.items() if match}
+
+
+def _wrong_weights(part: Path, of: type) -> str:
+    """Return the file of a part that is not weights, what it is and what to do; "" for none."""
+    if not _is_module(of):
+        return ""
+    variant = _variant(part, of)  # other files may be pointers of git-lfs
+    used = [path for path, found in _variants(part, of).items() if found == variant]
+    for file in used or sorted(part.glob("*.bin")):
+        if wrong := contents.of_weights(file):
+            return f"{file} {wrong}"
+    return ""
 
 
 def _check_config(part: Path, of: type) -> dict[str, Any]:
@@ -197,6 +232,12 @@ def _check_config(part: Path, of: type) -> dict[str, Any]:
     # the libraries would take their defaults instead of settings that they do not know
     if own != of.__name__ and own not in getattr(of, "_compatibles", ()):
         raise ValueError(f"its {file} is of {own!s:.60}, not {of.__name__}")
+    if quantized := config.get("quantization_config"):
+        method = quantized.get("quant_method", "an unknown method")
+        raise ValueError(
+            f"it is quantized ({method!s:.60} in its {file}), and training needs the weights in "
+            "full precision"
+        )
     for key, value in config.items():
         counts = "layers" in key or "blocks" in key
         most = TIMESTEPS if key == "num_train_timesteps" else LAYERS if counts else None
@@ -235,7 +276,9 @@ def _load(part: Path, of: type, dtype: torch.dtype) -> Any:
     with errors.loading("model", part, do=CURE):
         if not _is_module(of):
             return of.from_pretrained(part)
-        module, report = of.from_pretrained(part, dtype=dtype, output_loading_info=True)
+        module, report = of.from_pretrained(
+            part, dtype=dtype, variant=_variant(part, of), output_loading_info=True
+        )
     absent = sorted(report["missing_keys"])
     layers = {re.sub(r"\d+", "#", key) for key in module.state_dict()}
     extra = [key for key in report["unexpected_keys"] if re.sub(r"\d+", "#", key) in layers]
