@@ -2,18 +2,23 @@
 quick tests take torch's compiler up to the point where it writes C++; the slow ones whole."""
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 from functools import partial
 
 import pipelines
 import pytest
 import torch
-from conftest import metrics, weights
+from conftest import ROOT, metrics, weights
 from diffusers import FluxPipeline
 from test_families import folder_of, picture  # noqa: F401, a fixture
 from torch._dynamo.backends.debugging import aot_eager
 
 import grpo_base
 import slas
+from common import errors
 from common.errors import InputError
 from common.trainer import compiling
 
@@ -118,6 +123,66 @@ def test_without_a_compiler_it_is_one_line(small, train, monkeypatch):
     monkeypatch.setattr(config, "force_disable_caches", True)
     with pytest.raises(InputError, match="--compile: .*; install a C\\+\\+ compiler"):
         train(**small, compile=True)
+
+
+CHECK = """
+import torch
+from common.errors import InputError
+from common.trainer import compiling
+try:
+    compiling.check(torch.device("cpu"))
+except InputError as error:
+    print("refused:", error)
+"""
+
+
+@pytest.mark.long
+def test_a_cache_that_a_kill_cut_is_named_and_not_called_a_missing_compiler(tmp_path):
+    cache = tmp_path / "cache"
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache), "CUDA_VISIBLE_DEVICES": ""}
+
+    def checked():
+        words = [sys.executable, "-c", CHECK]
+        done = subprocess.run(words, env=environment, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert checked() == ""
+    for folder in ("fxgraph", "aotautograd"):
+        shutil.rmtree(cache / folder, ignore_errors=True)
+    libraries = list(cache.rglob("*.main.so"))
+    assert libraries
+    for path in libraries:
+        os.truncate(path, 0)
+    said = checked()
+    assert said.startswith("refused: --compile: the compiler's cache is damaged (")
+    assert f"Delete {cache}." in said and "install" not in said and said.count("\n") == 1
+    shutil.rmtree(cache)
+    assert checked() == ""
+
+
+def test_a_block_that_does_not_compile_names_the_cache(small, train, monkeypatch, tmp_path):
+    """The cache of the blocks may be cut as well, of which the check knows nothing."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    torch._dynamo.reset()
+
+    def backend(graph, inputs):
+        raise SyntaxError("unexpected EOF while parsing")
+
+    monkeypatch.setattr(compiling, "check", lambda device: None)
+    monkeypatch.setattr(compiling.torch, "compile", partial(torch.compile, backend=backend))
+    with pytest.raises(errors.LocalError) as error:
+        train(**small, compile=True)
+    torch._dynamo.reset()
+    line = str(error.value)
+    assert line.startswith("--compile: a block does not compile (BackendCompilerFailed")
+    assert f"Delete {tmp_path}/cache, or leave --compile out" in line
+
+
+def test_a_compiler_that_the_shell_turned_off_is_refused(monkeypatch):
+    monkeypatch.setattr(torch._dynamo.config, "disable", True)  # as TORCHDYNAMO_DISABLE=1 does
+    with pytest.raises(InputError, match="--compile: TORCHDYNAMO_DISABLE"):
+        compiling.check(torch.device("cpu"))
 
 
 # --- Attention ---

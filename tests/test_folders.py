@@ -156,7 +156,7 @@ WRONG = {
     "weights that hold code": (
         code("transformer", "diffusion_pytorch_model.bin"), "holds Python code .posix system.",
     ),
-    "an encoder that holds code": (code("text_encoder", "pytorch_model.bin"), "pytorch_model.bin holds Py"),
+    "an encoder that holds code": (code("text_encoder", "pytorch_model.bin"), "holds Python"),
     "an index whose class is a list": (setting(INDEX, _class_name=["FluxPipeline"]), "not load"),
     "an index without a class": (setting(INDEX, _class_name=None), "is a None. Supported are"),
     "an index that is a list": (write(INDEX, "[]"), "model_index.json does not load"),

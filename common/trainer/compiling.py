@@ -10,21 +10,62 @@ Batches of another size than the run's (the last of an evaluation) are not compi
 
 import contextlib
 import inspect
+import os
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 
-from common.errors import InputError, loading
+from common.errors import InputError, LocalError, described, loading, out_of_memory, text
 
 STATES = ("hidden_states", "encoder_hidden_states", "temb")  # inputs that gradients go through
 _off = False
 
 
 def check(device: torch.device) -> None:
-    """Compile one line. Raises InputError if this machine cannot."""
+    """Compile one line. Raises InputError if this machine cannot, or its cache is damaged."""
+    from torch._inductor.utils import fresh_cache
+
+    if torch._dynamo.config.disable:
+        raise InputError(
+            "--compile: TORCHDYNAMO_DISABLE or TORCH_COMPILE_DISABLE turns torch.compile off. "
+            "Unset it, or leave --compile out."
+        )
+    failure = _failure(device)
+    if failure is None:
+        return
+    with fresh_cache():
+        torch._dynamo.reset()
+        anew = _failure(device)
+    if anew is None:
+        raise InputError(
+            f"--compile: the compiler's cache is damaged ({described(failure)}), as after a kill "
+            f"while it compiled. {_delete()}."
+        ) from failure
     needs = "install a C++ compiler (g++; on GPUs also Triton and Python's headers)"
     with loading("--compile: torch.compile", do=needs):
+        raise anew
+
+
+def _failure(device: torch.device) -> Exception | None:
+    """Compile one line; return what it raised."""
+    try:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(2, device=device))
+    except Exception as error:
+        return error
+    return None
+
+
+def _delete() -> str:
+    """Return what to do with the compiler's cache, and with Triton's if it is elsewhere."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    folders = [cache_dir()]
+    triton = os.environ.get("TRITON_CACHE_DIR", "")
+    if triton and Path(folders[0]) not in Path(triton).parents:
+        folders.append(triton)
+    return f"Delete {' and '.join(folders)}"
 
 
 def compile_blocks(module: torch.nn.Module, classes: Sequence[str], rows: int) -> None:
@@ -61,6 +102,20 @@ def off() -> Iterator[None]:
         _off = before
 
 
+def _called(compiled: Callable, bound: inspect.BoundArguments) -> Any:
+    """Call a compiled block. Raises LocalError if it cannot be compiled."""
+    try:
+        return compiled(*bound.args, **bound.kwargs)
+    except Exception as error:
+        of_compiler = isinstance(error, torch._dynamo.exc.TorchDynamoException)
+        if out_of_memory(error) or not (of_compiler or "Triton Error" in text(error)):
+            raise
+        raise LocalError(
+            f"--compile: a block does not compile ({described(error)}). An earlier run that was "
+            f"killed while it compiled leaves a damaged cache. {_delete()}, or leave --compile out"
+        ) from error
+
+
 def _compiled(forward: Callable, sizes: tuple[int, int]) -> Callable:
     compiled = torch.compile(forward, dynamic=False)
     parameters = inspect.signature(forward)
@@ -75,7 +130,7 @@ def _compiled(forward: Callable, sizes: tuple[int, int]) -> Callable:
                 inputs[name] = inputs[name].detach().requires_grad_()
         sampling = not torch.is_grad_enabled()
         with torch.enable_grad():
-            found = compiled(*bound.args, **bound.kwargs)
+            found = _called(compiled, bound)
         if not sampling:
             return found
         return (
