@@ -43,7 +43,8 @@ FSDP = {
     "FSDP_ACTIVATION_CHECKPOINTING": TRUTH,
     "FSDP_AUTO_WRAP_POLICY": ("transformer_based_wrap", "no_wrap"),
     "FSDP_TRANSFORMER_CLS_TO_WRAP": ANY,
-    "FSDP_STATE_DICT_TYPE": ("sharded_state_dict",),
+    # of Accelerate's own checkpoints, which are not written
+    "FSDP_STATE_DICT_TYPE": ("sharded_state_dict", "full_state_dict"),
     "FSDP_SHARDING_STRATEGY": ("full_shard", "1"),
     # the launcher sets these by itself, and FSDP2 does not read them
     "FSDP_BACKWARD_PREFETCH": ("backward_pre", "backward_post", "no_prefetch", "none"),
