@@ -71,8 +71,8 @@ class Args(SharedArgs):
     """Index of saturation. hoyer: Hoyer's index as printed, 0 for equal rewards. one-minus-hoyer: 1
     minus it, as the text of v1 describes it; only for --variant v1."""
     stage_range: Annotated[tuple[float, ...], From(-1e6, 1e6)] = ()
-    """LOW HIGH. Scores of rewards that declare no bounds are mapped from this range to [0, 1] and
-    clamped. For VideoAlign: -3 3. Other rewards need no range."""
+    """LOW HIGH. Scores of rewards that declare no bounds are mapped from this range to [0, 1]. For
+    VideoAlign: -3 3. Other rewards need no range."""
     only_stage: Annotated[int, From(0, 100)] = 0
     """Train on this stage alone, counted from 1. 0 trains on all stages."""
     calibrate: bool = False
@@ -159,12 +159,11 @@ def on_unit_interval(
 ) -> dict[str, torch.Tensor]:
     """Return the scores of the stages on [0, 1]: {name: [P, G]}, {name: (low, high)} of each stage.
 
-    Scores beyond a range are clamped to it. A sample that lacks one of these scores (NaN) gets NaN
-    for all of them.
+    A sample that lacks one of these scores (NaN) gets NaN for all of them.
     """
     missing = sum(scores[name] for name in ranges).isnan()  # [P, G]
     return {
-        name: ((scores[name] - low) / (high - low)).clamp(0, 1).masked_fill(missing, torch.nan)
+        name: ((scores[name] - low) / (high - low)).masked_fill(missing, torch.nan)
         for name, (low, high) in ranges.items()
     }
 
