@@ -88,7 +88,7 @@ class Evaluator:
         Raises InputError.
         """
         self.rewards.smoke_test(self.model.try_out(prompt), prompt)
-        if self.held_out is not self.model:
+        if self.held_out is not self.model and self.due(0):
             self.rewards.smoke_test(self.held_out.try_out(prompt), prompt)
 
     def due(self, step: int, last: bool = False) -> bool:
