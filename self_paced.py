@@ -230,7 +230,7 @@ def calibrate(args: Args) -> Args:
         return args
     check_only_stage(args)
     processes = Processes(args.process_timeout)
-    folder = processes.collect(run_folder.choose(args))[0]
+    folder = processes.from_main(lambda: run_folder.choose(args))
     source = run_folder.run_of(args.resume)  # whose checkpoint a new run begins with
     known = run_folder.config_of(folder)
     if source and not known:

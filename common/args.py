@@ -290,6 +290,9 @@ class Run:
     """Continue from a checkpoint. `latest` continues the run in --output.
     RUN/checkpoints/step_NNNNNN begins a new run in a new --output. The defaults of all flags are
     then that run's settings. Empty: start from the model's weights."""
+    resume_anyway: bool = False
+    """Continue a run although its prompts, model, LoRA or rewards have other contents than when it
+    began. Without this flag --resume refuses that."""
     keep_checkpoints: Annotated[int, From(0, 1e9)] = 0
     """Number of checkpoints to keep; older ones are deleted. 0: keep all."""
     save_every: Annotated[int | Literal["auto"], From(0, 1e9)] = "auto"

@@ -23,6 +23,7 @@ from typing import Any, NoReturn, TextIO
 LONGEST = 500  # letters of another exception's message that are shown
 run_folder = Path()  # where error.log is written: the working directory, then the run's folder
 rescue = None  # error -> None: saves the finished steps when an error ends the run
+release = None  # () -> None: frees the run's folder when the program ends
 
 
 class InputError(ValueError):
@@ -170,6 +171,9 @@ def one_line() -> Iterator[None]:
             _print("error", f"{line}{_hint(error)}{_logged(error)}")
             _rescue(error)
             sys.exit(1)
+        finally:
+            if release:
+                release()
 
 
 def _hint(error: BaseException) -> str:

@@ -301,6 +301,27 @@ def test_a_second_signal_ends_at_once(tmp_path):
     assert process.wait(timeout=10) == -signal.SIGTERM
 
 
+@pytest.mark.parametrize("name", ["SIGUSR1", "SIGUSR2"])
+def test_the_notice_of_a_cluster_saves_and_may_come_twice(train, monkeypatch, capfd, name):
+    """Slurm's --signal sends it to the processes, and the launcher sends it on."""
+    number = getattr(signal, name)
+    code = signalled(train, monkeypatch, [number, number], steps=3)
+    said = capfd.readouterr()
+    assert code == 128 + number and f"stopped: {name}: stopped after 2 steps\n" in said.err
+    assert "2 steps are saved" in said.out and f"{name}: saving after this update\n" in said.out
+    assert signal.getsignal(number) == signal.SIG_DFL
+
+
+def test_a_users_own_handler_of_such_a_signal_stays(train, monkeypatch):
+    calls = []
+    before = signal.signal(signal.SIGUSR1, lambda *_: calls.append(1))
+    try:
+        before_updates(monkeypatch, lambda *_: os.kill(os.getpid(), signal.SIGUSR1))
+        assert len(train(steps=2)[1]) == len(calls) == 2
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
 def test_nohup_is_respected(train, monkeypatch):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:

@@ -19,7 +19,7 @@ from benchmarks import memory
 from common import models
 from common.args import defaults
 from common.errors import InputError
-from common.memory import activations, bytes, fit, turns, ways
+from common.memory import activations, bytes, fit, host, turns, ways
 from common.memory.bytes import Launch
 from common.trainer import disk, sharding
 
@@ -414,3 +414,106 @@ def test_sharding_by_itself_is_that_of_the_shipped_configuration(name, monkeypat
     assert sharding.offloads(shipped, "cuda") == offloaded
     assert not sharding.offloads(own, "cuda")
     assert not sharding.offloads(shipped, "cpu")
+
+
+# --- Limits of containers and jobs ---
+
+
+def groups(root, lines, files):
+    """Write a machine's /proc/self/cgroup and the files of its groups: {path: content}."""
+    for path, content in {"proc/self/cgroup": lines, **files}.items():
+        place = root / path
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_text(content)
+
+
+V1, V2 = "sys/fs/cgroup/memory", "sys/fs/cgroup"
+NO_LIMIT = "9223372036854771712\n"  # version 1 writes this
+LIMITED = {  # name: (/proc/self/cgroup, files, GiB that are left; None: no limit)
+    "a container of version 2": (
+        "0::/\n",
+        {f"{V2}/memory.max": 6 * GIB, f"{V2}/memory.current": 2 * GIB},
+        4,
+    ),
+    "a cache that can be dropped": (
+        "0::/job\n",
+        {
+            f"{V2}/job/memory.max": 6 * GIB,
+            f"{V2}/job/memory.current": 5 * GIB,
+            f"{V2}/job/memory.stat": f"anon {GIB}\ninactive_file {3 * GIB}\nactive_file 0\n",
+        },
+        4,
+    ),
+    "the limit of a group above": (
+        "0::/pod/box\n",
+        {
+            f"{V2}/pod/box/memory.max": "max\n",
+            f"{V2}/pod/box/memory.current": GIB,
+            f"{V2}/pod/memory.max": 3 * GIB,
+            f"{V2}/pod/memory.current": 2 * GIB,
+        },
+        1,
+    ),
+    "a service that is slowed down": (
+        "0::/a.service\n",
+        {
+            f"{V2}/a.service/memory.max": "max\n",
+            f"{V2}/a.service/memory.high": 2 * GIB,
+            f"{V2}/a.service/memory.current": 0,
+        },
+        2,
+    ),
+    "a job of version 1": (
+        "9:name=systemd:/\n5:cpuset,memory:/slurm/uid_1/job_7\n0::/\n",
+        {
+            f"{V1}/slurm/uid_1/job_7/memory.limit_in_bytes": 8 * GIB,
+            f"{V1}/slurm/uid_1/job_7/memory.usage_in_bytes": 5 * GIB,
+            f"{V1}/slurm/uid_1/job_7/memory.stat": f"cache 7\ntotal_inactive_file {2 * GIB}\n",
+            f"{V1}/memory.limit_in_bytes": NO_LIMIT,
+            f"{V1}/memory.usage_in_bytes": 90 * GIB,
+        },
+        5,
+    ),
+    "a container of version 1, with its host's path": (
+        "4:memory:/docker/0a1b\n",
+        {f"{V1}/memory.limit_in_bytes": 2 * GIB, f"{V1}/memory.usage_in_bytes": GIB},
+        1,
+    ),
+    "more used than allowed": (
+        "0::/\n",
+        {f"{V2}/memory.max": GIB, f"{V2}/memory.current": 2 * GIB},
+        0,
+    ),
+    "no limit": ("0::/user\n", {f"{V2}/user/memory.max": "max\n"}, None),
+    "not Linux": ("", {}, None),
+    "nonsense": ("7\n:::\n0::/x\n", {f"{V2}/x/memory.max": "much"}, None),
+}
+
+
+@pytest.mark.parametrize("what", LIMITED)
+def test_the_free_memory_is_that_of_the_container(what, tmp_path, monkeypatch):
+    lines, files, left = LIMITED[what]
+    groups(tmp_path, lines, {path: str(content) for path, content in files.items()})
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=64 * GIB))
+    assert host.free(tmp_path) == (64 if left is None else left) * GIB
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=GIB // 2))
+    assert host.free(tmp_path) == min(GIB // 2, (64 if left is None else left) * GIB)
+
+
+def test_a_preflight_counts_with_the_memory_of_the_container(tmp_path, monkeypatch):
+    groups(tmp_path, "0::/\n", {f"{V2}/memory.max": f"{GIB}", f"{V2}/memory.current": "0"})
+    inside = functools.partial(host.free, tmp_path)
+    monkeypatch.setattr(host, "free", inside)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=64 * GIB))
+    assert fit.free_bytes(torch.device("cpu"), 4) == GIB / 4
+
+
+def test_a_disk_without_a_size_is_unknown_and_not_full(tmp_path, monkeypatch):
+    """Mounted buckets report zeros."""
+    nothing = SimpleNamespace(total=0, used=0, free=0)
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda folder: nothing)
+    disk.check(tmp_path, checkpoint=GIB, number=2, export=GIB)
+    full = SimpleNamespace(total=GIB, used=GIB, free=0)
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda folder: full)
+    with pytest.raises(InputError, match="0.00 GiB free"):
+        disk.check(tmp_path, checkpoint=GIB, number=2, export=GIB)

@@ -520,3 +520,23 @@ def test_a_launch_outlives_a_killed_process_and_a_signal(tmp_path):
     assert saved == len(metrics(run)) >= last + 2
     assert f"{saved} steps are saved; continue with --output {run} --resume latest" in out
     assert f"stopped: SIGTERM: stopped after {saved} steps" in said
+
+
+@pytest.mark.long
+def test_a_launcher_sends_the_notice_of_slurm_on_when_it_is_told_to(tmp_path, monkeypatch):
+    """With the variable of configs/slurm.sh; without it SIGUSR1 would end the launcher."""
+    (value,) = re.findall(
+        r"^export PET_SIGNALS_TO_HANDLE=(\S+)", (ROOT / "configs/slurm.sh").read_text(), re.M
+    )
+    monkeypatch.setenv("PET_SIGNALS_TO_HANDLE", value)
+    settings = {**SMALL, "reward": ("verifier",), "prompts_per_step": 2, "save_every": 0}
+    run = tmp_path / "run"
+    process = launched(2, *words(grpo_base, {**settings, "steps": 1000}, run))
+    while not (run / "metrics.jsonl").exists() or len(metrics(run)) < 1:
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.1)
+    process.send_signal(signal.SIGUSR1)
+    out, said = process.communicate(timeout=120)
+    saved, _ = checkpoint_files.read(checkpoint_files.newest_first(run)[0])
+    assert saved == len(metrics(run)) >= 1
+    assert f"stopped: SIGUSR1: stopped after {saved} steps" in said

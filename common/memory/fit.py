@@ -11,7 +11,7 @@ import torch
 from common import models
 from common.args import Args
 from common.errors import InputError
-from common.memory import turns
+from common.memory import host, turns
 from common.memory.bytes import Launch, number, reward_modules
 from common.memory.ways import ROOM, Counter, MemoryPlan, as_asked, plan, resolved, ways
 from common.models import lora
@@ -63,7 +63,7 @@ def settle(
     launch = launch_of(processes)
     _check_launch(args, launch)
     # before any process loads: what others load does not count, and all of them take part
-    measured = processes.collect((free_bytes(processes.device, launch.per_machine), turns.free()))
+    measured = processes.collect((free_bytes(processes.device, launch.per_machine), host.free()))
     free, free_host = (min(values) for values in zip(*measured))
     model = outline(args, launch.dtype)
     if model is None:
@@ -133,11 +133,11 @@ def outline(args: Args, dtype: torch.dtype) -> Family | None:
 def free_bytes(device: torch.device, per_machine: int) -> float:
     """Return the bytes of memory that this process can take now.
 
-    On a CPU the processes of a machine share what it has.
+    On a CPU the processes of a machine share what it, or their container, has.
     """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return turns.free() / per_machine
+    return host.free() / per_machine
 
 
 # --- When no way fits ---

@@ -37,13 +37,6 @@ class Turn:
         self.file.close()
 
 
-def free() -> int:
-    """Return the bytes of this machine's memory that are free."""
-    import psutil
-
-    return psutil.virtual_memory().available
-
-
 def in_turns(name: str, peak: float, kept: float, free: float) -> bool:
     """Return whether the processes of this machine must load one after another.
 

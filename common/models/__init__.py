@@ -142,6 +142,25 @@ def outline(
     return _model(cls, pipe, path, {**_own(name), **settings}) if pipe else None
 
 
+def files(name: str, source: str = "", trust_remote_code: bool = False) -> dict[str, Path]:
+    """Return the files that `load` reads, as far as they are on this machine: {PART/NAME: path}.
+
+    Weights of other precisions (NAME.fp16.safetensors) are left out. Raises InputError.
+    """
+    from common.models import folder
+
+    index = _index_file(source_of(name, source))
+    found = {index.name: index}
+    for part in folder.classes(family_of(name, source), index.parent, trust_remote_code):
+        paths = [path for path in (index.parent / part).glob("*") if path.is_file()]
+        safe = any(path.suffix == ".safetensors" for path in paths)
+        endings = {".json", ".txt", ".model", ".py", ".safetensors" if safe else ".bin"}
+        for path in paths:
+            if path.suffix in endings and path.name.count(".") == 1:
+                found[f"{part}/{path.name}"] = path
+    return found
+
+
 def place(model: Family, device: torch.device, offload_encoders: bool) -> None:
     """Move the frozen components to the device.
 

@@ -21,24 +21,33 @@ from common import errors
 from common.args import Args
 from common.errors import InputError, RunError
 from common.trainer import checkpoint_files, disk, export, run_folder, sharding
+from common.trainer.lock import Lock
 from common.trainer.policy import Policy
 from common.trainer.processes import Processes
 
 AUTO_SECONDS = 1800.0  # the longest time between checkpoints of --save-every auto
+# Signals by which a cluster announces the end of a job's time. They may come twice, from Slurm and
+# from the launcher. A handler that a user's code has set for one of them stays.
+NOTICES = (signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Checkpoints:
     """The run's folder `output` and its checkpoints.
 
-    Chooses the folder and reads the checkpoint that --resume names. Raises InputError if --output
-    and --resume do not fit each other, or the settings are those of another run.
+    Chooses and locks the folder, and reads the checkpoint that --resume names. Raises InputError if
+    --output and --resume do not fit each other, the settings are those of another run, or another
+    process uses the folder.
+
+    output     the folder, absolute: a user's code may change the working directory
+    shown      the folder as the user knows it, for messages
     """
 
     def __init__(self, args: Args, processes: Processes) -> None:
         self.args = dataclasses.replace(args)  # as the user gave them: config.json
         self.processes = processes
-        self.output = self._choose()
-        self.changes = run_folder.check(self.output, self.args)
+        self.lock = None  # of the folder, on the main process
+        self.shown, self.changes = processes.from_main(self._enter)  # shown: as the user knows it
+        self.output = self.shown.absolute()
         self.step = 0  # finished steps
         self.saved = 0  # finished steps that a checkpoint holds
         self.last_saved = 0.0  # when, by time.monotonic
@@ -49,15 +58,16 @@ class Checkpoints:
         self.updates = 0  # of the policy after that step
         self.checkpoint = self._read()  # (folder, step, states) until `resume` has loaded it
 
-    def _choose(self) -> Path:
+    def _enter(self) -> tuple[Path, str]:
+        """Choose the folder, take its lock, and return it with the settings that changed."""
         folder = run_folder.choose(self.args)
-        if self.args.output or self.args.resume:
-            return folder
-        return self.processes.collect(folder)[0]  # another process may have made the next one
+        changes = run_folder.check(folder, self.args)
+        self.lock = Lock(folder.absolute(), str(folder))
+        return folder, changes
 
     def _read(self) -> tuple[Path, int, dict[str, dict]] | None:
         """Return the newest complete checkpoint that --resume allows, None without one."""
-        folders = run_folder.find_checkpoint(self.output, self.args)
+        folders = run_folder.find_checkpoint(self.shown, self.args)
         for folder in folders:
             step, states, reason = 0, {}, ""
             try:
@@ -73,12 +83,12 @@ class Checkpoints:
                     "--output NEW)."
                 )
             if not reason:
-                return folder, step, states
+                return folder.absolute(), step, states
             self.processes.print(f"passing over {folder}: {reason}")
         if folders:
             raise InputError(f"--resume {self.args.resume}: no checkpoint can be loaded.")
         if self.args.resume:
-            self.processes.print(f"{self.output} has no checkpoint yet: starting at step 0")
+            self.processes.print(f"{self.shown} has no checkpoint yet: starting at step 0")
         return None
 
     def _unfit(self, folder: Path, step: int, states: dict[str, dict]) -> str:
@@ -101,17 +111,18 @@ class Checkpoints:
         self.own = own or {}
         folder, step, states = self.checkpoint or (None, 0, {})
         self.checkpoint = None  # gigabytes
+        self._check_lock()
         if self.processes.is_main:
             with contextlib.suppress(OSError):  # of a folder that `claim` will refuse
                 self._check_disk(step)
             run_folder.claim(self.output, self.args, checkpoint=folder, step=step)
         errors.run_folder = self.output
-        self.processes.print(f"writing into {self.output}")
+        self.processes.print(f"writing into {self.shown}")
         things = {**policy.state(), **self.own}
         if folder:
             self._load(things, folder, states)
             changes = f", from now on with {self.changes}" if self.changes else ""
-            self.processes.print(f"resuming {self.output} at step {step}{changes}")
+            self.processes.print(f"resuming {self.shown} at step {step}{changes}")
         self.last_saved = time.monotonic()
         self.saved = step
         self.finish(step)
@@ -139,13 +150,18 @@ class Checkpoints:
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # not under nohup
             handlers[signal.SIGHUP] = signal.getsignal(signal.SIGHUP)
+        for number in NOTICES:
+            if signal.getsignal(number) == signal.SIG_DFL:
+                handlers[number] = signal.SIG_DFL
 
         def note(number: int, frame: FrameType | None) -> None:
             self.signal = self.signal or number
-            signal.signal(number, handlers[number])  # the same signal again ends the run at once
+            words = f"\n{signal.Signals(number).name}: saving after this update"
+            if number not in NOTICES:
+                signal.signal(number, handlers[number])  # the same again ends the run at once
+                words += "; once more stops at once"
             with contextlib.suppress(RuntimeError):  # it may interrupt another print
-                name = signal.Signals(number).name
-                self.processes.print(f"\n{name}: saving after this update; once more stops at once")
+                self.processes.print(words)
 
         try:
             for number in handlers:
@@ -196,6 +212,7 @@ class Checkpoints:
 
         Raises RunError if the disk is full, Diverged if a state is not finite.
         """
+        self._check_lock()
         states = {
             **{name: _state(thing) for name, thing in self.policy.state().items()},
             **self.kept,
@@ -221,6 +238,13 @@ class Checkpoints:
         self._write(is_main, lambda: checkpoint_files.publish(output, step, parts, keep=keep))
         self.saved = step
         self.last_saved = time.monotonic()
+
+    def _check_lock(self) -> None:
+        """Raise RunError on every process if another run has taken the folder over."""
+        reason = self.processes.together(bool(self.lock), lambda: self.lock.check())
+        if reason:
+            errors.rescue = None
+            raise RunError(reason)
 
     def _check_disk(self, start: int) -> None:
         args = self.args
@@ -250,7 +274,7 @@ class Checkpoints:
             checkpoint_files.discard(self.output, self.step)
             errors.rescue = None  # a full disk stays full
             raise RunError(
-                f"cannot save step {self.step} in {self.output}/checkpoints ({reason}). Is the "
+                f"cannot save step {self.step} in {self.shown}/checkpoints ({reason}). Is the "
                 "disk full? Earlier checkpoints are intact."
             )
 
@@ -264,7 +288,7 @@ class Checkpoints:
         if self.step > self.saved and unchanged and not isinstance(error, errors.Diverged):
             self.save()
         if self.saved:
-            output = shlex.quote(str(self.output))
+            output = shlex.quote(str(self.shown))
             self.processes.print(
                 f"{self.saved} steps are saved; continue with --output {output} --resume latest"
             )
@@ -279,13 +303,17 @@ class Checkpoints:
         """
         policy, processes = self.policy, self.processes
         lora = bool(self.args.lora_rank)
-        line = export.write(policy.model, self.output / "export", lora=lora, processes=processes)
+        place = self.output / "export"
+        line = export.write(policy.model, place, lora, processes, shown=self.shown / "export")
         if policy.average:
             policy.average.copy_to(policy.weights)
-            folder = self.output / "export_ema"
-            averaged = export.write(policy.model, folder, lora=lora, processes=processes)
+            place = self.output / "export_ema"
+            shown = self.shown / "export_ema"
+            averaged = export.write(policy.model, place, lora, processes, shown=shown)
             line = f"{line}; the averaged one: {averaged}"
         errors.rescue = None  # nothing is left to save, and it holds the model
+        if self.lock:
+            self.lock.release()
         return line
 
 

@@ -44,7 +44,10 @@ def check(output: Path, checkpoint: int, number: int, export: int) -> None:
     checkpoint, export: bytes of one; number: of checkpoints. The folder need not exist.
     """
     folders = (output, *output.absolute().parents)
-    free = shutil.disk_usage(next(folder for folder in folders if folder.exists())).free
+    usage = shutil.disk_usage(next(folder for folder in folders if folder.exists()))
+    free = usage.free
+    if not free and not usage.total:  # a mounted bucket, for example, does not know its size
+        return
     if checkpoint * number + export > free:
         raise InputError(
             f"--output {output}: {number} checkpoints of {checkpoint / 2**30:.2f} GiB and an "

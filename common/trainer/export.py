@@ -12,11 +12,11 @@ from common.trainer import sharding
 from common.trainer.processes import Processes
 
 
-def write(model: Family, folder: Path, lora: bool, processes: Processes) -> str:
+def write(model: Family, folder: Path, lora: bool, processes: Processes, shown: Path) -> str:
     """Write the trained weights into a folder, all processes together.
 
-    Returns the Python line that loads them. The folder is written beside its place and renamed.
-    Raises RunError.
+    shown: the folder as the user knows it. Returns the Python line that loads the weights from it.
+    The folder is written beside its place and renamed. Raises RunError.
     """
     pipe = model.pipe
     modules = {name: getattr(pipe, name) for name in model.trainable}
@@ -42,11 +42,11 @@ def write(model: Family, folder: Path, lora: bool, processes: Processes) -> str:
     reason = processes.together(processes.is_main, save)
     if reason:
         raise RunError(
-            f"cannot write {folder} ({reason}). Is the disk full? --resume latest writes it again."
+            f"cannot write {shown} ({reason}). Is the disk full? --resume latest writes it again."
         )
     if lora:
-        return f'pipe.load_lora_weights("{folder}")'
-    return f'{type(pipe).__name__}.from_pretrained("{folder}")'
+        return f'pipe.load_lora_weights("{shown}")'
+    return f'{type(pipe).__name__}.from_pretrained("{shown}")'
 
 
 def trained_weights(

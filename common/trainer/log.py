@@ -16,6 +16,7 @@ from common.models.family import Family
 from common.prompts import caption_of
 from common.reporting import page, pictures
 from common.reporting.files import line_of, rows_before, write_rows
+from common.trainer import run_folder
 from common.trainer.processes import Processes
 
 SHOWN = 16  # samples in a picture
@@ -124,9 +125,10 @@ class Log:
                 f"held-out reward {first:.3f} -> {last:.3f} ({last - first:+.3f}; fixed prompts, "
                 "fixed starting noise, noise-free sampling)"
             )
-        places = f"{self.output}/report.html"
+        shown = run_folder.shown(self.args, self.output)
+        places = f"{shown}/report.html"
         if (self.output / "samples").exists():
-            places += f" and {self.output}/samples"
+            places += f" and {shown}/samples"
         self.processes.print(f"look at {places}; the trained model: {exported}")
         self._publish(model)
         return self
@@ -146,12 +148,12 @@ class Log:
         reason = self.processes.together(main, lambda: self._card_and_push(model))
         if not reason:
             return
-        repository = self.args.push_to_hub
+        repository, shown = self.args.push_to_hub, run_folder.shown(self.args, self.output)
         if not repository:
             raise RunError(f"the model card: {reason}. The run itself is complete.")
         raise RunError(
             f"--push-to-hub {repository}: {reason}. The run itself is complete. Push it later: "
-            f"`hf upload {repository} {self.output}/export`"
+            f"`hf upload {repository} {shown}/export`"
         )
 
     def _card_and_push(self, model: Family) -> None:

@@ -162,6 +162,24 @@ class Processes:
             reason = text(error)
         return self.first(reason)
 
+    def from_main(self, action: Callable[[], Any]) -> Any:
+        """Return on every process what an action returns on the main process, which alone does it.
+
+        Its InputError is raised on every process.
+        """
+        result, reason = None, ""
+        if self.is_main:
+            try:
+                result = action()
+            except InputError as error:
+                if self.world == 1:
+                    raise
+                reason = str(error)
+        result, reason = self.collect((result, reason))[0]
+        if reason:
+            raise InputError(reason)
+        return result
+
     def first(self, reason: str) -> str:
         """Return the first reason that any process has; "" if none has one."""
         return next(filter(None, self.collect(reason)), "")
