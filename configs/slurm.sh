@@ -15,7 +15,8 @@
 #SBATCH --open-mode=append
 
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=570  # seconds that the launcher leaves its processes for that; default: 30
-# By default the launcher hands on only the first four, and ends without its processes on one of the last two.
+# By default the launcher hands on only the first four. On one of the last two it ends without its
+# processes.
 export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2
 export MAIN_ADDRESS=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export GPUS=${SLURM_GPUS_PER_NODE:-8}

@@ -133,8 +133,8 @@ def plain(settings):
     return settings.get("prior", PRIORS[settings["model"]]) == PRIORS[settings["model"]]
 
 
-# Other equations of a script, each with a search of its own: {name: (script, flags)}. The study of
-# Self-Paced was made when --gate previous was the default, so its claims are of that gate.
+# Other equations of a script: {name: (script, flags)}. No claim compares them yet; each will have a
+# search of its own. The runs of Self-Paced in lab/results have --gate previous, once the default.
 VARIANTS = {
     "bpgo released": ("bpgo", {"variant": "released"}),
     "self_paced own": ("self_paced", {"gate": "own"}),

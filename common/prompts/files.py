@@ -20,7 +20,7 @@ HEADER = {"prompt", "prompts", "caption", "captions"}  # a text file that begins
 MEDIA = (
     ".png .jpg .jpeg .webp .bmp .gif .tif .tiff .avif .heic .mp4 .mov .avi .mkv .webm .m4v".split()
 )
-# how files begin, in small letters, that are not what somebody meant to download
+# lower-case beginnings of files that hold no prompts: pointers, and pages of a server
 NOT_PROMPTS = {
     "version https://git-lfs": "a pointer of git-lfs. Fetch the file with `git lfs pull`",
     "<!doctype html": "a web page. Download the raw file",

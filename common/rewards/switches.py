@@ -1,9 +1,9 @@
 """Keep the global switches that a user's reward sets apart from those of the run.
 
 A reward file may call os.chdir, torch.set_grad_enabled(False), random.seed or warnings.simplefilter
-for its own work. Left on, some of them change what the run trains, without an error. So each reward
-of one's own is loaded and called inside its `Switches`: afterwards the run has its own values back,
-and the next call of the reward finds those that the reward had set.
+for its own work. Left on, some of them change what the run trains, without an error. So a reward
+from a file is loaded and called inside its `Switches`. After each call the run gets its values
+back, and the next call of the reward gets those that the reward had set.
 """
 
 import contextlib
