@@ -483,10 +483,10 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(
     name = "write_bytes" if what == "shown" else "write_text"
     write = getattr(Path, name)
 
-    def full(self, *words):
+    def full(self, *words, **settings):
         if what in str(self):
             raise OSError(errno.ENOSPC, "No space left on device")
-        return write(self, *words)
+        return write(self, *words, **settings)
 
     monkeypatch.setattr(Path, name, full)
     words = ("--model", "tiny-flux", "--prompts", runs.prompts, "--sampling-steps", "2")

@@ -627,8 +627,16 @@ def test_a_named_model_keeps_its_settings_with_weights_from_elsewhere(train, tmp
         == str(tmp_path / "mine")
     )
     shutil.rmtree(tmp_path / "mine/vae")
-    with pytest.raises(InputError, match="mine has no vae; download the whole model again"):
+    with pytest.raises(InputError, match=r"other contents of --model \(vae/config.json\)"):
         train(steps=2, source=str(tmp_path / "mine"), output="local", resume="latest")
+    with pytest.raises(InputError, match="mine has no vae; download the whole model again"):
+        train(
+            steps=2,
+            source=str(tmp_path / "mine"),
+            output="local",
+            resume="latest",
+            resume_anyway=True,
+        )
 
 
 # --- Full sizes ---

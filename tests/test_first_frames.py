@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 import bpgo
-from common import models
+from common import errors, models
 from common.args import defaults
 from common.errors import InputError
 from common.prompts import caption_of, image_of, read_prompts, sets
@@ -82,8 +82,9 @@ def test_mistakes_are_one_line(made, tmp_path):
         made(model="tiny-wan", prompts=models.settings("tiny-wan")["prompts"], seed=0, clips="")
 
 
-def test_without_them_image_to_video_says_how_to_make_some(tmp_path, monkeypatch):
+def test_without_them_image_to_video_says_how_to_make_some(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sets, "FIRST_FRAMES", tmp_path / "frames/prompts.txt")
-    with pytest.raises(InputError, match="python -m lab.first_frames"):
-        bpgo.main(defaults(bpgo.Args, "wan2.2-i2v", output=str(tmp_path / "run")))
+    with pytest.raises(SystemExit):
+        errors.run(bpgo.main, defaults(bpgo.Args, "wan2.2-i2v", output=str(tmp_path / "run")))
+    assert "python -m lab.first_frames" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

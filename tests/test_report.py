@@ -332,7 +332,7 @@ def test_other_processes_keep_the_rows_and_write_nothing(tmp_path):
 def test_what_the_main_process_cannot_publish_stops_all(tmp_path, capsys):
     (tmp_path / "config.json").write_text("{}")  # which names no script
     (tmp_path / "export").mkdir()
-    log = Log(Args(tracker="none"), tmp_path, PROCESSES, 0)
+    log = Log(Args(tracker="none", output=str(tmp_path)), tmp_path, PROCESSES, 0)
     log.row(0, {**STEP, "eval_reward": 0.25})
     log.row(1, {**STEP, "eval_reward": 0.75})
     model = SimpleNamespace(

@@ -82,13 +82,16 @@ def compile_blocks(module: torch.nn.Module, classes: Sequence[str], rows: int) -
 
 def set_attention(module: torch.nn.Module, backend: str) -> None:
     """Choose the attention kernels of a module, by diffusers' names. Raises InputError."""
+    from diffusers.models.attention_dispatch import attention_backend
+
     processors = [getattr(part, "processor", None) for part in module.modules()]
     if not any(hasattr(processor, "_attention_backend") for processor in processors):
         raise InputError(
             f"--attention {backend}: a {type(module).__name__} has no choice. Leave it out."
         )
     with loading("--attention", backend, do="install its package, or leave the flag out"):
-        module.set_attention_backend(backend)
+        with attention_backend():  # else it would be the default of every other module, too
+            module.set_attention_backend(backend)
 
 
 @contextlib.contextmanager

@@ -75,8 +75,9 @@ def _began(folder: Path) -> bool:
     """Return whether a run in this folder has come so far that something would be lost.
 
     One that failed before its first step, because of the tracker or the memory, is started anew.
+    Raises InputError if config.json is not a run's: the folder of a model has one, too.
     """
-    if not os.path.exists(folder / "config.json"):  # False for a name too long
+    if not config_of(folder):
         return False
     done = (folder / "export").exists() or bool(checkpoint_files.newest_first(folder))
     return done or bool(rows_before(folder / "metrics.jsonl", math.inf))
@@ -138,8 +139,8 @@ def config_of(folder: Path) -> dict[str, Any]:
         return {}
     with loading(f"--output {folder}: config.json", do="choose another folder"):
         config = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(config, dict) or not config:
-            raise ValueError("it is not a dictionary of settings")
+        if not isinstance(config, dict) or "script" not in config:
+            raise ValueError("it does not hold the settings of a run")
     return completed(config)
 
 
