@@ -164,7 +164,8 @@ def main(args: Args) -> Log:
                         _, log_prob, mean = transition(
                             velocity, x, sigma, sigma_next, s[t], x_next=x_next
                         )
-                        ratio = torch.exp(log_prob - log_probs[mb.index, t])  # [n]
+                        log_ratio = log_prob - log_probs[mb.index, t]  # [n]
+                        ratio = loss.probability_ratio(log_ratio, update)  # [n]
                         row_loss = loss.clipped_surrogate(
                             ratio, local_advantages[mb.index], args.clip_range
                         )
@@ -179,7 +180,9 @@ def main(args: Args) -> Log:
                         loss_share = (weight * row_loss).sum() / len(trained_steps)
                         policy.backward(loss_share)
                     diagnostics[-1].append(
-                        loss.diagnostics(ratio, args.clip_range, weight, loss_share, update, kl)
+                        loss.diagnostics(
+                            ratio, log_ratio, args.clip_range, weight, loss_share, update, kl
+                        )
                     )
             metrics["grad_norm"] = 0.0  # the last update's is logged
             if micro_batches:
@@ -192,7 +195,7 @@ def main(args: Args) -> Log:
 
         # --- Log ---
         metrics |= loss.summarise(diagnostics, processes.gather)
-        policy.check_ratio(metrics["ratio_error"])  # 1 in the first update, or a bug: RunError
+        policy.check_ratio(metrics["ratio_error"])  # warns; beyond rounding: RunError
         metrics["grad_rms"] = metrics["grad_norm"] / policy.size**0.5  # per trained weight
         metrics["reward_mean"] = reward.nanmean()
         metrics["reward_std"] = groups.spread(reward).nanmean()

@@ -9,6 +9,21 @@ from collections.abc import Callable
 import torch
 
 
+def probability_ratio(log_ratio: torch.Tensor, update: int) -> torch.Tensor:
+    """Return the ratio of new to old probability, [B].
+
+    log_ratio [B]: log_prob of the weights in training minus that of the rollout; update: the number
+    of the rollout's update, from 0.
+
+    The first update begins with the weights that sampled, so its ratio is exactly 1, and only its
+    gradient counts. Kernels may round differently in passes with and without gradients; without
+    this rule such a difference could exceed a clip range of 1e-4 and clip rows on one side.
+    """
+    if update == 0:
+        log_ratio = log_ratio - log_ratio.detach()
+    return torch.exp(log_ratio)
+
+
 def clipped_surrogate(
     ratio: torch.Tensor, advantages: torch.Tensor, clip_range: float
 ) -> torch.Tensor:
@@ -38,6 +53,7 @@ def gaussian_kl(
 @torch.no_grad()
 def diagnostics(
     ratio: torch.Tensor,
+    log_ratio: torch.Tensor,
     clip_range: float,
     share: torch.Tensor,
     loss: torch.Tensor,
@@ -46,11 +62,12 @@ def diagnostics(
 ) -> dict[str, torch.Tensor]:
     """Return the diagnostics of one micro-batch, {name: scalar}, over the rows with share > 0.
 
-    ratio [B]; share [B]: the weight of each row in the loss; loss: a scalar; update: the number of
-    the rollout's update, from 0; kl [B]: `gaussian_kl` from the initial weights, or None.
+    ratio [B]: that of the surrogate; log_ratio [B]: what it was computed from, as measured; share
+    [B]: the weight of each row in the loss; loss: a scalar; update: the number of the rollout's
+    update, from 0; kl [B]: `gaussian_kl` from the initial weights, or None.
 
-    ratio_error       max |rho - 1| before the first update. More than rounding means that rollout
-                      and update compute different log-probabilities.
+    ratio_error       max |exp(log_ratio) - 1| before the first update. More than rounding means
+                      that rollout and update compute different log-probabilities.
     clip_fraction     the number of rows whose |rho - 1| is above clip_range
     ratio_divergence  the sum of (rho - 1) - log rho, about (log rho)^2 / 2. It is not a KL: log rho
                       is an average over the D dimensions, so with a KL per dimension of k the
@@ -60,10 +77,10 @@ def diagnostics(
     """
     counts = share > 0
     ratio = torch.where(counts, ratio, 1.0)
-    error = (ratio - 1).abs()
+    measured = torch.where(counts, log_ratio, 0.0).exp()
     found = {
-        "ratio_error": error.max() * (update == 0),
-        "clip_fraction": (error > clip_range).float().sum(),
+        "ratio_error": (measured - 1).abs().max() * (update == 0),
+        "clip_fraction": ((ratio - 1).abs() > clip_range).float().sum(),
         "ratio_divergence": (ratio - 1 - ratio.log()).sum(),
         "loss": loss.detach(),
         "rows": counts.sum(),

@@ -68,6 +68,33 @@ def test_gradient_at_ratio_one_is_minus_the_advantage(c):
     assert torch.equal(log_prob.grad, -advantages)
 
 
+@pytest.mark.parametrize("update", [0, 1, 5])
+def test_the_ratio_is_exactly_one_in_the_first_update_and_as_measured_later(update):
+    old = torch.tensor([-1.2, 0.3, 2.0, -40.0, 0.0])
+    new = (old + torch.tensor([1e-3, -0.02, 3e-4, 0.0, 0.01])).requires_grad_()
+    ratio = loss.probability_ratio(new - old, update)
+    measured = np.exp((new.detach() - old).double().numpy())
+    expected = np.ones(5) if update == 0 else measured
+    if update == 0:
+        assert torch.equal(ratio.detach(), torch.ones(5))
+    np.testing.assert_allclose(ratio.detach().numpy(), expected, rtol=1e-6)
+    ratio.sum().backward()  # d rho / d log_prob = rho
+    np.testing.assert_allclose(new.grad.numpy(), expected, rtol=1e-6)
+
+
+def test_rounding_between_rollout_and_update_clips_no_row_in_the_first_update():
+    """A ratio off by 3e-4 has gradient 0 for half of the signs at a clip range of 1e-4."""
+    old = torch.zeros(4)
+    new = torch.tensor([3e-4, -3e-4, 3e-4, -3e-4], requires_grad=True)
+    advantages = torch.tensor([1.0, -1.0, -1.0, 1.0])
+    ratio = loss.probability_ratio(new - old, 0)
+    loss.clipped_surrogate(ratio, advantages, 1e-4).sum().backward()
+    assert torch.equal(new.grad, -advantages)
+    got = loss.diagnostics(ratio, new - old, 1e-4, torch.ones(4), torch.tensor(0.0), 0)
+    assert got["ratio_error"].item() == pytest.approx(3e-4, rel=1e-3)
+    assert got["clip_fraction"] == got["ratio_divergence"] == 0
+
+
 @pytest.mark.parametrize("shape", [(4, 1), (1,), (3,)])
 def test_surrogate_refuses_shapes_that_would_broadcast(shape):
     with pytest.raises(AssertionError, match="ratio"):
@@ -106,14 +133,16 @@ WEIGHT = torch.tensor([0.25, 0.25, 0.25, 0.25, 0.0, 0.0])
 
 
 def test_diagnostics_leave_out_rows_without_weight():
-    got = loss.diagnostics(RATIO, 0.1, WEIGHT, torch.tensor(0.5), update=0)
+    got = loss.diagnostics(RATIO, RATIO.log(), 0.1, WEIGHT, torch.tensor(0.5), update=0)
     rho = RATIO[:4].numpy()
     assert set(got) == {"ratio_error", "clip_fraction", "ratio_divergence", "loss", "rows"}
     assert got["rows"] == 4 and got["loss"] == 0.5
     assert got["clip_fraction"] == 2  # 1.3 and 0.6 of the four; a count, not yet a fraction
     assert got["ratio_error"].item() == pytest.approx(0.4, abs=1e-12)
     assert got["ratio_divergence"].item() == pytest.approx(sum(rho - 1 - np.log(rho)), abs=1e-12)
-    alone = loss.diagnostics(RATIO[:4], 0.1, WEIGHT[:4], torch.tensor(0.5), update=0)
+    alone = loss.diagnostics(
+        RATIO[:4], RATIO[:4].log(), 0.1, WEIGHT[:4], torch.tensor(0.5), update=0
+    )
     assert {name: value.item() for name, value in alone.items()} == {
         name: value.item() for name, value in got.items()
     }
@@ -121,7 +150,7 @@ def test_diagnostics_leave_out_rows_without_weight():
 
 def test_diagnostics_count_rows_not_weights():
     got = [
-        loss.diagnostics(RATIO, 0.1, scale * WEIGHT, torch.tensor(0.0), update=0)
+        loss.diagnostics(RATIO, RATIO.log(), 0.1, scale * WEIGHT, torch.tensor(0.0), update=0)
         for scale in (1.0, 1e-3)
     ]
     assert got[0] == got[1]
@@ -129,12 +158,14 @@ def test_diagnostics_count_rows_not_weights():
 
 def test_ratio_error_is_zero_after_the_first_update_where_the_ratio_may_move():
     for update, expected in ((0, 0.4), (1, 0), (3, 0)):
-        got = loss.diagnostics(RATIO, 0.1, WEIGHT, torch.tensor(0.5), update)
+        got = loss.diagnostics(RATIO, RATIO.log(), 0.1, WEIGHT, torch.tensor(0.5), update)
         assert got["ratio_error"].item() == pytest.approx(expected, abs=1e-12)
 
 
 def test_diagnostics_at_ratio_one_are_exactly_zero():
-    got = loss.diagnostics(torch.ones(3), 1e-4, torch.ones(3), torch.tensor(0.5), update=0)
+    got = loss.diagnostics(
+        torch.ones(3), torch.zeros(3), 1e-4, torch.ones(3), torch.tensor(0.5), update=0
+    )
     assert got["ratio_error"] == got["clip_fraction"] == got["ratio_divergence"] == 0
     assert got["rows"] == 3
 
@@ -143,7 +174,7 @@ def test_diagnostics_at_ratio_one_are_exactly_zero():
 def test_ratio_divergence_is_never_negative(dtype):
     for delta in np.concatenate([-np.logspace(-6, -0.01, 200), np.logspace(-6, 1, 200)]):
         ratio = torch.tensor([1 + delta], dtype=dtype)
-        got = loss.diagnostics(ratio, 0.1, torch.ones(1), torch.tensor(0.0), 0)
+        got = loss.diagnostics(ratio, ratio.log(), 0.1, torch.ones(1), torch.tensor(0.0), 0)
         assert got["ratio_divergence"] >= 0
 
 
@@ -151,7 +182,7 @@ def test_ratio_divergence_is_never_negative(dtype):
 def test_ratio_divergence_is_second_order_in_the_log_ratio(delta):
     """e^d - 1 - d = d^2/2 + d^3/6 + ..."""
     ratio = torch.tensor([delta], dtype=torch.float64).exp()
-    got = loss.diagnostics(ratio, 0.1, torch.ones(1), torch.tensor(0.0), 0)
+    got = loss.diagnostics(ratio, ratio.log(), 0.1, torch.ones(1), torch.tensor(0.0), 0)
     assert abs(got["ratio_divergence"].item() - delta**2 / 2) < abs(delta) ** 3 / 5
 
 
@@ -164,7 +195,8 @@ def test_ratio_divergence_is_no_kl(k, D):
     log_ratio = ((z**2 - (z - apart) ** 2) / 2).mean(1)
     rows = torch.ones(len(z), dtype=torch.float64)
     ratio = torch.as_tensor(np.exp(log_ratio))
-    got = loss.diagnostics(ratio, 0.1, rows, torch.tensor(0.0), 0)["ratio_divergence"] / len(z)
+    found = loss.diagnostics(ratio, ratio.log(), 0.1, rows, torch.tensor(0.0), 0)
+    got = found["ratio_divergence"] / len(z)
     assert got.item() == pytest.approx(k / D + k**2 / 2, rel=0.06)
     error = np.sqrt(2 * k / D / len(z))
     assert -log_ratio.mean() == pytest.approx(k, abs=4 * error)
@@ -172,14 +204,16 @@ def test_ratio_divergence_is_no_kl(k, D):
 
 def test_the_kl_is_that_of_the_rows_that_count():
     kl = torch.tensor([0.1, 0.2, 0.3, 0.4, torch.nan, 7.0], requires_grad=True)
-    got = loss.diagnostics(RATIO, 0.1, WEIGHT, torch.tensor(0.5), 0, kl)
+    got = loss.diagnostics(RATIO, RATIO.log(), 0.1, WEIGHT, torch.tensor(0.5), 0, kl)
     assert got["kl"].item() == pytest.approx(1.0) and not got["kl"].requires_grad
-    other = loss.diagnostics(RATIO[:2], 0.1, WEIGHT[:2], torch.tensor(0.5), 1, kl[:2])
+    other = loss.diagnostics(
+        RATIO[:2], RATIO[:2].log(), 0.1, WEIGHT[:2], torch.tensor(0.5), 1, kl[:2]
+    )
     assert loss.summarise([[got], [other]])["kl"] == pytest.approx(1.3 / 6)
     assert "kl" not in loss.summarise([[], []])
 
 
 def test_diagnostics_keep_no_graph():
     ratio = torch.ones(3, requires_grad=True)
-    got = loss.diagnostics(ratio * 1.5, 0.1, torch.ones(3), (ratio * 2).sum(), 0)
+    got = loss.diagnostics(ratio * 1.5, ratio * 0.5, 0.1, torch.ones(3), (ratio * 2).sum(), 0)
     assert not any(value.requires_grad for value in got.values())

@@ -20,14 +20,14 @@ from typing import Any
 import torch
 
 from common.args import Args
-from common.errors import RunError, phase
+from common.errors import RunError, phase, warn
 from common.memory import MemoryPlan
 from common.models import lora, place
 from common.models.family import Family
 from common.trainer import compiling, sharding
 from common.trainer.processes import Processes
 
-# Largest |ratio - 1| before the first update that is rounding: float32, and bf16 autocast.
+# Largest |ratio - 1| before the first update that can be rounding: float32, and bf16 autocast.
 RATIO_LIMIT = {"no": 1e-4, "bf16": 0.05}
 
 
@@ -62,6 +62,8 @@ class Policy:
         self.attention = args.attention
         self.exchange_often = args.exchange_often
         self.updates = 0
+        self.warned_of_ratio = False
+        self.sampled_with = {}  # settings of the last pass without gradients
         self.fsdp = processes.fsdp
         if plan.sharded and not self.fsdp:
             self.fsdp = sharding.own_plugin()
@@ -158,8 +160,33 @@ class Policy:
     def velocity(
         self, x: torch.Tensor, sigma: float | torch.Tensor, cond: dict[str, torch.Tensor]
     ) -> torch.Tensor:
-        """Return the model's velocity [n, ...] float32 at x [n, ...] and sigma (a scalar)."""
-        return self.model.velocity(x, sigma, cond)
+        """Return the model's velocity [n, ...] float32 at x [n, ...] and sigma (a scalar).
+
+        Raises RunError if a pass with gradients has other settings than the last one without.
+        """
+        velocity = self.model.velocity(x, sigma, cond)
+        settings = self._settings_of_pass(x, cond)
+        if not torch.is_grad_enabled():
+            self.sampled_with = settings
+        for name, sampled in self.sampled_with.items():
+            if settings[name] != sampled:
+                raise RunError(
+                    f"rollout and update differ in {name}: {sampled} and {settings[name]}. The "
+                    "update would train another policy than the one that sampled"
+                )
+        return velocity
+
+    def _settings_of_pass(self, x: torch.Tensor, cond: dict[str, torch.Tensor]) -> dict[str, Any]:
+        """Return what rollout and update must have in common, {name: value}."""
+        inputs = {"x": x, **cond}
+        modules = self.model.trainable
+        return {
+            "guidance": (self.model.guidance, self.model.guidance_2),
+            "--batched-guidance": self.model.batched_guidance,
+            "dropout (training mode)": {name: part.training for name, part in modules.items()},
+            "dtype": {name: value.dtype for name, value in inputs.items()},
+            "shape": {name: tuple(value.shape) for name, value in inputs.items()},
+        }
 
     @contextlib.contextmanager
     def sampling(self) -> Iterator[None]:
@@ -237,17 +264,28 @@ class Policy:
             self.average.step(self.weights)
 
     def check_ratio(self, error: float) -> None:
-        """Raise RunError if the ratio before the first update was not 1.
+        """Raise RunError if the ratio measured before the first update cannot be 1 plus rounding.
 
-        error: max |ratio - 1|. A ratio that is off by more than rounding means that rollout and
-        update computed different policies; beyond the clip range the surrogate would be clipped.
+        error: max |ratio - 1|. Above the clip range it warns, once: the first update uses the exact
+        ratio, but later ones start from log-probabilities with this error.
         """
-        limit = min(RATIO_LIMIT[self.processes.precision], self.clip_range)
+        limit = RATIO_LIMIT[self.processes.precision]
         if not error <= limit:
             raise RunError(
                 f"the ratio is off by {error:.1e} before the first update (limit {limit:.0e}): "
-                "rollout and update differ in weights, dtype, guidance, conditioning or kernels"
+                "rollout and update differ in weights, dtype, guidance or conditioning. See "
+                "ratio_error in docs/troubleshooting.md"
             )
+        if error > self.clip_range and not self.warned_of_ratio:
+            self.warned_of_ratio = True
+            if self.processes.is_main:
+                warn(
+                    f"ratio_error {error:.1e} is above --clip-range {self.clip_range:g}: rollout "
+                    "and update take kernels that round differently, or compute different "
+                    "policies. The first update of a step is not affected; later ones clip too "
+                    "early or too late. docs/troubleshooting.md says how to tell a kernel from a "
+                    "bug"
+                )
 
     # --- What a checkpoint holds ---
 
