@@ -56,7 +56,7 @@ from common.prompts import (
     read_prompts,
 )
 from common.rewards import Rewards
-from common.trainer import Checkpoints, Clock, Evaluator, Log, Policy, Processes
+from common.trainer import Checkpoints, Clock, Evaluator, Latents, Log, Policy, Processes
 
 EPS = 1e-8  # added to every standard deviation that rewards are divided by
 LARGEST_PRIOR = 1e6  # of --prior-value and --prior field
@@ -355,6 +355,8 @@ def main(args: Args) -> Log:
     log = Log(args, checkpoints.output, processes, start)
     P, G = args.prompts_per_step, args.group_size
     sigmas = model.sigmas(args.sampling_steps, args.shift)  # [T+1]
+    # [b, T+1, ...] float32, filled anew in every step
+    latents = Latents(len(rows), len(sigmas), model.noise_shape, processes.device, plan)
     transition = sde.TRANSITIONS[args.sde]
 
     for step in checkpoints.steps(args.steps):
@@ -376,7 +378,7 @@ def main(args: Args) -> Log:
         # with --same-noise a group shares the initial noise of its first row
         start_rows = rows // G * G if args.same_noise else rows  # [b]
         scoring = rewards.begin(model.decode, row_prompts, size=evaluator.score_batch)
-        latents, log_probs = [], []
+        log_probs = []
         for mb in processes.batches(len(rows), plan.batch):
             checkpoints.stop_if_asked()  # after a signal: save, and raise Stopped everywhere
             start_noise = sde.RowNoise(args.seed, step, start_rows[mb.index], processes.device)
@@ -385,14 +387,14 @@ def main(args: Args) -> Log:
             velocity_fn = partial(policy.velocity, cond=models.take(cond, mb.index))
             with policy.sampling():  # no gradients
                 x = start_noise(model.noise_shape)  # [n, ...]
-                # [n, T+1, ...] and [n, T]
-                trajectory, log_prob = sde.rollout(velocity_fn, x, sigmas, s, sde_noise, transition)
-            latents.append(trajectory)
+                _, log_prob = sde.rollout(  # [n, T]
+                    velocity_fn, x, sigmas, s, sde_noise, transition, out=latents.part(mb.index)
+                )
             log_probs.append(log_prob)
-            scoring.add(trajectory[:, -1])  # a reward on a server works while others are sampled
+            # a reward on a server works while others are sampled
+            scoring.add(latents.at(mb.index, -1))
         checkpoints.stop_if_asked()  # the last time in this step: an update is never cut
         # padding rows repeat the last row, so that all passes have one shape; they come last
-        latents = torch.cat(latents)[: len(rows)]  # [b, T+1, ...] float32
         log_probs = torch.cat(log_probs)[: len(rows)]  # [b, T]
         metrics["rollout_seconds"] = clock.lap()
 
@@ -456,7 +458,7 @@ def main(args: Args) -> Log:
                 cond_mb = models.take(cond, mb.index)
                 weight = row_weight[mb.index] * mb.real  # [n]: padding rows count nothing
                 for t in trained_steps:
-                    x, x_next = latents[mb.index, t], latents[mb.index, t + 1]
+                    x, x_next = latents.at(mb.index, t), latents.at(mb.index, t + 1)
                     sigma, sigma_next = sigmas[t], sigmas[t + 1]
                     # processes exchange gradients in the last pass of each network
                     last = mb is micro_batches[-1] and t in last_steps.values()

@@ -220,12 +220,14 @@ def rollout(
     noise: Callable[[torch.Size], torch.Tensor] | None,
     transition: Callable = sde_step,
     means: bool = False,
+    out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, ...]:
     """Sample a batch, and return what re-scoring needs.
 
     velocity: (x [B, ...], sigma) -> [B, ...]; x: standard normal noise [B, ...]; sigmas [T+1];
     s [T]; noise: shape -> [B, *shape], None if no step has noise; transition: the function of the
-    schedule (TRANSITIONS).
+    schedule (TRANSITIONS); out [b, T+1, ...]: a tensor of any device that is filled with the
+    latents of the first b <= B rows, instead of a new one.
 
     Returns latents [B, T+1, ...] float32, the last of which is x0, and log_probs [B, T]. With
     means=True it also returns the means of the transitions [B, T, ...], for a method that compares
@@ -233,18 +235,19 @@ def rollout(
     log-probability by more than the clip range.
     """
     # a schedule may start below 1 (Stable Diffusion): latents at that sigma have this deviation
-    latents = [x.float() * torch.hypot(1 - sigmas[0], sigmas[0])]
+    x = x.float() * torch.hypot(1 - sigmas[0], sigmas[0])
+    latents = x.new_empty(len(x), len(sigmas), *x.shape[1:]) if out is None else out
+    latents[:, 0].copy_(x[: len(latents)], non_blocking=True)
     log_probs, kept_means = [], []
     for t in range(len(s)):
-        x = latents[-1]
         z = noise(x.shape[1:]) if s[t] > 0 else None
         v = velocity(x, sigmas[t])
         x, log_prob, mean = transition(v, x, sigmas[t], sigmas[t + 1], s[t], noise=z)
-        latents.append(x)
+        latents[:, t + 1].copy_(x[: len(latents)], non_blocking=True)
         log_probs.append(log_prob)
         if means:
             kept_means.append(mean)
-    found = [torch.stack(latents, 1), torch.stack(log_probs, 1)]
+    found = [latents, torch.stack(log_probs, 1)]
     if means:
         found.append(torch.stack(kept_means, 1))
     return tuple(found)

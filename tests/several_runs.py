@@ -21,11 +21,11 @@ def out_of_memory_in_the_second_process(honest, calls=5):
     """A rollout that fails there in the call after these."""
     left = [calls]
 
-    def rollout(*words):
+    def rollout(*words, **settings):
         left[0] -= 1
         if PartialState().process_index == 1 and left[0] < 0:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return honest(*words)
+        return honest(*words, **settings)
 
     return rollout
 

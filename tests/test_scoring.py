@@ -53,9 +53,9 @@ def test_a_server_judges_while_the_next_samples_are_drawn(train, serve, monkeypa
     afterwards begins."""
     honest, begun, waited = sde.rollout, threading.Semaphore(0), []
 
-    def rollout(*words):
+    def rollout(*words, **settings):
         begun.release()
-        return honest(*words)
+        return honest(*words, **settings)
 
     def behave(handler, number, body):
         if number == 3:  # the first two are those of the trial before the run

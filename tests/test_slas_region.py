@@ -182,9 +182,9 @@ def test_the_kl_of_an_update_is_that_of_the_weights_before_and_after_it(train, m
     """The means of the checkpoints' weights at the latents of the rollout, in NumPy."""
     rollouts, honest = [], sde.rollout
 
-    def rollout(velocity, x, sigmas, s, *rest):
-        found = honest(velocity, x, sigmas, s, *rest)
-        rollouts.append((found[0], sigmas, s, velocity.keywords["cond"]))
+    def rollout(velocity, x, sigmas, s, *rest, **settings):
+        found = honest(velocity, x, sigmas, s, *rest, **settings)
+        rollouts.append((found[0].clone(), sigmas, s, velocity.keywords["cond"]))
         return found
 
     monkeypatch.setattr(sde, "rollout", rollout)

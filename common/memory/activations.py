@@ -1,121 +1,195 @@
-"""Bytes of activations that one row of a pass keeps, counted on tensors without contents."""
+"""Bytes that passes need beside the weights, counted allocation by allocation on tensors without
+contents."""
 
 import contextlib
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 from common.models.family import Family
 
+# Operations that autocast computes in float32 on CUDA and in the given precision on a CPU:
+# AT_FORALL_FP32 of ATen/autocast_mode.h, as far as models use them.
+FLOAT32 = (
+    "exp", "log", "reciprocal", "rsqrt", "pow.Tensor_Scalar", "pow.Tensor_Tensor", "pow.Scalar",
+    "softplus", "layer_norm", "native_layer_norm", "rms_norm", "group_norm", "cosine_similarity",
+    "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "upsample_bilinear2d",
+)  # fmt: skip
+# Their results alone are float32 (AT_FORALL_FP32_SET_OPT_DTYPE).
+FLOAT32_RESULTS = ("softmax.int", "log_softmax.int", "cumsum", "cumprod", "sum", "sum.dim_IntList")
+
+
+class Allocations(TorchDispatchMode):
+    """Adds up the bytes of the tensors that are allocated inside, until they are freed.
+
+    live: bytes now; peak: the most bytes so far.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = 0
+        self.peak = 0
+        self.known = weakref.WeakSet()
+
+    def __torch_dispatch__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        """Run an operation, and count the storages that it makes."""
+        given = {id(storage) for storage in _storages((args, kwargs))}
+        found = func(*args, **(kwargs or {}))
+        for storage in _storages(found):
+            if id(storage) not in given and storage not in self.known:
+                self.known.add(storage)
+                self.live += storage.nbytes()
+                weakref.finalize(storage, self._freed, storage.nbytes())
+        self.peak = max(self.peak, self.live)
+        return found
+
+    def _freed(self, size: int) -> None:
+        self.live -= size
+
 
 def row_bytes(model: Family, dtype: torch.dtype, checkpointing: bool) -> int:
-    """Return the bytes that autograd keeps for one row's velocity.
+    """Return the bytes that one row's pass of the update takes at its peak.
 
-    The weights may be on the meta device. With gradient checkpointing these are the inputs of all
-    blocks, and everything inside the largest block, which is recomputed as a whole. The second
-    forward pass of classifier-free guidance is included.
+    Weights, their gradients and their copies in the precision of the pass are not included; the
+    second forward pass of classifier-free guidance is. The weights may be on the meta device.
     """
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
     module = model.trainable[model.trained_at(1.0)]
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        # the model takes its device from the VAE
-        with _on_fake_cpu(module), _on_fake_cpu(model.pipe.vae):
-            return count(model, dtype, checkpointing)
+    with _without_contents(module, model.pipe.vae):
+        return count(model, dtype, checkpointing)
+
+
+def decoded_bytes(model: Family) -> int:
+    """Return the bytes that decoding one row takes at its peak, with its pixels."""
+    with _without_contents(model.pipe.vae):
+        return count_decoded(model)
 
 
 def count(model: Family, dtype: torch.dtype, checkpointing: bool) -> int:
-    """Return the same for a model whose weights are on the CPU."""
+    """Return what `row_bytes` returns, for a model whose weights are on the CPU."""
     module = model.trainable[model.trained_at(1.0)]
-    if not checkpointing:
-        return _kept_bytes(model, module, dtype).bytes
-    largest = _largest_block(model, module, dtype)
-    module.enable_gradient_checkpointing()
-    kept = _kept_bytes(model, module, dtype)
-    module.disable_gradient_checkpointing()
-    return kept.bytes + largest
-
-
-class Kept:
-    """Counts the bytes that autograd saves for the backward pass, without a module's weights."""
-
-    def __init__(self, module: torch.nn.Module) -> None:
-        storages = (weight.untyped_storage() for weight in module.parameters())
-        self.weights = {storage._cdata for storage in storages}
-        self.seen = {}
-        self.tensors = []
-
-    def pack(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Count the storage of a saved tensor, each storage once."""
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self.weights:
-            self.seen[storage._cdata] = storage.nbytes()
-            # A freed storage would give its address to another one.
-            self.tensors.append(tensor)
-        return tensor
-
-    @property
-    def bytes(self) -> int:
-        """Bytes saved so far."""
-        return sum(self.seen.values())
-
-
-def _kept_bytes(model: Family, module: torch.nn.Module, dtype: torch.dtype) -> Kept:
-    """Compute one row's velocity and return what autograd saved of it."""
-    kept = Kept(module)
-    _velocity(model, dtype, kept)
-    return kept
-
-
-def _largest_block(model: Family, module: torch.nn.Module, dtype: torch.dtype) -> int:
-    """Return the largest number of bytes that a single block saves."""
-    kept = Kept(module)
-    sizes = [0]
-    before = {}
-
-    def entered(block: torch.nn.Module, *_) -> None:
-        before[block] = kept.bytes
-
-    def left(block: torch.nn.Module, *_) -> None:
-        sizes.append(kept.bytes - before[block])
-
+    # The weights that the velocity does not depend on have no gradients.
     handles = []
-    for part in module.modules():
-        if type(part).__name__ in model.blocks:
-            handles.append(part.register_forward_pre_hook(entered))
-            handles.append(part.register_forward_hook(left))
-    _velocity(model, dtype, kept)
-    for handle in handles:
-        handle.remove()
-    return max(sizes)
+    for weight in module.parameters():
+        if weight.requires_grad:
+            handles.append(weight.register_post_accumulate_grad_hook(_drop_gradient))
+    if checkpointing:
+        module.enable_gradient_checkpointing()
+    try:
+        with Allocations() as found, cuda_autocast(dtype):
+            velocity = _velocity(model)
+            velocity.sum().backward()
+            return found.peak
+    finally:
+        if checkpointing:
+            module.disable_gradient_checkpointing()
+        for handle in handles:
+            handle.remove()
 
 
-def _velocity(model: Family, dtype: torch.dtype, kept: Kept) -> None:
-    """Compute the velocity of one row of zeros; `kept` counts what autograd saves."""
+def count_decoded(model: Family) -> int:
+    """Return what `decoded_bytes` returns, for a model whose weights are on the CPU."""
+    with Allocations() as found, torch.no_grad():
+        model.pixels(torch.zeros(1, *model.noise_shape))
+        return found.peak
+
+
+@contextlib.contextmanager
+def cuda_autocast(dtype: torch.dtype) -> Iterator[None]:
+    """Autocast CPU tensors by the rules for CUDA inside; float32 does not autocast."""
+    if dtype == torch.float32:
+        yield
+        return
+    with torch.library._scoped_library("aten", "IMPL") as library:
+        for name in FLOAT32:
+            library.impl(name, _in_float32(_operation(name)), "AutocastCPU")
+        for name in FLOAT32_RESULTS:
+            library.impl(name, _to_float32(_operation(name)), "AutocastCPU")
+        with torch.autocast("cpu", dtype):
+            yield
+
+
+def _operation(name: str) -> Callable:
+    packet, _, overload = name.partition(".")
+    return getattr(getattr(torch.ops.aten, packet), overload or "default")
+
+
+def _in_float32(operation: Callable) -> Callable:
+    """Return an operation that casts what it is given to float32."""
+
+    def cast(value: Any) -> Any:
+        is_half = isinstance(value, torch.Tensor) and value.dtype in (torch.bfloat16, torch.float16)
+        return value.float() if is_half else value
+
+    def kernel(*args, **kwargs):
+        with _no_autocast():
+            args, kwargs = tree_map(cast, (args, kwargs))
+            return operation(*args, **kwargs)
+
+    return kernel
+
+
+def _to_float32(operation: Callable) -> Callable:
+    """Return an operation whose result is float32 unless another dtype is asked for."""
+
+    def kernel(first, *args, dtype=None, **kwargs):
+        if dtype is None and first.dtype in (torch.bfloat16, torch.float16):
+            dtype = torch.float32
+        with _no_autocast():
+            return operation(first, *args, dtype=dtype, **kwargs)
+
+    return kernel
+
+
+def _no_autocast() -> Any:
+    key = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
+    return torch._C._ExcludeDispatchKeyGuard(key)
+
+
+def _velocity(model: Family) -> torch.Tensor:
+    """Return the velocity of one row of zeros."""
     blank = model.blank()
     cond = {name: value[None] for name, value in blank.items()}
     # Classifier-free guidance replaces the text of the prompt by that of the empty prompt.
     before = model.unwanted
     text = "encoder_hidden_states"
     model.unwanted = {text: blank[text]} if text in blank else {}
-    hooks = torch.autograd.graph.saved_tensors_hooks(kept.pack, _same)
     try:
-        with hooks, torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            model.velocity(torch.zeros(1, *model.noise_shape), 1.0, cond)
+        return model.velocity(torch.zeros(1, *model.noise_shape), 1.0, cond)
     finally:
         model.unwanted = before
 
 
-def _same(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor
+def _drop_gradient(weight: torch.Tensor) -> None:
+    weight.grad = None
+
+
+def _storages(values: Any) -> list[torch.UntypedStorage]:
+    tensors = [value for value in tree_leaves(values) if isinstance(value, torch.Tensor)]
+    return [tensor.untyped_storage() for tensor in tensors]
+
+
+@contextlib.contextmanager
+def _without_contents(*modules: torch.nn.Module) -> Iterator[None]:
+    """Replace the weights of modules by CPU tensors without contents inside.
+
+    Meta tensors would choose other attention kernels than a GPU does; these do not.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode(allow_non_fake_inputs=True), contextlib.ExitStack() as stack:
+        for module in modules:  # the model takes its device from the VAE
+            stack.enter_context(_on_fake_cpu(module))
+        yield
 
 
 @contextlib.contextmanager
 def _on_fake_cpu(module: torch.nn.Module) -> Iterator[None]:
-    """Replace a module's weights by empty CPU tensors while inside FakeTensorMode.
-
-    Meta tensors would choose other attention kernels than a GPU does; these do not.
-    """
     before = [(part, dict(part._parameters), dict(part._buffers)) for part in module.modules()]
     for part, weights, buffers in before:
         for key, weight in weights.items():

@@ -33,6 +33,8 @@ class MemoryPlan:
     """Whether trained weights are sharded, as the launcher asked or as was chosen."""
     shards: int = 1
     """Processes that share one copy of sharded weights."""
+    host_latents: bool = False
+    """Whether the latents of a step are in the host's memory, because they are large."""
     lines: tuple[str, ...] = ()
     """What to print: the choices, or a larger micro-batch that would fit."""
     turn: Turn | None = None

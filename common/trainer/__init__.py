@@ -2,8 +2,18 @@
 
 from common.trainer.checkpoints import Checkpoints
 from common.trainer.evaluator import Evaluator
+from common.trainer.latents import Latents
 from common.trainer.log import Clock, Log
 from common.trainer.policy import Policy
 from common.trainer.processes import MicroBatch, Processes
 
-__all__ = ["Checkpoints", "Clock", "Evaluator", "Log", "MicroBatch", "Policy", "Processes"]
+__all__ = [
+    "Checkpoints",
+    "Clock",
+    "Evaluator",
+    "Latents",
+    "Log",
+    "MicroBatch",
+    "Policy",
+    "Processes",
+]

@@ -1,0 +1,56 @@
+"""The latents of a step, in one tensor that the rollout fills and the update reads."""
+
+from collections.abc import Iterable
+
+import torch
+
+from common.errors import phase
+from common.memory import MemoryPlan
+
+
+class Latents:
+    """The latents of this process's rows at all noise levels: `values` [b, T+1, ...] float32.
+
+    One tensor serves all steps of a run, so that nothing is held twice. It is on the device, or in
+    the host's pinned memory if the plan has `host_latents`: the latents of clips take gigabytes,
+    and a pass needs two of them for each row. The device copies in the order of its other work, so
+    `at` returns what the rollout wrote before.
+
+    rows: b; levels: T+1; noise_shape: shape of one row's latent. Raises LocalError if the memory is
+    not enough.
+    """
+
+    def __init__(
+        self,
+        rows: int,
+        levels: int,
+        noise_shape: Iterable[int],
+        device: torch.device,
+        plan: MemoryPlan,
+    ) -> None:
+        self.device = device
+        self.on_host = plan.host_latents
+        memory = "lower --prompts-per-step, --group-size or --sampling-steps"
+        with phase("the latents of a step", memory=memory):
+            # The rows of a level are adjacent in memory, so a pass writes them in one piece.
+            values = torch.empty(
+                (levels, rows, *noise_shape),
+                device="cpu" if self.on_host else device,
+                pin_memory=self.on_host and device.type == "cuda",
+            )
+        self.values = values.transpose(0, 1)
+
+    def part(self, index: torch.Tensor) -> torch.Tensor:
+        """Return the rows of a micro-batch of the rollout, a view [at most n, T+1, ...].
+
+        index [n]: consecutive rows, then -1 for padding rows, which are not kept.
+        """
+        rows = index[index >= 0].tolist()
+        return self.values[rows[0] : rows[-1] + 1]
+
+    def at(self, index: torch.Tensor, t: int) -> torch.Tensor:
+        """Return the latents at level t of a micro-batch, [n, ...] on the device; -1: last row."""
+        if not self.on_host:
+            return self.values[index, t]
+        rows = [self.values[row, t] for row in index.tolist()]
+        return torch.stack([row.to(self.device, non_blocking=True) for row in rows])
