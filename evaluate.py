@@ -33,7 +33,7 @@ from tqdm import tqdm
 from tyro.conf import Positional, arg
 
 from common import cli, errors, models
-from common.args import From, Scored, check_bounds, rows_of
+from common.args import From, Scored, check_bounds, rows_of, score_batch
 from common.args import defaults as defaults_of
 from common.errors import InputError
 from common.models.family import Family
@@ -41,7 +41,6 @@ from common.prompts import fields_of, read_prompts
 from common.reporting.files import write_text
 from common.rewards import Rewards, weighted_sum
 from common.trainer import Processes
-from common.trainer.evaluator import score_batch
 from evaluation import layouts, tables, trained
 from evaluation.folder import Folder, digest
 from evaluation.sampler import Sampler

@@ -3,9 +3,10 @@
     python -m benchmarks.memory
 
 The modules have the released sizes and tensors without contents (FakeTensorMode). common/memory/
-counts weights, gradients, optimizer, samples, and the activations of one row at the model's default
-size and settings (gradient checkpointing), as it does before every run. Not counted: rewards, the
-workspace of kernels, and the allocator's gaps; a tenth of the memory is left for them."""
+counts weights, gradients, optimizer and samples, and adds up what the pass of a row and its
+decoding allocate at the model's default size, with gradient checkpointing, as before every run. Not
+counted: rewards, the workspace of kernels, and the allocator's gaps; a tenth of the memory is left
+for them."""
 
 import contextlib
 import dataclasses
@@ -22,8 +23,8 @@ from peft import LoraConfig
 import grpo_base
 from common import models
 from common.args import defaults
-from common.memory import activations
-from common.memory.bytes import Launch, process_bytes
+from common.memory.activations import decoded_bytes, row_bytes
+from common.memory.bytes import Launch, process_bytes, total
 from common.memory.ways import ROOM as SHARE
 from common.models.flux import Flux
 from common.models.hunyuan import HunyuanVideo
@@ -38,6 +39,7 @@ RANK = 64
 WAN = dict(num_attention_heads=40, ffn_dim=13824, num_layers=40)
 SMALL_WAN = dict(num_attention_heads=12, ffn_dim=8960, num_layers=30)
 
+SIXTEEN_CHANNELS = dict(latent_channels=16, use_quant_conv=False, use_post_quant_conv=False)
 SD3 = dict(
     num_layers=24, num_attention_heads=24, caption_projection_dim=1536, pos_embed_max_size=384,
     dual_attention_layers=tuple(range(13)), qk_norm="rms_norm",
@@ -129,7 +131,7 @@ COMPONENTS = {
     "flux": lambda: dict(
         transformer=diffusers.FluxTransformer2DModel(guidance_embeds=True), text_encoder=clip(),
         text_encoder_2=t5(),
-        vae=kl_vae(latent_channels=16, use_quant_conv=False, use_post_quant_conv=False),
+        vae=kl_vae(**SIXTEEN_CHANNELS, scaling_factor=0.3611, shift_factor=0.1159),
     ),
     "sd1.4": lambda: dict(
         unet=diffusers.UNet2DConditionModel(sample_size=64, cross_attention_dim=768),
@@ -139,7 +141,7 @@ COMPONENTS = {
         transformer=diffusers.SD3Transformer2DModel(**SD3),
         text_encoder=clip_with_projection(768, 12, 12),
         text_encoder_2=clip_with_projection(1280, 32, 20), text_encoder_3=t5(),
-        vae=kl_vae(latent_channels=16, use_quant_conv=False, use_post_quant_conv=False),
+        vae=kl_vae(**SIXTEEN_CHANNELS, scaling_factor=1.5305, shift_factor=0.0609),
     ),
     "qwen-image": lambda: dict(
         transformer=diffusers.QwenImageTransformer2DModel(), text_encoder=qwen(),
@@ -192,6 +194,8 @@ def full_size(name, lora, **settings):
     family, own = FAMILIES[name], models.settings(name)
     with weights_in_bfloat16(), torch.device("meta"):
         parts = COMPONENTS[name]()
+        if family.vae_dtype:
+            parts["vae"].float()
     tokenizers = {
         part.replace("text_encoder", "tokenizer"): Tokenizer(parts[part])
         for part in parts
@@ -221,15 +225,19 @@ def row(name, lora):
     model = full_size(name, lora)
     rank = RANK if lora else 0
     args = defaults(grpo_base.Args, name, lora_rank=rank, offload_encoders=True, micro_batch=1)
-    kept = activations.row_bytes(model, torch.bfloat16, args.gradient_checkpointing)
+    args = dataclasses.replace(args, gradient_checkpointing=True, decode_batch=1)
+    kept = row_bytes(model, torch.bfloat16, True)
+    decoding = decoded_bytes(model)
     start = f"| `{name}` | {'LoRA' if lora else 'all'} |"
-    end = f"| {kept / 2**30:.1f} |"
+    end = f"| {kept / 2**30:.1f} | {decoding / 2**30:.1f} |"
     for gpus in (1, 2, 4, 8, 16, 32):
         launch = Launch(torch.bfloat16, "cuda", world=gpus, sharded=gpus > 1)
         for often in (False, True) if gpus > 1 else (False,):
             tried = dataclasses.replace(args, exchange_often=often)
-            kinds = process_bytes(model, tried, launch=launch, shards=gpus, activations=kept)
-            size = sum(kinds.values()) / 2**30
+            kinds = process_bytes(
+                model, tried, launch=launch, shards=gpus, activations=kept, decoding=decoding
+            )
+            size = total(kinds) / 2**30
             if size <= ROOM:
                 return f"{start} `{configuration(name, gpus, often)}` | {gpus} | {size:.0f} {end}"
     return f"{start} more than 32 GPUs | | {end}"
@@ -248,8 +256,8 @@ def configuration(name, gpus, often):
 def main(args):
     lines = [
         "| `--model` | trained | configuration | 80 GB GPUs, at least | GiB on each | "
-        "activations of a row |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "a row's pass | decoding a row |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name in COMPONENTS:
         for lora in (True, False):

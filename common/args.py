@@ -108,6 +108,12 @@ def rows_of(micro_batch: int | Literal["auto"]) -> int:
     return 1 if micro_batch == "auto" else micro_batch
 
 
+def score_batch(micro_batch: int, reward_batch: int) -> int:
+    """Return how many samples are decoded and scored together: whole micro-batches that make up a
+    batch of the rewards."""
+    return micro_batch * max(1, reward_batch // micro_batch)
+
+
 @dataclass
 class Reward:
     """Choose the rewards that score the samples."""

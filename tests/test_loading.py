@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import math
 import os
 import threading
 
@@ -14,7 +15,7 @@ import bpgo
 from common import models
 from common.args import defaults
 from common.errors import InputError
-from common.memory import fit, turns
+from common.memory import bytes, fit, turns
 from common.memory.bytes import Launch
 
 
@@ -101,6 +102,27 @@ def test_what_stays_on_the_host_is_counted():
     assert loading(offloaded, **sharded) == (peak + copy, waiting + shards)
     rest = sum(copies[name] for name in copies if name not in model.trainable)
     assert loading(plain, shards=4, device="cpu") == (peak + copy, rest + shards)
+
+
+def test_encoders_that_wait_are_counted_for_each_process_and_latents_too(monkeypatch):
+    """What comes back from a GPU is not shared with the files any more."""
+    model = models.outline("tiny-flux", torch.float32, 0)
+    assert not any(turns.copied(model).values()), "the files have this dtype"
+    args = defaults(bpgo.Args, offload_encoders=True)
+    launch = Launch(torch.float32, "cuda", world=8, per_machine=8)
+
+    def loading():
+        return turns.loading_bytes(model, args, launch=launch, shards=1, keep_initial=False)
+
+    waiting = 4 * sum(size(getattr(model.pipe, name)) for name in model.encoders)
+    assert loading() == (0, waiting)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert not turns.in_turns("flux", *loading(), free=8 * waiting)
+    with pytest.raises(InputError, match="leave out --offload-encoders"):
+        turns.in_turns("flux", *loading(), free=8 * waiting - 1)
+    latents = bytes.latent_bytes(model, args, launch)
+    monkeypatch.setattr(bytes, "LARGE_LATENTS", latents - 1)
+    assert loading() == (0, waiting + 2 ** math.ceil(math.log2(latents)))
 
 
 def test_a_turn_waits_for_the_one_before(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
@@ -42,9 +43,8 @@ def size(module):
 def counted(model, args, shards=1, **more):
     """Return the bytes by kind, without the samples."""
     kinds = bytes.process_bytes(model, args, launch=ON_A_CPU, shards=shards, **more)
-    return {
-        name: kinds[name] for name in kinds if name not in ("latents", "conditioning", "pixels")
-    }
+    samples = ("latents", "last latents", "conditioning", "pixels")
+    return {name: kinds[name] for name in kinds if name not in samples}
 
 
 def test_memory_of_full_weights_and_of_a_lora(tiny):
@@ -59,22 +59,33 @@ def test_memory_of_full_weights_and_of_a_lora(tiny):
         "optimizer": 8 * n,
         "average": 4 * n,
     }
-    rest = {"encoders, VAE": 2 * others, "rewards": 7, "activations": 100}
-    found = counted(tiny, args, activations=100, rewards=7)
+    rest = {
+        "encoders, VAE": 4 * others,
+        "rewards": 7,
+        "activations": 100,
+        "visiting encoders": 0,
+        "decoding": 8 * 50,
+    }
+    given = dict(activations=100, decoding=50, rewards=7)
+    args.decode_batch = 8
+    found = counted(tiny, args, **given)
     assert found == {**full, **rest, "weights of a pass": 2 * n}  # autocast's copies
 
     split = {name: value / 4 for name, value in full.items()}
-    block = max(map(size, tiny.pipe.transformer.transformer_blocks))
-    rest["weights of a pass"] = 8 * block  # in bfloat16 two blocks, in float32 the gradients of one
-    found = counted(tiny, args, shards=4, activations=100, rewards=7)
+    transformer = tiny.pipe.transformer
+    blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
+    outside = n - sum(map(size, blocks))
+    # in bfloat16 two blocks and what is outside of all blocks, in float32 the gradients of one
+    rest["weights of a pass"] = 8 * max(map(size, blocks)) + 6 * outside
+    found = counted(tiny, args, shards=4, **given)
     assert found == {**split, **rest, "gradients": 4 * n}
     assert counted(tiny, args, shards=4, keep_initial=True)["frozen weights"] == 2 * n / 4
 
     args.exchange_often = True
     args.offload_encoders = True
-    rest["encoders, VAE"] = 2 * size(tiny.pipe.vae)
-    rest["activations"] = 2 * encoders  # they visit the device
-    assert counted(tiny, args, shards=4, activations=100, rewards=7) == {**split, **rest}
+    rest["encoders, VAE"] = 4 * size(tiny.pipe.vae)
+    rest["visiting encoders"] = 4 * encoders
+    assert counted(tiny, args, shards=4, **given) == {**split, **rest}
 
     tiny.pipe.transformer.requires_grad_(False)
     tiny.pipe.transformer.add_adapter(
@@ -148,7 +159,55 @@ def test_activations_without_contents_are_those_of_a_real_pass(name, lora):
         assert found == activations.count(real, torch.float32, checkpointing)
     assert 0 < found < activations.row_bytes(outline, torch.float32, False)
     assert real.unwanted == {}  # guidance would take what counting left there
+    for module in real.trainable.values():
+        assert all(weight.grad is None for weight in module.parameters())
     assert all(weight.device.type == "meta" for weight in outline.pipe.vae.parameters())
+
+
+@pytest.mark.parametrize("name", ["tiny-sd", "tiny-wan"])
+def test_decoding_without_contents_takes_what_real_decoding_takes(name):
+    found = activations.decoded_bytes(models.outline(name, torch.float32, 0))
+    real = models.load(name, torch.float32)
+    assert found == pytest.approx(activations.count_decoded(real), rel=1e-3)
+    pixels = 3 * real.height * real.width * getattr(real, "frames", 1)
+    assert found > 3 * 4 * pixels, "the last layers have more channels than pixels have"
+
+
+def test_allocations_are_counted_until_they_are_freed():
+    with activations.Allocations() as found:
+        kept = torch.ones(1000)
+        view = kept[:10].view(2, 5)
+        kept += 1
+        assert found.live == 4000
+        large = torch.cat([kept, kept])
+        del large, kept
+        assert (found.live, found.peak) == (4000, 12000)
+        del view
+        assert (found.live, found.peak) == (0, 12000)
+
+
+def test_passes_are_counted_by_the_rules_that_autocast_has_on_gpus():
+    """Norms are computed in float32 there, in bfloat16 on a CPU."""
+    header = Path(torch.__file__).parent / "include/ATen/autocast_mode.h"
+    macros = header.read_text().replace(", ", ".")
+    rules = macros[macros.index("#define AT_FORALL_FP32(") :]
+    for name in activations.FLOAT32 + activations.FLOAT32_RESULTS:
+        assert f"_({name})" in rules, name
+    x = torch.ones(2, 8, dtype=torch.bfloat16)
+    functions = [
+        lambda: torch.nn.functional.layer_norm(x, (8,)),
+        lambda: torch.nn.functional.rms_norm(x, (8,)),
+        lambda: x**2,
+        lambda: x.softmax(-1),
+        lambda: x.sum(0),
+    ]
+    with activations.cuda_rules():
+        assert all(function().dtype == torch.bfloat16 for function in functions)
+        with activations.autocast(torch.bfloat16):
+            assert all(function().dtype == torch.float32 for function in functions)
+            assert torch.nn.functional.linear(x, x).dtype == torch.bfloat16
+    with activations.autocast(torch.bfloat16):
+        assert functions[0]().dtype == torch.bfloat16
 
 
 def test_rewards_are_counted_once_and_a_judge_in_this_process_too():

@@ -10,6 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from common import sde
 from common.models.family import Family
 
 # Operations that autocast computes in float32 on CUDA and in the given precision on a CPU:
@@ -60,20 +61,20 @@ def row_bytes(model: Family, dtype: torch.dtype, checkpointing: bool) -> int:
     second forward pass of classifier-free guidance is. The weights may be on the meta device.
     """
     module = model.trainable[model.trained_at(1.0)]
-    with _without_contents(module, model.pipe.vae):
+    # the model takes its device from the VAE
+    with without_contents(module, model.pipe.vae):
         return count(model, dtype, checkpointing)
 
 
 def decoded_bytes(model: Family) -> int:
     """Return the bytes that decoding one row takes at its peak, with its pixels."""
-    with _without_contents(model.pipe.vae):
+    with without_contents(model.pipe.vae):
         return count_decoded(model)
 
 
 def count(model: Family, dtype: torch.dtype, checkpointing: bool) -> int:
     """Return what `row_bytes` returns, for a model whose weights are on the CPU."""
     module = model.trainable[model.trained_at(1.0)]
-    # The weights that the velocity does not depend on have no gradients.
     handles = []
     for weight in module.parameters():
         if weight.requires_grad:
@@ -81,9 +82,12 @@ def count(model: Family, dtype: torch.dtype, checkpointing: bool) -> int:
     if checkpointing:
         module.enable_gradient_checkpointing()
     try:
-        with Allocations() as found, cuda_autocast(dtype):
-            velocity = _velocity(model)
-            velocity.sum().backward()
+        with Allocations() as found, cuda_rules():
+            x = torch.zeros(1, *model.noise_shape)
+            with autocast(dtype):
+                velocity = _velocity(model, x)
+            _, log_prob, _ = sde.sde_step(velocity, x, 0.9, 0.8, 0.3, x_next=torch.zeros_like(x))
+            log_prob.sum().backward()
             return found.peak
     finally:
         if checkpointing:
@@ -99,19 +103,20 @@ def count_decoded(model: Family) -> int:
         return found.peak
 
 
+def autocast(dtype: torch.dtype) -> torch.autocast:
+    """Return the context of the model's passes, for tensors on the CPU."""
+    return torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
+
+
 @contextlib.contextmanager
-def cuda_autocast(dtype: torch.dtype) -> Iterator[None]:
-    """Autocast CPU tensors by the rules for CUDA inside; float32 does not autocast."""
-    if dtype == torch.float32:
-        yield
-        return
+def cuda_rules() -> Iterator[None]:
+    """Autocast CPU tensors by the rules for CUDA inside."""
     with torch.library._scoped_library("aten", "IMPL") as library:
         for name in FLOAT32:
             library.impl(name, _in_float32(_operation(name)), "AutocastCPU")
         for name in FLOAT32_RESULTS:
             library.impl(name, _to_float32(_operation(name)), "AutocastCPU")
-        with torch.autocast("cpu", dtype):
-            yield
+        yield
 
 
 def _operation(name: str) -> Callable:
@@ -126,7 +131,7 @@ def _in_float32(operation: Callable) -> Callable:
         is_half = isinstance(value, torch.Tensor) and value.dtype in (torch.bfloat16, torch.float16)
         return value.float() if is_half else value
 
-    def kernel(*args, **kwargs):
+    def kernel(*args: Any, **kwargs: Any) -> Any:
         with _no_autocast():
             args, kwargs = tree_map(cast, (args, kwargs))
             return operation(*args, **kwargs)
@@ -137,7 +142,9 @@ def _in_float32(operation: Callable) -> Callable:
 def _to_float32(operation: Callable) -> Callable:
     """Return an operation whose result is float32 unless another dtype is asked for."""
 
-    def kernel(first, *args, dtype=None, **kwargs):
+    def kernel(
+        first: torch.Tensor, *args: Any, dtype: torch.dtype | None = None, **kwargs: Any
+    ) -> torch.Tensor:
         if dtype is None and first.dtype in (torch.bfloat16, torch.float16):
             dtype = torch.float32
         with _no_autocast():
@@ -151,8 +158,8 @@ def _no_autocast() -> Any:
     return torch._C._ExcludeDispatchKeyGuard(key)
 
 
-def _velocity(model: Family) -> torch.Tensor:
-    """Return the velocity of one row of zeros."""
+def _velocity(model: Family, x: torch.Tensor) -> torch.Tensor:
+    """Return the velocity of one row x [1, ...] for a blank conditioning."""
     blank = model.blank()
     cond = {name: value[None] for name, value in blank.items()}
     # Classifier-free guidance replaces the text of the prompt by that of the empty prompt.
@@ -160,7 +167,7 @@ def _velocity(model: Family) -> torch.Tensor:
     text = "encoder_hidden_states"
     model.unwanted = {text: blank[text]} if text in blank else {}
     try:
-        return model.velocity(torch.zeros(1, *model.noise_shape), 1.0, cond)
+        return model.velocity(x, 1.0, cond)
     finally:
         model.unwanted = before
 
@@ -175,26 +182,31 @@ def _storages(values: Any) -> list[torch.UntypedStorage]:
 
 
 @contextlib.contextmanager
-def _without_contents(*modules: torch.nn.Module) -> Iterator[None]:
-    """Replace the weights of modules by CPU tensors without contents inside.
-
-    Meta tensors would choose other attention kernels than a GPU does; these do not.
-    """
+def without_contents(*modules: torch.nn.Module) -> Iterator[None]:
+    """Make tensors without contents inside, also of the weights of `modules`."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode(allow_non_fake_inputs=True), contextlib.ExitStack() as stack:
-        for module in modules:  # the model takes its device from the VAE
-            stack.enter_context(_on_fake_cpu(module))
+        for module in modules:
+            stack.enter_context(on_fake_cpu(module))
         yield
 
 
 @contextlib.contextmanager
-def _on_fake_cpu(module: torch.nn.Module) -> Iterator[None]:
+def on_fake_cpu(module: torch.nn.Module, trained: torch.dtype | None = None) -> Iterator[None]:
+    """Replace a module's weights by empty CPU tensors while inside FakeTensorMode.
+
+    trained: dtype of the weights that require gradients, None for their own. Meta tensors would
+    choose other attention kernels than a GPU does; these do not.
+    """
     before = [(part, dict(part._parameters), dict(part._buffers)) for part in module.modules()]
     for part, weights, buffers in before:
         for key, weight in weights.items():
             if weight is not None:
-                empty = torch.empty(weight.shape, dtype=weight.dtype)
+                dtype = weight.dtype
+                if trained and weight.requires_grad:
+                    dtype = trained
+                empty = torch.empty(weight.shape, dtype=dtype)
                 part._parameters[key] = torch.nn.Parameter(empty, weight.requires_grad)
         for key, buffer in buffers.items():
             if buffer is not None:

@@ -12,13 +12,14 @@ from common import models
 from common.args import Args
 from common.errors import InputError
 from common.memory import host, turns
-from common.memory.bytes import Launch, number, reward_modules
+from common.memory.bytes import Launch, at_once, number, reward_modules
 from common.memory.ways import ROOM, Counter, MemoryPlan, as_asked, plan, resolved, ways
 from common.models import lora
 from common.models.family import Family
 
 SMALL = 2**30  # bytes of a model's files below which memory is not counted
 LORA = 64  # rank of the LoRA that is proposed when all weights do not fit
+OFFLOADED = "configs/fsdp2_offload.yaml"
 
 
 class Plugin(Protocol):
@@ -72,7 +73,7 @@ def settle(
     counter = Counter(model, launch, keep_initial, rewards)
     found = plan(args, counter, free)
     if found is None:
-        raise InputError(_refusal(args, counter, free))
+        raise InputError(_refusal(args, counter, free, free_host))
     for line in found.lines:
         processes.print(line)
     peak, kept = turns.loading_bytes(
@@ -143,13 +144,13 @@ def free_bytes(device: torch.device, per_machine: int) -> float:
 # --- When no way fits ---
 
 
-def _refusal(args: Args, counter: Counter, free: float) -> str:
+def _refusal(args: Args, counter: Counter, free: float, free_host: float) -> str:
     """Return why the run does not fit: the bytes of the way that needs the least, by kind."""
     asked = as_asked(args, counter.launch)
-    kinds = counter.kinds(ways(asked.args, counter.launch)[-1], asked.batch)
+    kinds = at_once(counter.kinds(ways(asked.args, counter.launch)[-1], asked.batch))
     listed = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in kinds.items() if size)
     advice = "Make smaller samples (--height, --width, --frames), or use more GPUs."
-    if fits := commands_that_fit(args, counter, free):
+    if fits := commands_that_fit(args, counter, free, free_host):
         advice = f"Commands that fit: {'; '.join(fits)}"
     return (
         f"--model {args.model}: each process needs at least {sum(kinds.values()) / 2**30:.1f} GiB "
@@ -157,8 +158,12 @@ def _refusal(args: Args, counter: Counter, free: float) -> str:
     )
 
 
-def commands_that_fit(args: Args, counter: Counter, free: float) -> list[str]:
-    """Return command lines that fit: one row a pass, a LoRA, more GPUs. Arguments as of `plan`."""
+def commands_that_fit(args: Args, counter: Counter, free: float, free_host: float) -> list[str]:
+    """Return command lines that fit: one row a pass, a LoRA, a LoRA with weights on the host, more
+    GPUs.
+
+    free: bytes of each process, as for `plan`; free_host: bytes of this machine's memory.
+    """
     script = shlex.join(sys.argv)
     launch = counter.launch
     small_pass = "" if resolved(args).micro_batch == 1 else " --micro-batch 1"
@@ -166,11 +171,16 @@ def commands_that_fit(args: Args, counter: Counter, free: float) -> list[str]:
     found = []
     if small_pass and plan(one_row, counter, free):
         found.append(f"accelerate launch {script}{small_pass}")
+    lora, adapted, rank = one_row, counter, ""
     if not args.lora_rank:
         lora = dataclasses.replace(one_row, lora_rank=LORA)
         adapted = Counter(outline(lora, launch.dtype), launch, rewards=counter.rewards)
+        rank = f" --lora-rank {LORA}"
         if plan(lora, adapted, free):
-            found.append(f"accelerate launch {script} --lora-rank {LORA}{small_pass}")
+            found.append(f"accelerate launch {script}{rank}{small_pass}")
+    if not found and _fits_offloaded(lora, adapted, free, free_host):
+        words = f"accelerate launch --config_file {OFFLOADED} --num_processes {launch.world}"
+        found.append(f"{words} {script}{rank}{small_pass}")
     for world in (2, 4, 8, 16, 32):
         if world <= launch.world or args.prompts_per_step * args.group_size % world:
             continue
@@ -188,3 +198,22 @@ def commands_that_fit(args: Args, counter: Counter, free: float) -> list[str]:
             found.append(f"{words} --num_processes {world} {script}{small_pass}")
             break
     return found
+
+
+def _fits_offloaded(args: Args, counter: Counter, free: float, free_host: float) -> bool:
+    """Return whether a run fits whose weights are on the host between passes.
+
+    Each process holds its shards there, and the encoders.
+    """
+    launch = dataclasses.replace(counter.launch, sharded=True, checkpointing=True, offloads=True)
+    found = plan(args, dataclasses.replace(counter, launch=launch), free)
+    if found is None:
+        return False
+    peak, kept = turns.loading_bytes(
+        counter.model,
+        found.args,
+        launch=launch,
+        shards=found.shards,
+        keep_initial=counter.keep_initial,
+    )
+    return max(peak, kept) + (launch.per_machine - 1) * kept <= free_host

@@ -7,6 +7,7 @@ the model.
 
 import fcntl
 import json
+import math
 import os
 import tempfile
 from pathlib import Path
@@ -15,7 +16,16 @@ import torch
 
 from common.args import Args
 from common.errors import InputError, loading
-from common.memory.bytes import ON_THE_HOST, Launch, modules, number, weight_bytes
+from common.memory.bytes import (
+    ON_THE_HOST,
+    Launch,
+    latent_bytes,
+    latents_on_host,
+    module_bytes,
+    modules,
+    number,
+    weight_bytes,
+)
 from common.models.family import CURE, Family
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # safetensors' names
@@ -45,7 +55,7 @@ def in_turns(name: str, peak: float, kept: float, free: float) -> bool:
     InputError if turns do not suffice.
     """
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if peak + (processes - 1) * kept > free:
+    if max(peak, kept) + (processes - 1) * kept > free:
         raise InputError(
             f"--model {name}: loading it in {processes} processes needs {peak / 2**30:.1f} GiB of "
             f"this machine's memory, and {kept / 2**30:.1f} GiB for each process that has loaded; "
@@ -58,7 +68,10 @@ def in_turns(name: str, peak: float, kept: float, free: float) -> bool:
 def loading_bytes(
     model: Family, args: Args, launch: Launch, shards: int, keep_initial: bool
 ) -> tuple[float, float]:
-    """Return the bytes of host memory that loading takes: (while loading, kept afterwards).
+    """Return the bytes of host memory that a process takes: (while loading, kept afterwards).
+
+    Encoders that come back from a GPU are in memory of their process, no longer in that of the
+    files, which processes share. Large latents are kept from the first step on.
 
     args: with what was chosen; shards: processes that share one copy of the weights, 1 when the
     weights are not sharded.
@@ -71,12 +84,23 @@ def loading_bytes(
     peak = sum(copies.values())
     kept = 0
     for name, size in copies.items():
-        stays = not on_gpu or (args.offload_encoders and name in model.encoders)
-        if stays and name not in model.trainable:
+        if not on_gpu and name not in model.trainable:
             kept += size
+    if on_gpu and args.offload_encoders:
+        for name, part in modules(model):
+            if name in model.encoders:
+                kept += module_bytes(part)
+    if latents_on_host(model, args, launch):
+        # The allocator of pinned memory rounds up to a power of two.
+        kept += 2 ** math.ceil(math.log2(latent_bytes(model, args, launch)))
     if sharded and (not on_gpu or launch.offloads):
         kinds = weight_bytes(
-            model, args, launch.dtype.itemsize, shards=shards, keep_initial=keep_initial
+            model,
+            args,
+            launch.dtype.itemsize,
+            shards=shards,
+            sharded=True,
+            keep_initial=keep_initial,
         )
         kept += sum(kinds[name] for name in ON_THE_HOST)
     if sharded and keep_initial and not args.lora_rank:

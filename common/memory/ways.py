@@ -1,7 +1,8 @@
 """Choose how a run fits into memory.
 
 Pure functions of the settings, the model's shapes and the free bytes: nothing is measured, printed
-or loaded here. The ways to run are tried in the order of what they cost in speed.
+or loaded here. The ways to run are tried in the order of what they cost in speed. A later one is
+taken if the ones before do not fit, or leave room for so few rows that passes are slow.
 """
 
 import dataclasses
@@ -9,8 +10,8 @@ import math
 from dataclasses import dataclass, field
 
 from common.args import Args, rows_of
-from common.memory import activations
-from common.memory.bytes import Launch, process_bytes
+from common.memory import activations, bytes
+from common.memory.bytes import Launch
 from common.memory.turns import Turn
 from common.models.family import Family
 
@@ -19,6 +20,10 @@ from common.models.family import Family
 ROOM = 0.9
 # The same for a pass of more than one row: what is not counted grows with the rows.
 FILL = 0.75
+# A way that costs more time is worth it if its passes have so many times the rows ...
+GAIN = 4
+# ... up to this number, beyond which more rows hardly make a pass faster for each of them.
+ENOUGH = 8
 
 
 @dataclass(frozen=True)
@@ -74,40 +79,57 @@ class Counter:
     """Whether a copy of the initial weights is kept."""
     rewards: int = 0
     """Bytes of the reward models."""
-    row_bytes: dict[bool, int] = field(default_factory=dict)
-    """{with gradient checkpointing: bytes of activations of a row}: a count takes seconds."""
+    counted: dict[str | bool, int] = field(default_factory=dict)
+    """{with gradient checkpointing: bytes of a row's pass}, {"decoding": bytes of decoding a row}:
+    a count takes seconds."""
 
     def kinds(self, way: Way, rows: int) -> dict[str, float]:
         """Return the bytes by kind, with passes of so many rows."""
-        return process_bytes(
+        return bytes.process_bytes(
             self.model,
             way.args,
             launch=self.launch,
             shards=way.shards,
             keep_initial=self.keep_initial,
             activations=rows * self._row(way),
+            decoding=self._decoded(),
             rewards=self.rewards,
         )
 
     def total(self, way: Way, rows: int) -> float:
-        """Return the bytes of all kinds together."""
-        return sum(self.kinds(way, rows).values())
+        """Return the bytes of the moment that needs the most."""
+        return bytes.total(self.kinds(way, rows))
+
+    def fits(self, way: Way, rows: int, free: float) -> bool:
+        """Return whether passes of so many rows leave enough of the free memory.
+
+        The encoders' visit and decoding take as much as they are counted, whatever the rows.
+        """
+        kinds = self.kinds(way, rows)
+        in_time = rows == 1 or bytes.at_pass(kinds) <= FILL * free
+        return in_time and bytes.total(kinds) <= ROOM * free
 
     def _row(self, way: Way) -> int:
-        """Return the bytes of activations of one row."""
+        """Return the bytes of a pass of one row."""
         if self.launch.sharded:
             sharding_checkpoints = self.launch.checkpointing
         else:
             sharding_checkpoints = way.shards > 1  # as configs/fsdp2.yaml does
         checkpointing = way.args.gradient_checkpointing or sharding_checkpoints
-        if checkpointing not in self.row_bytes:
+        if checkpointing not in self.counted:
             found = activations.row_bytes(self.model, self.launch.dtype, checkpointing)
-            self.row_bytes[checkpointing] = found
-        return self.row_bytes[checkpointing]
+            self.counted[checkpointing] = found
+        return self.counted[checkpointing]
+
+    def _decoded(self) -> int:
+        """Return the bytes of decoding one row."""
+        if "decoding" not in self.counted:
+            self.counted["decoding"] = activations.decoded_bytes(self.model)
+        return self.counted["decoding"]
 
 
 def plan(args: Args, counter: Counter, free: float) -> MemoryPlan | None:
-    """Return the first way to run that fits, with the rows of a pass; None if no way fits.
+    """Return the way to run that is taken, with the rows of a pass; None if no way fits.
 
     free: bytes of memory that each process can take.
 
@@ -117,14 +139,19 @@ def plan(args: Args, counter: Counter, free: float) -> MemoryPlan | None:
     asked = resolved(args)
     share = args.prompts_per_step * args.group_size // launch.world
     batch = batch_size(asked, share)
-    for way in ways(asked, launch):
-        if counter.total(way, batch) <= ROOM * free:
-            break
-    else:
+    fitting = [way for way in ways(asked, launch) if counter.total(way, batch) <= ROOM * free]
+    if not fitting:
         return None
-
-    rows = most_rows(counter, way, room=FILL * free, share=share)
     grows = args.micro_batch == "auto" and launch.device == "cuda"
+    way = fitting[0]
+    rows = most_rows(counter, way, free=free, share=share)
+    for later in fitting[1:] if grows else []:
+        if rows >= ENOUGH or later.shards != way.shards:
+            break  # sharding makes every pass wait for the other processes
+        more = most_rows(counter, later, free=free, share=share)
+        if min(more, ENOUGH) >= GAIN * rows:
+            way, rows = later, more
+
     chosen = list(way.chosen)
     lines = []
     if rows > batch and grows:
@@ -141,6 +168,7 @@ def plan(args: Args, counter: Counter, free: float) -> MemoryPlan | None:
         batch=batch_size(way.args, share),
         sharded=launch.sharded or way.shards > 1,
         shards=way.shards,
+        host_latents=bytes.latents_on_host(counter.model, way.args, launch),
         lines=tuple(lines),
     )
 
@@ -175,16 +203,16 @@ def ways(args: Args, launch: Launch) -> list[Way]:
     return found
 
 
-def most_rows(counter: Counter, way: Way, room: float, share: int) -> int:
-    """Return the rows of the largest pass that fits into `room` bytes: a power of two.
+def most_rows(counter: Counter, way: Way, free: float, share: int) -> int:
+    """Return the rows of the largest pass that fits, a power of two.
 
-    share: rows of a step on each process, at which the search ends.
+    free: bytes of memory; share: rows of a step on each process, at which the search ends.
     """
     rows = 1
     while 2 * rows <= share:
         args = dataclasses.replace(way.args, micro_batch=2 * rows)
         larger = dataclasses.replace(way, args=args)
-        if counter.total(larger, 2 * rows) > room:
+        if not counter.fits(larger, 2 * rows, free):
             break
         rows *= 2
     return rows

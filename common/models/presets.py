@@ -92,6 +92,7 @@ MODELS = {
         _PAPERS, pipeline="StableDiffusionPipeline", source="CompVis/stable-diffusion-v1-4",
         height=512, width=512, guidance=5.0, steps=300, sampling_steps=50, sde="ddim", shift=1.0,
         noise_level=1.0, group_size=16, timestep_fraction=1.0,
+        gradient_checkpointing=False,  # one row keeps 2 GiB; chosen where these do not fit
     ),
     # Flow-GRPO (2505.05470 and config/grpo.py of its code): a LoRA, two updates per rollout, all
     # noisy steps, at the pipeline's own noise levels. The KL coefficient and the number of prompts

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 
 from common import models, sde
-from common.args import Args
+from common.args import Args, score_batch
 from common.errors import InputError, phase
 from common.models.family import Family
 from common.rewards import Rewards, weighted_sum
@@ -188,9 +188,3 @@ class Evaluator:
             gathered[name] = self.processes.gather(local[None]).T  # [n, processes]
         self.rewards.check(gathered, prompts)
         return {name: scores[:, 0] for name, scores in gathered.items()}
-
-
-def score_batch(micro_batch: int, reward_batch: int) -> int:
-    """Return how many samples are decoded and scored together: whole micro-batches that make up a
-    batch of the rewards."""
-    return micro_batch * max(1, reward_batch // micro_batch)
