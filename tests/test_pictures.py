@@ -67,6 +67,36 @@ def test_other_kinds_of_pixels_are_those_of_diffusers(tmp_path, name, mode):
     assert ours.mode == "RGB" and np.array_equal(ours, load_image(path))
 
 
+@pytest.mark.parametrize(
+    "name, mode, warned",
+    [
+        ("a.png", "RGBA", True),
+        ("a.webp", "RGBA", True),
+        ("a.png", "LA", True),
+        ("a.gif", "P", True),
+        ("a.png", "RGB", False),
+        ("a.jpg", "RGB", False),
+    ],
+)
+def test_transparent_pixels_are_warned_of(tmp_path, capsys, name, mode, warned):
+    """A viewer hides the colours under them; the model sees these."""
+    path = str(tmp_path / name)
+    shown = np.full((22, 37, 4), (255, 0, 0, 0), dtype=np.uint8)  # hidden red
+    shown[5:9, 5:9] = (0, 0, 255, 255)
+    image = Image.fromarray(shown, "RGBA").convert(mode)
+    image.save(path, **({"transparency": image.getpixel((0, 0))} if mode == "P" else {}))
+    check([f"{path}\ta fox", f"{path}\ta dog"], wanted=True)
+    said = capsys.readouterr().err
+    line = f"warning: prompts: images with transparent pixels: 1, first {path}. "
+    assert said.startswith(line) if warned else not said, said
+
+
+def test_an_alpha_channel_that_is_opaque_is_silent(tmp_path, capsys):
+    picture("RGB").convert("RGBA").save(tmp_path / "a.png")
+    check([f"{tmp_path}/a.png\ta fox"], wanted=True)
+    assert not capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["a.gif", "a.webp", "a.png"])
 def test_an_animation_is_its_first_frame(tmp_path, name):
     path = str(tmp_path / name)

@@ -17,7 +17,8 @@ READ = 500  # images that are decoded before a run; all of tens of thousands wou
 def check(prompts: Sequence[str], wanted: bool) -> None:
     """Raise InputError for the first prompt that lacks an image, or has one when none is wanted.
 
-    Every image must exist, and the first 500 must be readable to their end.
+    Every image must exist, and the first 500 must be readable to their end. Warn if some of these
+    have transparent pixels: the colours under them are used, which no viewer shows.
     """
     for prompt in prompts:
         image = image_of(prompt)
@@ -32,6 +33,7 @@ def check(prompts: Sequence[str], wanted: bool) -> None:
                 "caption a line, or choose an image-to-video --model."
             )
     images = [image for image in dict.fromkeys(map(image_of, prompts)) if image]
+    transparent = []
     for number, image in enumerate(images):
         if not Path(image).is_file():
             raise InputError(
@@ -39,6 +41,23 @@ def check(prompts: Sequence[str], wanted: bool) -> None:
             )
         if number < READ:
             read_image(image, small=True)
+            transparent += [image] if is_transparent(image) else []
+    if transparent:
+        errors.warn(
+            f"prompts: images with transparent pixels: {len(transparent)}, first {transparent[0]}. "
+            "The colours under these pixels are used, as diffusers does. Flatten the images onto "
+            "the background that you mean."
+        )
+
+
+def is_transparent(path: str) -> bool:
+    """Return whether a pixel of an image is not opaque."""
+    from PIL import Image
+
+    with Image.open(path) as picture:
+        if not picture.has_transparency_data:
+            return False
+        return picture.convert("RGBA").getextrema()[3][0] < 255
 
 
 def read_image(path: str, small: bool = False) -> "Image.Image":
