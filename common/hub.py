@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -12,6 +13,8 @@ from common.errors import InputError, SetupError
 
 PATIENCE = 5.0  # seconds in which the hub has to answer at all
 PROXIES = ("ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY")
+OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")  # the first one that is set counts
 
 
 class NoSuchFile(OSError):
@@ -24,7 +27,7 @@ def find(repository: str, file: str, kind: Literal["model", "dataset"] = "model"
     A cached file is used without asking the hub. Raises OSError, ValueError for a wrong id,
     NoSuchFile if the hub has the repository and not the file, and SetupError.
     """
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import constants, hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     try:
@@ -33,29 +36,57 @@ def find(repository: str, file: str, kind: Literal["model", "dataset"] = "model"
         settle()
         try:
             return Path(hf_hub_download(repository, file, repo_type=kind))
-        except LocalEntryNotFoundError:  # the hub did not answer
-            raise
+        except LocalEntryNotFoundError as error:
+            why = settle() or f"{constants.ENDPOINT} does not answer"
+            raise OSError(f"{why}, and {constants.HF_HUB_CACHE} does not have {file}") from error
         except EntryNotFoundError as error:
             raise NoSuchFile(errors.text(error)) from error
 
 
 @functools.cache
-def settle() -> None:
+def settle() -> str:
     """Check once whether the hub answers; if it does not, set its client to offline.
 
     Otherwise the client, and so transformers and diffusers, would try five times for every file,
-    half a minute long. Raises SetupError for a proxy that the client cannot use.
+    half a minute long. Returns why the hub cannot be asked, "" if it answers. Raises SetupError for
+    an address, a token or a proxy that the client cannot use.
     """
     from huggingface_hub import constants, get_session
 
     if constants.HF_HUB_OFFLINE:
-        return
+        return f"{' and '.join(filter(os.environ.get, OFFLINE)) or 'HF_HUB_OFFLINE'} is set"
+    _check_address(constants.ENDPOINT)
+    _check_token()
     with proxies():
         session = get_session()
     try:
         session.head(constants.ENDPOINT, timeout=PATIENCE)
-    except Exception:  # of whichever HTTP library the client uses
+    except Exception as error:  # of whichever HTTP library the client uses
         constants.HF_HUB_OFFLINE = True
+        return f"{constants.ENDPOINT} does not answer ({errors.described(error)})"
+    return ""
+
+
+def _check_address(endpoint: str) -> None:
+    if not re.match(r"https?://[^/\s]", endpoint):
+        raise SetupError(
+            f"HF_ENDPOINT {endpoint} is not an address. Write https://HOST, or unset HF_ENDPOINT."
+        )
+
+
+def _check_token() -> None:
+    """Raise SetupError for a token that cannot be sent: with a blank, a quote or no ASCII in it."""
+    from huggingface_hub import constants, get_token
+
+    token = get_token() or ""
+    if re.fullmatch(r"[A-Za-z0-9._~+/=-]*", token):  # the letters of RFC 6750
+        return
+    names = [name for name in TOKENS if os.environ.get(name)]
+    place = names[0] if names else constants.HF_TOKEN_PATH
+    raise SetupError(
+        f"the token in {place} has letters that no token has, as blanks or quotes. Copy it again, "
+        "or run `hf auth login`."
+    )
 
 
 @contextlib.contextmanager
@@ -84,7 +115,7 @@ def proxies() -> Iterator[None]:
 
 def check_push(repository: str) -> None:
     """Raise InputError if `push` cannot work: a name that is not OWNER/NAME, or no valid token."""
-    from huggingface_hub import HfApi, get_session
+    from huggingface_hub import HfApi, constants, get_session
     from huggingface_hub.utils import validate_repo_id
 
     if not all(repository.partition("/")):
@@ -92,6 +123,8 @@ def check_push(repository: str) -> None:
     do = f"run `hf auth login`, or push later: `hf upload {repository} RUN/export`"
     with errors.loading("--push-to-hub", repository, do=do):
         validate_repo_id(repository)
+        _check_address(constants.ENDPOINT)
+        _check_token()
         with proxies():
             get_session()
         HfApi().whoami()
