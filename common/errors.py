@@ -17,7 +17,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import FrameType
+from types import FrameType, ModuleType
 from typing import Any, NoReturn, TextIO
 
 LONGEST = 500  # letters of another exception's message that are shown
@@ -123,8 +123,15 @@ def text(error: BaseException) -> str:
 
 
 def described(error: BaseException) -> str:
-    """Return the class of an exception and the first sentence of its message."""
+    """Return the class of an exception and the first sentence of its message.
+
+    A module without an attribute is shown with its place: another one may have hidden it.
+    """
     words, name = text(error), type(error).__name__
+    module = getattr(error, "obj", None) if isinstance(error, AttributeError) else None
+    if isinstance(module, ModuleType):
+        place = getattr(module, "__file__", None) or next(iter(getattr(module, "__path__", ())), "")
+        words = f"{words} (imported from {place})" if place else words
     sentence = re.split(r"(?<=[a-z)\]])\. ", words)[0].removesuffix(".")
     return name if sentence == name else f"{name}: {sentence}"
 

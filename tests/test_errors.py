@@ -1,6 +1,7 @@
 """What the machine, a signal or a user's code can do to a run: one line, and no finished step is
 lost."""
 
+import importlib
 import io
 import os
 import signal
@@ -107,6 +108,21 @@ def test_whatever_loading_raises_is_one_input_error(error):
     advice = "" if isinstance(error, MemoryError) else "; name another"  # it would not help
     assert words.endswith(f"){advice}") and len(words) < 700
     assert caught.value.__cause__ is error
+
+
+def test_a_module_that_hides_another_is_shown_with_its_place(tmp_path, monkeypatch):
+    """As the folder wandb/ that W&B leaves in a working directory, or a file called random.py."""
+    (tmp_path / "hidden_folder").mkdir()
+    (tmp_path / "hidden_file.py").write_text("")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name, place in (("hidden_folder", ""), ("hidden_file", ".py")):
+        with pytest.raises(InputError) as raised, errors.loading("--tracker", name):
+            importlib.import_module(name).init()
+        words = f"AttributeError: module '{name}' has no attribute 'init'"
+        assert f"({words} (imported from {tmp_path}/{name}{place}))" in str(raised.value)
+    with pytest.raises(InputError) as raised, errors.loading("a reward"):
+        raise AttributeError("'Own' object has no attribute 'score'", name="score", obj=object())
+    assert "imported from" not in str(raised.value)
 
 
 @pytest.mark.parametrize("error", [InputError("a"), RunError("a"), errors.Stopped(15, "a")])
