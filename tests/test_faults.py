@@ -1,5 +1,6 @@
 """What a run survives: signals, broken checkpoints, a full disk."""
 
+import errno
 import fcntl
 import json
 import os
@@ -376,6 +377,33 @@ def test_a_full_disk_leaves_the_earlier_checkpoints(train, monkeypatch, capsys):
     monkeypatch.setattr(torch, "save", real)
     folder, rows = train(steps=3, save_every=1, resume="latest")
     assert rows == train(steps=3, save_every=1, output="whole")[1]
+    assert not list((folder / "checkpoints").glob(".*"))
+
+
+def test_files_that_nfs_keeps_are_no_full_disk(train, monkeypatch):
+    """A file that another program has open stays as .nfs..., and so does its folder."""
+    real = os.unlink
+
+    def unlink(path, *words, **settings):
+        if str(path).startswith(".nfs"):
+            raise OSError(errno.EBUSY, "Device or resource busy")
+        real(path, *words, **settings)
+
+    whole = train(steps=3, save_every=1, output="whole")[1]
+    folder, _ = train(steps=2, save_every=1)
+    (folder / "checkpoints/step_000002/checkpoint.json").write_text("")  # it is written again
+    (folder / "checkpoints/.step_000003.tmp").mkdir()
+    held = ["checkpoints/step_000002", "checkpoints/.step_000003.tmp", "export"]
+    for place in held:
+        (folder / place / ".nfs0001").write_text("open elsewhere")
+    monkeypatch.setattr(os, "unlink", unlink)
+    assert train(steps=3, save_every=1, resume="latest")[1] == whole
+    assert [checkpoint_files.read(path)[0] for path in checkpoint_files.newest_first(folder)] == [
+        *(3, 2, 1)
+    ]
+    assert not list(folder.glob("export/.nfs*")) and (folder / "export/model_index.json").is_file()
+    monkeypatch.setattr(os, "unlink", real)  # the other program has ended
+    train(steps=4, save_every=1, resume="latest")
     assert not list((folder / "checkpoints").glob(".*"))
 
 

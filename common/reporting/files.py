@@ -1,8 +1,10 @@
-"""Files of a run's folder: text that is replaced as a whole, and the rows of metrics.jsonl."""
+"""Files of a run's folder: what is replaced as a whole, and the rows of metrics.jsonl."""
 
 import json
 import math
 import os
+import secrets
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,18 @@ def write_beside(path: Path, write: Callable[[Path], Any]) -> None:
     beside = path.with_name(f".tmp-{path.name}")
     write(beside)
     os.replace(beside, path)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder if it exists; its name is free afterwards. Raises OSError.
+
+    A folder with a file that another program has open cannot be removed on NFS. What cannot be
+    removed is left as .NAME.RANDOM.old.
+    """
+    if folder.exists():
+        old = folder.with_name(f".{folder.name.lstrip('.')}.{secrets.token_hex(4)}.old")
+        os.rename(folder, old)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def rows_before(path: Path, step: float) -> list[dict[str, Any]]:

@@ -20,6 +20,8 @@ from typing import IO, Any
 
 import torch
 
+from common.reporting.files import remove_folder
+
 
 class Broken(ValueError):
     """A folder that is not a complete checkpoint."""
@@ -37,8 +39,10 @@ class Pieces:
 
 def begin(output: Path, step: int) -> None:
     """Make the empty folder that `put` writes into. Raises OSError."""
+    for left in output.glob("checkpoints/.step_*.old"):  # by remove_folder
+        shutil.rmtree(left, ignore_errors=True)
     unfinished = _unfinished(output, step)
-    shutil.rmtree(unfinished, ignore_errors=True)
+    remove_folder(unfinished)
     unfinished.mkdir(parents=True)
 
 
@@ -95,7 +99,7 @@ def _sync(file: IO) -> None:
 def _rename(unfinished: Path, output: Path, step: int) -> None:
     """Make a complete folder the checkpoint of this step, in the place of an earlier one."""
     final = output / "checkpoints" / name_of(step)
-    shutil.rmtree(final, ignore_errors=True)
+    remove_folder(final)
     os.replace(unfinished, final)
 
 

@@ -8,6 +8,7 @@ import torch
 
 from common.errors import RunError
 from common.models.family import Family
+from common.reporting.files import remove_folder
 from common.trainer import sharding
 from common.trainer.processes import Processes
 
@@ -27,14 +28,14 @@ def write(model: Family, folder: Path, lora: bool, processes: Processes, shown: 
     unfinished = folder.with_name(f".{folder.name}.tmp")
 
     def save() -> None:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        remove_folder(unfinished)
         try:
             if lora:
                 _save_lora(model, unfinished, modules, weights)
             else:
                 _save_pipeline(pipe, unfinished, modules, weights)
             _make_readable(unfinished)
-            shutil.rmtree(folder, ignore_errors=True)
+            remove_folder(folder)
             os.replace(unfinished, folder)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
