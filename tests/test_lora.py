@@ -379,6 +379,11 @@ REFUSED = {
     "another shape": (dict(init_lora="{tmp}/shape.safetensors"), "has shape [2, 7], this model"),
     "a larger shape": (dict(init_lora="{tmp}/larger.safetensors"), "Give a LoRA that was trained"),
     "not finite": (dict(init_lora="{tmp}/nan.safetensors"), "is not finite. Give another LoRA"),
+    "a DoRA of ai-toolkit": (dict(init_lora="{tmp}/magnitude.safetensors"), "not a LoRA, it has"),
+    "a DoRA of peft": (dict(init_lora="{tmp}/vector.safetensors"), "not a LoRA, it has"),
+    "a bias": (dict(init_lora="{tmp}/bias.safetensors"), "not a LoRA, it has"),
+    "a whole difference": (dict(init_lora="{tmp}/diff.safetensors"), "not a LoRA, it has"),
+    "an embedding": (dict(init_lora="{tmp}/words.safetensors"), "not a LoRA, it has"),
     "an alpha of nan": (dict(init_lora="{tmp}/alpha.safetensors"), "its alpha is nan"),
     "alpha alone": (dict(lora_alpha=8.0, lora_rank=0), "--lora-alpha 8: needs --lora-rank"),
 }
@@ -404,6 +409,11 @@ def files(tmp_path_factory):
         "shape": {f"{layer}.lora_A.weight": torch.zeros(2, 7)},
         "larger": {f"{layer}.lora_A.weight": torch.zeros(2, 7000)},
         "nan": {f"{layer}.lora_A.weight": good[f"{layer}.lora_A.weight"] * torch.nan},
+        "magnitude": {f"{layer}.magnitude": torch.ones(width)},
+        "vector": {f"{layer}.lora_magnitude_vector": torch.ones(width)},
+        "bias": {f"{layer}.lora_B.bias": torch.ones(width)},
+        "diff": {f"{layer}.diff_b": torch.ones(width)},
+        "words": {"bundle_emb.a.string_to_param.*": torch.ones(width)},
     }
     lora_file.writer(float("nan"))(good, folder / "alpha.safetensors")
     for name, changed in odd.items():

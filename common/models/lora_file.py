@@ -14,7 +14,8 @@ from common.errors import InputError
 
 ALPHA = "vgrpo_lora_alpha"  # in the metadata of our files: alpha of the training
 FIRST = re.compile(r"lora(_A|_down|\.down)(\.\w+)?\.weight$")  # end of the first matrix's name
-OTHER = ("dora_scale", "lora_magnitude_vector", "lokr_", "hada_")  # kinds that are not trained
+# ends of all names of a LoRA; diffusers drops others, as a DoRA's magnitudes, with a warning
+PARTS = re.compile(r"(lora(_A|_B|_down|_up|\.down|\.up)(\.\w+)?\.weight|\.alpha)$")
 
 
 def writer(alpha: float) -> Callable[[dict[str, torch.Tensor], str], None]:
@@ -65,7 +66,7 @@ def rank_and_alpha(path: str | Path) -> tuple[int, float]:
         ranks = sorted({file.get_slice(name).get_shape()[0] for name in first})
         alphas = _in_metadata(file.metadata() or {})
         alphas += [float(file.get_tensor(name)) for name in names if name.endswith(".alpha")]
-    other = next((name for name in names if any(word in name for word in OTHER)), None)
+    other = next((name for name in names if not PARTS.search(name)), None)
     if not ranks or other:
         found = other or next(iter(names), "no tensor")
         raise InputError(f"--init-lora {path}: not a LoRA, it has {found:.100}. Give a LoRA.")
