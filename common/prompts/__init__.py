@@ -44,6 +44,20 @@ def fields_of(prompt: str) -> dict:
     return getattr(prompt, "fields", {})
 
 
+def caption_with_fields(prompt: str) -> str:
+    """Return the caption of a prompt without its image; fields_of still returns its fields."""
+    if not fields_of(prompt):
+        return caption_of(prompt)
+    caption = files.Prompt(caption_of(prompt))
+    caption.fields = fields_of(prompt)
+    return caption
+
+
+def place_of(prompt: str) -> str:
+    """Return where a prompt was read, for errors: "line 3 of FILE"; "" if it is not known."""
+    return getattr(prompt, "place", "")
+
+
 def key_of(prompt: str) -> str:
     """Return a key of a prompt with its image and fields; without fields it is the prompt's text.
 

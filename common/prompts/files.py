@@ -31,9 +31,13 @@ NOT_PROMPTS = {
 
 
 class Prompt(str):
-    """Hold a prompt's text and its `fields`, {name: value of JSON}. It is equal to its text."""
+    """Hold a prompt's text, its `fields`, {name: value of JSON}, and its `place` in a file.
+
+    It is equal to its text.
+    """
 
     fields = {}
+    place = ""
 
 
 def parse(spec: str) -> tuple[str, str]:
@@ -118,7 +122,7 @@ def _lines(path: Path, called: str | Path) -> list[str]:
             if not prompts:
                 _refuse_header(line, place)
             _refuse_json(line, place, first=not prompts)
-            prompts.append(_with_path(line, path.parent))
+            prompts.append(_placed(_with_path(line, path.parent), f"line {number} of {called}"))
             _check_length(prompts[-1], f"prompts: {called}", f"line {number}")
     return prompts
 
@@ -199,7 +203,7 @@ def _table(path: Path, column: str, called: str | Path) -> list[str]:
         if text and path.suffix.lower() in JSON_LINES:
             text = with_fields(text, row.value, column)
         if text:
-            prompts.append(text)
+            prompts.append(_placed(text, row.of(called)))
     return prompts
 
 
@@ -209,6 +213,13 @@ def with_fields(text: str, row: dict | str | None, column: str) -> str:
         return text
     prompt = Prompt(text)
     prompt.fields = {name: value for name, value in row.items() if name != column}
+    return prompt
+
+
+def _placed(text: str, place: str) -> Prompt:
+    """Return a prompt that knows where it was read."""
+    prompt = text if isinstance(text, Prompt) else Prompt(text)
+    prompt.place = place
     return prompt
 
 

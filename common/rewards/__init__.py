@@ -12,7 +12,8 @@ a class, in the table or in a file of your own (`my/file.py:Class`), with
 and optionally
 
     fields          names of fields that the prompts' lines of JSONL must have; score gets each as a
-                    keyword, a list of b values: score(media, prompts, text)
+                    keyword, a list of b values: score(media, prompts, text). Without it,
+                    common.prompts.fields_of(prompt) returns the fields that a prompt has
     masks           True: a score may be NaN for a sample that could not be judged; the group is
                     then treated as if it had one sample less
     missing         {kind: cause} of the samples without a score, for the log. With a cause, a

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from common.prompts import caption_of, fields_of
+from common.prompts import caption_with_fields, fields_of
 from common.rewards import own
 
 
@@ -54,7 +54,7 @@ def _called(scorer: Any, media: torch.Tensor, prompts: list[str]) -> Any:
         name: [fields_of(prompt)[name] for prompt in prompts]
         for name in getattr(scorer, "fields", ())
     }
-    captions = [caption_of(prompt) for prompt in prompts]
+    captions = [caption_with_fields(prompt) for prompt in prompts]
     with own.apart(scorer):
         return scorer.score(media, captions, **fields)
 

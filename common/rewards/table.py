@@ -8,7 +8,7 @@ from typing import Any
 
 from common import errors
 from common.errors import InputError
-from common.prompts import caption_of, fields_of
+from common.prompts import caption_of, caption_with_fields, fields_of, place_of
 from common.rewards import own
 from common.rewards.weights import Source
 
@@ -36,6 +36,9 @@ REWARDS = {  # name -> "module:Class"
     "videoalign:mq": "common.rewards.videoalign:MotionQuality",
     "videoalign:ta": "common.rewards.videoalign:TextAlignment",
     "videoclip-xl": "common.rewards.videoclip_xl:VideoClipXL",
+    "ocr": "common.rewards.ocr:Ocr",
+    "ocr:whole": "common.rewards.ocr:OcrWhole",
+    "ocr:second": "common.rewards.ocr:OcrSecond",
 }
 
 
@@ -190,6 +193,18 @@ def _check_prompts(name: str, scorer: Any, prompts: list[str], clips: bool | Non
     if hasattr(scorer, "check"):
         try:
             with own.apart(scorer):
-                scorer.check([caption_of(prompt) for prompt in prompts])
+                scorer.check([caption_with_fields(prompt) for prompt in prompts])
         except Exception as error:  # a prompt that it cannot score, or a bug in a user's code
-            raise InputError(f"reward {name}: {errors.text(error)}") from error
+            where = _place_of_refused(scorer, prompts)
+            raise InputError(f"reward {name}: {where}{errors.text(error)}") from error
+
+
+def _place_of_refused(scorer: Any, prompts: list[str]) -> str:
+    """Return "PLACE: ", where the first prompt that a scorer refuses is; "" if it is not known."""
+    for prompt in prompts:
+        try:
+            with own.apart(scorer):
+                scorer.check([caption_with_fields(prompt)])
+        except Exception:
+            return f"{place_of(prompt)}: " if place_of(prompt) else ""
+    return ""
