@@ -39,6 +39,8 @@ REWARDS = {  # name -> "module:Class"
     "ocr": "common.rewards.ocr:Ocr",
     "ocr:whole": "common.rewards.ocr:OcrWhole",
     "ocr:second": "common.rewards.ocr:OcrSecond",
+    "geneval": "common.rewards.geneval:GenEval",
+    "geneval:passed": "common.rewards.geneval:GenEvalPassed",
 }
 
 
