@@ -45,6 +45,7 @@ FAMILIES = {
     "WanPipeline": ("common.models.wan", "Wan"),
     "WanImageToVideoPipeline": ("common.models.wan", "WanImageToVideo"),
     "HunyuanVideoPipeline": ("common.models.hunyuan", "HunyuanVideo"),
+    "PointsPipeline": ("worlds.points", "Points"),
 }
 
 

@@ -141,7 +141,7 @@ def missing(folder: Path, classes: dict[str, type | None]) -> str:
 
 def _library(name: str) -> ModuleType | None:
     """Return the module that the index names for a part, None if it is code in the folder."""
-    if name in ("diffusers", "transformers"):
+    if name in ("diffusers", "transformers", "worlds.points"):
         return importlib.import_module(name)
     # Stable Diffusion's safety checker is in diffusers.pipelines.stable_diffusion
     found = getattr(diffusers.pipelines, name, None) if name.isidentifier() else None

@@ -84,6 +84,15 @@ MODELS = {
         source=str(ASSETS / "tiny-wan-i2v"), guidance=1.0, shift=3.0, sde_steps=3,
         prompts_per_step=24, group_size=4, learning_rate=3e-4, steps=50,
     ),
+    # Points in 8 dimensions instead of images: 80 steps take seconds.
+    "points": dict(
+        pipeline="PointsPipeline", source=str(ASSETS / "points"), height=8, width=8, guidance=1.0,
+        prompts=str(ASSETS / "prompts/points.txt"),
+        eval_prompts=str(ASSETS / "prompts/points_heldout.txt"), reward=("points",), steps=80,
+        prompts_per_step=8, group_size=8, sampling_steps=6, sde="flow", noise_level=0.7, shift=1.0,
+        same_noise=False, timestep_fraction=0.6, minibatches=2, clip_range=0.05, sample_every=40,
+        learning_rate=0.006, lora_learning_rate=0.006, micro_batch=64,
+    ),
     "flux": dict(
         _PAPERS, pipeline="FluxPipeline", source="black-forest-labs/FLUX.1-dev",
         height=720, width=720, guidance=3.5, steps=200, shift=3.0, noise_level=0.3, minibatches=3,

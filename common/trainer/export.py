@@ -72,7 +72,7 @@ def plain_copy(module: torch.nn.Module, state: dict[str, torch.Tensor]) -> torch
     from accelerate import init_empty_weights
 
     classes = type(module).__mro__
-    plain = next(cls for cls in classes if cls.__module__.startswith("diffusers"))
+    plain = next(cls for cls in classes if cls.__module__.startswith(("diffusers", "worlds")))
     with init_empty_weights():
         copy = plain.from_config(module.config)
     copy.load_state_dict(state, assign=True)

@@ -1,0 +1,608 @@
+"""Turn the premises of the papers as dials, and say where each method helps: thousands of trainings
+in minutes, in worlds of points (lab/points.py).
+
+Declared before any run:
+
+  outcome       the truth of held-out samples at the end, a method's less GRPO's, paired by seed
+  rates         a search on worlds of its own, for GRPO as for every method: the reward that is
+                trained on decides, and a best rate at the edge of those tried moves the edge
+  intervals     95% for all values of a dial together, by the bootstrap of the largest |t|
+  verdicts      no difference: the interval is within 0.01 of 0; helps, hurts: it does not contain
+                0; open: anything else
+  A/A           "GRPO again" has other searches, prompts and noise than GRPO in the same worlds
+
+    python -m lab.dials                           # every dial that is not finished, then figures
+    python -m lab.dials --quick --only slas       # few seeds, dials whose names begin with "slas"
+    python -m lab.dials --methods my_method.py    # a line of your own in every dial
+"""
+
+import importlib.util
+import json
+import math
+import multiprocessing
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+from torch.func import vmap
+
+import bpgo
+import grpo_base
+import self_paced
+import slas
+from lab.points import Judge, Ladder, Setting, train
+
+RESULTS = Path(__file__).with_name("dial_results")
+MARGIN = 0.01  # of the truth, which is in [0, 1]: smaller differences do not matter
+RATES = (0.002, 0.004, 0.008, 0.016)
+LOWEST, HIGHEST = 0.0005, 0.064  # where a search ends
+SEARCH, FINAL, AGAIN = 1, 2, 3  # banks of worlds: of searches, of verdicts, of the A/A searches
+SEEDS, QUICK_SEEDS = (16, 64), (4, 12)  # of a search, of a verdict
+CLIP = 5.0  # --adv-clip-max
+
+
+# --- Methods: ({reward: [E, P, G]}, Known) -> [advantages [E, P, G]] ---
+
+
+def each_run(function, *values):
+    """Call a function of one run for each of E runs, and stack what it returns."""
+    return torch.stack([function(*one) for one in zip(*values)])
+
+
+def grpo(rewards, known, name=""):
+    reward = rewards[name or known.world.trained]
+    return [grpo_base.compute_advantages(reward.flatten(0, 1), CLIP).view_as(reward)]
+
+
+def prompts_known(rewards, known):
+    """Nobody can do this: GRPO that leaves out the prompts that the judge cannot tell apart."""
+    clear = 1 - known.again(known.prompts.vague)
+    return [grpo(rewards, known)[0] * clear[..., None]]
+
+
+def slas_by(rewards, known, gamma=0.5, normalize="before"):
+    shape = partial(slas.compute_advantages, gamma=gamma, adv_clip_max=CLIP, normalize=normalize)
+    return [vmap(shape)(known.reward)]
+
+
+def slas_auto(rewards, known, limit=4e-5):
+    """--gamma auto. The limit is that of images; KLs of points are larger."""
+    shaped = {g: slas_by(rewards, known, gamma=g)[0] for g in slas.GAMMAS}
+    regions = known.memory.setdefault(
+        "regions", [slas.TrustRegion(limit, (0.9, 0.999)) for _ in known.reward]
+    )
+    powers = torch.stack([value.square().mean((1, 2)) for value in shaped.values()], 1)  # [E, n]
+    updates = known.setting.minibatches
+    gammas = [
+        region.choose_gamma(dict(zip(slas.GAMMAS, power)), updates)
+        for region, power in zip(regions, powers)
+    ]
+    advantages = torch.stack([shaped[gamma][run] for run, gamma in enumerate(gammas)])
+
+    def observe(rows, kl):
+        for region, own, row, cost in zip(regions, advantages, rows, kl):
+            region.observe(own[row].square().mean(), cost)
+
+    known.observe = observe
+    known.memory.setdefault("gamma", []).append(sum(gammas) / len(gammas))
+    return [advantages]
+
+
+def expected(known, prior, off):
+    """Return the expected reward of each prompt, [E, P or 1, 1]."""
+    if prior == "sft":
+        return known.base_reward()[..., None]
+    if prior == "still":  # one sample without noise, as --prior first-frame has one image
+        scores = known.world.score(known.prompts.mean[:, :, None], known.prompts, torch.zeros(()))
+        return known.again(scores[known.world.trained])
+    if prior == "constant":
+        return known.start + off
+    priors = known.memory.setdefault("priors", [bpgo.RunningMeanPrior() for _ in known.reward])
+    return torch.stack([one.expect([], own) for one, own in zip(priors, known.reward)])
+
+
+def bpgo_by(
+    rewards, known, alpha=0.5, k=1.0, beta=0.5, lam=1.0, prior="running-mean", off=0.0, alone=False
+):
+    reward, prior = known.reward, expected(known, prior, off)
+    trust = bpgo.reliability_weights(reward.mean(2, keepdim=True), prior, alpha, k / known.scale)
+    stretched = bpgo.contrastive_rewards(reward - prior, 0, lam / known.scale)
+    contrast = bpgo.compute_advantages(stretched.flatten(0, 1), CLIP).view_as(reward)
+    if alone:  # eq 5
+        return [contrast]
+    return [trust * grpo(rewards, known)[0], beta * contrast]
+
+
+def bpgo_released(rewards, known, crt=True, prior="running-mean", off=0.0):
+    reward = known.reward
+    prior = expected(known, prior, off).expand_as(reward[..., :1]).flatten(0, 1)
+    contrasted = reward.flatten(0, 1)
+    if crt:
+        contrasted = bpgo.released_contrastive_rewards(contrasted, prior, 50.0, 5.0)
+    trust = bpgo.released_reliability_weights(contrasted, prior, 1.0, 1.0, (0.5, 1.5))
+    return [(trust * bpgo.compute_advantages(contrasted, CLIP)).view_as(reward)]
+
+
+def paced(rewards, known, variant="v1", alpha=4.0, only=0, names=(), beta=0.5, **settings):
+    names = names or known.world.rewards
+    stages = torch.stack([rewards[name].flatten(0, 1) for name in names])  # [K, E * P, G]
+    thresholds = tuple(known.world.thresholds[name] for name in names)
+    if variant == "v4":
+        gates = self_paced.stage_utilities(stages, thresholds, beta, 10.0)
+    else:
+        gates = self_paced.stage_gates(stages, thresholds, beta, 10.0, **settings)
+    weights = self_paced.stage_weights(gates, alpha, only)  # [K, E * P]
+    known.reward = (weights[..., None] * stages).sum(0).view_as(known.reward)
+    known.memory.setdefault("weights", []).append(weights.mean(1).tolist())
+    return [self_paced.compute_advantages(known.reward.flatten(0, 1), CLIP).view_as(known.reward)]
+
+
+def calibrated(world, setting):
+    """Return the thresholds {stage: tau} as --calibrate measures them (self_paced.calibrate)."""
+    thresholds = {}
+    for name in world.rewards:
+        seen = []
+        train(world, partial(grpo, name=name), (0.004,), replace(setting, steps=50), watch=seen)
+        means = [rewards[name].mean().item() for rewards, _, _ in seen]
+        first, last = np.mean(means[:5]), np.mean(means[-5:])
+        thresholds[name] = float(first + 0.7 * (last - first))
+    return thresholds
+
+
+# --- Dials: what is turned, its values from absent to strong, and the methods ---
+
+
+@dataclass(frozen=True)
+class Method:
+    """How advantages are made, and what else of a run's settings the method changes."""
+
+    advantages: Callable
+    changes: dict = field(default_factory=dict)
+    again: bool = False
+    """The A/A check: other searches, prompts and noise."""
+
+
+@dataclass(frozen=True)
+class Dial:
+    """A premise with its values. turned: an argument of the world, of the methods (off), or the
+    name of a setting."""
+
+    title: str
+    axis: str
+    turned: str
+    values: tuple
+    methods: dict
+    world: type = Judge
+    fixed: dict = field(default_factory=dict)
+    setting: Setting = Setting()
+
+
+GRPO = Method(grpo)
+A_A = {"GRPO again": Method(grpo, again=True)}
+GAMMAS = {f"gamma {g:g}": Method(partial(slas_by, gamma=g)) for g in (0, 0.25, 0.5, 1, 2, 3)}
+SOME = {name: GAMMAS[name] for name in ("gamma 0", "gamma 0.5", "gamma 1")}
+RAS, CRT = partial(bpgo_by, beta=0.0), partial(bpgo_by, alpha=0.0)
+BOTH = {"both": Method(bpgo_by)}
+PARTS = {"RAS": Method(RAS), "CRT": Method(CRT), **BOTH}
+ALPHAS = {f"alpha {a:g}": Method(partial(RAS, alpha=a)) for a in (0.1, 0.3, 0.5, 0.7, 0.9)}
+PRIORS = {
+    f"{form}, {prior}": Method(partial(function, prior=prior))
+    for form, function in (("printed", bpgo_by), ("released", bpgo_released))
+    for prior in ("running-mean", "sft", "still")
+}
+PACED = {
+    "v1, own mean": Method(partial(paced, gate="own")),
+    "v1, mean before": Method(partial(paced, gate="previous")),
+    "v1, as its prose": Method(partial(paced, gate="previous", saturation="one-minus-hoyer")),
+    "v4": Method(partial(paced, variant="v4", alpha=1.0)),
+    "all at once": Method(partial(paced, alpha=0.0)),
+}
+STAGES = {
+    "two stages": Method(partial(paced, gate="own", names=("quality", "truth"))),
+    "second stage alone": Method(partial(paced, only=2)),
+}
+LONG = Setting(steps=160)
+NOISY = "size of the error (0: premise absent)"
+
+DIALS = {
+    "slas-chance": Dial(
+        "SLAS: the judge errs by chance, half of the prompts are tight", NOISY, "noise",
+        (0, 0.025, 0.05, 0.1, 0.2, 0.4),
+        {**SOME, "gamma auto": Method(slas_auto), "prompts known": Method(prompts_known), **A_A},
+    ),
+    "slas-exploit": Dial(
+        "SLAS: the judge has a liking that can be exploited", NOISY, "noise",
+        (0, 0.0125, 0.025, 0.05, 0.1),
+        {**SOME, "gamma 2": GAMMAS["gamma 2"], **A_A}, fixed={"kind": "style"},
+    ),
+    "slas-tell": Dial(
+        "SLAS: how well the judge tells samples of half of the prompts apart",
+        "1: no tight groups (premise absent), 0: nothing but error", "tell", (1, 0.5, 0.25, 0.1, 0),
+        SOME, fixed={"noise": 0.05},
+    ),
+    "slas-gamma": Dial(
+        "SLAS: over gamma", "share of prompts that are nothing but error", "vague", (0, 0.5, 0.8),
+        GAMMAS, fixed={"noise": 0.05, "tell": 0.0},
+    ),
+    "bpgo-unsure": Dial(
+        "BPGO: what the judge says of prompts that it cannot judge",
+        "low scores (premise) to high scores (opposite)", "unsure", (0, 0.2, 0.4, 0.6, 0.9),
+        {**PARTS, "both, sft prior": Method(partial(bpgo_by, prior="sft")), **A_A},
+    ),
+    "bpgo-priors": Dial(
+        "BPGO: printed and released, with three priors",
+        "low scores (premise) to high scores (opposite)", "unsure", (0, 0.4, 0.9), PRIORS,
+    ),
+    "bpgo-wrong-prior": Dial(
+        "BPGO: a constant prior that is wrong", "prior less the base model's mean reward", "off",
+        (-0.4, -0.2, 0, 0.2, 0.4),
+        {
+            "RAS": Method(partial(RAS, prior="constant")),
+            "CRT": Method(partial(CRT, prior="constant")),
+            "released": Method(partial(bpgo_released, prior="constant")),
+        },
+        fixed={"unsure": 0.0},
+    ),
+    "bpgo-vague-error": Dial(
+        "BPGO: vague prompts score low, and their scores err", "error on vague prompts",
+        "noise_vague", (0, 0.05, 0.1, 0.2, 0.4),
+        {**PARTS, "prompts known": Method(prompts_known)}, fixed={"unsure": 0.0, "noise": 0.02},
+    ),
+    "bpgo-bad-error": Dial(
+        "BPGO's CRT: the judge errs most on bad samples", "extra error of the worst samples",
+        "noise_bad", (0, 0.1, 0.3, 0.6),
+        {
+            "CRT": Method(CRT), "CRT, beta 2": Method(partial(CRT, beta=2.0)),
+            "eq 5 alone": Method(partial(bpgo_by, alone=True)),
+        },
+        fixed={"vague": 0.0, "noise": 0.02},
+    ),
+    "bpgo-alpha": Dial(
+        "BPGO: over alpha, RAS alone", "score of what the judge cannot judge", "unsure",
+        (0, 0.4, 0.9), ALPHAS,
+    ),
+    "bpgo-second": Dial(
+        "BPGO: two right answers, of which the judge knows one", "distance of the second",
+        "second", (0, 0.5, 1.0), PARTS, fixed={"unsure": 0.0},
+    ),
+    "paced-floor": Dial(
+        "Self-Paced: the last stage is flat for a beginner", "floor (0: premise absent)", "floor",
+        (0, 0.2, 0.3, 0.4, 0.5), {**PACED, **A_A}, world=Ladder, setting=LONG,
+    ),
+    "paced-conflict": Dial(
+        "Self-Paced: the easy stages want something else (floor 0.4)", "how far apart", "conflict",
+        (0, 0.25, 0.5), {**PACED, **STAGES}, world=Ladder, fixed={"floor": 0.4}, setting=LONG,
+    ),
+    "paced-steps": Dial(
+        "Self-Paced: a head start or a better end (floor 0.4)", "steps", "steps",
+        (80, 160, 320, 640), {name: PACED[name] for name in ("v1, as its prose", "all at once")},
+        world=Ladder, fixed={"floor": 0.4}, setting=LONG,
+    ),
+    "grpo-choices": Dial(
+        "GRPO: choices that no paper claims, where the judge errs", NOISY, "noise", (0, 0.1, 0.4),
+        {
+            "same noise": Method(grpo, {"same_noise": True}),
+            "best 4 of 8": Method(grpo, {"best_of": 4}),
+            "one update": Method(grpo, {"minibatches": 1}),
+            "KL 0.01": Method(grpo, {"kl_coef": 0.01}),
+            "dance": Method(grpo, {"sde": "dance", "noise_level": 0.5}),
+            "ddim": Method(grpo, {"sde": "ddim", "noise_level": 0.7}),
+        },
+        fixed={"kind": "style"},
+    ),
+    "grpo-groups": Dial(
+        "Whether larger groups make the methods unnecessary", "samples of a prompt", "group_size",
+        (4, 8, 16, 32), {**{"gamma 0": GAMMAS["gamma 0"]}, **PARTS},
+        fixed={"unsure": 0.0, "noise": 0.1},
+    ),
+}  # fmt: skip
+QUICK = {  # dial: values and methods of --quick
+    "slas-chance": ((0, 0.05, 0.4), ("gamma 0", "gamma 0.5")),
+    "slas-exploit": ((0, 0.05, 0.1), ("gamma 0", "gamma 2")),
+    "bpgo-unsure": ((0, 0.4, 0.9), ("RAS", "CRT")),
+    "paced-floor": ((0, 0.4), ("v1, as its prose", "all at once")),
+}
+# Cells that must keep their sign in other sizes, samplers and budgets: {dial: (values, methods)}
+KEY = {
+    "slas-chance": ((0, 0.05), ("gamma 0", "gamma 0.5")),
+    "slas-exploit": ((0.05,), ("gamma 0", "gamma 0.5", "gamma 2")),
+    "bpgo-unsure": ((0, 0.9), ("RAS", "CRT", "both")),
+    "paced-floor": ((0.4,), ("v1, own mean", "v1, as its prose", "v4", "all at once")),
+}
+VARIANTS = {
+    "groups of 16": {"prompts_per_step": 4, "group_size": 16},
+    "one update": {"minibatches": 1},
+    "dance noise": {"sde": "dance", "noise_level": 0.5},
+    "width 96": {"hidden": 96},
+    "16 dimensions": {"dimensions": 16},
+    "four times the steps": {"steps": 4},  # times those of the dial
+}
+
+
+# --- Search and cells ---
+
+
+def best_rate(mean_of, rates=RATES):
+    """Return the rate with the highest reward, and {rate: reward} of those tried.
+
+    mean_of: rates -> rewards. While the best rate is at an edge, one more rate is tried there. The
+    result is the peak of the parabola through the best rate and its neighbours, on a log scale.
+    """
+    tried = dict(zip(rates, mean_of(rates)))
+    while True:
+        best = max(tried, key=tried.get)
+        ordered = sorted(tried)
+        more = {ordered[0]: best / 2, ordered[-1]: best * 2}.get(best)
+        if more is None or not LOWEST <= more <= HIGHEST:
+            break
+        tried[more] = mean_of((more,))[0]
+    if more is not None:
+        return best, tried
+    left, middle, right = (tried[best * factor] for factor in (0.5, 1, 2))
+    bend = left - 2 * middle + right
+    return (best * 2 ** (0.5 * (left - right) / bend) if bend else best), tried
+
+
+def of_file(path):
+    """Return the method of a file: its `dial(rewards, known)`, or else its compute_advantages."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if hasattr(module, "dial"):
+        return Method(module.dial)
+
+    def advantages(rewards, known):
+        return [each_run(lambda reward: module.compute_advantages(reward, CLIP), known.reward)]
+
+    return Method(advantages)
+
+
+def cell(dial, value, method, seeds, changes, thresholds):
+    """Search a rate for one method at one value, and train the verdict's seeds with it."""
+    begun = time.process_time()
+    setting = replace(dial.setting, **{**changes, **method.changes})
+    if dial.turned in {one.name for one in fields(Setting)}:
+        setting = replace(setting, **{dial.turned: value})
+    advantages, fixed = method.advantages, {**dial.fixed}
+    if dial.turned == "off":
+        if method in dial.methods.values():
+            advantages = partial(advantages, off=value)
+    elif not hasattr(setting, dial.turned):
+        fixed[dial.turned] = value
+
+    def world_of(bank, number):
+        world = dial.world(bank, number, setting.dimensions, **fixed)
+        if dial.world is Ladder:
+            key = json.dumps([bank, number, fixed, changes])
+            if key not in thresholds:
+                thresholds[key] = calibrated(world, replace(setting, steps=50))
+            world.thresholds = thresholds[key]
+        return world
+
+    search = world_of(AGAIN if method.again else SEARCH, seeds[0])
+    final = world_of(FINAL, seeds[1])
+
+    def mean_of(rates):
+        return train(search, advantages, rates, setting)[search.trained][..., -1].mean(1).tolist()
+
+    rate, tried = best_rate(mean_of)
+    memory = []
+    found = train(final, advantages, (rate,), setting, chance=int(method.again), watch=memory)
+    kept = memory[-1][2].memory
+    row = {
+        "rate": rate,
+        "tried": tried,
+        "base": round(found["truth"][0, :, 0].mean().item(), 5),
+        "ends": {k: np.round(v[0, :, -1].double().numpy(), 5).tolist() for k, v in found.items()},
+        **{name: np.round(kept[name], 3).tolist() for name in ("weights", "gamma") if name in kept},
+    }
+    return {**row, "seconds": round(time.process_time() - begun, 1)}
+
+
+def cells_of(name, value, methods, seeds, changes, files):
+    """Return the cells of a dial's value, [{value, method, ...}]: one job of a process."""
+    torch.set_num_threads(1)
+    dial, thresholds, found = DIALS[name], {}, []
+    known = {"GRPO": GRPO, **dial.methods, **{Path(path).stem: of_file(path) for path in files}}
+    for method in methods:
+        row = cell(dial, value, known[method], seeds, changes, thresholds)
+        found.append({"value": value, "method": method, **row})
+    return found
+
+
+# --- Statistics ---
+
+
+def intervals(differences, draws=4000):
+    """Return (mean, low, high) of each row of paired differences [values, seeds].
+
+    The intervals hold for all rows together with a probability of 95%: seeds are drawn again, and
+    the half width is the 95% quantile of the largest |t| over the rows.
+    """
+    differences = np.asarray(differences)
+    number = differences.shape[1]
+    mean = differences.mean(1)
+    error = differences.std(1, ddof=1) / math.sqrt(number) + 1e-12
+    index = np.random.default_rng(0).integers(number, size=(draws, number))
+    again = differences[:, index]  # [values, draws, seeds]
+    spread = again.std(2, ddof=1) / math.sqrt(number) + 1e-12
+    largest = np.abs((again.mean(2) - mean[:, None]) / spread).max(0)
+    half = np.quantile(largest, 0.95) * error
+    return [(m, m - h, m + h) for m, h in zip(mean.tolist(), half.tolist())]
+
+
+def verdict(low, high):
+    """Return the verdict on a difference with this interval."""
+    if -MARGIN <= low and high <= MARGIN:
+        return "no difference"
+    if low > 0:
+        return "helps"
+    return "hurts" if high < 0 else "open"
+
+
+def findings(result):
+    """Return {method: {value: (mean, low, high, verdict)}} of a dial's results."""
+    ends = {(row["method"], row["value"]): row["ends"]["truth"] for row in result["cells"]}
+    values = [value for method, value in ends if method == "GRPO"]
+    found = {}
+    for method in dict.fromkeys(method for method, _ in ends):
+        own = [value for value in values if (method, value) in ends]
+        if method != "GRPO" and own:
+            pairs = [np.subtract(ends[method, value], ends["GRPO", value]) for value in own]
+            rows = [(*one, verdict(*one[1:])) for one in intervals(pairs)]
+            found[method] = dict(zip(own, rows))
+    return found
+
+
+def read(folder, name):
+    """Return the results of a dial, or None."""
+    path = Path(folder) / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def signs(folder, name, method, value):
+    """Return (how many variants have the sign of the main result, how many were run)."""
+    sign = np.sign(findings(read(folder, name))[method][value][0])
+    others = [read(folder, f"{name}--{variant}") for variant in VARIANTS]
+    found = [findings(other).get(method, {}).get(value) for other in others if other]
+    found = [one for one in found if one]
+    return sum(np.sign(one[0]) == sign for one in found), len(found)
+
+
+def table(folder, name):
+    """Return Markdown: the differences of a dial with their intervals and verdicts."""
+    result, dial = read(folder, name), DIALS[name]
+    truth = {
+        row["value"]: (row["base"], np.mean(row["ends"]["truth"]))
+        for row in result["cells"]
+        if row["method"] == "GRPO"
+    }
+    lines = [f"**{dial.title}** ({dial.axis}; n = {result['seeds'][1]})", ""]
+    lines.append("| | " + " | ".join(f"{value:g}" for value in truth) + " |")
+    lines.append("| --- |" + " --- |" * len(truth))
+    ends = " | ".join(f"{base:.3f} -> {end:.3f}" for base, end in truth.values())
+    lines.append(f"| GRPO | {ends} |")
+    for method, row in findings(result).items():
+        cells = []
+        for value in truth:
+            mean, low, _, words = row.get(value, (math.nan, math.nan, 0, ""))
+            same, number = signs(folder, name, method, value) if value in row else (0, 0)
+            if number and words in ("helps", "hurts"):
+                words += f" {same}/{number}"
+            cells.append(f"{mean:+.3f} ±{mean - low:.3f} {words}")
+        lines.append(f"| {method} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+# --- The command ---
+
+
+@dataclass
+class Args:
+    only: tuple[str, ...] = ()
+    """Beginnings of names of dials, such as slas or bpgo-unsure. Default: all."""
+    quick: bool = False
+    """Few values, methods and seeds, into runs/dials-quick: a minute or two."""
+    variants: bool = False
+    """Train the cells of KEY in six variants of sizes, sampler and budget instead."""
+    methods: tuple[str, ...] = ()
+    """Files of your own methods, each with compute_advantages(reward [P, G], adv_clip_max) or with
+    dial(rewards, known). Results go to runs/dials."""
+    figures: bool = False
+    """Draw figures and print tables of what is there, without training."""
+    output: str = ""
+    """Folder of the results. Default: lab/dial_results, or as --quick and --methods have it."""
+    workers: int = 2
+    """Number of processes, each with one thread."""
+
+
+def plan(args, folder):
+    """Return the jobs that are not done: [(file, dial, value, methods, changes)]."""
+    jobs = []
+    for name, dial in DIALS.items():
+        if args.only and not name.startswith(args.only):
+            continue
+        part = QUICK if args.quick else KEY if args.variants else {}
+        if (args.quick or args.variants) and name not in part:
+            continue
+        values, methods = part.get(name, (dial.values, tuple(dial.methods)))
+        methods = ("GRPO", *methods, *(Path(path).stem for path in args.methods))
+        for variant, changes in (VARIANTS if args.variants else {"": {}}).items():
+            if "steps" in changes:
+                changes = {"steps": changes["steps"] * dial.setting.steps}
+            file = f"{name}--{variant}" if variant else name
+            done = read(folder, file)
+            rows = done["cells"] if done else []
+            known = {(row["value"], row["method"]) for row in rows}
+            for value in values:
+                left = tuple(method for method in methods if (value, method) not in known)
+                if left:
+                    jobs.append((file, name, value, left, changes))
+    return jobs
+
+
+def keep(folder, file, name, value, seeds, changes, rows):
+    """Add cells to a dial's file."""
+    settings = asdict(replace(DIALS[name].setting, **changes))
+    new = {
+        "seeds": seeds,
+        "settings": settings,
+        "torch": torch.__version__,
+        "cells": [],
+    }
+    result = read(folder, file) or new
+    result["cells"] += rows
+    order = list(DIALS[name].values)
+    result["cells"].sort(key=lambda row: order.index(row["value"]))
+    text = json.dumps(result, indent=None, separators=(",", ":"))
+    unfinished = Path(folder) / f".{file}.tmp"
+    unfinished.write_text(text.replace('{"value"', '\n{"value"') + "\n", encoding="utf-8")
+    unfinished.replace(Path(folder) / f"{file}.json")
+
+
+def main(args):
+    usual = "runs/dials-quick" if args.quick else "runs/dials" if args.methods else RESULTS
+    folder = Path(args.output or usual)
+    folder.mkdir(parents=True, exist_ok=True)
+    if args.methods and not args.quick and folder != RESULTS:
+        for path in RESULTS.glob("*.json"):  # what is known of the other methods
+            if not (folder / path.name).exists():
+                (folder / path.name).write_bytes(path.read_bytes())
+    seeds = QUICK_SEEDS if args.quick else SEEDS
+    jobs = [] if args.figures else plan(args, folder)
+    begun, seconds = time.time(), 0.0
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(args.workers, mp_context=context) as pool:
+        waiting = {}
+        for job in jobs:
+            _, name, value, methods, changes = job
+            files = tuple(args.methods)
+            future = pool.submit(cells_of, name, value, methods, seeds, changes, files)
+            waiting[future] = job
+        for number, future in enumerate(as_completed(waiting), start=1):
+            file, name, value, _, changes = waiting[future]
+            rows = future.result()
+            keep(folder, file, name, value, seeds, changes, rows)
+            seconds += sum(row["seconds"] for row in rows)
+            print(
+                f"{number}/{len(jobs)} {file} {value:g}: {time.time() - begun:.0f} s, "
+                f"{seconds:.0f} core-seconds",
+                flush=True,
+            )
+    from lab import dial_figures
+
+    for path in dial_figures.draw(folder):
+        print(path)
+    for name in DIALS:
+        if read(folder, name):
+            print(f"\n{table(folder, name)}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
