@@ -334,19 +334,25 @@ def best_rate(mean_of, rates=RATES):
     mean_of: rates -> rewards. While the best rate is at an edge, one more rate is tried there. The
     result is the peak of the parabola through the best rate and its neighbours, on a log scale.
     """
-    tried = dict(zip(rates, mean_of(rates)))
+
+    def rewards(rates):  # a run that diverged is the worst
+        return [-math.inf if math.isnan(reward) else reward for reward in mean_of(rates)]
+
+    tried = dict(zip(rates, rewards(rates)))
     while True:
         best = max(tried, key=tried.get)
         ordered = sorted(tried)
         more = {ordered[0]: best / 2, ordered[-1]: best * 2}.get(best)
         if more is None or not LOWEST <= more <= HIGHEST:
             break
-        tried[more] = mean_of((more,))[0]
+        tried[more] = rewards((more,))[0]
     if more is not None:
         return best, tried
     left, middle, right = (tried[best * factor] for factor in (0.5, 1, 2))
     bend = left - 2 * middle + right
-    return (best * 2 ** (0.5 * (left - right) / bend) if bend else best), tried
+    if not bend or math.isinf(bend):
+        return best, tried
+    return best * 2 ** (0.5 * (left - right) / bend), tried
 
 
 def of_file(path):

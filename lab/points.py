@@ -272,7 +272,9 @@ def train(world, method, rates, setting=Setting(), chance=0, draws=draws, watch=
     for step in range(setting.steps):
         prompts, noise, error, generator = draws(world, setting, step, chance)
         known.step, known.prompts = step, prompts
-        rows_of = [known.again(value).repeat_interleave(G, 1) for value in (prompts.z, prompts.mean)]
+        rows_of = [
+            known.again(value).repeat_interleave(G, 1) for value in (prompts.z, prompts.mean)
+        ]
         z, mean = rows_of  # [E, B, ...]
 
         # --- Rollout, reward, advantage ---

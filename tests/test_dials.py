@@ -1,6 +1,7 @@
 """The bench of points: one run of it equals the scripts' own main(), its premises do what they say,
 and errors that are planted in an advantage show up."""
 
+import json
 from dataclasses import replace
 from functools import partial
 
@@ -13,22 +14,25 @@ import bpgo
 import grpo_base
 import self_paced
 import slas
-from common import sde
+from common import models, sde
 from common.prompts import prompts_of_step, read_prompts
-from common import models
 from lab import dials
-from lab.points import Judge, Ladder, Setting, train
+from lab.points import Judge, Ladder, Setting, base_rewards, draws, train
 from worlds import points
 
-torch.set_num_threads(1)
-STEPS = 12
+STEPS = 8
+RATE = 0.006
+UNIT = 0.15  # points_rewards.Judge.scale
 TAU = {"quality": 0.55, "layout": 0.5, "truth": 0.1}
-REWARDS = "tests/points_rewards.py:"
-STAGES = tuple(f"{REWARDS}{name}" for name in ("Quality", "Layout", "Truth"))
+FILE = "tests/points_rewards.py:"
+FLAGS = (
+    "steps", "prompts_per_step", "group_size", "sampling_steps", "sde", "noise_level", "same_noise",
+    "timestep_fraction", "best_of", "minibatches", "clip_range", "kl_coef",
+)  # fmt: skip
 
 
 def own_draws(world, setting, step, chance):
-    """The prompts, noise and choices of a step of main() with --model points and seed 0."""
+    """Return the prompts, noise and choices of a step of main() with --model points --seed 0."""
     P, G, T = setting.prompts_per_step, setting.group_size, setting.sampling_steps
     prompts = read_prompts(models.settings("points")["prompts"])
     known = points.described(prompts_of_step(prompts, step, P, 0))
@@ -40,57 +44,235 @@ def own_draws(world, setting, step, chance):
     return known, noise[:, None], torch.zeros(()), torch.Generator().manual_seed(step)
 
 
-class Same:
-    """The generator of main(): its seed is --seed * 1,000,003 + the step, with seed 0 the step."""
+def in_units(method):
+    """Return the method with the unit of rewards that the scripts' rewards declare."""
+
+    def same_unit(rewards, known):
+        known.scale = torch.full_like(known.scale, UNIT)
+        return method(rewards, known)
+
+    return same_unit
 
 
-def pair(train_script, script, method, world=points_rewards.JUDGED, setting=Setting(), **flags):
-    """Return the rows of main() and those of the bench: [(reward mean, gradient norm)] of both."""
-    setting = replace(setting, steps=STEPS)
-    names = {"steps", "prompts_per_step", "group_size", "sampling_steps", "sde", "noise_level"}
-    names |= {"same_noise", "timestep_fraction", "best_of", "minibatches", "clip_range", "kl_coef"}
-    same = {name: getattr(setting, name) for name in names}
-    flags = {"reward": (f"{REWARDS}Judge",), "learning_rate": 0.006, **same, **flags}
-    settings = models.settings("points")
-    kept = {n: settings[n] for n in ("prompts", "height", "width", "guidance", "shift")}
-    _, rows = train_script(
-        script, model="points", micro_batch=64, **{**kept, **flags}
-    )
-    watch = []
-    train(world, method, (0.006,), setting, draws=own_draws, watch=watch)
-    name = world.trained
-    ours = [(rewards[name].nanmean().item(), norm.item()) for rewards, norm, _ in watch]
-    named = f"points_rewards.py:{name.capitalize()}_mean"
-    if world is points_rewards.UNSURE:
-        named = "points_rewards.py:Masked_mean"
-    theirs = [(row[named], row["grad_norm"]) for row in rows]
-    return np.array(theirs), np.array(ours), rows
-
-
+GRPO, SHAPED = (grpo_base, dials.grpo, {}), partial(dials.slas_by, gamma=1.0)
+MORE = Setting(best_of=4, same_noise=True, kl_coef=0.5, sde="dance", noise_level=0.5)
+SHORT = dict(group_size=5, prompts_per_step=3, minibatches=1, sde="ddim", timestep_fraction=1.0)
+V1 = partial(dials.paced, gate="previous", saturation="one-minus-hoyer")
+PROSE = {"gate": "previous", "saturation": "one-minus-hoyer"}
+STAGES = {"reward": tuple(f"{FILE}{name}" for name in ("Quality", "Layout", "Truth"))}
+STAGES["thresholds"] = tuple(TAU.values())
 CASES = {
-    "grpo": (grpo_base, dials.grpo, {}),
-    "slas": (slas, partial(dials.slas_by, gamma=1.0), {"gamma": 1.0}),
-    "bpgo": (bpgo, dials.bpgo_by, {"reward_scale": 0.15}),
-    "bpgo alone": (
-        bpgo, partial(dials.bpgo_by, alone=True), {"reward_scale": 0.15, "crt_alone": True}
-    ),
-    "released": (bpgo, dials.bpgo_released, {"variant": "released", "alpha": 1.0}),
+    "grpo": (*GRPO, {}),
+    "grpo, choices": (*GRPO, {"setting": MORE}),
+    "grpo, ddim": (*GRPO, {"setting": Setting(**SHORT)}),
+    "grpo, masked": (*GRPO, {"reward": "Masked"}),
+    "slas": (slas, SHAPED, {"gamma": 1.0}, {}),
+    "slas, masked": (slas, SHAPED, {"gamma": 1.0}, {"reward": "Masked"}),
+    "slas, auto": (slas, partial(dials.slas_auto, limit=1e-3),
+                   {"gamma": "auto", "kl_limit": 1e-3}, {}),
+    "bpgo": (bpgo, dials.bpgo_by, {}, {}),
+    "bpgo, masked": (bpgo, dials.bpgo_by, {}, {"reward": "Masked"}),
+    "bpgo, eq 5": (bpgo, partial(dials.bpgo_by, alone=True), {"crt_alone": True}, {}),
+    "bpgo, released": (bpgo, dials.bpgo_released, {"variant": "released", "alpha": 1.0}, {}),
+    "paced, v1": (self_paced, partial(dials.paced, gate="own"), STAGES, {"reward": "Truth"}),
+    "paced, prose": (self_paced, V1, STAGES | PROSE, {"reward": "Truth"}),
+    "paced, v4": (self_paced, partial(dials.paced, variant="v4", alpha=1.0),
+                  STAGES | {"variant": "v4", "alpha": 1.0}, {"reward": "Truth"}),
 }  # fmt: skip
 
 
-def scaled(method):
-    """The method with the unit of rewards that the script has, 0.15."""
-
-    def with_scale(rewards, known):
-        known.scale = torch.full_like(known.scale, 0.15)
-        return method(rewards, known)
-
-    return with_scale
-
-
 @pytest.mark.parametrize("case", CASES)
-def test_one_run_equals_main(train, case):  # noqa: F811
-    script, method, flags = CASES[case]
-    theirs, ours, _ = pair(train, script, scaled(method), **flags)
+def test_one_run_equals_main(train_script, case):
+    script, method, flags, more = CASES[case]
+    theirs, ours, _ = train_script(script, method, flags, **more)
     assert len(ours) == STEPS and theirs[:, 1].min() > 0
     assert np.abs(theirs / ours - 1).max() < 1e-4
+
+
+@pytest.fixture
+def train_script(train_main):
+    """Trains by main() and by the bench; returns their rows [STEPS, (reward, gradient norm)]."""
+
+    def run(script, method, flags, setting=Setting(), reward="Judge"):  # noqa: B008
+        setting = replace(setting, steps=STEPS)
+        settings = models.settings("points")
+        names = ("prompts", "height", "width", "guidance", "shift")
+        same = {name: settings[name] for name in names}
+        same |= {name: getattr(setting, name) for name in FLAGS}
+        same |= {"reward": (FILE + reward,), "learning_rate": RATE, "micro_batch": 64, **flags}
+        _, rows = train_main(script, model="points", **same)
+        world = getattr(points_rewards, reward).world
+        world.thresholds = TAU
+        watch = []
+        train(world, in_units(method), (RATE,), setting, draws=own_draws, watch=watch)
+        name = f"points_rewards.py:{reward}_mean"
+        theirs = [(row[name], row["grad_norm"]) for row in rows]
+        ours = [(r[world.trained].nanmean().item(), norm.item()) for r, norm, _ in watch]
+        return np.array(theirs), np.array(ours), rows
+
+    return run
+
+
+@pytest.fixture
+def train_main(train, monkeypatch):
+    """Runs a script's main; rewards in tests/ are found from the repository's folder."""
+    from conftest import ROOT
+
+    monkeypatch.chdir(ROOT)
+    return train
+
+
+def test_masked_samples_are_masked():
+    """Otherwise the cases above compare less than they say."""
+    prompts, noise, error, _ = draws(points_rewards.UNSURE, Setting(), 0, 0)
+    x = prompts.mean[None, :, :, None] + 0.5 * noise[0].view(1, 1, 8, 8, points.D)
+    share = points_rewards.UNSURE.score(x, prompts, error)["judge"].isnan().float().mean()
+    assert 0.02 < share < 0.5
+
+
+# --- Premises ---
+
+
+def one_step(method, world):
+    """Return (advantages, Known) of the first step of 8 seeds: the base model's samples."""
+    seen = []
+
+    def watched(rewards, known):
+        seen.append((rewards, method(rewards, known)))
+        return seen[-1][1]
+
+    watch = []
+    train(world, watched, (RATE,), Setting(steps=1), watch=watch)
+    (rewards, terms), (_, _, known) = seen[0], watch[0]
+    return rewards, terms, known
+
+
+@pytest.mark.parametrize("unsure, sign", [(0.0, 1), (0.9, -1)])
+def test_trust_follows_what_an_unsure_judge_says(unsure, sign):
+    """RAS takes prompts that score low for ambiguous, whether they are or not."""
+    _, terms, known = one_step(partial(dials.bpgo_by, beta=0.0), Judge(1, 8, unsure=unsure))
+    _, plain, _ = one_step(dials.grpo, Judge(1, 8, unsure=unsure))
+    trust = (terms[0] / plain[0]).nanmedian(2).values  # [E, P]
+    vague = known.prompts.vague.bool()
+    assert sign * (trust[~vague].mean() - trust[vague].mean()) > 0.1
+
+
+def test_errors_spoil_the_ranks_of_tight_groups_first():
+    agreements = []
+    for noise in (0.0, 0.05, 0.2):
+        rewards, _, known = one_step(dials.grpo, Judge(1, 8, noise=noise))
+        judge, truth = (r - r.mean(2, keepdim=True) for r in (rewards["judge"], rewards["truth"]))
+        agree = (judge * truth).sum(2) / (judge.norm(dim=2) * truth.norm(dim=2))
+        vague = known.prompts.vague.bool()
+        agreements.append((agree[vague].mean().item(), agree[~vague].mean().item()))
+    (tight, clear), (tight_2, clear_2), (tight_3, clear_3) = agreements
+    assert tight > 0.999 and clear > 0.999
+    assert clear_2 > 0.85 and tight_2 < 0.5
+    assert clear_3 < clear_2 and tight_3 < tight_2
+
+
+def test_other_premises():
+    world = Ladder(1, 8, floor=0.4)
+    prompts = world.prompts(64, points.drawn("some"))
+    reward = base_rewards(world, prompts, 8)
+    assert 0 < (reward > 0).float().mean() < 0.05  # a beginner hardly ever sees a reward
+    assert (base_rewards(Ladder(1, 8), prompts, 8) > 0).all()
+    x = prompts.target[:, :, None]
+    at_target = Judge(1, 8, second=1.0).score(x, prompts, 0)
+    assert torch.allclose(at_target["truth"], torch.ones(()))
+    second = x + points.D**0.5 * Judge(1, 8).world.style
+    both = Judge(1, 8, second=1.0, vague=0.0, noise=0.0).score(second, prompts, 0)
+    assert torch.allclose(both["truth"], torch.ones(())) and both["judge"].max() < 0.3
+
+
+# --- Statistics ---
+
+
+def test_a_search_leaves_the_edge_and_finds_the_peak_between_rates():
+    def curve(rates):
+        return [-(np.log2(rate / 0.03) ** 2) for rate in rates]
+
+    rate, tried = dials.best_rate(curve)
+    assert rate == pytest.approx(0.03, rel=1e-6) and set(tried) == {*dials.RATES, 0.032, 0.064}
+    assert dials.best_rate(lambda rates: [rate for rate in rates])[0] == 0.064
+    assert dials.best_rate(lambda rates: [-rate for rate in rates])[0] == 0.0005
+    assert dials.best_rate(lambda rates: [np.nan if r > 0.005 else r for r in rates])[0] == 0.004
+
+
+def test_intervals_hold_for_all_values_together():
+    rng = np.random.default_rng(0)
+    inside = 0
+    for _ in range(200):
+        shared = rng.normal(size=(1, 40))
+        rows = dials.intervals(shared + rng.normal(size=(5, 40)), draws=400)
+        inside += all(low <= 0 <= high for _, low, high in rows)
+    assert 0.90 <= inside / 200 <= 0.99
+
+
+@pytest.mark.parametrize(
+    "low, high, word",
+    [
+        (-0.01, 0.01, "no difference"), (0.001, 0.009, "no difference"), (0.001, 0.02, "helps"),
+        (-0.02, -0.001, "hurts"), (-0.001, 0.02, "open"), (-0.5, 0.5, "open"),
+    ],
+)  # fmt: skip
+def test_verdicts(low, high, word):
+    assert dials.verdict(low, high) == word
+
+
+# --- Planted errors ---
+
+
+def flipped(reward, adv_clip_max):
+    """GRPO with the wrong sign."""
+    return -grpo_base.compute_advantages(reward, adv_clip_max)
+
+
+def wrong_std(reward, adv_clip_max):
+    """GRPO with the standard deviation over prompts instead of that over samples."""
+    centred = reward - reward.mean(1, keepdim=True)
+    return (centred / (reward.std(0, keepdim=True) + 1e-8)).clamp(-adv_clip_max, adv_clip_max)
+
+
+@pytest.mark.parametrize("planted", [flipped, wrong_std])
+def test_a_planted_error_hurts(planted):
+    world, setting = Judge(2, 12, noise=0.0), Setting(steps=40)
+
+    def method(rewards, known):
+        return [dials.each_run(lambda reward: planted(reward, 5.0), known.reward)]
+
+    ends = [train(world, one, (RATE,), setting)["truth"][0, :, 1] for one in (method, dials.grpo)]
+    ((_, low, high),) = dials.intervals((ends[0] - ends[1])[None].numpy())
+    assert dials.verdict(low, high) == "hurts"
+
+
+METHOD = """
+def compute_advantages(reward, adv_clip_max):
+    return reward - reward.mean(1, keepdim=True)
+"""
+STATEFUL = """
+def dial(rewards, known):
+    known.memory["steps"] = known.memory.get("steps", 0) + 1
+    centred = known.reward - known.reward.mean(2, keepdim=True)
+    return [centred / known.memory["steps"]]
+"""
+
+
+@pytest.mark.long
+def test_a_method_of_your_own_gets_a_line(tmp_path, monkeypatch, capsys):
+    """Also a stateful one; a second call finds all cells, and trains nothing."""
+    (tmp_path / "mine.py").write_text(METHOD, encoding="utf-8")
+    (tmp_path / "stateful.py").write_text(STATEFUL, encoding="utf-8")
+    monkeypatch.setattr(dials, "QUICK_SEEDS", (2, 3))
+    monkeypatch.setattr(dials, "QUICK", {"slas-exploit": ((0.05,), ("gamma 2",))})
+    own = tuple(str(tmp_path / name) for name in ("mine.py", "stateful.py"))
+    args = dials.Args(quick=True, methods=own, workers=1, output=str(tmp_path / "out"))
+    dials.main(args)
+    result = json.loads((tmp_path / "out/slas-exploit.json").read_text(encoding="utf-8"))
+    assert [row["method"] for row in result["cells"]] == ["GRPO", "gamma 2", "mine", "stateful"]
+    assert all(len(row["ends"]["truth"]) == 3 for row in result["cells"])
+    out = capsys.readouterr().out
+    assert "| mine |" in out and "1/1 slas-exploit 0.05" in out
+    assert (tmp_path / "out/slas.png").stat().st_size > 10_000
+    dials.main(args)
+    assert "1/1" not in capsys.readouterr().out
