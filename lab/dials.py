@@ -36,6 +36,7 @@ import bpgo
 import grpo_base
 import self_paced
 import slas
+from common.errors import InputError, one_line
 from lab.points import Judge, Ladder, Setting, train
 
 RESULTS = Path(__file__).with_name("dial_results")
@@ -56,6 +57,7 @@ def each_run(function, *values):
 
 
 def grpo(rewards, known, name=""):
+    """GRPO on one reward, by default the one of the world that is trained on."""
     reward = rewards[name or known.world.trained]
     return [grpo_base.compute_advantages(reward.flatten(0, 1), CLIP).view_as(reward)]
 
@@ -66,8 +68,9 @@ def prompts_known(rewards, known):
     return [grpo(rewards, known)[0] * clear[..., None]]
 
 
-def slas_by(rewards, known, gamma=0.5, normalize="before"):
-    shape = partial(slas.compute_advantages, gamma=gamma, adv_clip_max=CLIP, normalize=normalize)
+def slas_by(rewards, known, gamma=0.5):
+    """SLAS. gamma 0 is GRPO with the standard deviation of the batch."""
+    shape = partial(slas.compute_advantages, gamma=gamma, adv_clip_max=CLIP)
     return [vmap(shape)(known.reward)]
 
 
@@ -110,8 +113,10 @@ def expected(known, prior, off):
 def bpgo_by(
     rewards, known, alpha=0.5, k=1.0, beta=0.5, lam=1.0, prior="running-mean", off=0.0, alone=False
 ):
+    """BPGO as printed. beta 0: RAS alone; alpha 0: GRPO and CRT; alone: CRT's surrogate alone."""
     reward, prior = known.reward, expected(known, prior, off)
-    trust = bpgo.reliability_weights(reward.mean(2, keepdim=True), prior, alpha, k / known.scale)
+    mean = reward.nanmean(2, keepdim=True)
+    trust = bpgo.reliability_weights(mean, prior, alpha, k / known.scale)
     stretched = bpgo.contrastive_rewards(reward - prior, 0, lam / known.scale)
     contrast = bpgo.compute_advantages(stretched.flatten(0, 1), CLIP).view_as(reward)
     if alone:  # eq 5
@@ -120,6 +125,7 @@ def bpgo_by(
 
 
 def bpgo_released(rewards, known, crt=True, prior="running-mean", off=0.0):
+    """BPGO with the equations and defaults of its authors' code."""
     reward = known.reward
     prior = expected(known, prior, off).expand_as(reward[..., :1]).flatten(0, 1)
     contrasted = reward.flatten(0, 1)
@@ -130,6 +136,7 @@ def bpgo_released(rewards, known, crt=True, prior="running-mean", off=0.0):
 
 
 def paced(rewards, known, variant="v1", alpha=4.0, only=0, names=(), beta=0.5, **settings):
+    """Self-Paced GRPO. alpha 0 mixes all stages equally; names: the stages, by default all."""
     names = names or known.world.rewards
     stages = torch.stack([rewards[name].flatten(0, 1) for name in names])  # [K, E * P, G]
     thresholds = tuple(known.world.thresholds[name] for name in names)
@@ -281,7 +288,7 @@ DIALS = {
     ),
     "paced-steps": Dial(
         "Self-Paced: a head start or a better end (floor 0.4)", "steps", "steps",
-        (80, 160, 320, 640), {name: PACED[name] for name in ("v1, as its prose", "all at once")},
+        (80, 160, 640), {name: PACED[name] for name in ("v1, as its prose", "all at once")},
         world=Ladder, fixed={"floor": 0.4}, setting=LONG,
     ),
     "grpo-choices": Dial(
@@ -298,7 +305,7 @@ DIALS = {
     ),
     "grpo-groups": Dial(
         "Whether larger groups make the methods unnecessary", "samples of a prompt", "group_size",
-        (4, 8, 16, 32), {**{"gamma 0": GAMMAS["gamma 0"]}, **PARTS},
+        (4, 8, 16), {**{"gamma 0": GAMMAS["gamma 0"]}, **PARTS},
         fixed={"unsure": 0.0, "noise": 0.1},
     ),
 }  # fmt: skip
@@ -370,7 +377,10 @@ def of_file(path):
 
 
 def cell(dial, value, method, seeds, changes, thresholds):
-    """Search a rate for one method at one value, and train the verdict's seeds with it."""
+    """Search a rate for one method at one value, and train the verdict's seeds with it.
+
+    changes: of the settings, for a variant. thresholds: {stage: tau}, filled at the first call.
+    """
     begun = time.process_time()
     setting = replace(dial.setting, **{**changes, **method.changes})
     if dial.turned in {one.name for one in fields(Setting)}:
@@ -384,15 +394,13 @@ def cell(dial, value, method, seeds, changes, thresholds):
 
     def world_of(bank, number):
         world = dial.world(bank, number, setting.dimensions, **fixed)
-        if dial.world is Ladder:
-            key = json.dumps([bank, number, fixed, changes])
-            if key not in thresholds:
-                thresholds[key] = calibrated(world, replace(setting, steps=50))
-            world.thresholds = thresholds[key]
+        world.thresholds = thresholds
         return world
 
     search = world_of(AGAIN if method.again else SEARCH, seeds[0])
     final = world_of(FINAL, seeds[1])
+    if dial.world is Ladder and not thresholds:
+        thresholds.update(calibrated(search, setting))
 
     def mean_of(rates):
         return train(search, advantages, rates, setting)[search.trained][..., -1].mean(1).tolist()
@@ -401,11 +409,14 @@ def cell(dial, value, method, seeds, changes, thresholds):
     memory = []
     found = train(final, advantages, (rate,), setting, chance=int(method.again), watch=memory)
     kept = memory[-1][2].memory
+    ends = {name: values[0, :, 1].double().numpy() for name, values in found.items()}
     row = {
-        "rate": rate,
+        "rate": round(rate, 6),
         "tried": tried,
         "base": round(found["truth"][0, :, 0].mean().item(), 5),
-        "ends": {k: np.round(v[0, :, -1].double().numpy(), 5).tolist() for k, v in found.items()},
+        "mean": round(ends["truth"].mean(), 5),
+        "error": round(ends["truth"].std(ddof=1) / math.sqrt(seeds[1]), 5),
+        "ends": {name: np.round(values, 5).tolist() for name, values in ends.items()},
         **{name: np.round(kept[name], 3).tolist() for name in ("weights", "gamma") if name in kept},
     }
     return {**row, "seconds": round(time.process_time() - begun, 1)}
@@ -544,6 +555,9 @@ def plan(args, folder):
                 changes = {"steps": changes["steps"] * dial.setting.steps}
             file = f"{name}--{variant}" if variant else name
             done = read(folder, file)
+            made = made_by(name, QUICK_SEEDS if args.quick else SEEDS, changes)
+            if done and any(done[key] != made[key] for key in ("seeds", "settings", "world")):
+                raise InputError(f"{folder / file}.json: has other settings. Remove it.")
             rows = done["cells"] if done else []
             known = {(row["value"], row["method"]) for row in rows}
             for value in values:
@@ -553,20 +567,26 @@ def plan(args, folder):
     return jobs
 
 
+def made_by(name, seeds, changes):
+    """Return what the results of a dial are made of, as JSON has it."""
+    dial = DIALS[name]
+    made = {
+        "seeds": seeds,
+        "settings": asdict(replace(dial.setting, **changes)),
+        "world": {"kind": dial.world.__name__, "turned": dial.turned, **dial.fixed},
+        "versions": {"torch": torch.__version__, "numpy": np.__version__},
+    }
+    return json.loads(json.dumps(made))
+
+
 def keep(folder, file, name, value, seeds, changes, rows):
     """Add cells to a dial's file."""
-    settings = asdict(replace(DIALS[name].setting, **changes))
-    new = {
-        "seeds": seeds,
-        "settings": settings,
-        "torch": torch.__version__,
-        "cells": [],
-    }
-    result = read(folder, file) or new
+    result = read(folder, file) or {**made_by(name, seeds, changes), "cells": []}
     result["cells"] += rows
     order = list(DIALS[name].values)
     result["cells"].sort(key=lambda row: order.index(row["value"]))
-    text = json.dumps(result, indent=None, separators=(",", ":"))
+    result["differences"] = findings(result)  # to GRPO: mean, low, high, verdict
+    text = json.dumps(result, separators=(",", ":"))
     unfinished = Path(folder) / f".{file}.tmp"
     unfinished.write_text(text.replace('{"value"', '\n{"value"') + "\n", encoding="utf-8")
     unfinished.replace(Path(folder) / f"{file}.json")
@@ -611,4 +631,5 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    with one_line():
+        main(tyro.cli(Args, description=__doc__))

@@ -8,7 +8,7 @@ from worlds import points
 
 JUDGED = JudgedWorld(0, 1, kind="style", noise=0.05)
 LADDER = Ladder(0, 1, floor=0.1)
-MASKED = 1.2  # samples whose first coordinate is larger have no score
+MASKED = 0.8  # samples whose first coordinate is larger have no score
 
 
 class MaskedWorld(JudgedWorld):

@@ -107,7 +107,8 @@ def front_matter(args: Args, base: Base) -> ModelCardData:
 
 def loading(base: Base, lora: bool) -> str:
     """Return Python code that loads the export in plain diffusers."""
-    start = f"from diffusers import {base.pipeline}\n\npipe = {base.pipeline}.from_pretrained"
+    library = "worlds.points" if base.pipeline == "PointsPipeline" else "diffusers"
+    start = f"from {library} import {base.pipeline}\n\npipe = {base.pipeline}.from_pretrained"
     if not lora:
         return f'{start}("this repository")'
     lines = [
@@ -129,7 +130,7 @@ def noise_levels(base: Base, args: Args) -> str:
     words = f"# noise levels of the training: pipe(..., num_inference_steps={steps}"
     if base.pipeline == "StableDiffusionPipeline":
         name, scheduler = "DDIMScheduler", "DDIMScheduler.from_config(pipe.scheduler.config)"
-    elif shift == "scheduler":
+    elif shift == "scheduler" or base.pipeline == "PointsPipeline":
         return f"{words})"
     elif base.pipeline.startswith("Wan"):  # no sigmas; off by 0.001 * shift at most
         name = "UniPCMultistepScheduler"
