@@ -32,6 +32,7 @@ from common.models.qwen import QwenImage
 from common.models.sd import StableDiffusion
 from common.models.sd3 import StableDiffusion3
 from common.models.wan import Wan, WanImageToVideo
+from common.models.z_image import ZImage
 
 PAGE = Path(__file__).resolve().parents[1] / "docs/train.md"
 ROOM = SHARE * 79  # GiB of an 80 GB GPU that this may take
@@ -114,6 +115,16 @@ def qwen():
     return transformers.Qwen2_5_VLForConditionalGeneration(config)
 
 
+def qwen3(cls):
+    """Qwen3 4B."""
+    return cls(
+        transformers.Qwen3Config(
+            vocab_size=151936, hidden_size=2560, intermediate_size=9728, num_hidden_layers=36,
+            num_attention_heads=32, num_key_value_heads=8, tie_word_embeddings=True,
+        )
+    )  # fmt: skip
+
+
 def kl_vae(**config):
     return diffusers.AutoencoderKL(
         block_out_channels=(128, 256, 512, 512), down_block_types=("DownEncoderBlock2D",) * 4,
@@ -147,6 +158,11 @@ COMPONENTS = {
         transformer=diffusers.QwenImageTransformer2DModel(), text_encoder=qwen(),
         vae=diffusers.AutoencoderKLQwenImage()
     ),
+    "z-image": lambda: dict(
+        transformer=diffusers.ZImageTransformer2DModel(),
+        text_encoder=qwen3(transformers.Qwen3Model),
+        vae=kl_vae(latent_channels=16, use_quant_conv=False, use_post_quant_conv=False),
+    ),
     "wan2.1-1.3b": lambda: wan(**SMALL_WAN),
     "wan2.1-14b": lambda: wan(**WAN),
     "wan2.2-i2v": lambda: wan(experts=2, channels=36, **WAN),
@@ -159,8 +175,8 @@ COMPONENTS = {
 
 FAMILIES = {
     "flux": Flux, "sd1.4": StableDiffusion, "sd3.5-medium": StableDiffusion3,
-    "qwen-image": QwenImage, "wan2.1-1.3b": Wan, "wan2.1-14b": Wan, "wan2.2-i2v": WanImageToVideo,
-    "hunyuan": HunyuanVideo,
+    "qwen-image": QwenImage, "z-image": ZImage, "wan2.1-1.3b": Wan, "wan2.1-14b": Wan,
+    "wan2.2-i2v": WanImageToVideo, "hunyuan": HunyuanVideo,
 }  # fmt: skip
 
 

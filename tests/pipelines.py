@@ -22,6 +22,8 @@ from diffusers import (
     WanImageToVideoPipeline,
     WanPipeline,
     WanTransformer3DModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
@@ -33,6 +35,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen3Config,
+    Qwen3Model,
     T5Config,
     T5EncoderModel,
     UMT5Config,
@@ -163,6 +167,51 @@ def qwen():
         ),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
     )  # fmt: skip
+
+
+def qwen3(tokenizer, layers, cls=Qwen3Model):
+    return cls(
+        Qwen3Config(
+            vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, head_dim=8,
+            num_hidden_layers=layers, num_attention_heads=2, num_key_value_heads=1,
+            max_position_embeddings=1024, bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id, tie_word_embeddings=True,
+        )
+    )  # fmt: skip
+
+
+def qwen3_tokenizer():
+    """Its template is Qwen3's for a single message: without thoughts, they are empty."""
+    tokenizer = vlm.tokenizer()
+    tokenizer.chat_template = (
+        "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}"
+        "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
+        "{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+    )
+    return tokenizer
+
+
+def z_image():
+    """32x32 -> latents [4, 8, 8] in 16 tokens, which are filled up to 32."""
+    torch.manual_seed(0)
+    tokenizer = qwen3_tokenizer()
+    pipe = ZImagePipeline(
+        tokenizer=tokenizer, text_encoder=qwen3(tokenizer, layers=3),
+        vae=AutoencoderKL(
+            block_out_channels=(8, 8, 16), down_block_types=("DownEncoderBlock2D",) * 3,
+            up_block_types=("UpDecoderBlock2D",) * 3, latent_channels=4, norm_num_groups=4,
+            sample_size=32, scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False,
+            use_post_quant_conv=False,
+        ),
+        transformer=ZImageTransformer2DModel(
+            in_channels=4, dim=24, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2,
+            cap_feat_dim=16, axes_dims=[4, 4, 4], axes_lens=[640, 64, 64],
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),
+    )  # fmt: skip
+    for token in (pipe.transformer.x_pad_token, pipe.transformer.cap_pad_token):
+        torch.nn.init.normal_(token)  # zeros at first
+    return pipe
 
 
 SMALL_VAE = dict(temperal_downsample=[False, True], scale_factor_spatial=4, scale_factor_temporal=2)

@@ -25,6 +25,7 @@ from common.models import folder
 from common.models.sd import StableDiffusion
 
 MADE = {"sd3": pipelines.sd3, "qwen": pipelines.qwen, "hunyuan": pipelines.hunyuan}
+MADE |= {"z-image": pipelines.z_image}
 TINY = {"flux": "tiny-flux", "sd": "tiny-sd", "wan": "tiny-wan", "i2v": "tiny-wan-i2v"}
 BETAS = dict(beta_start=0.001, beta_end=0.01, beta_schedule="linear")
 FLOW = dict(prediction_type="flow_prediction", use_flow_sigmas=True)
@@ -107,6 +108,9 @@ OTHER = [
     ("qwen", "transformer", {"zero_cond_t": True}, "zero_cond_t True. Supported is none or False"),
     ("qwen", "transformer", {"patch_size": 1}, "patch_size 1. Supported is 2"),
     ("qwen", "vae", {"latents_std": ...}, "no latents_std. Supported is a list"),
+    ("z-image", "transformer", {"in_channels": 16}, "in_channels 16. Supported is 4"),
+    ("z-image", "transformer", {"siglip_feat_dim": 8}, "siglip_feat_dim 8. Supported is none"),
+    ("z-image", "transformer", {"all_patch_size": [2, 4]}, r"all_patch_size \[2, 4\]"),
     ("wan", "transformer", {"in_channels": 36}, "in_channels 36. Supported is 8"),
     ("wan", "vae", {"latents_mean": None}, "latents_mean None"),
     ("i2v", "transformer_2", {"in_channels": 8}, "transformer_2/.* in_channels 8. Supported is 18"),
@@ -140,6 +144,7 @@ def test_another_value_than_a_family_assumes_is_refused_by_name(family, part, va
         ("flux", DDIMScheduler()),
         ("sd3", EDMEulerScheduler()),
         ("qwen", PNDMScheduler()),
+        ("z-image", DDIMScheduler()),
         ("wan", UniPCMultistepScheduler(flow_shift=5.0)),
         ("hunyuan", DDPMScheduler()),
     ],
@@ -214,6 +219,13 @@ RELEASED = {
             in_channels=64, out_channels=16, patch_size=2, num_layers=60, guidance_embeds=False
         ),
         vae=dict(z_dim=16, latents_mean=NUMBERS, latents_std=NUMBERS),
+    ),
+    "ZImagePipeline": dict(
+        scheduler=dict(FLOWMATCH, shift=6.0, use_dynamic_shifting=False),
+        transformer=dict(
+            in_channels=16, all_patch_size=[2], all_f_patch_size=[1], cap_feat_dim=2560
+        ),
+        vae=dict(VAE_16, scaling_factor=0.3611, shift_factor=0.1159),
     ),
     "WanPipeline": dict(
         scheduler=UNIPC,

@@ -21,6 +21,7 @@ from diffusers import (
     SD3Transformer2DModel,
     UNet2DConditionModel,
     WanTransformer3DModel,
+    ZImageTransformer2DModel,
 )
 from peft import get_peft_model_state_dict
 from PIL import Image
@@ -38,6 +39,7 @@ from common.models.qwen import QwenImage
 from common.models.sd import StableDiffusion
 from common.models.sd3 import StableDiffusion3
 from common.models.wan import Wan, WanImageToVideo
+from common.models.z_image import ZImage
 from common.trainer import Policy
 
 CAPTIONS = ["a square", "four yellow triangles", "a black cross and a blue circle"]
@@ -51,12 +53,14 @@ FAMILIES = {
         dict(height=32, width=32),
     ),
     "qwen": (pipelines.qwen, QwenImage, dict(height=32, width=32)),
+    "z-image": (pipelines.z_image, ZImage, dict(height=32, width=32)),
     "wan": (pipelines.wan, Wan, CLIP),
     "wan, two experts": (partial(pipelines.wan, experts=2), Wan, CLIP),
     "i2v": (partial(pipelines.wan, images=True), WanImageToVideo, CLIP),
     "i2v, two experts": (partial(pipelines.wan, experts=2, images=True), WanImageToVideo, CLIP),
     "hunyuan": (pipelines.hunyuan, HunyuanVideo, CLIP),
 }
+SHIFTS = {StableDiffusion3: 3.0, ZImage: 6.0}  # of pipelines that are given no sigmas
 
 
 @pytest.fixture
@@ -86,6 +90,9 @@ def official(model, sigmas, noise, picture, **settings):
         unshifted = torch.linspace(1, 0, steps + 1)[:-1].tolist()
         settings |= dict(max_sequence_length=24) if pipe.tokenizer_3 else {}
         return pipe(prompt=CAPTIONS, sigmas=unshifted, **settings).images
+    if isinstance(model, ZImage):  # its scheduler shifts by 6, its guidance begins at 0
+        settings["guidance_scale"] -= 1
+        return pipe(prompt=list(CAPTIONS), **settings).images
     if isinstance(model, QwenImage):
         settings |= dict(true_cfg_scale=settings.pop("guidance_scale"), negative_prompt=[" "] * 3)
         return pipe(prompt=CAPTIONS, sigmas=sigmas[:-1].tolist(), **settings).images
@@ -113,7 +120,7 @@ def test_ode_sampler_gives_the_pipelines_own_samples(family, guidance, picture):
         model.pipe.scheduler.set_timesteps(steps)
         sigmas = model.pipe.scheduler.sigmas
     else:
-        sigmas = model.sigmas(steps, 3.0 if "sd3" in family else 1.0)
+        sigmas = model.sigmas(steps, SHIFTS.get(type(model), 1.0))
     noise = sde.RowNoise(0, 0, range(3))(model.noise_shape)
     velocity = partial(model.velocity, cond=model.encode(prompts))
     latents, _ = sde.rollout(velocity, noise, sigmas, torch.zeros(steps), None)
@@ -127,7 +134,9 @@ def test_ode_sampler_gives_the_pipelines_own_samples(family, guidance, picture):
     assert (ours - theirs).abs().max() <= 1e-5
 
 
-@pytest.mark.parametrize("family", ["sd", "sd3", "qwen", "wan", "i2v, two experts", "hunyuan"])
+@pytest.mark.parametrize(
+    "family", ["sd", "sd3", "qwen", "z-image", "wan", "i2v, two experts", "hunyuan"]
+)
 @torch.no_grad()
 def test_guidance_reaches_the_samples(family, picture):
     model, prompts = build(family, picture)
@@ -138,7 +147,7 @@ def test_guidance_reaches_the_samples(family, picture):
     assert (velocities[0] - velocities[1]).abs().max() > 1e-4
 
 
-@pytest.mark.parametrize("family", ["sd", "sd3", "qwen", "wan", "i2v"])
+@pytest.mark.parametrize("family", ["sd", "sd3", "qwen", "z-image", "wan", "i2v"])
 @torch.no_grad()
 def test_batched_guidance_equals_sequential(family, picture):
     results = []
@@ -306,7 +315,7 @@ def test_each_expert_learns_from_its_own_steps_alone(picture):
 # --- Training, from folders ---
 
 
-TRAINED = ["sd", "sd3", "qwen", "wan", "wan, two experts", "i2v, two experts", "hunyuan"]
+TRAINED = ["sd", "sd3", "qwen", "z-image", "wan", "wan, two experts", "i2v, two experts", "hunyuan"]
 GUIDED = dict(sd=3.0, hunyuan=6.0)
 
 
@@ -405,7 +414,7 @@ def test_exported_lora_loads_into_the_plain_pipeline(family, train, tmp_path, pi
         assert all(torch.equal(loaded[key], expected[key]) for key in loaded)
 
 
-@pytest.mark.parametrize("family", ["wan, two experts", "sd", "sd3", "qwen", "hunyuan"])
+@pytest.mark.parametrize("family", ["wan, two experts", "sd", "sd3", "qwen", "z-image", "hunyuan"])
 def test_exported_weights_load_into_the_plain_pipeline(family, train, tmp_path, picture):
     settings = folder_of(family, tmp_path, picture)
     folder, _ = train(**settings, steps=2)
@@ -470,6 +479,7 @@ def test_processes_exchange_gradients_when_told_and_not_before(tmp_path):
         ("sd", dict(height=30), "multiples of 8"),
         ("sd3", dict(width=36), "multiples of 8"),
         ("qwen", dict(width=34), "multiples of 4"),
+        ("z-image", dict(width=36), "multiples of 8"),
         ("sd3", dict(frames=5), "--frames 5: a .* makes images"),
         ("wan", dict(guidance_2=2.0), "--guidance-2 2: it is for the second expert"),
         ("wan", dict(guidance=0.0), "--guidance 0: below 1"),
@@ -605,6 +615,7 @@ def test_the_table_of_models_names_sizes_lora_layers_and_blocks():
         StableDiffusion,
         StableDiffusion3,
         QwenImage,
+        ZImage,
         Wan,
         WanImageToVideo,
         HunyuanVideo,
@@ -652,6 +663,7 @@ FULL = {
     ),
     "sd3.5-medium": (SD3Transformer2DModel, SD3, StableDiffusion3, 2.24e9),
     "qwen-image": (QwenImageTransformer2DModel, dict(), QwenImage, 20.43e9),
+    "z-image": (ZImageTransformer2DModel, dict(), ZImage, 6.15e9),
     "wan2.1-1.3b": (
         WanTransformer3DModel,
         dict(num_attention_heads=12, ffn_dim=8960, num_layers=30),

@@ -226,12 +226,13 @@ def test_two_processes_train_as_one(runs, tmp_path, monkeypatch):
 
 @pytest.mark.long
 @pytest.mark.parametrize("config", ["ddp", "fsdp2"])
-def test_stable_diffusion_3_and_qwen_image_train_on_two_processes_as_on_one(
-    config, tmp_path, monkeypatch
+@pytest.mark.parametrize("families", [("sd3", "qwen"), ("z_image",)], ids=" ".join)
+def test_families_without_a_tiny_model_train_on_two_processes_as_on_one(
+    families, config, tmp_path, monkeypatch
 ):
     """Weights that are in no answer get no gradient: a process that waited for one would wait for
     ever."""
-    for family in ("sd3", "qwen"):
+    for family in families:
         getattr(pipelines, family)().save_pretrained(tmp_path / family)
         folder = dict(
             model=str(tmp_path / family),
@@ -245,7 +246,7 @@ def test_stable_diffusion_3_and_qwen_image_train_on_two_processes_as_on_one(
             monkeypatch.setitem(
                 RUNS, f"{family}-{rank}", (grpo_base, {**SMALL, **folder, "lora_rank": rank})
             )
-    names = [f"{family}-{rank}" for family in ("sd3", "qwen") for rank in (0, 2)]
+    names = [f"{family}-{rank}" for family in families for rank in (0, 2)]
     two(tmp_path, [words(*RUNS[name], tmp_path / config / name) for name in names], config)
     for name in names:
         alone = one(monkeypatch, name, tmp_path / "alone" / name)

@@ -22,6 +22,7 @@ from common.models.qwen import QwenImage
 from common.models.sd import StableDiffusion
 from common.models.sd3 import StableDiffusion3
 from common.models.wan import Wan, WanImageToVideo
+from common.models.z_image import ZImage
 from common.reporting import card
 from common.trainer import run_folder
 from evaluation import trained
@@ -37,6 +38,7 @@ QWEN = FlowMatchEulerDiscreteScheduler(
 FLOW = dict(prediction_type="flow_prediction", use_flow_sigmas=True)
 WAN = UniPCMultistepScheduler(flow_shift=3.0, **FLOW)  # Wan2.1
 HUNYUAN = FlowMatchEulerDiscreteScheduler(shift=7.0)  # HunyuanVideo
+Z_IMAGE = FlowMatchEulerDiscreteScheduler(shift=6.0)  # Z-Image; Turbo 3
 PICTURE = Image.fromarray(np.zeros((32, 32, 3), dtype=np.uint8))
 # {name: (pipeline, family, released scheduler, sizes)}
 FAMILIES = {
@@ -44,6 +46,8 @@ FAMILIES = {
     "sd3": (pipelines.sd3, StableDiffusion3, SD3, [(32, 32), (48, 64)]),
     "sd3, dynamic": (pipelines.sd3, StableDiffusion3, FLUX, [(32, 32), (48, 64)]),
     "qwen": (pipelines.qwen, QwenImage, QWEN, [(32, 32), (128, 192)]),
+    "z-image": (pipelines.z_image, ZImage, Z_IMAGE, [(32, 32), (48, 64)]),
+    "z-image, dynamic": (pipelines.z_image, ZImage, FLUX, [(48, 64)]),
     "wan": (pipelines.wan, Wan, WAN, [(32, 32), (48, 64)]),
     "wan, Euler": (pipelines.wan, Wan, SD3, [(32, 32)]),
     "i2v": (lambda: pipelines.wan(images=True), WanImageToVideo, WAN, [(32, 32)]),
@@ -69,6 +73,7 @@ def visited(model, steps, **settings):
 
     def see(module, args, inputs):
         timestep = inputs["timestep"] if "timestep" in inputs else args[1]  # a U-Net's second
+        timestep = 1 - timestep if isinstance(model, ZImage) else timestep
         seen.append(torch.as_tensor(timestep).flatten()[0].float())
 
     hook = getattr(pipe, model.trained[0]).register_forward_pre_hook(see, with_kwargs=True)
@@ -102,7 +107,7 @@ def test_the_schedulers_sigmas_are_those_that_the_plain_pipeline_visits(
     )
     theirs, timesteps = visited(model, steps)
     assert ours.dtype == torch.float32 and torch.equal(ours, theirs)
-    unit = 1 if isinstance(model, Flux | QwenImage) else 1000
+    unit = 1 if isinstance(model, Flux | QwenImage | ZImage) else 1000
     apart = (timesteps - ours[:-1] * unit).abs().max()
     assert apart < (1 if model.pipe.scheduler.__class__ is UniPCMultistepScheduler else 1e-3), (
         "UniPC passes whole timesteps"
@@ -184,7 +189,9 @@ def test_stable_diffusion_has_one_schedule():
 def test_which_models_sample_at_their_schedulers_sigmas():
     of = {name: settings["shift"] for name, settings in models.MODELS.items()}
     own = [name for name, shift in of.items() if shift == "scheduler"]
-    assert own == ["sd3.5-medium", "qwen-image"], "those of Flow-GRPO; the others are DanceGRPO's"
+    assert own == ["sd3.5-medium", "qwen-image", "z-image"], (
+        "those of Flow-GRPO and Flow-Factory; the others are DanceGRPO's"
+    )
     assert {of[name] for name in of if name.startswith("wan") or name == "hunyuan"} == {5.0}
     assert of["flux"] == 3.0
 

@@ -119,6 +119,15 @@ MODELS = {
         sde_steps=5, sde_window=2, group_size=16, minibatches=2, timestep_fraction=1.0,
         same_noise=False, lora_rank=64,
     ),
+    # No paper trains it with GRPO. The recipe is that of Flow-Factory's code (X-GenGroup,
+    # examples/grpo/lora/z_image), whose guidance_scale of 4 is 5 here. It draws the one step with
+    # noise from the second to the fourth, this table from the first four.
+    "z-image": dict(
+        _PAPERS, pipeline="ZImagePipeline", source="Tongyi-MAI/Z-Image", height=512, width=512,
+        guidance=5.0, steps=200, sampling_steps=10, sde="flow", shift="scheduler", noise_level=0.7,
+        sde_steps=4, sde_window=1, group_size=16, minibatches=2, timestep_fraction=1.0,
+        same_noise=False, lora_rank=64,
+    ),
     "wan2.1-1.3b": dict(
         _VIDEO, pipeline="WanPipeline", source="Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
         height=480, width=832, guidance=5.0, steps=150,
