@@ -258,7 +258,8 @@ def full_size(name, lora_rank):
 
 
 honest_outline = fit.outline
-row_bytes = functools.cache(activations.row_bytes)  # seconds each
+row_bytes = functools.cache(activations.row_bytes)  # half a minute each
+decoded_bytes = functools.cache(activations.decoded_bytes)
 
 
 @pytest.fixture
@@ -267,6 +268,7 @@ def released(monkeypatch):
     monkeypatch.setattr(models, "outline", lambda name, *_, **settings: memory.full_size(name, 0))
     monkeypatch.setattr(fit, "outline", lambda args, dtype: full_size(args.model, args.lora_rank))
     monkeypatch.setattr(activations, "row_bytes", row_bytes)
+    monkeypatch.setattr(activations, "decoded_bytes", decoded_bytes)
     monkeypatch.setattr(turns, "copied", lambda model: {})
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=2**50))
     monkeypatch.setattr(sys, "argv", ["bpgo.py"])
@@ -332,11 +334,14 @@ def test_released_models_run_as_they_always_did(
     assert values == chosen
     assert found.sharded == (found.shards > 1)
     assert found.args.decode_batch == 1, "a micro-batch, before it grew"
-    assert found.args.gradient_checkpointing
+    assert found.args.gradient_checkpointing == (name != "sd1.4"), "its activations fit"
     assert found.turn is None
     changed = chosen[:3] != (False, False, 1)
     assert len(processes.said) == changed
     assert all(f"{ways.ROOM * gib:.1f} GiB" in line for line in processes.said)
+
+
+OFFLOADED = "configs/fsdp2_offload.yaml --num_processes 1 bpgo.py --lora-rank 64"
 
 
 @pytest.mark.parametrize(
@@ -344,7 +349,7 @@ def test_released_models_run_as_they_always_did(
     [
         (80, ["--lora-rank 64", "configs/fsdp2.yaml --num_processes 4"]),
         (48, ["--lora-rank 64", "configs/fsdp2.yaml --num_processes 8"]),
-        (24, ["configs/fsdp2_multi_node.yaml --num_processes 32"]),
+        (24, [OFFLOADED, "configs/fsdp2_multi_node.yaml --num_processes 32"]),
     ],
 )
 def test_a_refusal_lists_commands_that_fit(gib, commands, released, monkeypatch):
@@ -355,6 +360,41 @@ def test_a_refusal_lists_commands_that_fit(gib, commands, released, monkeypatch)
     words = str(refused.value)
     assert all(command in words for command in commands), words
     assert words.count("bpgo.py") == len(commands)
+
+
+def test_offloaded_weights_are_only_offered_if_the_host_has_room(released, monkeypatch):
+    processes = Processes(monkeypatch, 24)
+    monkeypatch.setattr(host, "free", lambda: 30 * GIB)  # 24 of FLUX, 9 of its encoders
+    with pytest.raises(InputError) as refused:
+        fit.settle(defaults(bpgo.Args, "flux"), processes, {}, keep_initial=False)
+    assert "fsdp2_offload" not in str(refused.value)
+
+
+def chosen_for(name, lora_rank, gib, counted):
+    """Return the plan of one GPU, for activations that were counted elsewhere."""
+    launch = Launch(torch.bfloat16, "cuda")
+    counter = ways.Counter(full_size(name, lora_rank), launch, counted=counted)
+    return ways.plan(defaults(bpgo.Args, name, lora_rank=lora_rank), counter, gib * GIB)
+
+
+def test_the_encoders_visit_does_not_limit_the_rows_of_a_pass(released):
+    """10 GiB of encoders leave no room beside a pass of one row, and need none when they wait."""
+    counted = {True: 0.4 * GIB, "decoding": GIB}
+    found = chosen_for("sd3.5-medium", 32, 20, counted)
+    assert found.args.offload_encoders
+    assert found.batch >= ways.ENOUGH
+
+
+def test_a_slower_way_is_taken_for_four_times_the_rows(released):
+    counted = {False: 2 * GIB, True: 0.25 * GIB, "decoding": GIB}
+    found = {gib: chosen_for("sd1.4", 0, gib, counted) for gib in (24, 32, 48)}
+    assert {gib: plan.args.gradient_checkpointing for gib, plan in found.items()} == {
+        24: True,  # from 1 row to 8 and more
+        32: False,
+        48: False,
+    }
+    assert found[24].batch >= ways.ENOUGH
+    assert 1 < found[32].batch < found[48].batch
 
 
 @pytest.mark.parametrize("asked", [1, 8])
