@@ -130,6 +130,46 @@ def test_masked_samples_are_masked():
     assert 0.02 < share < 0.5
 
 
+# --- --model points ---
+
+
+def test_the_folder_is_what_the_builder_writes():
+    model = models.load("points", torch.float32)
+    fresh = points.PointsField().state_dict()
+    assert all(torch.equal(v, fresh[k]) for k, v in model.pipe.transformer.state_dict().items())
+    media = model.decode(torch.linspace(-7, 7, 16).view(2, points.D))
+    assert media.shape == (2, 3, 8, points.D) and 0 <= media.min() and media.max() <= 1
+    assert torch.allclose(points.points(media).flatten(), torch.linspace(-7, 7, 16), atol=1e-5)
+
+
+def test_the_base_model_is_exact():
+    """Many noise-free steps end at the Gaussian whose velocity it is."""
+    known = points.described(["some point"])
+    z, mean = (value[0].expand(4000, -1) for value in (known.z, known.mean))
+    field = points.PointsField()
+    start = torch.randn(4000, points.D, generator=torch.Generator().manual_seed(0))
+    sigmas = sde.shifted_sigmas(100, 1.0)
+    with torch.no_grad():
+        latents, _ = sde.rollout(
+            lambda x, sigma: field(x, sigma, z, mean), start, sigmas, torch.zeros(100), None
+        )
+    assert torch.allclose(latents[:, -1].mean(0), mean[0], atol=0.05)
+    assert torch.allclose(latents[:, -1].var(0), torch.tensor(points.SPREAD), atol=0.03)
+
+
+def test_a_run_is_exported_as_a_pipeline(train):
+    names = ("prompts", "reward", "height", "width", "guidance", "learning_rate")
+    folder, _ = train(model="points", **{name: models.settings("points")[name] for name in names})
+    pipe = points.PointsPipeline.from_pretrained(folder / "export")
+    assert pipe.transformer.weights[4].abs().max() > 0  # the last layer was zero
+    assert pipe(["clear point 1"]).shape == (1, 3, 8, points.D)
+    loaded = models.load(str(folder / "export"), torch.float32)
+    state = loaded.pipe.transformer.state_dict()
+    assert all(torch.equal(v, state[k]) for k, v in pipe.transformer.state_dict().items())
+    card = (folder / "export/README.md").read_text(encoding="utf-8")
+    assert "from worlds.points import PointsPipeline" in card and "Scheduler" not in card
+
+
 # --- Premises ---
 
 
