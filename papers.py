@@ -28,7 +28,7 @@ def over_the_models(own: dict[str, dict]) -> dict[str, dict]:
 # and two updates, HunyuanVideo on 32 with one, by visual quality alone. Flow-GRPO's, for PickScore:
 # 48 prompts, and a weight of .01 of a KL that is -dt times ours, a tenth on average of 10 steps.
 # Its code divides by the standard deviation of all samples, its paper and this script by the
-# group's. Z-Image is in no paper: Flow-Factory's prompts per step and reward.
+# group's. Z-Image and FLUX.2 klein are in no paper: Flow-Factory's prompts per step and reward.
 GRPO = over_the_models(
     {
         "flux": dict(paper=_DANCE, prompts_per_step=16),
@@ -36,6 +36,7 @@ GRPO = over_the_models(
         "sd3.5-medium": dict(paper=_FLOW, prompts_per_step=48, kl_coef=1e-3, reward=("pickscore",)),
         "qwen-image": dict(paper=_FLOW, prompts_per_step=32, reward=("pickscore",)),
         "z-image": dict(prompts_per_step=48, reward=("pickscore",)),
+        "flux2-klein-4b": dict(prompts_per_step=48, reward=("pickscore",)),
         "hunyuan": dict(paper=_DANCE, prompts_per_step=32, steps=200, reward=("videoalign:vq",)),
     }
 )
@@ -50,6 +51,7 @@ BPGO = over_the_models(
         "sd3.5-medium": dict(reward=("hpsv2",)),
         "qwen-image": dict(reward=("hpsv2",)),
         "z-image": dict(reward=("hpsv2",)),
+        "flux2-klein-4b": dict(reward=("hpsv2",)),
         "wan2.1-1.3b": dict(_T2V, paper=_BPGO, prompts_per_step=32, steps=200),
         "wan2.1-14b": _T2V,
         "wan2.2-i2v": dict(_T2V, paper=_BPGO, prior="first-frame"),
@@ -84,6 +86,7 @@ SELF_PACED = over_the_models({
     "sd3.5-medium": _JUDGED_IMAGES,
     "qwen-image": _JUDGED_IMAGES,
     "z-image": _JUDGED_IMAGES,
+    "flux2-klein-4b": _JUDGED_IMAGES,
     "wan2.1-1.3b": dict(_JUDGED, paper=_PACED),
     "wan2.1-14b": dict(_JUDGED, paper=_PACED, thresholds=(0.75, 0.73, 0.73)),
     "wan2.2-i2v": _JUDGED,

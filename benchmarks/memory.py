@@ -27,6 +27,7 @@ from common.memory.activations import decoded_bytes, row_bytes
 from common.memory.bytes import Launch, process_bytes, total
 from common.memory.ways import ROOM as SHARE
 from common.models.flux import Flux
+from common.models.flux2 import Flux2Klein
 from common.models.hunyuan import HunyuanVideo
 from common.models.qwen import QwenImage
 from common.models.sd import StableDiffusion
@@ -44,6 +45,11 @@ SIXTEEN_CHANNELS = dict(latent_channels=16, use_quant_conv=False, use_post_quant
 SD3 = dict(
     num_layers=24, num_attention_heads=24, caption_projection_dim=1536, pos_embed_max_size=384,
     dual_attention_layers=tuple(range(13)), qk_norm="rms_norm",
+)  # fmt: skip
+
+KLEIN_4B = dict(
+    num_layers=5, num_single_layers=20, num_attention_heads=24, joint_attention_dim=7680,
+    guidance_embeds=False,
 )  # fmt: skip
 
 
@@ -163,6 +169,10 @@ COMPONENTS = {
         text_encoder=qwen3(transformers.Qwen3Model),
         vae=kl_vae(latent_channels=16, use_quant_conv=False, use_post_quant_conv=False),
     ),
+    "flux2-klein-4b": lambda: dict(
+        transformer=diffusers.Flux2Transformer2DModel(**KLEIN_4B),
+        text_encoder=qwen3(transformers.Qwen3ForCausalLM), vae=diffusers.AutoencoderKLFlux2(),
+    ),
     "wan2.1-1.3b": lambda: wan(**SMALL_WAN),
     "wan2.1-14b": lambda: wan(**WAN),
     "wan2.2-i2v": lambda: wan(experts=2, channels=36, **WAN),
@@ -175,8 +185,8 @@ COMPONENTS = {
 
 FAMILIES = {
     "flux": Flux, "sd1.4": StableDiffusion, "sd3.5-medium": StableDiffusion3,
-    "qwen-image": QwenImage, "z-image": ZImage, "wan2.1-1.3b": Wan, "wan2.1-14b": Wan,
-    "wan2.2-i2v": WanImageToVideo, "hunyuan": HunyuanVideo,
+    "qwen-image": QwenImage, "z-image": ZImage, "flux2-klein-4b": Flux2Klein,
+    "wan2.1-1.3b": Wan, "wan2.1-14b": Wan, "wan2.2-i2v": WanImageToVideo, "hunyuan": HunyuanVideo,
 }  # fmt: skip
 
 

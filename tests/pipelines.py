@@ -4,11 +4,14 @@ import torch
 import vlm
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLFlux2,
     AutoencoderKLHunyuanVideo,
     AutoencoderKLQwenImage,
     AutoencoderKLWan,
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
     HunyuanVideoPipeline,
@@ -36,6 +39,7 @@ from transformers import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen3Config,
+    Qwen3ForCausalLM,
     Qwen3Model,
     T5Config,
     T5EncoderModel,
@@ -211,6 +215,30 @@ def z_image():
     )  # fmt: skip
     for token in (pipe.transformer.x_pad_token, pipe.transformer.cap_pad_token):
         torch.nn.init.normal_(token)  # zeros at first
+    return pipe
+
+
+def flux2():
+    """32x32 -> latents [16, 4, 4] in 16 tokens."""
+    torch.manual_seed(0)
+    tokenizer = qwen3_tokenizer()
+    pipe = Flux2KleinPipeline(
+        tokenizer=tokenizer,
+        text_encoder=qwen3(tokenizer, layers=28, cls=Qwen3ForCausalLM),  # the 27th is used
+        vae=AutoencoderKLFlux2(
+            block_out_channels=(8, 8, 16), down_block_types=("DownEncoderBlock2D",) * 3,
+            up_block_types=("UpDecoderBlock2D",) * 3, latent_channels=4, norm_num_groups=4,
+            sample_size=32,
+        ),
+        transformer=Flux2Transformer2DModel(
+            in_channels=16, num_layers=1, num_single_layers=2, attention_head_dim=16,
+            num_attention_heads=2, joint_attention_dim=48, axes_dims_rope=(4, 4, 4, 4),
+            guidance_embeds=False,
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+    )  # fmt: skip
+    torch.nn.init.normal_(pipe.vae.bn.running_mean, std=0.3)  # zeros at first
+    torch.nn.init.uniform_(pipe.vae.bn.running_var, 0.5, 2.0)  # ones at first
     return pipe
 
 

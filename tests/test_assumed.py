@@ -25,7 +25,7 @@ from common.models import folder
 from common.models.sd import StableDiffusion
 
 MADE = {"sd3": pipelines.sd3, "qwen": pipelines.qwen, "hunyuan": pipelines.hunyuan}
-MADE |= {"z-image": pipelines.z_image}
+MADE |= {"z-image": pipelines.z_image, "flux2": pipelines.flux2}
 TINY = {"flux": "tiny-flux", "sd": "tiny-sd", "wan": "tiny-wan", "i2v": "tiny-wan-i2v"}
 BETAS = dict(beta_start=0.001, beta_end=0.01, beta_schedule="linear")
 FLOW = dict(prediction_type="flow_prediction", use_flow_sigmas=True)
@@ -111,6 +111,9 @@ OTHER = [
     ("z-image", "transformer", {"in_channels": 16}, "in_channels 16. Supported is 4"),
     ("z-image", "transformer", {"siglip_feat_dim": 8}, "siglip_feat_dim 8. Supported is none"),
     ("z-image", "transformer", {"all_patch_size": [2, 4]}, r"all_patch_size \[2, 4\]"),
+    ("flux2", "transformer", {"in_channels": 32}, "in_channels 32. Supported is 16"),
+    ("flux2", "transformer", {"guidance_embeds": ...}, "no guidance_embeds. Supported is False"),
+    ("flux2", "vae", {"batch_norm_eps": None}, "batch_norm_eps None. Supported is a number"),
     ("wan", "transformer", {"in_channels": 36}, "in_channels 36. Supported is 8"),
     ("wan", "vae", {"latents_mean": None}, "latents_mean None"),
     ("i2v", "transformer_2", {"in_channels": 8}, "transformer_2/.* in_channels 8. Supported is 18"),
@@ -220,6 +223,14 @@ RELEASED = {
         ),
         vae=dict(z_dim=16, latents_mean=NUMBERS, latents_std=NUMBERS),
     ),
+    "Flux2KleinPipeline": dict(
+        scheduler=dict(FLOWMATCH, shift=3.0, use_dynamic_shifting=True),
+        transformer=dict(
+            in_channels=128, out_channels=None, patch_size=1, joint_attention_dim=7680,
+            guidance_embeds=False,
+        ),
+        vae=dict(latent_channels=32, patch_size=[2, 2], batch_norm_eps=0.0001),
+    ),
     "ZImagePipeline": dict(
         scheduler=dict(FLOWMATCH, shift=6.0, use_dynamic_shifting=False),
         transformer=dict(
@@ -254,6 +265,15 @@ def test_the_released_models_have_what_their_family_assumes(pipeline):
     for part, values in assumed.items():
         for name, allowed in values.items():
             folder.require(Path(part), configs[part], name, allowed)
+
+
+def test_a_distilled_model_takes_no_guidance(copy):
+    model = copy("flux2")
+    change(model / "model_index.json", is_distilled=True)
+    size = dict(height=32, width=32)
+    with pytest.raises(InputError, match="--guidance 4: this model is distilled and takes no"):
+        models.load(str(model), torch.float32, guidance=4.0, **size)
+    assert models.load(str(model), torch.float32, guidance=1.0, **size).guidance == 1
 
 
 # --- Two experts, and the first step of Stable Diffusion ---

@@ -15,6 +15,7 @@ import pipelines
 import pytest
 import torch
 from diffusers import (
+    Flux2Transformer2DModel,
     FluxTransformer2DModel,
     HunyuanVideoTransformer3DModel,
     QwenImageTransformer2DModel,
@@ -28,12 +29,13 @@ from PIL import Image
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import grpo_base
-from benchmarks.memory import SD3
+from benchmarks.memory import KLEIN_4B, SD3
 from common import cli, models, sde
 from common.args import defaults
 from common.errors import InputError
 from common.models import lora
 from common.models.flux import Flux
+from common.models.flux2 import Flux2Klein
 from common.models.hunyuan import HunyuanVideo
 from common.models.qwen import QwenImage
 from common.models.sd import StableDiffusion
@@ -53,6 +55,7 @@ FAMILIES = {
         dict(height=32, width=32),
     ),
     "qwen": (pipelines.qwen, QwenImage, dict(height=32, width=32)),
+    "flux2": (pipelines.flux2, Flux2Klein, dict(height=32, width=32)),
     "z-image": (pipelines.z_image, ZImage, dict(height=32, width=32)),
     "wan": (pipelines.wan, Wan, CLIP),
     "wan, two experts": (partial(pipelines.wan, experts=2), Wan, CLIP),
@@ -60,7 +63,8 @@ FAMILIES = {
     "i2v, two experts": (partial(pipelines.wan, experts=2, images=True), WanImageToVideo, CLIP),
     "hunyuan": (pipelines.hunyuan, HunyuanVideo, CLIP),
 }
-SHIFTS = {StableDiffusion3: 3.0, ZImage: 6.0}  # of pipelines that are given no sigmas
+# of pipelines that are given no sigmas
+SHIFTS = {StableDiffusion3: 3.0, Flux2Klein: "scheduler", ZImage: 6.0}
 
 
 @pytest.fixture
@@ -93,6 +97,9 @@ def official(model, sigmas, noise, picture, **settings):
     if isinstance(model, ZImage):  # its scheduler shifts by 6, its guidance begins at 0
         settings["guidance_scale"] -= 1
         return pipe(prompt=list(CAPTIONS), **settings).images
+    if isinstance(model, Flux2Klein):  # it packs the latents itself
+        settings["latents"] = noise.mT.unflatten(2, model.grid)
+        return pipe(prompt=CAPTIONS, **settings).images
     if isinstance(model, QwenImage):
         settings |= dict(true_cfg_scale=settings.pop("guidance_scale"), negative_prompt=[" "] * 3)
         return pipe(prompt=CAPTIONS, sigmas=sigmas[:-1].tolist(), **settings).images
@@ -135,7 +142,7 @@ def test_ode_sampler_gives_the_pipelines_own_samples(family, guidance, picture):
 
 
 @pytest.mark.parametrize(
-    "family", ["sd", "sd3", "qwen", "z-image", "wan", "i2v, two experts", "hunyuan"]
+    "family", ["sd", "sd3", "qwen", "flux2", "z-image", "wan", "i2v, two experts", "hunyuan"]
 )
 @torch.no_grad()
 def test_guidance_reaches_the_samples(family, picture):
@@ -147,7 +154,7 @@ def test_guidance_reaches_the_samples(family, picture):
     assert (velocities[0] - velocities[1]).abs().max() > 1e-4
 
 
-@pytest.mark.parametrize("family", ["sd", "sd3", "qwen", "z-image", "wan", "i2v"])
+@pytest.mark.parametrize("family", ["sd", "sd3", "qwen", "flux2", "z-image", "wan", "i2v"])
 @torch.no_grad()
 def test_batched_guidance_equals_sequential(family, picture):
     results = []
@@ -315,7 +322,17 @@ def test_each_expert_learns_from_its_own_steps_alone(picture):
 # --- Training, from folders ---
 
 
-TRAINED = ["sd", "sd3", "qwen", "z-image", "wan", "wan, two experts", "i2v, two experts", "hunyuan"]
+TRAINED = [
+    "sd",
+    "sd3",
+    "qwen",
+    "flux2",
+    "z-image",
+    "wan",
+    "wan, two experts",
+    "i2v, two experts",
+    "hunyuan",
+]
 GUIDED = dict(sd=3.0, hunyuan=6.0)
 
 
@@ -414,7 +431,9 @@ def test_exported_lora_loads_into_the_plain_pipeline(family, train, tmp_path, pi
         assert all(torch.equal(loaded[key], expected[key]) for key in loaded)
 
 
-@pytest.mark.parametrize("family", ["wan, two experts", "sd", "sd3", "qwen", "z-image", "hunyuan"])
+@pytest.mark.parametrize(
+    "family", ["wan, two experts", "sd", "sd3", "qwen", "flux2", "z-image", "hunyuan"]
+)
 def test_exported_weights_load_into_the_plain_pipeline(family, train, tmp_path, picture):
     settings = folder_of(family, tmp_path, picture)
     folder, _ = train(**settings, steps=2)
@@ -479,6 +498,7 @@ def test_processes_exchange_gradients_when_told_and_not_before(tmp_path):
         ("sd", dict(height=30), "multiples of 8"),
         ("sd3", dict(width=36), "multiples of 8"),
         ("qwen", dict(width=34), "multiples of 4"),
+        ("flux2", dict(width=36), "multiples of 8"),
         ("z-image", dict(width=36), "multiples of 8"),
         ("sd3", dict(frames=5), "--frames 5: a .* makes images"),
         ("wan", dict(guidance_2=2.0), "--guidance-2 2: it is for the second expert"),
@@ -615,6 +635,7 @@ def test_the_table_of_models_names_sizes_lora_layers_and_blocks():
         StableDiffusion,
         StableDiffusion3,
         QwenImage,
+        Flux2Klein,
         ZImage,
         Wan,
         WanImageToVideo,
@@ -663,6 +684,7 @@ FULL = {
     ),
     "sd3.5-medium": (SD3Transformer2DModel, SD3, StableDiffusion3, 2.24e9),
     "qwen-image": (QwenImageTransformer2DModel, dict(), QwenImage, 20.43e9),
+    "flux2-klein-4b": (Flux2Transformer2DModel, KLEIN_4B, Flux2Klein, 3.88e9),
     "z-image": (ZImageTransformer2DModel, dict(), ZImage, 6.15e9),
     "wan2.1-1.3b": (
         WanTransformer3DModel,
@@ -693,5 +715,5 @@ def test_full_sizes_have_the_parameters_blocks_and_lora_layers_that_they_should(
     if family is not StableDiffusion:  # its weights are convolutions for the most part
         # all of the blocks' own linear layers but those that make modulations
         assert inside > 0.6 * parameters
-    assert len(targets) > 100
-    assert name in models.MODELS and models.MODELS[name]["sampling_steps"] in (10, 16, 50)
+    assert len(targets) >= 100
+    assert name in models.MODELS and models.MODELS[name]["sampling_steps"] in (8, 10, 16, 50)

@@ -226,7 +226,7 @@ def test_two_processes_train_as_one(runs, tmp_path, monkeypatch):
 
 @pytest.mark.long
 @pytest.mark.parametrize("config", ["ddp", "fsdp2"])
-@pytest.mark.parametrize("families", [("sd3", "qwen"), ("z_image",)], ids=" ".join)
+@pytest.mark.parametrize("families", [("sd3", "qwen"), ("z_image",), ("flux2",)], ids=" ".join)
 def test_families_without_a_tiny_model_train_on_two_processes_as_on_one(
     families, config, tmp_path, monkeypatch
 ):

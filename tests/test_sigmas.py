@@ -17,6 +17,7 @@ import grpo_base
 from common import cli, models, sde
 from common.errors import InputError
 from common.models.flux import Flux
+from common.models.flux2 import Flux2Klein
 from common.models.hunyuan import HunyuanVideo
 from common.models.qwen import QwenImage
 from common.models.sd import StableDiffusion
@@ -39,6 +40,7 @@ FLOW = dict(prediction_type="flow_prediction", use_flow_sigmas=True)
 WAN = UniPCMultistepScheduler(flow_shift=3.0, **FLOW)  # Wan2.1
 HUNYUAN = FlowMatchEulerDiscreteScheduler(shift=7.0)  # HunyuanVideo
 Z_IMAGE = FlowMatchEulerDiscreteScheduler(shift=6.0)  # Z-Image; Turbo 3
+KLEIN = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)  # FLUX.2 klein
 PICTURE = Image.fromarray(np.zeros((32, 32, 3), dtype=np.uint8))
 # {name: (pipeline, family, released scheduler, sizes)}
 FAMILIES = {
@@ -46,6 +48,7 @@ FAMILIES = {
     "sd3": (pipelines.sd3, StableDiffusion3, SD3, [(32, 32), (48, 64)]),
     "sd3, dynamic": (pipelines.sd3, StableDiffusion3, FLUX, [(32, 32), (48, 64)]),
     "qwen": (pipelines.qwen, QwenImage, QWEN, [(32, 32), (128, 192)]),
+    "flux2": (pipelines.flux2, Flux2Klein, KLEIN, [(32, 32), (128, 192)]),
     "z-image": (pipelines.z_image, ZImage, Z_IMAGE, [(32, 32), (48, 64)]),
     "z-image, dynamic": (pipelines.z_image, ZImage, FLUX, [(48, 64)]),
     "wan": (pipelines.wan, Wan, WAN, [(32, 32), (48, 64)]),
@@ -107,7 +110,7 @@ def test_the_schedulers_sigmas_are_those_that_the_plain_pipeline_visits(
     )
     theirs, timesteps = visited(model, steps)
     assert ours.dtype == torch.float32 and torch.equal(ours, theirs)
-    unit = 1 if isinstance(model, Flux | QwenImage | ZImage) else 1000
+    unit = 1 if isinstance(model, Flux | Flux2Klein | QwenImage | ZImage) else 1000
     apart = (timesteps - ours[:-1] * unit).abs().max()
     assert apart < (1 if model.pipe.scheduler.__class__ is UniPCMultistepScheduler else 1e-3), (
         "UniPC passes whole timesteps"
@@ -189,7 +192,7 @@ def test_stable_diffusion_has_one_schedule():
 def test_which_models_sample_at_their_schedulers_sigmas():
     of = {name: settings["shift"] for name, settings in models.MODELS.items()}
     own = [name for name, shift in of.items() if shift == "scheduler"]
-    assert own == ["sd3.5-medium", "qwen-image", "z-image"], (
+    assert own == ["sd3.5-medium", "qwen-image", "z-image", "flux2-klein-4b"], (
         "those of Flow-GRPO and Flow-Factory; the others are DanceGRPO's"
     )
     assert {of[name] for name in of if name.startswith("wan") or name == "hunyuan"} == {5.0}

@@ -42,6 +42,7 @@ FAMILIES = {
     "StableDiffusionPipeline": ("common.models.sd", "StableDiffusion"),
     "StableDiffusion3Pipeline": ("common.models.sd3", "StableDiffusion3"),
     "QwenImagePipeline": ("common.models.qwen", "QwenImage"),
+    "Flux2KleinPipeline": ("common.models.flux2", "Flux2Klein"),
     "ZImagePipeline": ("common.models.z_image", "ZImage"),
     "WanPipeline": ("common.models.wan", "Wan"),
     "WanImageToVideoPipeline": ("common.models.wan", "WanImageToVideo"),

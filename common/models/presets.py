@@ -119,14 +119,20 @@ MODELS = {
         sde_steps=5, sde_window=2, group_size=16, minibatches=2, timestep_fraction=1.0,
         same_noise=False, lora_rank=64,
     ),
-    # No paper trains it with GRPO. The recipe is that of Flow-Factory's code (X-GenGroup,
-    # examples/grpo/lora/z_image), whose guidance_scale of 4 is 5 here. It draws the one step with
-    # noise from the second to the fourth, this table from the first four.
+    # No paper trains these two with GRPO. The recipes are those of Flow-Factory's code (X-GenGroup,
+    # examples/grpo/lora). It draws the one step with noise from the second to the fourth, this
+    # table from the first four. Its guidance_scale of 4 for Z-Image is 5 here.
     "z-image": dict(
         _PAPERS, pipeline="ZImagePipeline", source="Tongyi-MAI/Z-Image", height=512, width=512,
         guidance=5.0, steps=200, sampling_steps=10, sde="flow", shift="scheduler", noise_level=0.7,
         sde_steps=4, sde_window=1, group_size=16, minibatches=2, timestep_fraction=1.0,
         same_noise=False, lora_rank=64,
+    ),
+    "flux2-klein-4b": dict(
+        _PAPERS, pipeline="Flux2KleinPipeline", source="black-forest-labs/FLUX.2-klein-base-4B",
+        height=384, width=384, guidance=4.0, steps=200, sampling_steps=8, sde="flow",
+        shift="scheduler", noise_level=0.7, sde_steps=4, sde_window=1, group_size=16,
+        minibatches=2, timestep_fraction=1.0, same_noise=False, lora_rank=64,
     ),
     "wan2.1-1.3b": dict(
         _VIDEO, pipeline="WanPipeline", source="Wan-AI/Wan2.1-T2V-1.3B-Diffusers",

@@ -19,7 +19,10 @@ import torch
 
 from common.errors import InputError, LocalError, described, loading, out_of_memory, text
 
-STATES = ("hidden_states", "encoder_hidden_states", "temb")  # inputs that gradients go through
+# inputs that gradients go through
+STATES = (
+    "hidden_states", "encoder_hidden_states", "temb", "temb_mod", "temb_mod_img", "temb_mod_txt"
+)  # fmt: skip
 _off = False
 
 
