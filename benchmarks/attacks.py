@@ -6,6 +6,7 @@ machines.
 
 Each attack is a small run that ends well: it comes to its end, or says in one line what is wrong;
 without a traceback, with 60 seconds of computing and 4 GiB, and whatever it had finished is saved.
+A run that came to its end is what was meant, where benchmarks/silent.py knows that.
 One process imports everything and forks for each attack, which calls the script's own main through
 errors.run; one in fifteen is a process of its own."""
 
@@ -37,7 +38,8 @@ import bpgo
 import grpo_base
 import self_paced
 import slas
-from benchmarks import servers
+from benchmarks import servers, silent
+from benchmarks.silent import Attack
 from common import cli, errors, models, rewards
 from common.trainer import checkpoint_files
 
@@ -67,21 +69,6 @@ class Args:
     """Attacks at the same time."""
     verbose: bool = False
     """Print every attack with what it got."""
-
-
-@dataclasses.dataclass
-class Attack:
-    """script.py with these flags, in a folder of its own."""
-
-    what: str
-    flags: list
-    script: str = "grpo_base"
-    before: object = None  # called in the attack's process, before it begins; returns more flags
-    own: bool = False  # a process of its own
-    environment: dict = dataclasses.field(default_factory=dict)
-    stdout: str = ""  # a file; "|": a pipe that nobody reads
-    saved: bool = True  # whether what is finished can be saved
-    kept: tuple = ()  # (path, its bytes): files that the attack has to leave as they are
 
 
 # --- What is attacked ---
@@ -171,7 +158,7 @@ def pictures(rng, folder):
     elif how == "bits":
         for _ in range(rng.choice([1, 5, 50])):
             data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
-    elif how == "bomb":
+    elif how == "a bomb":
         image.convert("L").save(file, "PNG")
         data = bytearray(file.read_bytes())
         data[16:24] = struct.pack(
@@ -491,7 +478,7 @@ def resumed(rng, folder):
 KINDS = {
     "flags": flags, "prompts": prompts, "pictures": pictures, "folders": folders,
     "rewards' weights": weights, "servers": server, "rewards": reward, "the machine": machine,
-    "checkpoints": resumed,
+    "checkpoints": resumed, **silent.KINDS,
 }  # fmt: skip
 ROUND = (
     ["flags"] * 4
@@ -501,7 +488,7 @@ ROUND = (
     + ["servers"] * 3
     + ["rewards"] * 2
 )
-ROUND += ["the machine"] * 3 + ["checkpoints"] * 2 + ["rewards' weights"]
+ROUND += ["the machine"] * 3 + ["checkpoints"] * 2 + ["rewards' weights"] + list(silent.KINDS)
 
 
 # --- One attack ---
@@ -509,6 +496,10 @@ ROUND += ["the machine"] * 3 + ["checkpoints"] * 2 + ["rewards' weights"]
 
 def begin(attack, folder):
     """Starts an attack in its folder; returns the process' number."""
+    if attack.start:
+        shutil.copytree(finished(attack.start), folder, dirs_exist_ok=True)
+    if attack.twin:
+        finished(attack.twin)  # now: its time is not the attack's
     words = [
         *SMALL,
         *([] if any("--output" in word for word in attack.flags) else ["--output=run"]),
@@ -583,7 +574,25 @@ def verdict(attack, folder, status, seconds, memory):
         )
     if code and (len(lines) != 1 or len(line) > 1500):
         return f"{len(lines)} lines", said[-1500:]
+    if not code and (wrong := unseen(attack, folder)):
+        return "wrong in silence", wrong
     return lost(attack, folder, code, line) or ("one line" if code else "its end", line)
+
+
+def unseen(attack, folder):
+    """What is wrong with a run that came to its end, or ""."""
+    if attack.twin:
+        ours, twins = numbers(folder / "run"), numbers(finished(attack.twin) / "run")
+        if ours.shape != twins.shape or not torch.allclose(ours, twins, rtol=0.01):
+            return f"rewards and gradients {ours.tolist()}, {attack.twin.what} has {twins.tolist()}"
+    return attack.wrong(folder) if attack.wrong else ""
+
+
+def numbers(run):
+    """The mean reward and the gradient of each step, [steps, 2]; sharding rounds them otherwise."""
+    rows = map(json.loads, (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    steps = [row for row in rows if "reward_mean" in row]
+    return torch.tensor([[row["reward_mean"], row["grad_norm"]] for row in steps])
 
 
 def lost(attack, folder, code, line):
@@ -605,18 +614,25 @@ def lost(attack, folder, code, line):
     return None
 
 
-_template = []
+_finished = {}
+
+
+def finished(attack):
+    """The folder in which a run that nobody attacks has ended; it runs once."""
+    if attack.what not in _finished:
+        folder = Path(tempfile.mkdtemp()) / "place"
+        folder.mkdir()
+        child = begin(attack, folder)
+        said = folder / "stderr.txt"
+        assert os.waitpid(child, 0)[1] == 0, said.read_text(encoding="utf-8")
+        said.unlink()
+        _finished[attack.what] = folder
+    return _finished[attack.what]
 
 
 def template():
     """A finished run with two checkpoints."""
-    if not _template:
-        folder = Path(tempfile.mkdtemp()) / "place"
-        folder.mkdir()
-        _template.append(folder / "run")
-        child = begin(Attack("", ["--lora-rank=4", "--save-every=1"]), folder)
-        assert os.waitpid(child, 0)[1] == 0, (folder / "stderr.txt").read_text(encoding="utf-8")
-    return _template[0]
+    return finished(Attack("a LoRA", ["--lora-rank=4", "--save-every=1"])) / "run"
 
 
 # --- All of them ---

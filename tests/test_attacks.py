@@ -1,5 +1,7 @@
 """The attacker sees what went wrong; `python -m benchmarks.attacks` attacks 300 times."""
 
+import json
+import random
 import signal
 import subprocess
 import sys
@@ -7,7 +9,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-from benchmarks import attacks
+from benchmarks import attacks, silent
 from common.trainer import checkpoint_files
 
 GOOD = "error: --steps 0: must be from 1\n"
@@ -71,13 +73,47 @@ def test_what_an_attack_had_to_leave_alone(tmp_path):
     assert verdict(tmp_path, kept=((kept, b"b"),)) == "a loss"
 
 
+def test_what_is_wrong_in_silence_is_seen(tmp_path, monkeypatch):
+    whole = tmp_path / "whole"
+    for place in (whole, tmp_path):
+        (place / "run/export").mkdir(parents=True)
+
+    def write(place, gradient, steps=1):
+        row = json.dumps({"reward_mean": 0.5, "grad_norm": gradient}) + "\n"
+        (place / "run/metrics.jsonl").write_text(steps * row + '{"eval_reward": 0}\n')
+
+    write(whole, 0.2)
+    monkeypatch.setitem(attacks._finished, "plain", whole)
+    given = dict(twin=attacks.Attack("plain", []), saved=False)
+    for gradient, steps, result in (
+        (0.2001, 1, "its end"),  # rounding
+        (0.05, 1, "wrong in silence"),  # a quarter
+        (0.2, 2, "wrong in silence"),
+    ):
+        write(tmp_path, gradient, steps)
+        assert verdict(tmp_path, **given) == result
+    assert verdict(tmp_path, GOOD, 2, **given) == "one line"
+    other = dict(saved=False, wrong=lambda folder: "other pixels")
+    assert verdict(tmp_path, **other) == "wrong in silence"
+    assert verdict(tmp_path, saved=False, wrong=lambda folder: "") == "its end"
+
+
+@pytest.mark.parametrize("kind", silent.KINDS)
+def test_every_kind_of_silence_can_be_drawn(kind, tmp_path):
+    for number in range(20):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        attack = silent.KINDS[kind](random.Random(number), folder)
+        assert attack.what and (attack.wrong or attack.twin)
+
+
 @pytest.mark.slow
 def test_a_round_of_attacks_leaves_every_run_whole():
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.attacks", "--number", "27"],
+        [sys.executable, "-m", "benchmarks.attacks", "--number", "35"],
         cwd=ROOT,
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "27 of 27 without traceback, hang or loss" in done.stdout
+    assert "35 of 35 without traceback, hang or loss" in done.stdout
