@@ -241,9 +241,9 @@ class GenEval:
                 state = PUBLISHED.get_state_dict(progress=False, check_hash=True)
         self.batch = batch
         self.detector = weights.fill(source.name, detector(), state, path)
-        clip = Clip()
-        clip.load(source.of("clip"), batch)
-        self.colours = Colours(clip)
+        self.clip = Clip()
+        self.clip.load(source.of("clip"), batch)
+        self.colours = Colours(self.clip)
 
     @torch.no_grad()
     def score(
