@@ -272,10 +272,8 @@ def train(world, method, rates, setting=Setting(), chance=0, draws=draws, watch=
     for step in range(setting.steps):
         prompts, noise, error, generator = draws(world, setting, step, chance)
         known.step, known.prompts = step, prompts
-        rows_of = [
-            known.again(value).repeat_interleave(G, 1) for value in (prompts.z, prompts.mean)
-        ]
-        z, mean = rows_of  # [E, B, ...]
+        z = known.again(prompts.z).repeat_interleave(G, 1)  # [E, B, C + 1]
+        mean = known.again(prompts.mean).repeat_interleave(G, 1)  # [E, B, D]
 
         # --- Rollout, reward, advantage ---
         if setting.same_noise:
@@ -293,7 +291,9 @@ def train(world, method, rates, setting=Setting(), chance=0, draws=draws, watch=
         advantages = [term.flatten(1) for term in terms]  # [E, B] each
 
         # --- Update ---
+        norm = torch.zeros(E)
         for minibatch in groups.split_rows(kept, setting.minibatches):
+            trained = sde.noisy_steps(s, setting.timestep_fraction, generator)
             share = vmap(groups.row_weights)(minibatch.view(E, P, G)).flatten(1)  # [E, B]
             # runs have different rows if some are masked; the rows beside them have share 0
             most = int(minibatch.view(E, B).sum(1).max())
@@ -305,13 +305,13 @@ def train(world, method, rates, setting=Setting(), chance=0, draws=draws, watch=
             some = field_of(z[rows], mean[rows])
             base = field_of(z[rows], mean[rows], weights=None)
             means = {}  # {t: [E * rows, D]} before the update
-            total, trained = 0, sde.noisy_steps(s, setting.timestep_fraction, generator)
+            total = 0
             for t in trained:
                 x, x_next = (latents_mb[:, :, t + i].flatten(0, 1) for i in (0, 1))
+                velocity = some(x, sigmas[t])
                 _, log_prob, means[t] = transition(
-                    some(x, sigmas[t]), x, sigmas[t], sigmas[t + 1], s[t],
-                    x_next=x_next,
-                )  # fmt: skip
+                    velocity, x, sigmas[t], sigmas[t + 1], s[t], x_next=x_next
+                )
                 ratio = torch.exp(log_prob - log_probs_mb[:, :, t].flatten())
                 row_loss = sum(
                     loss.clipped_surrogate(ratio, term[rows].flatten(), setting.clip_range)
@@ -331,7 +331,8 @@ def train(world, method, rates, setting=Setting(), chance=0, draws=draws, watch=
             if setting.kl_coef:
                 learning = minibatch.view(E, B).any(1)
             norm = optimizer.step(gradients, learning)
-            if known.observe:
+            if known.observe:  # the KL of the update, from the means before and after it
+                real = minibatch.view(E, B)[rows]  # [E, rows]
                 kls = []
                 for t in trained:
                     x = latents_mb[:, :, t].flatten(0, 1)
@@ -340,7 +341,8 @@ def train(world, method, rates, setting=Setting(), chance=0, draws=draws, watch=
                             some(x, sigmas[t]), x, sigmas[t], sigmas[t + 1], s[t]
                         )
                     std = sde.transition_std(sigmas[t], sigmas[t + 1], s[t])
-                    kls.append(loss.gaussian_kl(after, means[t].detach(), std).view(E, -1).mean(1))
+                    kl = loss.gaussian_kl(after, means[t].detach(), std).view(E, -1)
+                    kls.append((kl * real).sum(1) / real.sum(1).clamp(min=1))
                 known.observe(minibatch.view(E, P, G), torch.stack(kls).mean(0))
         if watch is not None:
             watch.append((rewards, norm, known))

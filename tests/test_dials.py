@@ -2,6 +2,7 @@
 and errors that are planted in an advantage show up."""
 
 import json
+import re
 from dataclasses import replace
 from functools import partial
 
@@ -9,6 +10,7 @@ import numpy as np
 import points_rewards
 import pytest
 import torch
+from conftest import ROOT
 
 import bpgo
 import grpo_base
@@ -116,8 +118,6 @@ def train_script(train_main):
 @pytest.fixture
 def train_main(train, monkeypatch):
     """Runs a script's main; rewards in tests/ are found from the repository's folder."""
-    from conftest import ROOT
-
     monkeypatch.chdir(ROOT)
     return train
 
@@ -290,12 +290,7 @@ METHOD = """
 def compute_advantages(reward, adv_clip_max):
     return reward - reward.mean(1, keepdim=True)
 """
-STATEFUL = """
-def dial(rewards, known):
-    known.memory["steps"] = known.memory.get("steps", 0) + 1
-    centred = known.reward - known.reward.mean(2, keepdim=True)
-    return [centred / known.memory["steps"]]
-"""
+STATEFUL = re.search(r"```python\n(.*?)```", (ROOT / "docs/dials.md").read_text("utf-8"), re.S)[1]
 
 
 @pytest.mark.long
