@@ -9,6 +9,13 @@ if workers := os.getenv(
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from gpus import wants_gpu
+
+# Elsewhere a GPU would change dtypes, kernels and rounding. Before torch is imported; the workers
+# of pytest-xdist inherit it.
+if "PYTEST_XDIST_WORKER" not in os.environ and not wants_gpu(sys.argv):
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
 import json
 import re
 import shutil
@@ -34,6 +41,11 @@ TIMINGS = ("rollout_seconds", "reward_seconds", "update_seconds", "samples_per_s
 def pytest_collection_modifyitems(items):
     """The long ones begin, so that no worker waits for one at the end."""
     items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a GPU, and -m gpu: bash run.sh test -m gpu -n0")
 
 
 @pytest.hookimpl(hookwrapper=True)
