@@ -36,11 +36,11 @@ from common import cli, errors, models
 from common.args import From, Scored, check_bounds, rows_of, score_batch
 from common.args import defaults as defaults_of
 from common.errors import InputError
-from common.models.family import Family
 from common.prompts import fields_of, read_prompts
 from common.reporting.files import write_text
 from common.rewards import Rewards, weighted_sum
 from common.trainer import Processes
+from common.trainer.evaluator import load_to_sample
 from evaluation import layouts, tables, trained
 from evaluation.folder import Folder, digest
 from evaluation.sampler import Sampler
@@ -170,8 +170,7 @@ def evaluate(args: Args) -> None:
     rewards = Rewards(args, prompts, clips=models.family_of(args.model, args.source).video)
     weights = {"base": None, **{run.name: run for run in runs}}  # {model: Trained}
     folder = _folder(args, prompts, weights)
-    model = models.load(args.model, processes.dtype, prompts, **args.model_settings())
-    place(model, processes, offload_encoders=args.offload_encoders)
+    model = load_to_sample(args.model, prompts, processes, **args.model_settings())
     rewards.smoke_test(model.try_out(prompts[0]), prompts[0])
     sampler = Sampler(
         model,
@@ -244,15 +243,6 @@ def _folder(args: Args, prompts: list[str], weights: dict[str, Trained | None]) 
     for name, run in weights.items():
         whose[name] = run.identity() if run else {"base": args.source or args.model}
     return Folder(args.output, settings, whose)
-
-
-def place(model: Family, processes: Processes, offload_encoders: bool) -> None:
-    """Move the model to the device and prepare it for sampling without gradients."""
-    models.place(model, processes.device, offload_encoders)
-    for name, module in model.trainable.items():
-        module.requires_grad_(False).eval().to(processes.device)
-        prepared = processes.accelerator.prepare_model(module, evaluation_mode=True)
-        model.trainable[name] = prepared
 
 
 def trains_all(weights: Trained | None) -> bool:

@@ -107,7 +107,7 @@ def main(args: Args) -> Log:
             start_noise = sde.RowNoise(args.seed, step, start_rows[mb.index], processes.device)
             # + P * G: other random streams than those of the initial noise
             sde_noise = sde.RowNoise(args.seed, step, P * G + rows[mb.index], processes.device)
-            velocity_fn = partial(policy.velocity, cond=models.take(cond, mb.index))
+            velocity_fn = partial(policy.velocity, cond=models.take(cond, mb.on_device))
             with policy.sampling():  # no gradients
                 x = start_noise(model.noise_shape)  # [n, ...]
                 _, log_prob = sde.rollout(  # [n, T]
@@ -153,8 +153,8 @@ def main(args: Args) -> Log:
             micro_batches = processes.micro_batches(learning, plan.batch)
             diagnostics.append([])
             for mb in micro_batches:
-                cond_mb = models.take(cond, mb.index)
-                weight = row_weight[mb.index] * mb.real  # [n]: padding rows count nothing
+                cond_mb = models.take(cond, mb.on_device)
+                weight = row_weight[mb.on_device] * mb.real  # [n]: padding rows count nothing
                 for t in trained_steps:
                     x, x_next = latents.at(mb.index, t), latents.at(mb.index, t + 1)
                     sigma, sigma_next = sigmas[t], sigmas[t + 1]
@@ -166,10 +166,10 @@ def main(args: Args) -> Log:
                         _, log_prob, mean = transition(
                             velocity, x, sigma, sigma_next, s[t], x_next=x_next
                         )
-                        log_ratio = log_prob - log_probs[mb.index, t]  # [n]
+                        log_ratio = log_prob - log_probs[mb.on_device, t]  # [n]
                         ratio = loss.probability_ratio(log_ratio, update)  # [n]
                         row_loss = loss.clipped_surrogate(
-                            ratio, local_advantages[mb.index], args.clip_range
+                            ratio, local_advantages[mb.on_device], args.clip_range
                         )
                         kl = None  # [n] from the initial weights, if these are kept
                         if args.kl_coef:

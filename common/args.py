@@ -266,10 +266,10 @@ class Update:
     or more of compilation. Needs a C++ compiler."""
     attention: Literal[
         "native", "_native_flash", "_native_cudnn", "_native_efficient", "_native_math", "flex",
-        "flash", "flash_hub", "_flash_3", "_flash_3_hub", "xformers",
     ] = "native"  # fmt: skip
-    """Attention kernel of the transformer, by its name in diffusers. native: the kernel that torch
-    or DIFFUSERS_ATTN_BACKEND chooses."""
+    """Attention kernel of the transformer, by its name in diffusers; all of them are torch's own.
+    native: the kernel that torch or DIFFUSERS_ATTN_BACKEND chooses. _native_flash takes no mask
+    (HunyuanVideo, Qwen-Image); flex needs --compile."""
     exchange_often: bool = False
     """For sharded weights: sync gradients after every backward pass instead of once per update.
     This needs less memory and more communication. Training turns it on when the gradients would not

@@ -178,7 +178,10 @@ def gaussian_log_prob(x: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) ->
 
 def _per_row(value: Scalars, x: torch.Tensor) -> torch.Tensor:
     """Return a scalar or [B] as a tensor that broadcasts against x [B, ...]."""
-    value = torch.as_tensor(value, dtype=x.dtype, device=x.device)
+    if not isinstance(value, torch.Tensor) or value.ndim == 0:
+        # filled in on x's device: a copy from the CPU would wait for a GPU to finish
+        value = torch.full((), float(value), dtype=x.dtype, device=x.device)
+    value = value.to(x)
     assert value.ndim == 0 or value.shape == x.shape[:1], (
         f"expected a scalar or [{len(x)}], got {tuple(value.shape)}"
     )

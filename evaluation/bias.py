@@ -37,7 +37,7 @@ import numpy as np
 import torch
 import tyro
 
-from common import cli, errors, models
+from common import cli, errors
 from common.args import From, check_bounds, check_lists, defaults, rows_of
 from common.errors import InputError
 from common.models.family import Family
@@ -45,7 +45,8 @@ from common.models.pictures import read_image
 from common.prompts import caption_of, files, image_of, key_of, prompts_of_step, read_prompts
 from common.reporting.pictures import pyplot
 from common.rewards import Rewards
-from common.trainer.evaluator import sample
+from common.trainer import Processes
+from common.trainer.evaluator import load_to_sample, sample
 from evaluation import sampler, trained
 
 SHUFFLES = 1000  # random assignments of the captions to clusters
@@ -175,14 +176,10 @@ def load(args: Args, prompts: list[str]) -> tuple[Family, cli.Args]:
     known = {name: config[name] for name in SETTINGS if name in config}
     settings = defaults(cli.Args, config.get("model", args.model), **known)
     settings.micro_batch = rows_of(settings.micro_batch)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    model = models.load(settings.model, dtype, prompts, **settings.model_settings())
+    processes = Processes()
+    model = load_to_sample(settings.model, prompts, processes, **settings.model_settings())
     if run:
-        trained.load(model, run)
-    for part in model.pipe.components.values():
-        if isinstance(part, torch.nn.Module):
-            part.to(device).requires_grad_(False).eval()
+        trained.load(model, run, autocast=processes.precision != "no")
     return model, settings
 
 

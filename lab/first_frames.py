@@ -22,7 +22,8 @@ from PIL import Image, ImageOps
 from common import cli, models
 from common.errors import InputError, run
 from common.prompts import caption_of, image_of, prompts_of_step, read_prompts, sets
-from common.trainer.evaluator import sample
+from common.trainer import Processes
+from common.trainer.evaluator import load_to_sample, sample
 
 
 @dataclass
@@ -110,24 +111,26 @@ def artist(args, prompts):
     """(i, the i-th caption) -> the PIL image that --model draws of it, without noise in its
     steps."""
     settings = models.settings(args.model)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     size = dict(height=args.height, width=args.width, offload_encoders=True)
     if models.family_of(args.model).video:
         raise InputError(
             f"--model {args.model} makes clips; take a text-to-image model, or --clips"
         )
-    model = models.load(args.model, dtype, prompts, guidance=settings.get("guidance", 3.5), **size)
-    for name, module in model.pipe.components.items():
-        if isinstance(module, torch.nn.Module) and name not in model.encoders:
-            module.to(device).requires_grad_(False).eval()
+    processes = Processes()
+    guidance = settings.get("guidance", 3.5)
+    model = load_to_sample(args.model, prompts, processes, guidance=guidance, **size)
     sigmas = model.sigmas(
         args.sampling_steps or settings.get("sampling_steps", 28), settings.get("shift", 3.0)
     )
 
     def draw(i, prompt):
         (image,) = sample(
-            model, [prompt], torch.tensor([i]), sigmas=sigmas, micro_batch=1, device=device
+            model,
+            [prompt],
+            torch.tensor([i]),
+            sigmas=sigmas,
+            micro_batch=1,
+            device=processes.device,
         )
         return Image.fromarray((image.movedim(0, -1) * 255).round().byte().cpu().numpy())
 

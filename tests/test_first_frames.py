@@ -6,6 +6,8 @@ from pathlib import Path
 import imageio.v3 as imageio
 import numpy as np
 import pytest
+import torch
+from diffusers import FluxTransformer2DModel
 from PIL import Image
 
 import bpgo
@@ -13,6 +15,7 @@ from common import errors, models
 from common.args import defaults
 from common.errors import InputError
 from common.prompts import caption_of, image_of, read_prompts, sets
+from evaluation import bias
 from lab import first_frames
 
 
@@ -51,6 +54,26 @@ def test_a_model_draws_them_and_goes_on_where_it_stopped(made, tmp_path, monkeyp
     assert (
         made(**drawn) == lines and [Path(image_of(line)).read_bytes() for line in lines] == pictures
     )
+
+
+def test_what_samples_outside_a_run_computes_as_a_run_does(made, bf16, monkeypatch):
+    """Weights in bfloat16 and inputs in float32 meet under autocast alone."""
+    seen, honest = [], FluxTransformer2DModel.forward
+
+    def forward(module, *inputs, **named):
+        seen.append((module.dtype, torch.is_autocast_enabled("cpu"), module.training))
+        return honest(module, *inputs, **named)
+
+    monkeypatch.setattr(FluxTransformer2DModel, "forward", forward)
+    small = dict(model="tiny-flux", prompts=models.settings("tiny-flux")["prompts"])
+    made(**small, number=1, height=32, width=32, sampling_steps=2)
+    drawn = len(seen)
+    bias_args = bias.Args("tiny-flux", number=1)
+    model, settings = bias.load(bias_args, ["a red circle"])
+    cond = model.encode(["a red circle"])
+    with torch.no_grad():
+        model.velocity(torch.zeros(1, *model.noise_shape), torch.tensor(0.5), cond)
+    assert drawn == 2 and set(seen) == {(torch.bfloat16, True, False)}
 
 
 def test_clips_give_their_first_frame_in_the_right_shape(made, tmp_path):

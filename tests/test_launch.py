@@ -252,3 +252,52 @@ def test_two_processes_meet(monkeypatch, port):
         )
     found = [json.loads(run.communicate(timeout=120)[0].splitlines()[-1]) for run in runs]
     assert found == [[0, 2, [0, 1]], [1, 2, [0, 1]]]
+
+
+# --- Groups of processes ---
+
+MESH = """
+import sys
+from datetime import timedelta
+
+import torch
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from common.trainer import sharding
+
+torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
+given, honest = [], sharding._set_pg_timeout
+
+
+def set_timeout(timeout, group):
+    given.append((group.size(), timeout.total_seconds()))
+    honest(timeout, group)
+
+
+sharding._set_pg_timeout = set_timeout
+sharding.mesh_of(torch.device("cpu"), world=4, shards=2, timeout=timedelta(minutes=7))
+print(given)
+"""
+
+
+def test_groups_of_a_part_of_the_processes_wait_as_long_as_all():
+    command = [sys.executable, "-c", MESH]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines()[-1:] == ["[(2, 420.0), (2, 420.0)]"], done.stderr
+
+
+# --- GPUs ---
+
+
+@pytest.mark.parametrize("capability", [(7, 0), (7, 5), (8, 0), (9, 0), (10, 0)])
+def test_a_gpu_without_bfloat16_is_refused(capability, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda number: "Tesla T4")
+    capabilities = [(9, 0), capability]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", capabilities.__getitem__)
+    if capability >= (8, 0):
+        return launch.check(on_gpu=True)
+    line = rf"GPU 1, Tesla T4 of compute capability {capability[0]}.{capability[1]}: it has no bf"
+    with pytest.raises(InputError, match=line):
+        launch.check(on_gpu=True)
+    launch.check(on_gpu=False)

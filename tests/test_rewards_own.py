@@ -259,6 +259,7 @@ SWITCHED = {  # what a reward does to the process: a statement at import or in s
     "tf32": "torch.backends.cuda.matmul.allow_tf32 = True",
     "precision": "torch.set_float32_matmul_precision('medium')",
     "attention": "torch.backends.cuda.enable_math_sdp(False)",
+    "cudnn attention": "torch.backends.cuda.enable_cudnn_sdp(False)",
     "anomalies": "torch.autograd.set_detect_anomaly(True)",
     "threads": "torch.set_num_threads(torch.get_num_threads() + 1)",
     "seeds": "torch.manual_seed(3); random.seed(3); np.random.seed(3)",

@@ -14,7 +14,23 @@ from common.models.assumed import Values
 from common.prompts import caption_of
 
 CURE = "download the whole model again, or give another --model"
+# With a mask, cuDNN's backward pass of attention gives NaN on H100 and H200 for a number of tokens
+# with this remainder (pytorch issue 196678).
+CUDNN_NAN = (128, 64)
 KEPT = 2**30  # bytes of embeddings that are kept: 256 prompts of FLUX or Wan
+
+
+def of_rows(
+    value: float | torch.Tensor, x: torch.Tensor, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """Return a scalar or [b] as [b] on the device of x [b, ...].
+
+    A scalar is filled in there: a copy from the CPU would wait for a GPU to finish.
+    """
+    value = torch.as_tensor(value)
+    if value.ndim:
+        return value.to(x.device, dtype)
+    return torch.full((len(x),), value.item(), dtype=dtype, device=x.device)
 
 
 class Family:
@@ -155,6 +171,14 @@ class Family:
     def trained_at(self, sigma: float | torch.Tensor) -> str:
         """Return the name of the trained module that computes the velocity at a sigma."""
         return next(iter(self.trainable))
+
+    def cudnn_serves(self) -> bool:
+        """Return whether cuDNN's attention serves rollout and update alike.
+
+        torch prefers it on H100, H200 and B200. If it serves one of them alone, both would take
+        different kernels, which round differently.
+        """
+        return True
 
     def learns(self, name: str) -> bool:
         """Return whether gradients reach a weight of a trained module.

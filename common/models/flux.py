@@ -10,7 +10,7 @@ from torch.nn.functional import pixel_shuffle
 
 from common.models import assumed
 from common.models.assumed import Values
-from common.models.family import Family
+from common.models.family import Family, of_rows
 
 
 class Flux(Family):
@@ -93,10 +93,10 @@ class Flux(Family):
         return self.trainable["transformer"](
             hidden_states=x,
             # the transformer multiplies timestep and guidance by 1000 itself
-            timestep=torch.as_tensor(sigma, dtype=torch.float32, device=device).expand(b),
+            timestep=of_rows(sigma, x),
             guidance=guidance,
             txt_ids=torch.zeros(cond["encoder_hidden_states"].shape[1], 3, device=device),
-            img_ids=image_ids(*self.grid).to(device),
+            img_ids=image_ids(*self.grid, device),
             return_dict=False,
             **cond,
         )[0].float()
@@ -111,8 +111,8 @@ class Flux(Family):
         return self.pipe.image_processor.postprocess(images, output_type="pt")
 
 
-def image_ids(height: int, width: int) -> torch.Tensor:
+def image_ids(height: int, width: int, device: torch.device | str = "cpu") -> torch.Tensor:
     """Return the position (0, row, column) of each of L = height * width tokens, [L, 3] float32."""
-    rows = torch.arange(float(height))
-    columns = torch.arange(float(width))
-    return torch.cartesian_prod(torch.zeros(1), rows, columns)
+    rows = torch.arange(float(height), device=device)
+    columns = torch.arange(float(width), device=device)
+    return torch.cartesian_prod(torch.zeros(1, device=device), rows, columns)

@@ -10,7 +10,9 @@ from diffusers import HunyuanVideoPipeline
 
 from common.models import assumed
 from common.models.assumed import Values
-from common.models.family import Family
+from common.models.family import CUDNN_NAN, Family, of_rows
+
+LONGEST = 256  # tokens of a prompt, the pipeline's default
 
 
 class HunyuanVideo(Family):
@@ -63,6 +65,14 @@ class HunyuanVideo(Family):
         """Return what the pipeline's __call__ passes to its scheduler's set_timesteps."""
         return {"sigmas": np.linspace(1, 0, steps + 1)[:-1]}
 
+    def cudnn_serves(self) -> bool:
+        """Return whether cuDNN's backward pass is finite for this number of tokens and a mask."""
+        config = self.pipe.transformer.config
+        _, length, height, width = self.noise_shape
+        tokens = length // config.patch_size_t * (height * width // config.patch_size**2)
+        every, wrong = CUDNN_NAN
+        return (tokens + LONGEST) % every != wrong
+
     def text(self, caption: str) -> dict[str, torch.Tensor]:
         """Return the encoders' outputs for a caption.
 
@@ -79,8 +89,8 @@ class HunyuanVideo(Family):
         """Return zeros like the conditioning of one prompt, {name: [...]}."""
         config = self.pipe.transformer.config
         return {
-            "encoder_hidden_states": torch.zeros(256, config.text_embed_dim, dtype=self.dtype),
-            "encoder_attention_mask": torch.ones(256, dtype=self.dtype),
+            "encoder_hidden_states": torch.zeros(LONGEST, config.text_embed_dim, dtype=self.dtype),
+            "encoder_attention_mask": torch.ones(LONGEST, dtype=self.dtype),
             "pooled_projections": torch.zeros(config.pooled_projection_dim, dtype=self.dtype),
         }
 
@@ -90,13 +100,12 @@ class HunyuanVideo(Family):
         """Return the velocity [b, C, F', h, w] float32 at x and sigma, a scalar or [b]."""
         # unlike FLUX's, this transformer multiplies neither timestep nor guidance by 1000
         b = len(x)
-        timestep = torch.as_tensor(sigma, dtype=torch.float32, device=x.device) * 1000
         guidance = None
         if self.pipe.transformer.config.guidance_embeds:
             guidance = torch.full((b,), 1000 * self.guidance, device=x.device)
         return self.trainable["transformer"](
             hidden_states=x,
-            timestep=timestep.expand(b),
+            timestep=of_rows(sigma, x) * 1000,
             guidance=guidance,
             return_dict=False,
             **cond,

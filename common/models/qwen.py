@@ -12,7 +12,7 @@ from torch.nn.functional import pad, pixel_shuffle
 
 from common.models import assumed
 from common.models.assumed import Values
-from common.models.family import Family
+from common.models.family import CUDNN_NAN, Family, of_rows
 
 LONGEST = 512  # tokens of a prompt, the pipeline's default
 UNUSED = ("attn.to_add_out", "txt_mlp")  # layers of the last block whose output is not used
@@ -71,6 +71,11 @@ class QwenImage(Family):
         mu = self.dynamic_shift(self.noise_shape[0])
         return {"sigmas": np.linspace(1, 1 / steps, steps), "mu": mu}
 
+    def cudnn_serves(self) -> bool:
+        """Return whether cuDNN's backward pass is finite for this number of tokens and a mask."""
+        every, wrong = CUDNN_NAN
+        return (self.noise_shape[0] + LONGEST) % every != wrong
+
     def learns(self, name: str) -> bool:
         """Return whether the velocity depends on a weight, so that it gets gradients."""
         return not name.startswith(self.unused)
@@ -101,7 +106,7 @@ class QwenImage(Family):
     ) -> torch.Tensor:
         """Return the velocity [b, L, C] float32 at x [b, L, C] and sigma, a scalar or [b]."""
         # the transformer multiplies by 1000 itself
-        timestep = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).expand(len(x))
+        timestep = of_rows(sigma, x)
         module = partial(self.trainable["transformer"], img_shapes=[[(1, *self.grid)]])
         return self.guided(module, self.guidance, cond, hidden_states=x, timestep=timestep)
 

@@ -20,7 +20,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from common.errors import InputError
 from common.models import lora_file
 from common.models.assumed import Values
-from common.models.family import Family
+from common.models.family import Family, of_rows
 
 BETAS = ("linear", "scaled_linear", "squaredcos_cap_v2")  # the schedules that DDIM knows
 
@@ -102,6 +102,10 @@ class StableDiffusion(Family):
             )
         return sigmas
 
+    def cudnn_serves(self) -> bool:
+        """Return False: cuDNN serves heads of 160 in a forward pass without gradients only."""
+        return False
+
     def text(self, caption: str) -> dict[str, torch.Tensor]:
         """Return {"encoder_hidden_states": [S, D]}."""
         text, _ = self.pipe.encode_prompt(caption, self.device, 1, False)
@@ -116,12 +120,12 @@ class StableDiffusion(Family):
         self, x: torch.Tensor, sigma: float | torch.Tensor, cond: dict[str, torch.Tensor]
     ) -> torch.Tensor:
         """Return the velocity [b, C, h, w] float32 at x [b, C, h, w] and sigma, a scalar or [b]."""
-        sigma = torch.as_tensor(sigma, dtype=torch.float64).cpu().expand(len(x))
+        sigma = torch.as_tensor(sigma, dtype=torch.float64).cpu()
         # the timestep of the schedule with exactly this sigma
-        timestep = (self.table - sigma[:, None]).abs().argmin(1).to(x.device)
-        sigma = sigma.to(x)[:, None, None, None]
+        timestep = (self.table - sigma[..., None]).abs().argmin(-1)
+        sigma = of_rows(sigma, x, x.dtype)[:, None, None, None]
         h = torch.hypot(1 - sigma, sigma)
-        inputs = {"sample": x / h, "timestep": timestep}
+        inputs = {"sample": x / h, "timestep": of_rows(timestep, x, torch.int64)}
         noise = self.guided(self.trainable["unet"], self.guidance, cond, **inputs)
         return (noise - x) / (1 - sigma)  # eps - x0, with x0 = (x - sigma eps) / (1 - sigma)
 

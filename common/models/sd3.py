@@ -9,7 +9,7 @@ from diffusers import StableDiffusion3Pipeline
 
 from common.models import assumed
 from common.models.assumed import Values
-from common.models.family import Family
+from common.models.family import Family, of_rows
 
 
 class StableDiffusion3(Family):
@@ -97,8 +97,7 @@ class StableDiffusion3(Family):
         self, x: torch.Tensor, sigma: float | torch.Tensor, cond: dict[str, torch.Tensor]
     ) -> torch.Tensor:
         """Return the velocity [b, C, h, w] float32 at x [b, C, h, w] and sigma, a scalar or [b]."""
-        timestep = torch.as_tensor(sigma, dtype=torch.float32, device=x.device) * 1000
-        timestep = timestep.expand(len(x))
+        timestep = of_rows(sigma, x) * 1000
         module = self.trainable["transformer"]
         return self.guided(module, self.guidance, cond, hidden_states=x, timestep=timestep)
 

@@ -11,7 +11,7 @@ from diffusers import WanImageToVideoPipeline, WanPipeline
 from common.errors import InputError
 from common.models import assumed, lora_file
 from common.models.assumed import Values
-from common.models.family import Family
+from common.models.family import Family, of_rows
 from common.models.pictures import read_image
 from common.prompts import image_of
 
@@ -115,8 +115,7 @@ class Wan(Family):
         cond = dict(cond)
         if "still" in cond:
             x = torch.cat([x, cond.pop("still")], 1)
-        timestep = torch.as_tensor(sigma, dtype=torch.float32, device=x.device) * 1000
-        timestep = timestep.expand(len(x))
+        timestep = of_rows(sigma, x) * 1000
         return self.guided(self.trainable[expert], scale, cond, hidden_states=x, timestep=timestep)
 
     def pixels(self, x0: torch.Tensor) -> torch.Tensor:

@@ -120,13 +120,19 @@ def _write_deterministic(value: tuple) -> None:
 
 def _read_attention() -> tuple:
     cuda = torch.backends.cuda
-    return cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled()
+    return (
+        cuda.flash_sdp_enabled(),
+        cuda.mem_efficient_sdp_enabled(),
+        cuda.math_sdp_enabled(),
+        cuda.cudnn_sdp_enabled(),
+    )
 
 
 def _write_attention(value: tuple) -> None:
     torch.backends.cuda.enable_flash_sdp(value[0])
     torch.backends.cuda.enable_mem_efficient_sdp(value[1])
     torch.backends.cuda.enable_math_sdp(value[2])
+    torch.backends.cuda.enable_cudnn_sdp(value[3])
 
 
 def _read_anomaly() -> tuple:

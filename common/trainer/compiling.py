@@ -18,7 +18,9 @@ from typing import Any
 import torch
 
 from common.errors import InputError, LocalError, described, loading, out_of_memory, text
+from common.models.family import Family
 
+CUDNN = torch.backends.cuda.cudnn_sdp_enabled()  # whether a program may use it at all
 # inputs that gradients go through
 STATES = (
     "hidden_states", "encoder_hidden_states", "temb", "temb_mod", "temb_mod_img", "temb_mod_txt"
@@ -81,6 +83,24 @@ def compile_blocks(module: torch.nn.Module, classes: Sequence[str], rows: int) -
         if type(block).__name__ in classes:
             if "hidden_states" in inspect.signature(block.forward).parameters:
                 block.forward = _compiled(block.forward, (rows, 2 * rows))
+
+
+def settle_attention(model: Family, backend: str) -> None:
+    """Keep torch from attention kernels that do not serve both rollout and update of a model.
+
+    backend: that of --attention. Raises InputError if it, or DIFFUSERS_ATTN_BACKEND, names one.
+    """
+    serves = model.cudnn_serves()
+    torch.backends.cuda.enable_cudnn_sdp(CUDNN and serves)
+    named, flag = backend, f"--attention {backend}"
+    if backend == "native":
+        named = os.environ.get("DIFFUSERS_ATTN_BACKEND", "").lower()
+        flag = f"DIFFUSERS_ATTN_BACKEND={named}"
+    if named == "_native_cudnn" and not serves:
+        raise InputError(
+            f"{flag}: cuDNN's attention does not serve the backward pass of this model at this "
+            "size. Leave it out."
+        )
 
 
 def set_attention(module: torch.nn.Module, backend: str) -> None:

@@ -1,12 +1,14 @@
 """Held-out evaluation: noise-free samples of fixed prompts from fixed initial noise, scored.
 
-The Evaluator does it during training; evaluate.py uses `sample` alone.
+The Evaluator does it during training; what samples outside of a run uses `load_to_sample` and
+`sample`.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -20,6 +22,21 @@ from common.trainer.log import SHOWN, Log
 from common.trainer.processes import Processes
 
 NOISE = 2**31 - 1  # the "step" whose noise an evaluation starts from; no training step has it
+
+
+def load_to_sample(
+    name: str, prompts: Sequence[str], processes: Processes, **settings: Any
+) -> Family:
+    """Load a model for sampling outside of training: placed, cast and autocast as in a run.
+
+    settings: those of models.load. Its weights need no gradients. Raises InputError.
+    """
+    model = models.load(name, processes.dtype, prompts, **settings)
+    models.place(model, processes.device, model.offload_encoders)
+    for part, module in model.trainable.items():
+        module.requires_grad_(False).eval().to(processes.device)
+        model.trainable[part] = processes.prepare(module, trains=False)
+    return model
 
 
 @torch.no_grad()

@@ -71,12 +71,15 @@ CURES = {
 SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "MPI_LOCALNRANKS")
 MPI = ("OMPI_COMM_WORLD_", "PMI_RANK", "PMI_SIZE", "MV2_COMM_WORLD_", "MPI_LOCAL")
 TORCH = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+BFLOAT16 = 8  # compute capability of the first GPUs that have it
 NOTICE = 30.0  # seconds after which a process reports whom it waits for
 
 
 def check(on_gpu: bool) -> None:
     """Raise InputError for a setting in the environment that is not supported."""
     _check("ACCELERATE_", ACCELERATE)
+    if on_gpu:
+        _check_bfloat16()
     if on_gpu and _lower("ACCELERATE_USE_CPU") not in OFF:
         raise InputError(
             "ACCELERATE_USE_CPU: this machine has a GPU, which would be used. Hide it with "
@@ -85,6 +88,19 @@ def check(on_gpu: bool) -> None:
     if _lower("ACCELERATE_USE_FSDP") == "true":
         os.environ.setdefault("FSDP_VERSION", "1")  # Accelerate's default
         _check("FSDP_", FSDP)
+
+
+def _check_bfloat16() -> None:
+    """Raise InputError for a GPU without bfloat16, which torch would emulate slowly."""
+    for number in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(number)
+        if major < BFLOAT16:
+            raise InputError(
+                f"GPU {number}, {torch.cuda.get_device_name(number)} of compute capability "
+                f"{major}.{minor}: it has no bfloat16, in which passes are computed. Use one of "
+                f"{BFLOAT16}.0 or newer (A100, RTX 30, L4, H100), or hide it with "
+                "CUDA_VISIBLE_DEVICES= to train a small model on the CPU."
+            )
 
 
 def _check(prefix: str, supported: dict[str, tuple[str, ...] | None]) -> None:

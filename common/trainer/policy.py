@@ -91,6 +91,7 @@ class Policy:
         self._describe(args, plan)
 
     def _prepare_modules(self, args: Args, keep_initial: bool) -> None:
+        compiling.settle_attention(self.model, args.attention)
         recompute = args.gradient_checkpointing
         if self.fsdp and self.fsdp.activation_checkpointing:
             recompute = True
@@ -127,11 +128,9 @@ class Policy:
                     weight.requires_grad_(self.model.learns(weight_name))
         if plan.turn:
             plan.turn.end()
-        accelerator = self.processes.accelerator
-        accelerator.wait_for_everyone()
+        self.processes.accelerator.wait_for_everyone()
         for name, module in self.model.trainable.items():
-            prepared = accelerator.prepare_model(module, evaluation_mode=bool(self.fsdp))
-            self.model.trainable[name] = prepared
+            self.model.trainable[name] = self.processes.prepare(module, trains=not self.fsdp)
 
     def _wrap(self, module: torch.nn.Module, args: Args, rows: int) -> torch.nn.Module:
         """Compile a module's blocks (--compile) and move or shard it."""

@@ -23,7 +23,8 @@ PRECISION = {"cuda": ("bf16", torch.bfloat16), "cpu": ("no", torch.float32)}
 class MicroBatch:
     """The rows of one forward pass.
 
-    index [n]: which of this process's rows; -1, the last one, for padding rows.
+    index [n]: which of this process's rows; -1, the last one, for padding rows. on_device: the same
+    on the device, for tensors there: an index on the CPU would be copied each time.
     real [n] bool, on the device: False for padding rows, which count nothing.
 
     All micro-batches have the same n: with another batch shape kernels round differently, and the
@@ -31,6 +32,7 @@ class MicroBatch:
     """
 
     index: torch.Tensor
+    on_device: torch.Tensor
     real: torch.Tensor
 
 
@@ -63,8 +65,8 @@ class Processes:
         self.precision, self.dtype = PRECISION["cuda" if on_gpu else "cpu"]
         launch.check(on_gpu)
         group = launch.meet(launch.settle(), timeout_minutes)
-        timeout = timedelta(minutes=timeout_minutes)
-        state = PartialState(cpu=not on_gpu, timeout=timeout, **group)
+        self.timeout = timedelta(minutes=timeout_minutes)
+        state = PartialState(cpu=not on_gpu, timeout=self.timeout, **group)
         self.device = state.device
         self.rank = state.process_index
         self.world = state.num_processes
@@ -88,13 +90,27 @@ class Processes:
         alike = set(self.collect(own)) == {own}
         return own if own > 1 and alike and self.world % own == 0 else self.world
 
+    def prepare(self, module: torch.nn.Module, trains: bool) -> torch.nn.Module:
+        """Return a module, already on its device, that computes under autocast as a run does.
+
+        trains: whether its gradients are exchanged, as data parallelism does it.
+        """
+        return self.accelerator.prepare_model(
+            module,
+            # before 1.15, Accelerate moves shards that wait on the CPU to the GPU
+            device_placement=False,
+            evaluation_mode=not trains,
+        )
+
     def mesh(self, shards: int) -> Any:
         """Return the mesh of sharded weights, with `shards` processes to a copy.
 
         The first call for a number of shards is made by all processes together.
         """
         if shards not in self.meshes:
-            self.meshes[shards] = sharding.mesh_of(self.device, self.world, shards)
+            self.meshes[shards] = sharding.mesh_of(
+                self.device, self.world, shards, timeout=self.timeout
+            )
         return self.meshes[shards]
 
     # --- Rows ---
@@ -139,7 +155,9 @@ class Processes:
     def _split(self, rows: torch.Tensor, size: int, number: int) -> list[MicroBatch]:
         """Return `number` micro-batches of `size` rows, those in `rows` first."""
         padded = pad(rows, (0, number * size - len(rows)), value=-1)
-        return [MicroBatch(index, index.ge(0).to(self.device)) for index in padded.view(-1, size)]
+        indices = padded.view(-1, size)
+        copies = indices.to(self.device)
+        return [MicroBatch(index, copy, copy.ge(0)) for index, copy in zip(indices, copies)]
 
     # --- All processes together ---
 

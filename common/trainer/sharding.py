@@ -9,10 +9,12 @@ each module is sharded by itself.
 import os
 import warnings
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from common import errors, models
 from common.errors import InputError
@@ -47,16 +49,22 @@ def own_plugin() -> Any:
     )
 
 
-def mesh_of(device: torch.device, world: int, shards: int) -> DeviceMesh:
+def mesh_of(device: torch.device, world: int, shards: int, timeout: timedelta) -> DeviceMesh:
     """Return a mesh of `world` processes, in rows of `shards` with one copy of the weights each.
 
     If a row is a machine, weights do not cross the network, only gradients do, once an update.
-    Dimensions ("replicas", "shards"), or ("shards",) for a single row.
+    Dimensions ("replicas", "shards"), or ("shards",) for a single row. timeout: how long processes
+    wait for one another in the groups of the mesh.
     """
     if shards == world:
-        return init_device_mesh(device.type, (shards,), mesh_dim_names=("shards",))
-    names = ("replicas", "shards")
-    return init_device_mesh(device.type, (world // shards, shards), mesh_dim_names=names)
+        mesh = init_device_mesh(device.type, (shards,), mesh_dim_names=("shards",))
+    else:
+        names = ("replicas", "shards")
+        mesh = init_device_mesh(device.type, (world // shards, shards), mesh_dim_names=names)
+    for group in mesh.get_all_groups():
+        # groups of a part of the processes have torch's default, 10 minutes on GPUs
+        _set_pg_timeout(timeout, group)
+    return mesh
 
 
 def offloads(plugin: Any, device_type: str) -> bool:

@@ -1,0 +1,109 @@
+"""How often a pass waits for the GPU: counted with fake CUDA tensors, without a GPU.
+
+Copies between devices wait (from pageable memory), and so does reading a value."""
+
+import functools
+
+import pipelines
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._mode_utils import no_dispatch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from common import sde
+from common.models.flux import Flux
+from common.models.hunyuan import HunyuanVideo
+from common.models.qwen import QwenImage
+from common.models.sd import StableDiffusion
+from common.models.sd3 import StableDiffusion3
+from common.models.wan import Wan
+
+IMAGE = dict(height=32, width=32)
+FAMILIES = {
+    "flux": (pipelines.flux, Flux, IMAGE),
+    "sd": (pipelines.sd, StableDiffusion, dict(height=64, width=64)),
+    "sd3": (pipelines.sd3, StableDiffusion3, IMAGE),
+    "qwen": (pipelines.qwen, QwenImage, IMAGE),
+    "wan": (pipelines.wan, Wan, dict(**IMAGE, frames=5)),
+    "hunyuan": (pipelines.hunyuan, HunyuanVideo, dict(**IMAGE, frames=5)),
+}
+
+
+class Syncs(TorchDispatchMode):
+    """Counts the operations that wait for the GPU; those of real CPU tensors are computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        devices = {tensor.device.type for tensor in tensors if tensor.ndim}
+        to = torch.device(kwargs.get("device") or "cpu").type
+        real = tensors and not any(isinstance(tensor, FakeTensor) for tensor in tensors)
+        if real and to == "cpu":
+            with no_dispatch():
+                return func(*args, **kwargs)
+        name = func.overloadpacket.__name__
+        reads = name in ("_local_scalar_dense", "nonzero", "masked_select")
+        copies = name == "_to_copy" and tensors[0].device.type != to and kwargs.get("device")
+        indexes = name in ("index", "index_put_", "copy_") and len(devices) > 1
+        if reads or copies or indexes:
+            self.found.append(name)
+        return func(*args, **kwargs)
+
+
+@pytest.fixture
+def syncs():
+    """Inside, what is made on "cuda" is fake; the operations that would wait, by name."""
+    with FakeTensorMode(allow_non_fake_inputs=True), Syncs() as counter:
+        yield counter.found
+
+
+@pytest.mark.parametrize("transition", sde.TRANSITIONS)
+def test_a_rollout_copies_its_noise_alone(transition, syncs):
+    with no_dispatch():
+        sigmas = sde.shifted_sigmas(4, 1.0)
+        s = sde.diffusion_coefficients(sigmas, 0.3, transition)
+    x = torch.empty(2, 16, 4, device="cuda")
+    noise = functools.partial(torch.empty, device="cuda")
+    sde.rollout(
+        lambda x, sigma: x.clone(),
+        x,
+        sigmas,
+        s,
+        lambda shape: noise(2, *shape),
+        sde.TRANSITIONS[transition],
+    )
+    assert syncs == []
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_pass_outside_its_module_never_waits(family, syncs):
+    make, cls, size = FAMILIES[family]
+    with no_dispatch():
+        model = cls(make(), **size, guidance=1.0)
+        blank = model.blank()
+        sigma = torch.tensor(0.5)
+    copied = {name: torch.empty_like(value, device="cuda") for name, value in blank.items()}
+    cond = {name: value[None] for name, value in copied.items()}
+    (module,) = model.trainable.values()
+    model.trainable = {name: Outside(module) for name in model.trainable}
+    model.velocity(torch.empty(1, *model.noise_shape, device="cuda"), sigma, cond)
+    assert syncs == []
+
+
+class Outside:
+    """A trained module of which only the inputs count."""
+
+    def __init__(self, module):
+        self.config = module.config
+
+    def __call__(self, hidden_states=None, sample=None, **inputs):
+        x = sample if hidden_states is None else hidden_states
+        inputs = [value for value in inputs.values() if isinstance(value, torch.Tensor)]
+        assert {value.device.type for value in inputs} == {"cuda"}
+        return (x.clone(),)
