@@ -248,7 +248,8 @@ def foreign(rng: random.Random, folder: Path) -> Attack:
     if kind == "scheduler":
         content = next(iter(content[name == "tiny-sd"]))
         what = f"{content} as scheduler"
-        (folder / "model/scheduler/scheduler_config.json").write_text(json.dumps(content))
+        place = folder / "model/scheduler/scheduler_config.json"
+        place.write_text(json.dumps(content), encoding="utf-8")
     else:
         files = sorted((folder / "model").rglob("*.safetensors"))
         file = rng.choice(files)
