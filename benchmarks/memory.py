@@ -255,7 +255,7 @@ def row(name, lora):
     kept = row_bytes(model, torch.bfloat16, True)
     decoding = decoded_bytes(model)
     start = f"| `{name}` | {'LoRA' if lora else 'all'} |"
-    end = f"| {kept / 2**30:.1f} | {decoding / 2**30:.1f} |"
+    end = f"| {kept / 2**30:.1f} |"
     for gpus in (1, 2, 4, 8, 16, 32):
         launch = Launch(torch.bfloat16, "cuda", world=gpus, sharded=gpus > 1)
         for often in (False, True) if gpus > 1 else (False,):
@@ -282,8 +282,8 @@ def configuration(name, gpus, often):
 def main(args):
     lines = [
         "| `--model` | trained | configuration | 80 GB GPUs, at least | GiB on each | "
-        "a row's pass | decoding a row |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "a row's pass |",
+        "| --- | --- | --- | --- | --- | --- |",
     ]
     for name in COMPONENTS:
         for lora in (True, False):
