@@ -171,9 +171,11 @@ def commands_that_fit(args: Args, counter: Counter, free: float, free_host: floa
     found = []
     if small_pass and plan(one_row, counter, free):
         found.append(f"accelerate launch {script}{small_pass}")
-    lora, adapted, rank = one_row, counter, ""
+    lora = one_row if small_pass else args  # as it will be started
+    adapted = counter
+    rank = ""
     if not args.lora_rank:
-        lora = dataclasses.replace(one_row, lora_rank=LORA)
+        lora = dataclasses.replace(lora, lora_rank=LORA)
         adapted = Counter(outline(lora, launch.dtype), launch, rewards=counter.rewards)
         rank = f" --lora-rank {LORA}"
         if plan(lora, adapted, free):
