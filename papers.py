@@ -29,6 +29,7 @@ def over_the_models(own: dict[str, dict]) -> dict[str, dict]:
 # 48 prompts, and a weight of .01 of a KL that is -dt times ours, a tenth on average of 10 steps.
 # Its code divides by the standard deviation of all samples, its paper and this script by the
 # group's. Z-Image and FLUX.2 klein are in no paper: Flow-Factory's prompts per step and reward.
+# Nor is Wan2.2 TI2V: verl-omni's prompts per step.
 GRPO = over_the_models(
     {
         "flux": dict(paper=_DANCE, prompts_per_step=16),
@@ -37,6 +38,7 @@ GRPO = over_the_models(
         "qwen-image": dict(paper=_FLOW, prompts_per_step=32, reward=("pickscore",)),
         "z-image": dict(prompts_per_step=48, reward=("pickscore",)),
         "flux2-klein-4b": dict(prompts_per_step=48, reward=("pickscore",)),
+        "wan2.2-ti2v-5b": dict(prompts_per_step=64),
         "hunyuan": dict(paper=_DANCE, prompts_per_step=32, steps=200, reward=("videoalign:vq",)),
     }
 )
@@ -54,6 +56,7 @@ BPGO = over_the_models(
         "flux2-klein-4b": dict(reward=("hpsv2",)),
         "wan2.1-1.3b": dict(_T2V, paper=_BPGO, prompts_per_step=32, steps=200),
         "wan2.1-14b": _T2V,
+        "wan2.2-ti2v-5b": _T2V,
         "wan2.2-i2v": dict(_T2V, paper=_BPGO, prior="first-frame"),
         "hunyuan": _T2V,
     }
@@ -89,6 +92,7 @@ SELF_PACED = over_the_models({
     "flux2-klein-4b": _JUDGED_IMAGES,
     "wan2.1-1.3b": dict(_JUDGED, paper=_PACED),
     "wan2.1-14b": dict(_JUDGED, paper=_PACED, thresholds=(0.75, 0.73, 0.73)),
+    "wan2.2-ti2v-5b": _JUDGED,
     "wan2.2-i2v": _JUDGED,
     "hunyuan": dict(
         _JUDGED, paper=_PACED, thresholds=(0.7, 0.68, 0.68), height=240, width=416, group_size=16,

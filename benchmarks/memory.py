@@ -40,6 +40,13 @@ ROOM = SHARE * 79  # GiB of an 80 GB GPU that this may take
 RANK = 64
 WAN = dict(num_attention_heads=40, ffn_dim=13824, num_layers=40)
 SMALL_WAN = dict(num_attention_heads=12, ffn_dim=8960, num_layers=30)
+TI2V = dict(
+    in_channels=48, out_channels=48, num_attention_heads=24, ffn_dim=14336, num_layers=30
+)  # fmt: skip
+TI2V_VAE = dict(
+    base_dim=160, decoder_base_dim=256, z_dim=48, is_residual=True, in_channels=12,
+    out_channels=12, patch_size=2, scale_factor_spatial=16,
+)  # fmt: skip
 
 SIXTEEN_CHANNELS = dict(latent_channels=16, use_quant_conv=False, use_post_quant_conv=False)
 SD3 = dict(
@@ -175,6 +182,10 @@ COMPONENTS = {
     ),
     "wan2.1-1.3b": lambda: wan(**SMALL_WAN),
     "wan2.1-14b": lambda: wan(**WAN),
+    "wan2.2-ti2v-5b": lambda: dict(
+        transformer=diffusers.WanTransformer3DModel(**TI2V), text_encoder=umt5(),
+        vae=diffusers.AutoencoderKLWan(**TI2V_VAE),
+    ),
     "wan2.2-i2v": lambda: wan(experts=2, channels=36, **WAN),
     "hunyuan": lambda: dict(
         transformer=diffusers.HunyuanVideoTransformer3DModel(guidance_embeds=True),
@@ -186,7 +197,8 @@ COMPONENTS = {
 FAMILIES = {
     "flux": Flux, "sd1.4": StableDiffusion, "sd3.5-medium": StableDiffusion3,
     "qwen-image": QwenImage, "z-image": ZImage, "flux2-klein-4b": Flux2Klein,
-    "wan2.1-1.3b": Wan, "wan2.1-14b": Wan, "wan2.2-i2v": WanImageToVideo, "hunyuan": HunyuanVideo,
+    "wan2.1-1.3b": Wan, "wan2.1-14b": Wan, "wan2.2-ti2v-5b": Wan,
+    "wan2.2-i2v": WanImageToVideo, "hunyuan": HunyuanVideo,
 }  # fmt: skip
 
 
@@ -201,6 +213,7 @@ OTHERS = dict.fromkeys(FAMILIES, flow) | {
         feature_extractor=None,
         requires_safety_checker=False,
     ),
+    "wan2.2-ti2v-5b": lambda: flow(expand_timesteps=True),
     "wan2.2-i2v": lambda: flow(boundary_ratio=0.9),
 }
 

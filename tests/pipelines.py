@@ -277,6 +277,14 @@ def wan(experts=1, images=False, vae=SMALL_VAE, patch_size=(1, 2, 2)):
     )  # fmt: skip
 
 
+def ti2v():
+    """Clips of 5 frames, 32x32 -> latents [4, 3, 4, 4]: Wan2.2's TI2V, with its kind of VAE."""
+    vae = dict(is_residual=True, in_channels=12, out_channels=12, patch_size=2)
+    pipe = wan(vae={**SMALL_VAE, **vae, "scale_factor_spatial": 8})
+    pipe.register_to_config(expand_timesteps=True)
+    return pipe
+
+
 def hunyuan(width=8, layers=1, patch_size=1, patch_size_t=1):
     """Clips of 5 frames, 32x32 -> latents [4, 2, 4, 4]; `width` and `layers` of the VAE's
     blocks."""

@@ -243,6 +243,11 @@ RELEASED = {
         transformer=dict(in_channels=16, out_channels=16, patch_size=[1, 2, 2]),
         vae=dict(z_dim=16, latents_mean=NUMBERS, latents_std=NUMBERS),
     ),
+    "WanPipeline, TI2V": dict(
+        scheduler=UNIPC,
+        transformer=dict(in_channels=48, out_channels=48, patch_size=[1, 2, 2]),
+        vae=dict(z_dim=48, latents_mean=3 * NUMBERS, latents_std=3 * NUMBERS),
+    ),
     "WanImageToVideoPipeline": dict(
         scheduler=UNIPC,
         transformer=dict(in_channels=36, out_channels=16, patch_size=[1, 2, 2]),
@@ -257,10 +262,14 @@ RELEASED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("pipeline", models.FAMILIES)
-def test_the_released_models_have_what_their_family_assumes(pipeline):
-    configs = RELEASED[pipeline]
-    assumed = models._family(pipeline).assumed(configs)
+def test_every_family_has_a_released_model():
+    assert {name.partition(",")[0] for name in RELEASED} == set(models.FAMILIES)
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_the_released_models_have_what_their_family_assumes(name):
+    configs = RELEASED[name]
+    assumed = models._family(name.partition(",")[0]).assumed(configs)
     assert assumed.keys() == configs.keys()
     for part, values in assumed.items():
         for name, allowed in values.items():
@@ -274,6 +283,13 @@ def test_a_distilled_model_takes_no_guidance(copy):
     with pytest.raises(InputError, match="--guidance 4: this model is distilled and takes no"):
         models.load(str(model), torch.float32, guidance=4.0, **size)
     assert models.load(str(model), torch.float32, guidance=1.0, **size).guidance == 1
+
+
+def test_ti2v_is_text_to_video_alone(copy):
+    model = copy("i2v")
+    change(model / "model_index.json", expand_timesteps=True)
+    with pytest.raises(InputError, match="TI2V with a first frame is not supported"):
+        models.load(str(model), torch.float32, height=32, width=32, frames=5)
 
 
 # --- Two experts, and the first step of Stable Diffusion ---

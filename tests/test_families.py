@@ -29,7 +29,7 @@ from PIL import Image
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import grpo_base
-from benchmarks.memory import KLEIN_4B, SD3
+from benchmarks.memory import KLEIN_4B, SD3, TI2V
 from common import cli, models, sde
 from common.args import defaults
 from common.errors import InputError
@@ -59,6 +59,7 @@ FAMILIES = {
     "z-image": (pipelines.z_image, ZImage, dict(height=32, width=32)),
     "wan": (pipelines.wan, Wan, CLIP),
     "wan, two experts": (partial(pipelines.wan, experts=2), Wan, CLIP),
+    "ti2v": (pipelines.ti2v, Wan, CLIP),
     "i2v": (partial(pipelines.wan, images=True), WanImageToVideo, CLIP),
     "i2v, two experts": (partial(pipelines.wan, experts=2, images=True), WanImageToVideo, CLIP),
     "hunyuan": (pipelines.hunyuan, HunyuanVideo, CLIP),
@@ -330,6 +331,7 @@ TRAINED = [
     "z-image",
     "wan",
     "wan, two experts",
+    "ti2v",
     "i2v, two experts",
     "hunyuan",
 ]
@@ -506,6 +508,7 @@ def test_processes_exchange_gradients_when_told_and_not_before(tmp_path):
         ("i2v, two experts", dict(guidance=2.0, guidance_2=0.9), "--guidance-2 0.9: below 1"),
         ("wan", dict(frames=4), "one more than a multiple of 2"),
         ("wan", dict(width=36), "multiples of 8"),
+        ("ti2v", dict(width=40), "multiples of 16"),
         ("hunyuan", dict(frames=6), "one more than a multiple of 4"),
         (
             "hunyuan",
@@ -693,6 +696,7 @@ FULL = {
         1.42e9,
     ),
     "wan2.1-14b": (WanTransformer3DModel, dict(), Wan, 14.29e9),
+    "wan2.2-ti2v-5b": (WanTransformer3DModel, TI2V, Wan, 5.0e9),
     "wan2.2-i2v": (WanTransformer3DModel, dict(in_channels=36), WanImageToVideo, 14.29e9),
     "hunyuan": (HunyuanVideoTransformer3DModel, dict(guidance_embeds=True), HunyuanVideo, 12.82e9),
 }

@@ -226,7 +226,9 @@ def test_two_processes_train_as_one(runs, tmp_path, monkeypatch):
 
 @pytest.mark.long
 @pytest.mark.parametrize("config", ["ddp", "fsdp2"])
-@pytest.mark.parametrize("families", [("sd3", "qwen"), ("z_image",), ("flux2",)], ids=" ".join)
+@pytest.mark.parametrize(
+    "families", [("sd3", "qwen"), ("z_image",), ("flux2", "ti2v")], ids=" ".join
+)
 def test_families_without_a_tiny_model_train_on_two_processes_as_on_one(
     families, config, tmp_path, monkeypatch
 ):
@@ -242,6 +244,8 @@ def test_families_without_a_tiny_model_train_on_two_processes_as_on_one(
         folder |= dict(
             height=32, width=32, sde="flow", shift=1.0, noise_level=0.8, steps=2, learning_rate=1e-4
         )
+        if family == "ti2v":
+            folder |= dict(frames=5, reward=("change",))
         for rank in (0, 2):
             monkeypatch.setitem(
                 RUNS, f"{family}-{rank}", (grpo_base, {**SMALL, **folder, "lora_rank": rank})

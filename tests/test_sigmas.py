@@ -38,6 +38,7 @@ QWEN = FlowMatchEulerDiscreteScheduler(
 )
 FLOW = dict(prediction_type="flow_prediction", use_flow_sigmas=True)
 WAN = UniPCMultistepScheduler(flow_shift=3.0, **FLOW)  # Wan2.1
+TI2V = UniPCMultistepScheduler(flow_shift=5.0, **FLOW)  # Wan2.2 TI2V
 HUNYUAN = FlowMatchEulerDiscreteScheduler(shift=7.0)  # HunyuanVideo
 Z_IMAGE = FlowMatchEulerDiscreteScheduler(shift=6.0)  # Z-Image; Turbo 3
 KLEIN = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)  # FLUX.2 klein
@@ -53,6 +54,7 @@ FAMILIES = {
     "z-image, dynamic": (pipelines.z_image, ZImage, FLUX, [(48, 64)]),
     "wan": (pipelines.wan, Wan, WAN, [(32, 32), (48, 64)]),
     "wan, Euler": (pipelines.wan, Wan, SD3, [(32, 32)]),
+    "ti2v": (pipelines.ti2v, Wan, TI2V, [(32, 32), (48, 64)]),
     "i2v": (lambda: pipelines.wan(images=True), WanImageToVideo, WAN, [(32, 32)]),
     "hunyuan": (pipelines.hunyuan, HunyuanVideo, HUNYUAN, [(32, 32), (48, 64)]),
     "sd": (pipelines.sd, StableDiffusion, None, [(32, 32)]),

@@ -142,6 +142,15 @@ MODELS = {
         _VIDEO, pipeline="WanPipeline", source="Wan-AI/Wan2.1-T2V-14B-Diffusers",
         height=240, width=416, guidance=5.0, steps=220, prompts_per_step=16,
     ),
+    # No paper trains it with GRPO. Steps, guidance, noise, window, groups and rate are those of
+    # verl-omni's code (verl-project, examples/dancegrpo_trainer/wan22), which trains with HPSv3 on
+    # clips of 8 frames. Size, length and reward are those of Wan2.1 here, at the model's 24 fps.
+    "wan2.2-ti2v-5b": dict(
+        _VIDEO, pipeline="WanPipeline", source="Wan-AI/Wan2.2-TI2V-5B-Diffusers",
+        height=480, width=832, fps=24.0, guidance=5.0, steps=120, sampling_steps=10,
+        noise_level=1.2, sde_steps=5, sde_window=2, timestep_fraction=1.0, same_noise=False,
+        group_size=8, best_of=0, minibatches=4, learning_rate=1e-5,
+    ),
     # 2511.18919: 8 samples per group, 16 prompts on 16 GPUs.
     "wan2.2-i2v": dict(
         _VIDEO, pipeline="WanImageToVideoPipeline", source="Wan-AI/Wan2.2-I2V-A14B-Diffusers",

@@ -62,10 +62,10 @@ class Wan(Family):
         **settings,
     ) -> None:
         super().__init__(pipe, **settings)
-        if pipe.config.expand_timesteps:
+        if pipe.config.expand_timesteps and self.images:
             raise InputError(
-                "model: Wan2.2 TI2V, with a timestep for each token, is not supported. Give a T2V "
-                "or I2V model."
+                "model: Wan2.2 TI2V with a first frame is not supported. Give its WanPipeline, "
+                "which is text to video, or an I2V model."
             )
         if len(self.trainable) > 1 and pipe.config.boundary_ratio is None:
             raise InputError(
@@ -115,6 +115,8 @@ class Wan(Family):
         cond = dict(cond)
         if "still" in cond:
             x = torch.cat([x, cond.pop("still")], 1)
+        # Wan2.2 TI2V's pipeline passes a timestep for each token, for first frames without noise.
+        # Those of text to video are all equal, and one for each row computes the same.
         timestep = of_rows(sigma, x) * 1000
         return self.guided(self.trainable[expert], scale, cond, hidden_states=x, timestep=timestep)
 
