@@ -14,7 +14,7 @@ from torch.nn.functional import pixel_shuffle
 from common.errors import InputError
 from common.models import assumed
 from common.models.assumed import Values
-from common.models.family import Family
+from common.models.family import Family, of_rows
 
 LONGEST = 512  # tokens of a prompt, the pipeline's default
 
@@ -91,7 +91,7 @@ class Flux2Klein(Family):
     ) -> torch.Tensor:
         """Return the velocity [b, L, C] float32 at x [b, L, C] and sigma, a scalar or [b]."""
         # the transformer multiplies by 1000 itself
-        timestep = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).expand(len(x))
+        timestep = of_rows(sigma, x)
         module = partial(
             self.trainable["transformer"],
             img_ids=positions(rows=self.grid[0], columns=self.grid[1]).to(x.device),

@@ -10,7 +10,7 @@ from torch.nn.functional import pad
 
 from common.models import assumed
 from common.models.assumed import Values
-from common.models.family import Family
+from common.models.family import Family, of_rows
 
 LONGEST = 512  # tokens of a prompt, the pipeline's default
 
@@ -87,7 +87,7 @@ class ZImage(Family):
         self, x: torch.Tensor, sigma: float | torch.Tensor, cond: dict[str, torch.Tensor]
     ) -> torch.Tensor:
         """Return the velocity [b, C, h, w] float32 at x [b, C, h, w] and sigma, a scalar or [b]."""
-        sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).expand(len(x))
+        sigma = of_rows(sigma, x)
         return self.guided(self._transformer, self.guidance, cond, x=x, sigma=sigma)
 
     def _transformer(
