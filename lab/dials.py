@@ -508,8 +508,11 @@ def table(folder, name):
     for method, row in findings(result).items():
         cells = []
         for value in truth:
-            mean, low, _, words = row.get(value, (math.nan, math.nan, 0, ""))
-            same, number = signs(folder, name, method, value) if value in row else (0, 0)
+            if value not in row:
+                cells.append("")
+                continue
+            mean, low, _, words = row[value]
+            same, number = signs(folder, name, method, value)
             if number and words in ("helps", "hurts"):
                 words += f" {same}/{number}"
             cells.append(f"{mean:+.3f} ±{mean - low:.3f} {words}")
