@@ -28,8 +28,8 @@ def over_the_models(own: dict[str, dict]) -> dict[str, dict]:
 # and two updates, HunyuanVideo on 32 with one, by visual quality alone. Flow-GRPO's, for PickScore:
 # 48 prompts, and a weight of .01 of a KL that is -dt times ours, a tenth on average of 10 steps.
 # Its code divides by the standard deviation of all samples, its paper and this script by the
-# group's. Z-Image and FLUX.2 klein are in no paper: Flow-Factory's prompts per step and reward.
-# Nor is Wan2.2 TI2V: verl-omni's prompts per step.
+# group's. No paper trains Z-Image, FLUX.2 klein or Wan2.2 TI2V. Prompts per step and reward of the
+# first two are Flow-Factory's, the prompts per step of the last verl-omni's.
 GRPO = over_the_models(
     {
         "flux": dict(paper=_DANCE, prompts_per_step=16),

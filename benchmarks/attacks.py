@@ -6,7 +6,7 @@ machines.
 
 Each attack is a small run that ends well: it comes to its end, or says in one line what is wrong;
 without a traceback, with 60 seconds of computing and 4 GiB, and whatever it had finished is saved.
-A run that came to its end is what was meant, where benchmarks/silent.py knows that.
+If benchmarks/silent.py knows what was intended, a run that came to its end is compared with that.
 One process imports everything and forks for each attack, which calls the script's own main through
 errors.run; one in fifteen is a process of its own."""
 
@@ -499,7 +499,7 @@ def begin(attack, folder):
     if attack.start:
         shutil.copytree(finished(attack.start), folder, dirs_exist_ok=True)
     if attack.twin:
-        finished(attack.twin)  # now: its time is not the attack's
+        finished(attack.twin)  # run it now, so that its time does not count for the attack
     words = [
         *SMALL,
         *([] if any("--output" in word for word in attack.flags) else ["--output=run"]),
@@ -580,7 +580,7 @@ def verdict(attack, folder, status, seconds, memory):
 
 
 def unseen(attack, folder):
-    """What is wrong with a run that came to its end, or ""."""
+    """Return what is wrong with a run that came to its end, "" if nothing."""
     if attack.twin:
         ours, twins = numbers(folder / "run"), numbers(finished(attack.twin) / "run")
         if ours.shape != twins.shape or not torch.allclose(ours, twins, rtol=0.01):
@@ -589,7 +589,7 @@ def unseen(attack, folder):
 
 
 def numbers(run):
-    """The mean reward and the gradient of each step, [steps, 2]; sharding rounds them otherwise."""
+    """Return each step's mean reward and gradient norm, [steps, 2]. Sharding rounds differently."""
     rows = map(json.loads, (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
     steps = [row for row in rows if "reward_mean" in row]
     return torch.tensor([[row["reward_mean"], row["grad_norm"]] for row in steps])
@@ -618,7 +618,7 @@ _finished = {}
 
 
 def finished(attack):
-    """The folder in which a run that nobody attacks has ended; it runs once."""
+    """Return the folder of a finished run that is not attacked. Each is run once."""
     if attack.what not in _finished:
         folder = Path(tempfile.mkdtemp()) / "place"
         folder.mkdir()
@@ -631,7 +631,7 @@ def finished(attack):
 
 
 def template():
-    """A finished run with two checkpoints."""
+    """Return the folder of a finished run with two checkpoints."""
     return finished(Attack("a LoRA", ["--lora-rank=4", "--save-every=1"])) / "run"
 
 

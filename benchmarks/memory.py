@@ -129,7 +129,7 @@ def qwen():
 
 
 def qwen3(cls):
-    """Qwen3 4B."""
+    """Return Qwen3 4B as an instance of a class."""
     return cls(
         transformers.Qwen3Config(
             vocab_size=151936, hidden_size=2560, intermediate_size=9728, num_hidden_layers=36,

@@ -3,9 +3,9 @@
     python -m benchmarks.plans                       # the whole table takes an hour on two cores
     python -m benchmarks.plans --model flux --gib 24 80 --measure
 
-common/memory/ chooses, as it does before a run. --measure runs a rollout pass, a decode and two
-passes of the update of each plan for one GPU on tensors without contents, and adds up what they
-allocate. The peak must not exceed the count."""
+common/memory/ chooses, as it does before a run. For each plan for one GPU, --measure runs a rollout
+pass, a decode and two passes of the update on tensors without contents. It adds up what they
+allocate; the peak must not exceed the count."""
 
 import contextlib
 from dataclasses import dataclass
@@ -27,17 +27,17 @@ from common.models.family import Family
 @dataclass
 class Args:
     model: tuple[str, ...] = tuple(memory.COMPONENTS)
-    """The named models."""
+    """Named models, as --list-models of the scripts prints them. Default: all large ones."""
     gpus: tuple[int, ...] = (1, 8)
     """Numbers of GPUs of one machine."""
     gib: tuple[float, ...] = (24, 48, 80, 141)
-    """Sizes of a GPU in GB, of which a thirtieth is not free."""
+    """Memory of a GPU in GB, as it is sold. A part of it is not free: 80 GB have 79 GiB."""
     trained: tuple[str, ...] = ("LoRA", "all")
-    """LoRA, all, or both."""
+    """What is trained: LoRA, all, or both."""
     measure: bool = False
     """Measure the plans for one GPU, allocation by allocation."""
     write: bool = False
-    """Rewrite its part of benchmarks/RESULTS.md."""
+    """Write the table into benchmarks/RESULTS.md."""
 
 
 def free(gb):
@@ -89,7 +89,7 @@ def measured(model: Family, args, found, dtype=torch.bfloat16):
 
 @contextlib.contextmanager
 def on_fake_cpu(model):
-    """Replace the weights of what is trained, float32, and of the VAE."""
+    """Replace the weights of trained modules (float32) and of the VAE by empty tensors."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(activations.on_fake_cpu(model.pipe.vae))
         for module in model.trainable.values():
@@ -126,7 +126,7 @@ def _step(model, args, found, allocated, held, dtype):
         model.decode_batch = found.args.decode_batch
         model.decode(torch.zeros(scored, *model.noise_shape))
         peaks["with decoding"] = allocated.peak
-        for _ in range(2):  # the second one finds gradients
+        for _ in range(2):  # the second pass adds to gradients that exist
             _, log_prob, _ = sde.sde_step(velocity(), x, 0.9, 0.8, 0.3, x_next=torch.zeros_like(x))
             ratio = torch.exp(log_prob - log_prob.detach())
             loss.clipped_surrogate(ratio, torch.zeros(n), 1e-4).sum().backward()
@@ -161,7 +161,9 @@ def rows_of_table(args):
                     if args.measure and found and gpus == 1:
                         peak = max(measured(model, settings, found).values())
                         if peak > counted(found, counter):
-                            raise SystemExit(f"{name} {trained} {gb}: {words}, but {peak:,} bytes")
+                            raise SystemExit(
+                                f"{name} {trained} {gb} GB: {words}, but {peak:,} bytes measured"
+                            )
                         words += f" (measured {peak / 2**30:.1f})"
                     cells.append(words)
                 yield cells

@@ -1,8 +1,8 @@
-"""Attacks on what would be wrong in silence: a run that ends well is compared with what was meant.
+"""Attacks that could go wrong silently: a run that ended well is compared with what was intended.
 
-The kinds are those of public reports: prompt files as people keep them, contents that change under
---resume, folders that mean another model, what a launch leaves in the environment, rewards that
-touch global state. benchmarks.attacks draws them.
+The kinds are those of public reports: prompt files as people keep them, files that change before
+--resume, folders that hold another model, variables that a launch leaves in the environment, and
+rewards that change global state. benchmarks.attacks draws them.
 """
 
 import csv
@@ -31,19 +31,19 @@ from common.prompts.files import one_line
 
 @dataclasses.dataclass
 class Attack:
-    """script.py with these flags, in a folder of its own."""
+    """Describe a run of script.py with these flags, in its own folder."""
 
     what: str
     flags: list
     script: str = "grpo_base"
-    before: Callable | None = None  # called in the attack's process before it begins; more flags
-    own: bool = False  # a process of its own
+    before: Callable | None = None  # called first in the attack's process; returns more flags
+    own: bool = False  # whether it gets a new process, not a fork
     environment: dict = dataclasses.field(default_factory=dict)
     stdout: str = ""  # a file; "|": a pipe that nobody reads
     saved: bool = True  # whether what is finished can be saved
-    kept: tuple = ()  # (path, its bytes): files that the attack has to leave as they are
-    start: "Attack | None" = None  # this run has ended in the folder before
-    twin: "Attack | None" = None  # a run that ends well has the numbers of this one
+    kept: tuple = ()  # (path, its bytes): files that must not change
+    start: "Attack | None" = None  # a run that has already ended in the folder
+    twin: "Attack | None" = None  # a run with the numbers that this one must have
     wrong: Callable | None = None  # folder -> what is wrong with a run that ended well, or ""
 
 
@@ -188,7 +188,7 @@ MADE_OF += ["--lora-rank=4", "--save-every=1", "--height=32", "--width=32"]
 
 
 def changed(rng: random.Random, folder: Path) -> Attack:
-    """Change what a run is made of, then --resume it."""
+    """Change the files that a run was made from, then --resume it."""
     what = rng.choice(list(CHANGES))
     is_other = what not in ("nothing", "times", "a blank line")
     words = [*MADE_OF, "--resume=latest", "--steps=3"]
@@ -287,7 +287,8 @@ def _as_torchscript(file: Path) -> None:
 _FLOW = [{"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}]
 _EDM = [{"_class_name": "EDMEulerScheduler", "sigma_data": 0.5, "prediction_type": "epsilon"}]
 _SAMPLE = [{"_class_name": "DDIMScheduler", "prediction_type": "sample"}]
-INSTEAD = {  # what: (kind, content; of schedulers: those that no flow model, and no SD model has)
+# what: (kind, content). For schedulers: those that no flow model has, those that no SD model has.
+INSTEAD = {
     "a scheduler": ("scheduler", (_EDM, _FLOW)),
     "another scheduler": ("scheduler", (_SAMPLE, _EDM)),
     "a pointer of git-lfs": ("weights", b"version https://git-lfs.github.com/spec/v1\noid 1\n"),
@@ -305,7 +306,7 @@ INSTEAD = {  # what: (kind, content; of schedulers: those that no flow model, an
 # --- The surroundings ---
 
 PLAIN = Attack("a plain run", [])
-LEFT = {  # what a launcher, a scheduler or a shell leaves
+LEFT = {  # what a launcher, a scheduler or a shell leaves in the environment
     "a launch of one": dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="no.such.host"),
     "half a launch": dict(LOCAL_RANK="0", MASTER_ADDR="10.255.255.1", MASTER_PORT="29500"),
     "MPI": dict(OMPI_COMM_WORLD_RANK="0", OMPI_COMM_WORLD_SIZE="4"),
@@ -378,7 +379,7 @@ MODULES = "import os, random, sys, warnings\nimport numpy as np\nimport torch\n"
 
 
 def _rewarded(what: str, lines: list[str]) -> Attack:
-    """Return a run with a reward of its own that begins with these lines."""
+    """Return a run with a reward from a file, whose `score` begins with these lines."""
     body = "".join(f"        {line}\n" for line in lines)
     content = MODULES + OWN.replace("        return", f"{body}        return")
 
@@ -390,7 +391,7 @@ def _rewarded(what: str, lines: list[str]) -> Attack:
 
 
 def mess(rng: random.Random, folder: Path) -> Attack:
-    """Let a reward touch what belongs to the whole process."""
+    """Let a reward change state of the whole process."""
     names = rng.sample(list(MESS), rng.choice([1, 1, 2, 4]))
     attack = _rewarded(f"it touches {', '.join(names)}", [MESS[name] for name in names])
     attack.twin = _rewarded("a reward that touches nothing", [])

@@ -109,8 +109,10 @@ def rows_of(micro_batch: int | Literal["auto"]) -> int:
 
 
 def score_batch(micro_batch: int, reward_batch: int) -> int:
-    """Return how many samples are decoded and scored together: whole micro-batches that make up a
-    batch of the rewards."""
+    """Return how many samples are decoded and scored together.
+
+    These are as many whole micro-batches as fit into a batch of the rewards, and at least one.
+    """
     return micro_batch * max(1, reward_batch // micro_batch)
 
 

@@ -208,8 +208,8 @@ def check(args: flags.Args) -> None:
         raise InputError("--tracker wandb: the package is missing. pip install wandb.")
     if args.attention == "flex" and not args.compile:
         raise InputError(
-            "--attention flex: without --compile it would keep the whole matrix of attention in "
-            "memory. Add --compile, or leave it out."
+            "--attention flex: without --compile it would keep the whole attention matrix in "
+            "memory. Add --compile, or leave --attention out."
         )
     if args.compile:
         compiling.check(torch.device("cuda" if torch.cuda.is_available() else "cpu"))

@@ -125,7 +125,7 @@ def text(error: BaseException) -> str:
 def described(error: BaseException) -> str:
     """Return the class of an exception and the first sentence of its message.
 
-    A module without an attribute is shown with its place: another one may have hidden it.
+    If a module lacks an attribute, its path is added: a file of that name may hide the package.
     """
     words, name = text(error), type(error).__name__
     module = getattr(error, "obj", None) if isinstance(error, AttributeError) else None

@@ -75,7 +75,7 @@ def _check_address(endpoint: str) -> None:
 
 
 def _check_token() -> None:
-    """Raise SetupError for a token that cannot be sent: with a blank, a quote or no ASCII in it."""
+    """Raise SetupError for a token that cannot be sent: with blanks, quotes or letters like é."""
     from huggingface_hub import constants, get_token
 
     token = get_token() or ""
@@ -84,8 +84,8 @@ def _check_token() -> None:
     names = [name for name in TOKENS if os.environ.get(name)]
     place = names[0] if names else constants.HF_TOKEN_PATH
     raise SetupError(
-        f"the token in {place} has letters that no token has, as blanks or quotes. Copy it again, "
-        "or run `hf auth login`."
+        f"the token in {place} has letters that no token has, such as blanks or quotes. Copy it "
+        "again, or run `hf auth login`."
     )
 
 

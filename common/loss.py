@@ -62,9 +62,9 @@ def diagnostics(
 ) -> dict[str, torch.Tensor]:
     """Return the diagnostics of one micro-batch, {name: scalar}, over the rows with share > 0.
 
-    ratio [B]: that of the surrogate; log_ratio [B]: what it was computed from, as measured; share
-    [B]: the weight of each row in the loss; loss: a scalar; update: the number of the rollout's
-    update, from 0; kl [B]: `gaussian_kl` from the initial weights, or None.
+    ratio [B]: that of the surrogate; log_ratio [B]: the measured one; share [B]: the weight of each
+    row in the loss; loss: a scalar; update: the number of the rollout's update, from 0; kl [B]:
+    `gaussian_kl` from the initial weights, or None.
 
     ratio_error       max |exp(log_ratio) - 1| before the first update. More than rounding means
                       that rollout and update compute different log-probabilities.

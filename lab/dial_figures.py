@@ -11,7 +11,7 @@ from lab import dials
 
 COLOURS = ("#1f77b4", "#2ca02c", "#d62728", "#ff7f0e", "#9467bd", "#8c564b", "#17becf", "#bcbd22")
 GREY = "#888888"
-QUIET = ("GRPO again", "prompts known")  # no methods: drawn in grey
+QUIET = ("GRPO again", "prompts known")  # references, not methods: drawn in grey
 SWEPT = {"slas-gamma": "gamma", "bpgo-alpha": "alpha"}  # the methods are values of a setting
 MAIN = {  # the figure of README: dial, methods
     "slas-exploit": ("gamma 0", "gamma 0.5", "gamma 2"),
@@ -23,7 +23,7 @@ MAIN = {  # the figure of README: dial, methods
 def lines_of(name, result, methods=()):
     """Return [(label, x positions, [(mean, low, high)])] of a dial, and the labels of the x axis.
 
-    An own method of --methods is drawn, too, whatever `methods` names.
+    methods: which to draw, () for all. Methods of --methods are always drawn.
     """
     found = dials.findings(result)
     values = [row["value"] for row in result["cells"] if row["method"] == "GRPO"]
@@ -80,7 +80,7 @@ def figure(path, names, results, methods=None, columns=3):
 
 
 def draw(folder):
-    """Draw what a folder has results of: a figure for each method, and dials.png; return them."""
+    """Draw a folder's results, a figure for each method and dials.png; return their paths."""
     folder = Path(folder)
     found = {name: dials.read(folder, name) for name in dials.DIALS}
     results = {name: result for name, result in found.items() if result}

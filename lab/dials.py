@@ -1,19 +1,22 @@
-"""Turn the premises of the papers as dials, and say where each method helps: thousands of trainings
-in minutes, in worlds of points (lab/points.py).
+"""Vary the premises of the papers from absent to strong, and test when each method helps.
 
-Declared before any run:
+A dial is a premise with its values. Thousands of trainings in worlds of points (lab/points.py) take
+minutes. The statistics were declared before any run:
 
-  outcome       the truth of held-out samples at the end, a method's less GRPO's, paired by seed
-  rates         a search on worlds of its own, for GRPO as for every method: the reward that is
-                trained on decides, and a best rate at the edge of those tried moves the edge
-  intervals     95% for all values of a dial together, by the bootstrap of the largest |t|
+  outcome       the true score of held-out samples at the end: a method's minus GRPO's, paired by
+                seed
+  rates         learning rates are searched in other worlds, for GRPO as for every method. The
+                reward that is trained on decides. If the best rate is at an edge of those tried,
+                the next rate beyond the edge is tried too
+  intervals     95%, jointly for all values of a dial, by the bootstrap of the largest |t|
   verdicts      no difference: the interval is within 0.01 of 0; helps, hurts: it does not contain
                 0; open: anything else
-  A/A           "GRPO again" has other searches, prompts and noise than GRPO in the same worlds
+  A/A           "GRPO again" is GRPO with another search, other prompts and other noise in the same
+                worlds
 
     python -m lab.dials                           # every dial that is not finished, then figures
     python -m lab.dials --quick --only slas       # few seeds, dials whose names begin with "slas"
-    python -m lab.dials --methods my_method.py    # a line of your own in every dial
+    python -m lab.dials --methods my_method.py    # adds your method to every dial
 """
 
 import importlib.util
@@ -42,7 +45,7 @@ from lab.points import Judge, Ladder, Setting, train
 RESULTS = Path(__file__).with_name("dial_results")
 MARGIN = 0.01  # of the truth, which is in [0, 1]: smaller differences do not matter
 RATES = (0.002, 0.004, 0.008, 0.016)
-LOWEST, HIGHEST = 0.0005, 0.064  # where a search ends
+LOWEST, HIGHEST = 0.0005, 0.064  # rates at which a search ends
 SEARCH, FINAL, AGAIN = 1, 2, 3  # banks of worlds: of searches, of verdicts, of the A/A searches
 SEEDS, QUICK_SEEDS = (16, 64), (4, 12)  # of a search, of a verdict
 CLIP = 5.0  # --adv-clip-max
@@ -57,25 +60,28 @@ def each_run(function, *values):
 
 
 def grpo(rewards, known, name=""):
-    """GRPO on one reward, by default the one of the world that is trained on."""
+    """Return GRPO's advantages for one reward, by default the world's trained reward."""
     reward = rewards[name or known.world.trained]
     return [grpo_base.compute_advantages(reward.flatten(0, 1), CLIP).view_as(reward)]
 
 
 def prompts_known(rewards, known):
-    """Nobody can do this: GRPO that leaves out the prompts that the judge cannot tell apart."""
+    """Return GRPO's advantages, 0 for vague prompts. No real method knows which these are."""
     clear = 1 - known.again(known.prompts.vague)
     return [grpo(rewards, known)[0] * clear[..., None]]
 
 
 def slas_by(rewards, known, gamma=0.5):
-    """SLAS. gamma 0 is GRPO with the standard deviation of the batch."""
+    """Return SLAS's advantages. gamma 0 is GRPO with the standard deviation of the batch."""
     shape = partial(slas.compute_advantages, gamma=gamma, adv_clip_max=CLIP)
     return [vmap(shape)(known.reward)]
 
 
 def slas_auto(rewards, known, limit=4e-5):
-    """--gamma auto. The limit is that of images; KLs of points are larger."""
+    """Return SLAS's advantages with --gamma auto.
+
+    limit: largest KL of an update, per dimension. It is that of images; KLs of points are larger.
+    """
     shaped = {g: slas_by(rewards, known, gamma=g)[0] for g in slas.GAMMAS}
     regions = known.memory.setdefault(
         "regions", [slas.TrustRegion(limit, (0.9, 0.999)) for _ in known.reward]
@@ -98,7 +104,10 @@ def slas_auto(rewards, known, limit=4e-5):
 
 
 def expected(known, prior, off):
-    """Return the expected reward of each prompt, [E, P or 1, 1]."""
+    """Return the expected reward of each prompt, [E, P or 1, 1].
+
+    prior: "sft", "still", "constant" or "running-mean"; off: the error of the constant prior.
+    """
     if prior == "sft":
         return known.base_reward()[..., None]
     if prior == "still":  # one sample without noise, as --prior first-frame has one image
@@ -113,7 +122,10 @@ def expected(known, prior, off):
 def bpgo_by(
     rewards, known, alpha=0.5, k=1.0, beta=0.5, lam=1.0, prior="running-mean", off=0.0, alone=False
 ):
-    """BPGO as printed. beta 0: RAS alone; alpha 0: GRPO and CRT; alone: CRT's surrogate alone."""
+    """Return BPGO's advantages as printed, one for each of its two surrogates.
+
+    beta 0: RAS alone; alpha 0: GRPO and CRT; alone: CRT's surrogate alone.
+    """
     reward, prior = known.reward, expected(known, prior, off)
     mean = reward.nanmean(2, keepdim=True)
     trust = bpgo.reliability_weights(mean, prior, alpha, k / known.scale)
@@ -125,7 +137,7 @@ def bpgo_by(
 
 
 def bpgo_released(rewards, known, crt=True, prior="running-mean", off=0.0):
-    """BPGO with the equations and defaults of its authors' code."""
+    """Return BPGO's advantages by the equations and defaults of its authors' code."""
     reward = known.reward
     prior = expected(known, prior, off).expand_as(reward[..., :1]).flatten(0, 1)
     contrasted = reward.flatten(0, 1)
@@ -136,7 +148,10 @@ def bpgo_released(rewards, known, crt=True, prior="running-mean", off=0.0):
 
 
 def paced(rewards, known, variant="v1", alpha=4.0, only=0, names=(), beta=0.5, **settings):
-    """Self-Paced GRPO. alpha 0 mixes all stages equally; names: the stages, by default all."""
+    """Return Self-Paced GRPO's advantages.
+
+    alpha 0 mixes all stages equally; names: the stages, by default all.
+    """
     names = names or known.world.rewards
     stages = torch.stack([rewards[name].flatten(0, 1) for name in names])  # [K, E * P, G]
     thresholds = tuple(known.world.thresholds[name] for name in names)
@@ -167,18 +182,20 @@ def calibrated(world, setting):
 
 @dataclass(frozen=True)
 class Method:
-    """How advantages are made, and what else of a run's settings the method changes."""
+    """Hold how a method makes advantages, and which settings of a run it changes."""
 
     advantages: Callable
     changes: dict = field(default_factory=dict)
     again: bool = False
-    """The A/A check: other searches, prompts and noise."""
+    """Whether this is the A/A check, with another search, other prompts and other noise."""
 
 
 @dataclass(frozen=True)
 class Dial:
-    """A premise with its values. turned: an argument of the world, of the methods (off), or the
-    name of a setting."""
+    """Hold a premise with its values.
+
+    turned: what varies, an argument of the world, the methods' argument `off`, or a setting.
+    """
 
     title: str
     axis: str
@@ -377,9 +394,9 @@ def of_file(path):
 
 
 def cell(dial, value, method, seeds, changes, thresholds):
-    """Search a rate for one method at one value, and train the verdict's seeds with it.
+    """Search a rate for one method at one value, train the verdict's seeds with it, return a cell.
 
-    changes: of the settings, for a variant. thresholds: {stage: tau}, filled at the first call.
+    changes: settings that a variant changes. thresholds: {stage: tau}, filled by the first call.
     """
     begun = time.process_time()
     setting = replace(dial.setting, **{**changes, **method.changes})
@@ -439,8 +456,8 @@ def cells_of(name, value, methods, seeds, changes, files):
 def intervals(differences, draws=4000):
     """Return (mean, low, high) of each row of paired differences [values, seeds].
 
-    The intervals hold for all rows together with a probability of 95%: seeds are drawn again, and
-    the half width is the 95% quantile of the largest |t| over the rows.
+    The intervals hold for all rows together with a probability of 95%. Seeds are resampled, and the
+    half width is the 95% quantile of the largest |t| over the rows, in standard errors.
     """
     differences = np.asarray(differences)
     number = differences.shape[1]
@@ -530,14 +547,15 @@ class Args:
     quick: bool = False
     """Few values, methods and seeds, into runs/dials-quick: a minute or two."""
     variants: bool = False
-    """Train the cells of KEY in six variants of sizes, sampler and budget instead."""
+    """Train the main cells of four dials instead, in six variants of sizes, sampler and budget."""
     methods: tuple[str, ...] = ()
     """Files of your own methods, each with compute_advantages(reward [P, G], adv_clip_max) or with
-    dial(rewards, known). Results go to runs/dials."""
+    dial(rewards, known), as docs/dials.md explains. Results go to runs/dials."""
     figures: bool = False
-    """Draw figures and print tables of what is there, without training."""
+    """Draw figures and print tables of the saved results, without training."""
     output: str = ""
-    """Folder of the results. Default: lab/dial_results, or as --quick and --methods have it."""
+    """Folder of the results. Default: lab/dial_results; runs/dials-quick with --quick, else
+    runs/dials with --methods."""
     workers: int = 2
     """Number of processes, each with one thread."""
 
@@ -560,7 +578,10 @@ def plan(args, folder):
             done = read(folder, file)
             made = made_by(name, QUICK_SEEDS if args.quick else SEEDS, changes)
             if done and any(done[key] != made[key] for key in ("seeds", "settings", "world")):
-                raise InputError(f"{folder / file}.json: has other settings. Remove it.")
+                raise InputError(
+                    f"{folder / file}.json: it was made with other settings. Remove it, or give "
+                    "another --output."
+                )
             rows = done["cells"] if done else []
             known = {(row["value"], row["method"]) for row in rows}
             for value in values:
@@ -571,7 +592,7 @@ def plan(args, folder):
 
 
 def made_by(name, seeds, changes):
-    """Return what the results of a dial are made of, as JSON has it."""
+    """Return what the results of a dial depend on, {name: value} in the types of JSON."""
     dial = DIALS[name]
     made = {
         "seeds": seeds,
@@ -600,7 +621,7 @@ def main(args):
     folder = Path(args.output or usual)
     folder.mkdir(parents=True, exist_ok=True)
     if args.methods and not args.quick and folder != RESULTS:
-        for path in RESULTS.glob("*.json"):  # what is known of the other methods
+        for path in RESULTS.glob("*.json"):  # results of the other methods
             if not (folder / path.name).exists():
                 (folder / path.name).write_bytes(path.read_bytes())
     seeds = QUICK_SEEDS if args.quick else SEEDS

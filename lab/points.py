@@ -1,10 +1,10 @@
-"""Train hundreds of runs at once in worlds of points, whose premises can be turned.
+"""Train hundreds of runs at once in worlds of points, in which a method's premise can be varied.
 
-A run is a seed and a learning rate. Each seed has its own world, weights, prompts and noise, which
+A run is a seed and a learning rate. Each seed has its own world, weights, prompts and noise. These
 are the same for every method and rate, so runs of two methods are paired. The equations are those
-of the project: `sde` samples and scores again, `loss` and `groups` make the loss, and the scripts'
-own functions make the advantages. With one run, `train` equals the scripts' main() with --model
-points up to rounding (tests/test_dials.py).
+of the project: `sde` samples and re-scores, `loss` and `groups` make the loss, and the scripts' own
+functions make the advantages. With one run, `train` equals the scripts' main() with --model points
+up to rounding (tests/test_dials.py).
 
 Shapes: S seeds, R rates, E = R * S runs; P prompts, G samples of each, B = P * G rows; T denoising
 steps; D dimensions of a point; n held-out prompts.
@@ -21,13 +21,13 @@ from common import groups, loss, sde
 from worlds import points
 from worlds.points import nearness
 
-HELD_OUT = 64  # prompts that no step has
+HELD_OUT = 64  # number of held-out prompts
 BETAS, ADAM_EPS = (0.9, 0.999), 1e-8  # torch's defaults
 
 
 @dataclass(frozen=True)
 class Setting:
-    """The settings of a run, named as the flags of the scripts where they have one."""
+    """Hold the settings of a run. A setting that is a flag of the scripts has the flag's name."""
 
     steps: int = 80
     prompts_per_step: int = 8
@@ -51,19 +51,22 @@ class Setting:
 
 
 class Judge:
-    """A judge that cannot tell the samples of some prompts apart.
+    """Score points as a judge that cannot tell the samples of some prompts apart.
 
-    The truth is how near a point is to its prompt's target. The judge says tell * truth + (1 -
-    tell) * unsure + error on a share `vague` of the prompts, and truth + error on the others.
+    The truth is how near a point is to its prompt's target, 0 to 1. The judge's score is tell *
+    truth + (1 - tell) * unsure + error on a share `vague` of the prompts, and truth + error on the
+    others.
 
-    error: `noise` times a standard normal number (kind "chance"), or times how far a sample lies in
-    one direction, the same for all prompts (kind "style"). noise_vague: the error on vague prompts.
-    noise_bad: how much larger the error of the worst samples is. second: distance of a second right
-    answer from the target, which the judge does not know; 0: there is none.
+    noise: size of the error, which is `noise` times a random number. That number is standard normal
+    (kind "chance"), or the sample's offset in one direction that is the same for all prompts (kind
+    "style"), in standard deviations of the base model and between -3 and 3. noise_vague: the size
+    on vague prompts, `noise` by default. noise_bad: added to the size in proportion to 1 - truth.
+    second: distance of a second right answer from the target, a root mean square over the
+    dimensions, 0 for none. It counts for the truth, but the judge does not know it.
     """
 
     rewards = ("judge",)
-    trained = "judge"  # what a method with one reward is trained on
+    trained = "judge"  # the reward that methods with one reward train on
 
     def __init__(
         self, bank, seeds, dimensions=points.D, *, vague=0.5, tell=0.1, unsure=0.45, noise=0.1,
@@ -77,13 +80,16 @@ class Judge:
         self.second = second
 
     def prompts(self, number, generator):
-        """Return `number` random prompts of each world, as points.prompts_of does."""
+        """Return `number` random prompts of each world, in the form of points.prompts_of."""
         z = torch.randn(self.seeds, number, points.C, generator=generator)
         vague = torch.rand(self.seeds, number, generator=generator) < self.vague
         return points.prompts_of(self.world, z, vague.float())
 
     def score(self, x, prompts, error):
-        """Return the rewards; error [S, P, G]: standard normal numbers, or 0."""
+        """Return {"judge" and "truth": [..., S, P, G]} of points x [..., S, P, G, D].
+
+        error [S, P, G]: standard normal numbers, or 0 for scores without chance errors.
+        """
         off = x - prompts.target[:, :, None]
         near = nearness(off)
         truth = near
@@ -101,10 +107,12 @@ class Judge:
 
 
 class Ladder:
-    """Three stages from easy to hard. The last one is the outcome, and flat for a beginner.
+    """Score points in three stages from easy to hard, of which the last one is the outcome.
 
-    It is what the product of three parts exceeds `floor` by. conflict: how far the target of the
-    first two stages lies from that of the last.
+    The last stage is the product of the nearness in three blocks of dimensions. floor: the product
+    at and below which this stage is 0, so that it is flat for the base model. conflict: standard
+    deviation, in each dimension, of the offset between the target of the first two stages and that
+    of the last one.
     """
 
     rewards = ("quality", "layout", "truth")
@@ -124,7 +132,7 @@ class Ladder:
         return points.prompts_of(self.world, z, torch.zeros(self.seeds, number))
 
     def score(self, x, prompts, error):
-        """Return the rewards of the stages."""
+        """Return the rewards of the stages as Judge.score does. `error` is not used."""
         off = x - prompts.target[:, :, None]
         easy, parts = off - self.aside, [nearness(off[..., block]) for block in self.blocks]
         quality, middle = (nearness(easy[..., block]) for block in self.blocks[:2])
@@ -138,38 +146,42 @@ class Ladder:
 
 @dataclass
 class Known:
-    """What a method may know beside the rewards of a step."""
+    """Hold what a method may use in addition to the rewards of a step."""
 
     world: object
     setting: Setting
     rates: int
     """Number of rates R."""
     scale: torch.Tensor
-    """Spread of the trained reward within a group of the base model, [E, 1, 1]."""
+    """Standard deviation of the trained reward in a group of the base model, [E, 1, 1]."""
     start: torch.Tensor
-    """Its mean for the base model, [E, 1, 1]."""
+    """Mean of the trained reward for the base model, [E, 1, 1]."""
     prompts: SimpleNamespace = None
-    """Those of the step, [S, P, ...]."""
+    """The prompts of the step, [S, P, ...]."""
     step: int = 0
     reward: torch.Tensor = None
     """The trained reward of the step, [E, P, G]; a method that mixes rewards replaces it."""
     observe: object = None
-    """A method's function of an update's rows [E, P, G] bool and of its KL [E], or None."""
+    """None, or a function that the method sets. It is called after each update with the update's
+    rows [E, P, G] bool and its mean KL [E]."""
     memory: dict = field(default_factory=dict)
-    """What the method keeps from step to step."""
+    """State that the method keeps from step to step."""
 
     def again(self, values):
         """Repeat values of S seeds for every rate: [S, ...] -> [E, ...]."""
         return values.repeat(self.rates, *[1] * (values.ndim - 1))
 
     def base_reward(self):
-        """Return the mean reward of a group of the base model's samples of each prompt, [E, P]."""
+        """Return the mean reward of a group of base samples for each prompt, [E, P]."""
         rewards = base_rewards(self.world, self.prompts, self.setting.group_size, self.step)
         return self.again(rewards.mean(2))
 
 
 def base_rewards(world, prompts, number, *key):
-    """Return the trained reward of `number` base samples of each prompt, [S, P, number]."""
+    """Return the trained reward of `number` base samples of each prompt, [S, P, number].
+
+    key: seeds the samples, together with the world's bank.
+    """
     g = points.drawn(world.bank, *key, "prior")
     mean = prompts.mean[:, :, None].expand(-1, -1, number, -1)
     x = mean + points.SPREAD**0.5 * torch.randn(mean.shape, generator=g)
@@ -178,7 +190,7 @@ def base_rewards(world, prompts, number, *key):
 
 
 class AdamW:
-    """AdamW of E runs, each with its own rate, and each with its own largest norm of gradients."""
+    """Update E runs with AdamW, each with its own learning rate and clipped by its own norm."""
 
     def __init__(self, weights, rates, setting):
         self.weights, self.rates, self.setting = weights, rates[:, None, None], setting
@@ -206,15 +218,15 @@ class AdamW:
 
 
 def next_of(noise, shape):
-    """Return the next of prepared tensors of noise; sde.rollout asks with a shape."""
+    """Return the next prepared noise tensor. The shape that sde.rollout passes is not used."""
     return next(noise)
 
 
 def draws(world, setting, step, chance):
-    """Return what chance decides in a step, the same for every method and rate.
+    """Return the random draws of a step, which are the same for every method and rate.
 
     These are the prompts; T + 1 tensors of noise [S, B, D]; the judge's errors [S, P, G]; and the
-    generator that chooses denoising steps. chance: another number gives other draws.
+    generator that chooses denoising steps. chance: a number; another one gives other draws.
     """
     g = points.drawn(world.bank, step, *([chance] if chance else []))
     prompts = world.prompts(setting.prompts_per_step, g)
@@ -226,11 +238,14 @@ def draws(world, setting, step, chance):
 
 
 def train(world, method, rates, setting=Setting(), chance=0, draws=draws, watch=None):  # noqa: B008
-    """Train R rates times S seeds; return {reward: [R, S, 2]}, before and after.
+    """Train S seeds with each of R learning rates; return {reward: [R, S, 2]}, before and after.
 
-    Rewards are those of noise-free samples of held-out prompts, without the judge's chance errors.
+    The returned rewards are means over noise-free samples of held-out prompts, without the judge's
+    chance errors.
+
     method: ({reward: [E, P, G]}, Known) -> advantages [[E, P, G]], one for each clipped surrogate.
-    watch: a list that gets (rewards, norms of the gradients [E], Known) of every step.
+    chance: as of `draws`. watch: a list to which every step appends (rewards, norms of the
+    gradients [E], Known).
     """
     P, G, S, R = setting.prompts_per_step, setting.group_size, world.seeds, len(rates)
     E, B, T, D = R * S, P * G, setting.sampling_steps, setting.dimensions
@@ -249,7 +264,7 @@ def train(world, method, rates, setting=Setting(), chance=0, draws=draws, watch=
     transition = sde.TRANSITIONS[setting.sde]
 
     def field_of(z, mean, weights=weights):
-        """Return the velocity of flat rows x [E * n, D] for z and mean [E, n, ...]."""
+        """Return the function (x [E * n, D], sigma) -> velocity for z and mean [E, n, ...]."""
 
         def flat(x, sigma):
             return points.velocity(x.view(mean.shape), sigma, z, mean, weights).flatten(0, 1)
@@ -295,7 +310,8 @@ def train(world, method, rates, setting=Setting(), chance=0, draws=draws, watch=
         for minibatch in groups.split_rows(kept, setting.minibatches):
             trained = sde.noisy_steps(s, setting.timestep_fraction, generator)
             share = vmap(groups.row_weights)(minibatch.view(E, P, G)).flatten(1)  # [E, B]
-            # runs have different rows if some are masked; the rows beside them have share 0
+            # Runs differ in their number of rows if some are masked. Shorter runs are filled up
+            # with other rows, which have share 0.
             most = int(minibatch.view(E, B).sum(1).max())
             if not most:
                 continue

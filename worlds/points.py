@@ -1,9 +1,9 @@
-"""Points in a few dimensions instead of images: an exact base model with a small trained network
-beside it, rewards in closed form, and the model `points` of all scripts.
+"""Points in a few dimensions instead of images: an exact base model, a small network to train,
+rewards in closed form, and the model `points` of all scripts.
 
 A prompt has an embedding z and a target, a point that is linear in z. The base model samples x0
-from a Gaussian whose mean is off the target, and its velocity is known in closed form. What is
-trained is a small network whose output is added to that velocity, and is zero at first.
+from a Gaussian whose mean misses the target, and its velocity is known in closed form. Training
+changes a small network, whose output is zero at first and is added to that velocity.
 
 `lab/points.py` trains hundreds of runs in one batch with the same functions, so everything here has
 leading dimensions: S worlds, E runs, n points, D dimensions, C numbers of an embedding.
@@ -38,15 +38,16 @@ LARGEST = 8.0  # pictures show coordinates from -8 to 8
 
 
 def drawn(*key):
-    """Return a generator of random numbers for a key of words and numbers."""
+    """Return a random generator that is seeded by a key of words and numbers."""
     return torch.Generator().manual_seed(zlib.crc32(repr(key).encode()))
 
 
 def worlds(bank, seeds, dimensions=D):
     """Return S worlds: target and away [S, C, D], style [S, 1, 1, D].
 
-    target: from embeddings to targets. away: how the base model misses them. style: a direction of
-    length 1 that a judge may like. bank: worlds of different banks are independent.
+    target: linear map from embeddings to targets. away: the same to how the base model misses them.
+    style: a direction of length 1 that a judge may prefer. bank: a number; worlds of different
+    banks are independent.
     """
     g = drawn(bank, "world")
     target, away = (torch.randn(seeds, C, dimensions, generator=g) / math.sqrt(C) for _ in range(2))
@@ -62,7 +63,7 @@ def prompts_of(world, z, vague):
     and the base model's mean [S, n, D].
     """
     target = z @ world.target
-    mean = target - torch.tanh(1.5 * z @ world.away)  # off by about 0.6 in every dimension
+    mean = target - torch.tanh(1.5 * z @ world.away)  # misses by about 0.6 in every dimension
     seen = torch.cat([z, 2 * vague[..., None] - 1], -1)
     return SimpleNamespace(z=seen, vague=vague, target=target, mean=mean)
 
@@ -113,7 +114,7 @@ def velocity(x, sigma, z, mean, weights=None):
 
 
 class PointsField(ModelMixin, ConfigMixin):
-    """The trained network and the base model's velocity, as a diffusers model."""
+    """Add the trained network to the base model's velocity, as a diffusers model."""
 
     @register_to_config
     def __init__(self, dimensions=D, inputs=C + 1, hidden=HIDDEN):
@@ -136,7 +137,7 @@ class PointsPipeline(DiffusionPipeline):
 
     @torch.no_grad()
     def __call__(self, prompt, num_inference_steps=6, generator=None):
-        """Return noise-free samples [b, 3, 8, D], as pictures, of a list of captions."""
+        """Return noise-free samples for a list of captions, as pictures [b, 3, 8, D] in [0, 1]."""
         known = described(prompt)
         x = torch.randn(known.mean[0].shape, generator=generator)
 
@@ -149,7 +150,7 @@ class PointsPipeline(DiffusionPipeline):
 
 
 class Points(Family):
-    """Run the model `points`: latents [b, D]; pictures [b, 3, 8, D] with a column a dimension."""
+    """Run the model `points`: latents [b, D], pictures [b, 3, 8, D] with a column per dimension."""
 
     pipeline = PointsPipeline
 
@@ -188,7 +189,7 @@ class Points(Family):
 
 
 def pictures(x):
-    """Return points [b, D] as grey pictures [b, 3, 8, D]: the darker, the smaller a coordinate."""
+    """Return points [b, D] as grey pictures [b, 3, 8, D] in [0, 1]: -LARGEST is 0, LARGEST 1."""
     grey = (x / (2 * LARGEST) + 0.5).clamp(0, 1)
     return grey[:, None, None].expand(-1, 3, 8, -1)
 
@@ -208,10 +209,10 @@ def own_world():
 
 
 def described(captions):
-    """Return what `prompts_of` does of captions, with S = 1.
+    """Return what `prompts_of` returns, for a list of captions and S = 1.
 
-    The embedding is random, with the caption as its seed. A caption that begins with "vague" is
-    that of a vague prompt.
+    The embedding is random, with the caption as its seed. A caption that begins with "vague"
+    belongs to a vague prompt.
     """
     rows = [torch.randn(C, generator=drawn(str(caption))) for caption in captions]
     vague = torch.tensor([float(str(caption).startswith("vague")) for caption in captions])
@@ -219,7 +220,7 @@ def described(captions):
 
 
 class Score:
-    """How near a point is to its prompt's target."""
+    """Score how near a point is to its prompt's target, 0 to 1."""
 
     video = False
     scale = 0.12  # spread within a group of the base model's samples
@@ -236,7 +237,7 @@ class Score:
 
 
 class Quality(Score):
-    """The same in the first three dimensions."""
+    """Score the same in the first three dimensions."""
 
     def of(self, off):
         """Return the scores [b] of offsets from the target [b, D]."""
@@ -244,7 +245,7 @@ class Quality(Score):
 
 
 class Layout(Score):
-    """The mean of `Quality` and of the nearness in the next two dimensions."""
+    """Score the mean of `Quality` and of the nearness in the next two dimensions."""
 
     def of(self, off):
         """Return the scores [b] of offsets from the target [b, D]."""
@@ -255,7 +256,7 @@ class Layout(Score):
 
 
 def build():
-    """Write assets/points and its prompts, of which every second one is vague."""
+    """Write assets/points and its prompts. Every second prompt is vague."""
     PointsPipeline(PointsField()).save_pretrained(ASSETS / "points")
     for name, numbers in (("points", range(512)), ("points_heldout", range(512, 576))):
         lines = [f"{('clear', 'vague')[number % 2]} point {number}\n" for number in numbers]

@@ -25,7 +25,7 @@ FLOAT32_RESULTS = ("softmax.int", "log_softmax.int", "cumsum", "cumprod", "sum",
 
 
 class Allocations(TorchDispatchMode):
-    """Adds up the bytes of the tensors that are allocated inside, until they are freed.
+    """Add up the bytes of the tensors that are allocated inside, until they are freed.
 
     live: bytes now; peak: the most bytes so far.
     """
@@ -110,7 +110,7 @@ def autocast(dtype: torch.dtype) -> torch.autocast:
 
 @contextlib.contextmanager
 def cuda_rules() -> Iterator[None]:
-    """Autocast CPU tensors by the rules for CUDA inside."""
+    """Apply CUDA's rules of autocast to CPU tensors inside."""
     with torch.library._scoped_library("aten", "IMPL") as library:
         for name in FLOAT32:
             library.impl(name, _in_float32(_operation(name)), "AutocastCPU")
@@ -125,7 +125,7 @@ def _operation(name: str) -> Callable:
 
 
 def _in_float32(operation: Callable) -> Callable:
-    """Return an operation that casts what it is given to float32."""
+    """Return an operation that first casts 16-bit inputs to float32."""
 
     def cast(value: Any) -> Any:
         is_half = isinstance(value, torch.Tensor) and value.dtype in (torch.bfloat16, torch.float16)
@@ -140,7 +140,7 @@ def _in_float32(operation: Callable) -> Callable:
 
 
 def _to_float32(operation: Callable) -> Callable:
-    """Return an operation whose result is float32 unless another dtype is asked for."""
+    """Return an operation whose result for 16-bit inputs is float32, unless dtype is given."""
 
     def kernel(
         first: torch.Tensor, *args: Any, dtype: torch.dtype | None = None, **kwargs: Any
@@ -183,7 +183,7 @@ def _storages(values: Any) -> list[torch.UntypedStorage]:
 
 @contextlib.contextmanager
 def without_contents(*modules: torch.nn.Module) -> Iterator[None]:
-    """Make tensors without contents inside, also of the weights of `modules`."""
+    """Create tensors without contents inside, and replace the weights of `modules` by such."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode(allow_non_fake_inputs=True), contextlib.ExitStack() as stack:

@@ -34,8 +34,8 @@ class Launch:
     """Whether its shards are on the CPU between passes."""
 
 
-# Bytes of a step's latents above which they are in the host's memory: those of clips. Copying two
-# of them for each row of a pass takes a thousandth of the pass.
+# Bytes of a step's latents above which they are in the host's memory, as those of clips are.
+# Copying two of them for each row of a pass takes a thousandth of the pass's time.
 LARGE_LATENTS = 2**30
 # Kinds of memory that are needed one after another, not together.
 MOMENTS = (("weights of a pass", "activations"), ("visiting encoders",), ("decoding", "pixels"))
@@ -93,7 +93,7 @@ def total(kinds: dict[str, float]) -> float:
 
 
 def at_once(kinds: dict[str, float]) -> dict[str, float]:
-    """Return {kind: bytes} without the kinds of other moments than that which needs the most."""
+    """Return {kind: bytes} of what exists at the moment that needs the most."""
     largest = max(MOMENTS, key=lambda names: sum(kinds[name] for name in names))
     return at_moment(kinds, largest)
 
@@ -149,8 +149,8 @@ def weight_bytes(
 def _gathered_bytes(model: Family, precision: int, lora: bool) -> int:
     """Return the bytes of the sharded weights that are whole at one moment of a pass.
 
-    These are two blocks (the current and the next), the weights outside of all blocks, which FSDP
-    gathers together, and the gradients of one block and of these.
+    These are two blocks (the current and the next) and the weights outside of all blocks, which
+    FSDP gathers together. The gradients of one block and of the weights outside are added.
     """
     gradients = 0 if lora else 4
     sizes = [0]

@@ -171,7 +171,7 @@ def commands_that_fit(args: Args, counter: Counter, free: float, free_host: floa
     found = []
     if small_pass and plan(one_row, counter, free):
         found.append(f"accelerate launch {script}{small_pass}")
-    lora = one_row if small_pass else args  # as it will be started
+    lora = one_row if small_pass else args  # the settings of the proposed command
     adapted = counter
     rank = ""
     if not args.lora_rank:
@@ -203,9 +203,9 @@ def commands_that_fit(args: Args, counter: Counter, free: float, free_host: floa
 
 
 def _fits_offloaded(args: Args, counter: Counter, free: float, free_host: float) -> bool:
-    """Return whether a run fits whose weights are on the host between passes.
+    """Return whether the run fits if its weights are on the host between passes.
 
-    Each process holds its shards there, and the encoders.
+    Each process then holds its shards and the encoders in the host's memory.
     """
     launch = dataclasses.replace(counter.launch, sharded=True, checkpointing=True, offloads=True)
     found = plan(args, dataclasses.replace(counter, launch=launch), free)

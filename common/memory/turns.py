@@ -70,8 +70,8 @@ def loading_bytes(
 ) -> tuple[float, float]:
     """Return the bytes of host memory that a process takes: (while loading, kept afterwards).
 
-    Encoders that come back from a GPU are in memory of their process, no longer in that of the
-    files, which processes share. Large latents are kept from the first step on.
+    Encoders that come back from a GPU are in the memory of their process. Before, they were in that
+    of the files, which processes share. Large latents are kept from the first step on.
 
     args: with what was chosen; shards: processes that share one copy of the weights, 1 when the
     weights are not sharded.

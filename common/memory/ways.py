@@ -1,8 +1,8 @@
 """Choose how a run fits into memory.
 
 Pure functions of the settings, the model's shapes and the free bytes: nothing is measured, printed
-or loaded here. The ways to run are tried in the order of what they cost in speed. A later one is
-taken if the ones before do not fit, or leave room for so few rows that passes are slow.
+or loaded here. The ways to run are tried in the order of what they cost in speed. A later way is
+chosen if the earlier ones do not fit, or leave room for so few rows that passes are slow.
 """
 
 import dataclasses
@@ -20,9 +20,9 @@ from common.models.family import Family
 ROOM = 0.9
 # The same for a pass of more than one row: what is not counted grows with the rows.
 FILL = 0.75
-# A way that costs more time is worth it if its passes have so many times the rows ...
+# A slower way is chosen if its passes have at least this many times the rows.
 GAIN = 4
-# ... up to this number, beyond which more rows hardly make a pass faster for each of them.
+# Rows of a pass beyond which more rows hardly reduce the time of each. They do not count as a gain.
 ENOUGH = 8
 
 
@@ -80,8 +80,8 @@ class Counter:
     rewards: int = 0
     """Bytes of the reward models."""
     counted: dict[str | bool, int] = field(default_factory=dict)
-    """{with gradient checkpointing: bytes of a row's pass}, {"decoding": bytes of decoding a row}:
-    a count takes seconds."""
+    """What was counted, because a count takes seconds: bytes of a row's pass under True (with
+    gradient checkpointing) or False, and bytes of decoding a row under "decoding"."""
 
     def kinds(self, way: Way, rows: int) -> dict[str, float]:
         """Return the bytes by kind, with passes of so many rows."""
@@ -103,7 +103,8 @@ class Counter:
     def fits(self, way: Way, rows: int, free: float) -> bool:
         """Return whether passes of so many rows leave enough of the free memory.
 
-        The encoders' visit and decoding take as much as they are counted, whatever the rows.
+        A pass of several rows has the margin FILL. The visit of the encoders and decoding do not
+        need it: they take what is counted, whatever the rows.
         """
         kinds = self.kinds(way, rows)
         in_time = rows == 1 or bytes.at_pass(kinds) <= FILL * free
@@ -129,7 +130,7 @@ class Counter:
 
 
 def plan(args: Args, counter: Counter, free: float) -> MemoryPlan | None:
-    """Return the way to run that is taken, with the rows of a pass; None if no way fits.
+    """Return the chosen way to run, with the rows of a pass; None if no way fits.
 
     free: bytes of memory that each process can take.
 

@@ -14,8 +14,8 @@ from common.models.assumed import Values
 from common.prompts import caption_of
 
 CURE = "download the whole model again, or give another --model"
-# With a mask, cuDNN's backward pass of attention gives NaN on H100 and H200 for a number of tokens
-# with this remainder (pytorch issue 196678).
+# (divisor, remainder) of the numbers of tokens for which cuDNN's backward pass of attention with a
+# mask gives NaN on H100 and H200 (pytorch issue 196678).
 CUDNN_NAN = (128, 64)
 KEPT = 2**30  # bytes of embeddings that are kept: 256 prompts of FLUX or Wan
 
@@ -25,7 +25,7 @@ def of_rows(
 ) -> torch.Tensor:
     """Return a scalar or [b] as [b] on the device of x [b, ...].
 
-    A scalar is filled in there: a copy from the CPU would wait for a GPU to finish.
+    A scalar is filled in on the device: a copy from the CPU would wait until the GPU has finished.
     """
     value = torch.as_tensor(value)
     if value.ndim:
@@ -175,8 +175,8 @@ class Family:
     def cudnn_serves(self) -> bool:
         """Return whether cuDNN's attention serves rollout and update alike.
 
-        torch prefers it on H100, H200 and B200. If it serves one of them alone, both would take
-        different kernels, which round differently.
+        torch prefers it on H100, H200 and B200. If it served only one of the two, rollout and
+        update would use different kernels, which round differently.
         """
         return True
 

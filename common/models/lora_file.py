@@ -14,7 +14,8 @@ from common.errors import InputError
 
 ALPHA = "vgrpo_lora_alpha"  # in the metadata of our files: alpha of the training
 FIRST = re.compile(r"lora(_A|_down|\.down)(\.\w+)?\.weight$")  # end of the first matrix's name
-# ends of all names of a LoRA; diffusers drops others, as a DoRA's magnitudes, with a warning
+# How the names of a LoRA's weights end. diffusers drops others, such as a DoRA's magnitudes, with a
+# warning.
 PARTS = re.compile(r"(lora(_A|_B|_down|_up|\.down|\.up)(\.\w+)?\.weight|\.alpha)$")
 
 

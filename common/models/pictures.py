@@ -18,7 +18,7 @@ def check(prompts: Sequence[str], wanted: bool) -> None:
     """Raise InputError for the first prompt that lacks an image, or has one when none is wanted.
 
     Every image must exist, and the first 500 must be readable to their end. Warn if some of these
-    have transparent pixels: the colours under them are used, which no viewer shows.
+    have transparent pixels, because the model sees colours that viewers hide.
     """
     for prompt in prompts:
         image = image_of(prompt)
@@ -45,13 +45,13 @@ def check(prompts: Sequence[str], wanted: bool) -> None:
     if transparent:
         errors.warn(
             f"prompts: images with transparent pixels: {len(transparent)}, first {transparent[0]}. "
-            "The colours under these pixels are used, as diffusers does. Flatten the images onto "
-            "the background that you mean."
+            "The model sees the hidden colours of these pixels, as in diffusers. Flatten the "
+            "images onto a background."
         )
 
 
 def is_transparent(path: str) -> bool:
-    """Return whether a pixel of an image is not opaque."""
+    """Return whether any pixel of an image is not opaque."""
     from PIL import Image
 
     with Image.open(path) as picture:

@@ -101,7 +101,7 @@ MODELS = {
         _PAPERS, pipeline="StableDiffusionPipeline", source="CompVis/stable-diffusion-v1-4",
         height=512, width=512, guidance=5.0, steps=300, sampling_steps=50, sde="ddim", shift=1.0,
         noise_level=1.0, group_size=16, timestep_fraction=1.0,
-        gradient_checkpointing=False,  # one row keeps 2 GiB; chosen where these do not fit
+        gradient_checkpointing=False,  # a row's activations take 2 GiB; turned on if they don't fit
     ),
     # Flow-GRPO (2505.05470 and config/grpo.py of its code): a LoRA, two updates per rollout, all
     # noisy steps, at the pipeline's own noise levels. The KL coefficient and the number of prompts
@@ -120,8 +120,8 @@ MODELS = {
         same_noise=False, lora_rank=64,
     ),
     # No paper trains these two with GRPO. The recipes are those of Flow-Factory's code (X-GenGroup,
-    # examples/grpo/lora). It draws the one step with noise from the second to the fourth, this
-    # table from the first four. Its guidance_scale of 4 for Z-Image is 5 here.
+    # examples/grpo/lora). It draws the one step with noise from steps two to four, these settings
+    # from the first four. Its guidance_scale of 4 for Z-Image is 5 here.
     "z-image": dict(
         _PAPERS, pipeline="ZImagePipeline", source="Tongyi-MAI/Z-Image", height=512, width=512,
         guidance=5.0, steps=200, sampling_steps=10, sde="flow", shift="scheduler", noise_level=0.7,

@@ -115,8 +115,8 @@ class Wan(Family):
         cond = dict(cond)
         if "still" in cond:
             x = torch.cat([x, cond.pop("still")], 1)
-        # Wan2.2 TI2V's pipeline passes a timestep for each token, for first frames without noise.
-        # Those of text to video are all equal, and one for each row computes the same.
+        # Wan2.2 TI2V's pipeline passes a timestep for each token, because given first frames have
+        # no noise. In text to video all are equal, so one for each row gives the same result.
         timestep = of_rows(sigma, x) * 1000
         return self.guided(self.trainable[expert], scale, cond, hidden_states=x, timestep=timestep)
 

@@ -32,7 +32,10 @@ class ZImage(Family):
 
     @classmethod
     def assumed(cls, configs: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Values]]:
-        """Return what is assumed of a folder. Omni models have more inputs."""
+        """Return what is assumed of a folder, {part: {name: values}}.
+
+        Omni models, which have more inputs, do not fit.
+        """
         return {
             "scheduler": assumed.flow(configs["scheduler"]),
             "transformer": {
@@ -51,8 +54,8 @@ class ZImage(Family):
         self.height, self.width = self._size(2 * factor, height or 1024, width or 1024)
         channels = pipe.transformer.config.in_channels
         self.noise_shape = (channels, self.height // factor, self.width // factor)
-        # The first pass would compute this table and keep it. Memory is counted in passes on
-        # tensors without contents.
+        # Compute this table here. Otherwise the first pass would compute and keep it, and that may
+        # be the pass that counts memory on tensors without contents.
         rope = pipe.transformer.rope_embedder
         rope.freqs_cis = rope.precompute_freqs_cis(rope.axes_dims, rope.axes_lens, rope.theta)
 
@@ -63,9 +66,9 @@ class ZImage(Family):
         return {"sigmas": sigmas, "mu": self.dynamic_shift(tokens)}
 
     def text(self, caption: str) -> dict[str, torch.Tensor]:
-        """Return {"encoder_hidden_states": [S, D], "tokens": []}.
+        """Return {"encoder_hidden_states": [512, D], "tokens": a scalar}.
 
-        The embeddings are zero after the caption's tokens, whose number is "tokens".
+        "tokens" is the number of the caption's tokens, after which the embeddings are zero.
         """
         (text,), _ = self.pipe.encode_prompt(
             caption, self.device, do_classifier_free_guidance=False, max_sequence_length=LONGEST
@@ -100,10 +103,10 @@ class ZImage(Family):
     ) -> tuple[torch.Tensor]:
         """Return the velocity [b, C, h, w] without guidance, in a tuple.
 
-        The transformer takes lists, with embeddings of several lengths. Its time runs from 0
-        (noise) to 1, and so it predicts the negative velocity.
+        The transformer takes lists, because embeddings differ in length. Its time runs from 0
+        (noise) to 1, so it predicts the negative velocity.
         """
-        clips = list(x[:, :, None])  # of one frame
+        clips = list(x[:, :, None])  # the transformer takes clips; each has one frame
         texts = zip(encoder_hidden_states, tokens.tolist())
         texts = [text[:length] for text, length in texts]
         module = self.trainable["transformer"]

@@ -25,8 +25,8 @@ def write_beside(path: Path, write: Callable[[Path], Any]) -> None:
 def remove_folder(folder: Path) -> None:
     """Remove a folder if it exists; its name is free afterwards. Raises OSError.
 
-    A folder with a file that another program has open cannot be removed on NFS. What cannot be
-    removed is left as .NAME.RANDOM.old.
+    On NFS a folder cannot be removed while another program has one of its files open. So it is
+    first renamed to .NAME.RANDOM.old, and what cannot be removed stays there.
     """
     if folder.exists():
         old = folder.with_name(f".{folder.name.lstrip('.')}.{secrets.token_hex(4)}.old")

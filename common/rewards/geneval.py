@@ -10,8 +10,8 @@ Flow-GRPO's training set:
     geneval:passed   1 or 0, GenEval's own verdict
 
 The official detector is Mask2Former of mmdet. Here it is torchvision's Mask R-CNN, trained on the
-same classes of COCO. Thresholds, rules, and colours by CLIP are the official ones, so a score is
-close to a published one, and not equal to it.
+same classes of COCO. Thresholds, rules, and colours by CLIP are the official ones. Because of the
+detector a score is not comparable with a published one.
 """
 
 import math
@@ -34,8 +34,8 @@ COLOURS = "red orange yellow green blue purple pink brown black white".split()
 RELATIONS = ("left of", "right of", "above", "below")
 TEMPLATES = ("a photo of a {0} {1}", "a photo of a {0}-colored {1}", "a photo of a {0} object")
 GREY = 153  # level of the background of a crop, #999
-# GenEval's settings: least confidences, objects of a class, and the share of the sizes of two
-# objects by which their centres must differ
+# GenEval's settings: the least confidence of an object, and that for counting; the most objects of
+# a class; and the share of their sizes by which the centres of two objects must differ.
 CONFIDENT, CONFIDENT_COUNTING, MOST, APART = 0.3, 0.9, 16, 0.1
 
 
@@ -68,9 +68,9 @@ def relations(box: Sequence[float], other: Sequence[float]) -> set[str]:
 
 
 def passed(found: Found, include: list[dict], exclude: list[dict], colours_of: ColoursOf) -> bool:
-    """Return whether all objects of `include` are there, and fewer than those of `exclude`.
+    """Return whether an image has all objects of `include`, and fewer than each of `exclude`.
 
-    Colour and position are those of the `count` most confident objects of a class.
+    Colour and position are checked for the `count` most confident objects of a class.
     """
     groups, right = [], True
     for wish in include:
@@ -88,8 +88,8 @@ def passed(found: Found, include: list[dict], exclude: list[dict], colours_of: C
 def credit(found: Found, include: list[dict], colours_of: ColoursOf) -> float:
     """Return 0 to 1: the mean over the wishes for numbers, colours and positions.
 
-    A number n instead of c counts 1 - |n - c| / c, at least 0. Colour and position count only if
-    the number is right: the share of objects in the colour, and 1 or 0 for the position.
+    A number n instead of c gives 1 - |n - c| / c, at least 0. A colour gives the share of objects
+    that have it, and a position 1 or 0; both give 0 if the number is wrong.
     """
     groups, parts = [], []
     for wish in include:
@@ -108,7 +108,10 @@ def credit(found: Found, include: list[dict], colours_of: ColoursOf) -> float:
 
 
 def _placed(items: list[Item], position: list, groups: list[list[Item] | None]) -> bool:
-    """Return whether every object is at [relation, number of a group] of every object of it."""
+    """Return whether every object has a relation to every object of an earlier group.
+
+    position: [relation, number of the group]; groups: None for one that is wrong itself.
+    """
     relation, number = position
     if groups[number] is None:
         return False
@@ -148,7 +151,7 @@ def _is_position(position: object, number: int) -> bool:
 
 
 def detector() -> detection.MaskRCNN:
-    """Return torchvision's Mask R-CNN without its weights; it keeps what is confident enough."""
+    """Return torchvision's Mask R-CNN with random weights. It drops objects below CONFIDENT."""
     return detection.maskrcnn_resnet50_fpn_v2(
         weights=None, weights_backbone=None, num_classes=len(CLASSES), box_score_thresh=CONFIDENT
     )
@@ -196,7 +199,7 @@ class Colours:
         return [COLOURS[i] for i in (F.normalize(torch.cat(crops), dim=-1) @ wanted).argmax(1)]
 
     def _texts(self, name: str, device: torch.device) -> torch.Tensor:
-        """Return normalised embeddings [D, 10] of the colours of a class, each of 3 sentences."""
+        """Return the normalised embeddings [D, 10] of a class in each colour, means of 3 texts."""
         if name not in self.known:
             texts = [form.format(colour, name) for colour in COLOURS for form in TEMPLATES]
             embedded = F.normalize(self.clip.texts(texts, device).float(), dim=-1)
@@ -272,7 +275,7 @@ class GenEval:
     def verdict(
         self, found: Found, include: list[dict], exclude: list[dict], colours_of: ColoursOf
     ) -> float:
-        """Return the score of the objects in an image; exclude is not part of it."""
+        """Return the score of the objects in an image. `exclude` does not change it."""
         return credit(found, include, colours_of)
 
 

@@ -73,7 +73,7 @@ def edit_distance(a: str, b: str) -> int:
 def agreement(read: str, wanted: str, whole: bool = False) -> float:
     """Return 0 to 1: how well the text that was read agrees with the wanted one, both `plain`.
 
-    whole: surplus text counts; otherwise it is free if it contains the wanted text.
+    whole: count surplus text as wrong. Otherwise any text that contains the wanted one gets 1.
     """
     if not whole and wanted in read:
         return 1.0
@@ -97,7 +97,7 @@ class Reader:
         folder = Path(rapidocr.__file__).parent / "models"
         self.engine = rapidocr.RapidOCR(
             params={
-                # with paths nothing is looked for on the network
+                # rapidocr downloads nothing if it gets paths
                 "Det.model_path": str(folder / DETECTION),
                 "Rec.model_path": str(recognition or folder / RECOGNITION),
                 "Det.limit_side_len": LONGEST,
@@ -111,7 +111,7 @@ class Reader:
         self.engine.recognize_txt([np.zeros((HEIGHT, WIDTH, 3), np.uint8)])  # loads the weights
 
     def read(self, images: torch.Tensor) -> list[str]:
-        """Return the text in each of images [b, 3, H, W] in [0, 1], RGB; lines are joined."""
+        """Return the text in each of the images [b, 3, H, W], RGB in [0, 1], with lines joined."""
         pictures = pixels.levels(images).byte().permute(0, 2, 3, 1).cpu().numpy()
         # rapidocr, as PaddleOCR, takes arrays with the channels blue, green, red
         pictures = [np.ascontiguousarray(picture[:, :, ::-1]) for picture in pictures]
@@ -130,14 +130,14 @@ class Reader:
 
         try:
             return self.engine.detect_and_crop(picture, {})[0]
-        except RapidOCRError:  # there is no text
+        except RapidOCRError:  # raised for a picture without text
             return []
 
     def _recognised(self, lines: list[np.ndarray], padded: bool) -> list[str]:
         """Return the text of each line [h, w, 3], "" for one that cannot be read with confidence.
 
         Only lines of equal width are read together: padding to a longer line changes what is read.
-        padded: the width is at least WIDTH.
+        padded: whether lines are padded to a width of at least WIDTH pixels.
         """
         widths = [math.ceil(HEIGHT * line.shape[1] / line.shape[0]) for line in lines]
         if padded:
@@ -159,7 +159,7 @@ class Reader:
 class Ocr:
     """Score images by the text that they show, 0 to 1, by Flow-GRPO's rule for images.
 
-    Any further text is free, so a policy can raise the score by writing more; watch `ocr:whole`.
+    Further text costs nothing, so a policy can raise the score by writing more. Watch `ocr:whole`.
     The weights are PaddleOCR's PP-OCRv6, Apache-2.0. Tests read rendered text and compare the rule
     with a transcription (tests/test_rewards_ocr.py).
     """
@@ -195,13 +195,16 @@ class Ocr:
 
 
 class OcrWhole(Ocr):
-    """Score images by the text that they show, 0 to 1, where surplus text counts as wrong."""
+    """Score images by the text that they show, 0 to 1, and count surplus text as wrong."""
 
     whole = True
 
 
 class OcrSecond(Ocr):
-    """Score as `ocr` with a second recognition model, to watch what the first one is fooled by."""
+    """Score as `ocr` does, with a second recognition model.
+
+    If the two scores move apart in training, the policy fools the first model.
+    """
 
     def load(self, source: Source, batch: int = 16) -> None:
         """Load the reader. Raises InputError if no model is given."""

@@ -205,7 +205,7 @@ def _check_prompts(name: str, scorer: Any, prompts: list[str], clips: bool | Non
 
 
 def _place_of_refused(scorer: Any, prompts: list[str]) -> str:
-    """Return "PLACE: ", where the first prompt that a scorer refuses is; "" if it is not known."""
+    """Return "PLACE: " of the first prompt that a scorer refuses, "" if it is not known."""
     for prompt in prompts:
         try:
             with own.apart(scorer):

@@ -20,7 +20,7 @@ import torch
 from common.errors import InputError, LocalError, described, loading, out_of_memory, text
 from common.models.family import Family
 
-CUDNN = torch.backends.cuda.cudnn_sdp_enabled()  # whether a program may use it at all
+CUDNN = torch.backends.cuda.cudnn_sdp_enabled()  # whether it was on before any change here
 # inputs that gradients go through
 STATES = (
     "hidden_states", "encoder_hidden_states", "temb", "temb_mod", "temb_mod_img", "temb_mod_txt"
@@ -86,9 +86,10 @@ def compile_blocks(module: torch.nn.Module, classes: Sequence[str], rows: int) -
 
 
 def settle_attention(model: Family, backend: str) -> None:
-    """Keep torch from attention kernels that do not serve both rollout and update of a model.
+    """Turn off cuDNN's attention if it does not serve both rollout and update of a model.
 
-    backend: that of --attention. Raises InputError if it, or DIFFUSERS_ATTN_BACKEND, names one.
+    backend: that of --attention. Raises InputError if it or DIFFUSERS_ATTN_BACKEND asks for cuDNN's
+    kernel then.
     """
     serves = model.cudnn_serves()
     torch.backends.cuda.enable_cudnn_sdp(CUDNN and serves)

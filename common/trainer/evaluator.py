@@ -1,7 +1,7 @@
 """Held-out evaluation: noise-free samples of fixed prompts from fixed initial noise, scored.
 
-The Evaluator does it during training; what samples outside of a run uses `load_to_sample` and
-`sample`.
+The Evaluator does it during training. Programs that sample outside of a run use `load_to_sample`
+and `sample`.
 """
 
 import math
@@ -27,9 +27,9 @@ NOISE = 2**31 - 1  # the "step" whose noise an evaluation starts from; no traini
 def load_to_sample(
     name: str, prompts: Sequence[str], processes: Processes, **settings: Any
 ) -> Family:
-    """Load a model for sampling outside of training: placed, cast and autocast as in a run.
+    """Load a model for sampling outside of a run, with a run's devices, dtypes and autocast.
 
-    settings: those of models.load. Its weights need no gradients. Raises InputError.
+    settings: those of models.load. No weight requires gradients. Raises InputError.
     """
     model = models.load(name, processes.dtype, prompts, **settings)
     models.place(model, processes.device, model.offload_encoders)

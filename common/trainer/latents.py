@@ -9,12 +9,12 @@ from common.memory import MemoryPlan
 
 
 class Latents:
-    """The latents of this process's rows at all noise levels: `values` [b, T+1, ...] float32.
+    """Hold the latents of this process's rows at all noise levels: `values` [b, T+1, ...] float32.
 
     One tensor serves all steps of a run, so that nothing is held twice. It is on the device, or in
     the host's pinned memory if the plan has `host_latents`: the latents of clips take gigabytes,
-    and a pass needs two of them for each row. The device copies in the order of its other work, so
-    `at` returns what the rollout wrote before.
+    and a pass needs only two of them for each row. Copies run in the order of the device's other
+    work, so `at` returns what the rollout has written.
 
     rows: b; levels: T+1; noise_shape: shape of one row's latent. Raises LocalError if the memory is
     not enough.
@@ -49,7 +49,10 @@ class Latents:
         return self.values[rows[0] : rows[-1] + 1]
 
     def at(self, index: torch.Tensor, t: int) -> torch.Tensor:
-        """Return the latents at level t of a micro-batch, [n, ...] on the device; -1: last row."""
+        """Return the latents at level t of a micro-batch, [n, ...] on the device.
+
+        index [n]: rows, -1 for the last one. t: 0 for the initial noise, -1 for the last latents.
+        """
         if not self.on_host:
             return self.values[index, t]
         rows = [self.values[row, t] for row in index.tolist()]

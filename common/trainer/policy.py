@@ -171,7 +171,8 @@ class Policy:
             if settings[name] != sampled:
                 raise RunError(
                     f"rollout and update differ in {name}: {sampled} and {settings[name]}. The "
-                    "update would train another policy than the one that sampled"
+                    "update would train another policy than the one that sampled. See "
+                    "ratio_error in docs/troubleshooting.md"
                 )
         return velocity
 
@@ -282,8 +283,7 @@ class Policy:
                     f"ratio_error {error:.1e} is above --clip-range {self.clip_range:g}: rollout "
                     "and update take kernels that round differently, or compute different "
                     "policies. The first update of a step is not affected; later ones clip too "
-                    "early or too late. docs/troubleshooting.md says how to tell a kernel from a "
-                    "bug"
+                    "early or too late. See docs/troubleshooting.md to tell a kernel from a bug"
                 )
 
     # --- What a checkpoint holds ---
