@@ -46,7 +46,7 @@ def test_a_step_allocates_at_most_what_was_counted(name, lora, settings):
     counted = plans.counted(found, counter)
     peaks = plans.measured(model, args, found)
     assert max(peaks.values()) <= counted, peaks
-    assert max(peaks.values()) > 0.6 * counted, (peaks, counter.counted)
+    assert max(peaks.values()) > 0.6 * counted, (peaks, counted)
 
 
 def test_a_cell_says_what_a_plan_chose():

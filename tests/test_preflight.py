@@ -63,7 +63,7 @@ def test_memory_of_full_weights_and_of_a_lora(tiny):
         "encoders, VAE": 4 * others,
         "rewards": 7,
         "activations": 100,
-        "visiting encoders": 0,
+        "encoders for new prompts": 0,
         "decoding": 8 * 50,
     }
     given = dict(activations=100, decoding=50, rewards=7)
@@ -84,7 +84,7 @@ def test_memory_of_full_weights_and_of_a_lora(tiny):
     args.exchange_often = True
     args.offload_encoders = True
     rest["encoders, VAE"] = 4 * size(tiny.pipe.vae)
-    rest["visiting encoders"] = 4 * encoders
+    rest["encoders for new prompts"] = 4 * encoders
     assert counted(tiny, args, shards=4, **given) == {**split, **rest}
 
     tiny.pipe.transformer.requires_grad_(False)

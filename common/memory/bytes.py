@@ -38,7 +38,11 @@ class Launch:
 # Copying two of them for each row of a pass takes a thousandth of the pass's time.
 LARGE_LATENTS = 2**30
 # Kinds of memory that are needed one after another, not together.
-MOMENTS = (("weights of a pass", "activations"), ("visiting encoders",), ("decoding", "pixels"))
+MOMENTS = (
+    ("weights of a pass", "activations"),
+    ("encoders for new prompts",),
+    ("decoding", "pixels"),
+)
 
 
 def process_bytes(
@@ -81,7 +85,7 @@ def process_bytes(
     kinds["encoders, VAE"] = others
     kinds["rewards"] = rewards
     kinds["activations"] = activations
-    kinds["visiting encoders"] = waiting
+    kinds["encoders for new prompts"] = waiting
     kinds["decoding"] = decoding * args.decode_batch
     kinds.update(sample_bytes(model, args, launch, shards))
     return kinds

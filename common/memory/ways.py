@@ -68,7 +68,7 @@ class Way:
         return Way(self.args, shards, chosen=(*self.chosen, words))
 
 
-@dataclass(frozen=True)
+@dataclass
 class Counter:
     """Counts the bytes of one process for several settings of the same model and launch."""
 
@@ -79,9 +79,11 @@ class Counter:
     """Whether a copy of the initial weights is kept."""
     rewards: int = 0
     """Bytes of the reward models."""
-    counted: dict[str | bool, int] = field(default_factory=dict)
-    """What was counted, because a count takes seconds: bytes of a row's pass under True (with
-    gradient checkpointing) or False, and bytes of decoding a row under "decoding"."""
+    row_bytes: dict[bool, int] = field(default_factory=dict)
+    """Bytes of a pass of one row, with gradient checkpointing (True) and without. They are kept
+    because a count takes seconds."""
+    decoded_bytes: int | None = None
+    """Bytes of decoding one row, once they are counted."""
 
     def kinds(self, way: Way, rows: int) -> dict[str, float]:
         """Return the bytes by kind, with passes of so many rows."""
@@ -107,8 +109,8 @@ class Counter:
         need it: they take what is counted, whatever the rows.
         """
         kinds = self.kinds(way, rows)
-        in_time = rows == 1 or bytes.at_pass(kinds) <= FILL * free
-        return in_time and bytes.total(kinds) <= ROOM * free
+        pass_fits = rows == 1 or bytes.at_pass(kinds) <= FILL * free
+        return pass_fits and bytes.total(kinds) <= ROOM * free
 
     def _row(self, way: Way) -> int:
         """Return the bytes of a pass of one row."""
@@ -117,16 +119,16 @@ class Counter:
         else:
             sharding_checkpoints = way.shards > 1  # as configs/fsdp2.yaml does
         checkpointing = way.args.gradient_checkpointing or sharding_checkpoints
-        if checkpointing not in self.counted:
+        if checkpointing not in self.row_bytes:
             found = activations.row_bytes(self.model, self.launch.dtype, checkpointing)
-            self.counted[checkpointing] = found
-        return self.counted[checkpointing]
+            self.row_bytes[checkpointing] = found
+        return self.row_bytes[checkpointing]
 
     def _decoded(self) -> int:
         """Return the bytes of decoding one row."""
-        if "decoding" not in self.counted:
-            self.counted["decoding"] = activations.decoded_bytes(self.model)
-        return self.counted["decoding"]
+        if self.decoded_bytes is None:
+            self.decoded_bytes = activations.decoded_bytes(self.model)
+        return self.decoded_bytes
 
 
 def plan(args: Args, counter: Counter, free: float) -> MemoryPlan | None:

@@ -41,7 +41,8 @@ def check(prompts: Sequence[str], wanted: bool) -> None:
             )
         if number < READ:
             read_image(image, small=True)
-            transparent += [image] if is_transparent(image) else []
+            if is_transparent(image):
+                transparent.append(image)
     if transparent:
         errors.warn(
             f"prompts: images with transparent pixels: {len(transparent)}, first {transparent[0]}. "
