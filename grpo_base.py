@@ -111,11 +111,11 @@ def main(args: Args) -> Log:
             with policy.sampling():  # no gradients
                 x = start_noise(model.noise_shape)  # [n, ...]
                 _, log_prob = sde.rollout(  # [n, T]
-                    velocity_fn, x, sigmas, s, sde_noise, transition, out=latents.part(mb.index)
+                    velocity_fn, x, sigmas, s, sde_noise, transition, out=latents.part(mb)
                 )
             log_probs.append(log_prob)
             # a reward on a server works while others are sampled
-            scoring.add(latents.at(mb.index, -1))
+            scoring.add(latents.at(mb, -1))
         checkpoints.stop_if_asked()  # the last time in this step: an update is never cut
         # padding rows repeat the last row, so that all passes have one shape; they come last
         log_probs = torch.cat(log_probs)[: len(rows)]  # [b, T]
@@ -156,7 +156,7 @@ def main(args: Args) -> Log:
                 cond_mb = models.take(cond, mb.on_device)
                 weight = row_weight[mb.on_device] * mb.real  # [n]: padding rows count nothing
                 for t in trained_steps:
-                    x, x_next = latents.at(mb.index, t), latents.at(mb.index, t + 1)
+                    x, x_next = latents.at(mb, t), latents.at(mb, t + 1)
                     sigma, sigma_next = sigmas[t], sigmas[t + 1]
                     # processes exchange gradients in the last pass of each network
                     last = mb is micro_batches[-1] and t in last_steps.values()

@@ -206,11 +206,7 @@ def check(args: flags.Args) -> None:
         raise InputError(f"--lora-alpha {args.lora_alpha:g}: needs --lora-rank above 0.")
     if args.tracker == "wandb" and importlib.util.find_spec("wandb") is None:
         raise InputError("--tracker wandb: the package is missing. pip install wandb.")
-    if args.attention == "flex" and not args.compile:
-        raise InputError(
-            "--attention flex: without --compile it would keep the whole attention matrix in "
-            "memory. Add --compile, or leave --attention out."
-        )
+    compiling.check_attention(args)
     if args.compile:
         compiling.check(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     if args.source or args.model not in models.MODELS:

@@ -100,10 +100,9 @@ def phase(name: str, memory: str = "") -> Iterator[None]:
 
 def out_of_memory(error: BaseException) -> bool:
     """Return whether Python, torch or the operating system had no memory left."""
-    name = type(error).__name__
-    return (
-        isinstance(error, MemoryError) or "OutOfMemory" in name or "allocate memory" in text(error)
-    )
+    name, words = type(error).__name__, text(error)
+    named = "allocate memory" in words or "CUDA error: out of memory" in words  # pinned memory
+    return isinstance(error, MemoryError) or "OutOfMemory" in name or named
 
 
 def from_a_signal(error: BaseException) -> bool:

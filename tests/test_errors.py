@@ -133,10 +133,17 @@ def test_our_own_errors_pass_through_loading_and_phases(error):
     assert caught.value is error
 
 
-def test_a_phase_names_itself_and_what_helps_when_memory_ran_out():
+@pytest.mark.parametrize(
+    "words",
+    [
+        "DefaultCPUAllocator: can't allocate memory: you tried",
+        "CUDA error: out of memory",  # of pinned memory: an AcceleratorError
+    ],
+)
+def test_a_phase_names_itself_and_what_helps_when_memory_ran_out(words):
     with pytest.raises(errors.LocalError, match=r"^out of memory in the update .*; add --some$"):
         with errors.phase("the update", memory="add --some"):
-            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")
+            raise RuntimeError(words)
     with pytest.raises(errors.LocalError, match=rf"^the update failed: .*{__file__}, line \d+"):
         with errors.phase("the update", memory="add --some"):
             raise KeyError("a bug")

@@ -20,6 +20,7 @@ from common.models.hunyuan import HunyuanVideo
 from common.models.qwen import QwenImage
 from common.models.sd import StableDiffusion
 from common.models.wan import Wan
+from common.models.z_image import ZImage
 from common.trainer import compiling
 
 OPTIONS = get_args(get_type_hints(Args)["attention"])
@@ -130,6 +131,20 @@ def test_cudnn_is_off_where_its_backward_pass_gives_nan(family, flag, monkeypatc
     compiling.settle_attention(cls(pipe, **good), backend)
     with pytest.raises(InputError, match=f"{flag}.*_native_cudnn: cuDNN's attention does not"):
         compiling.settle_attention(cls(pipe, **bad), backend)
+
+
+def test_cudnn_is_off_for_z_image_whose_captions_have_a_mask_of_any_length():
+    compiling.settle_attention(ZImage(pipelines.z_image(), height=32, width=32), "native")
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
+@pytest.mark.parametrize("named", ["flex", "flash", "xformers", "sage"])
+def test_a_kernel_that_the_environment_names_is_checked_as_the_flag_is(named, monkeypatch):
+    monkeypatch.setenv("DIFFUSERS_ATTN_BACKEND", named)
+    with pytest.raises(InputError, match=f"DIFFUSERS_ATTN_BACKEND={named}: "):
+        compiling.check_attention(defaults(Args))
+    # the flag is the stronger one
+    compiling.check_attention(defaults(Args, attention="_native_math"))
 
 
 def test_a_run_settles_its_kernels_and_moves_no_module_that_is_placed(train, monkeypatch):

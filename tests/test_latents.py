@@ -18,7 +18,7 @@ from common.memory import bytes, fit
 from common.memory.bytes import Launch
 from common.memory.ways import MemoryPlan
 from common.rewards.rewards import Scoring
-from common.trainer import Latents, Policy
+from common.trainer import Latents, MicroBatch, Policy
 
 GIB = 2**30
 SHAPE = (16, 16)  # of a latent of tiny-flux
@@ -76,15 +76,16 @@ def test_latents_on_the_host_change_no_number(script, settings, train, monkeypat
 def test_micro_batches_fill_the_tensor_and_read_it(on_host):
     plan = MemoryPlan(defaults(grpo_base.Args), batch=2, host_latents=on_host)
     latents = Latents(3, 5, (4, 2), torch.device("cpu"), plan)
-    first, last = torch.tensor([0, 1]), torch.tensor([2, -1])
+    indices = [torch.tensor(rows) for rows in ([0, 1], [2, -1], [2, 0])]
+    first, last, other = (MicroBatch(index, index, index >= 0) for index in indices)
     assert latents.part(first).shape == (2, 5, 4, 2)
     assert latents.part(last).shape == (1, 5, 4, 2)
     assert all(latents.part(first)[:, t].is_contiguous() for t in range(5)), "copied in one piece"
     expected = torch.randn(3, 5, 4, 2)
     latents.part(first).copy_(expected[:2])
     latents.part(last).copy_(expected[2:])
-    for index in (first, last, torch.tensor([2, 0])):
-        assert torch.equal(latents.at(index, 3), expected[index, 3])
+    for mb in (first, last, other):
+        assert torch.equal(latents.at(mb, 3), expected[mb.index, 3])
 
 
 def test_a_rollout_fills_the_tensor_that_it_is_given_without_padding_rows():

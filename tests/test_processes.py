@@ -73,7 +73,15 @@ for variant, name in (("released", "bpgo_masked"), ("v4", "self_paced_masked")):
     MASKED[f"{name}_{variant}"] = script, {**settings, "variant": variant, "alpha": 1.0}
 RUNS |= MASKED
 SOME = {
-    "ddp": ("grpo_base-full", "slas-full", "self_paced-lora", "experts", "parts", *MASKED),
+    "ddp": (
+        "grpo_base-full",
+        "slas-full",
+        "self_paced-lora",
+        "experts",
+        "parts",
+        "average",
+        *MASKED,
+    ),
     "fsdp2": ("grpo_base-full", "bpgo-lora", "window", "average"),
 }
 ALL = dict.fromkeys(SOME, tuple(RUNS))

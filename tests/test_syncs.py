@@ -12,17 +12,23 @@ from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import grpo_base
 from common import sde
+from common.args import defaults
+from common.memory import MemoryPlan
 from common.models.flux import Flux
+from common.models.flux2 import Flux2Klein
 from common.models.hunyuan import HunyuanVideo
 from common.models.qwen import QwenImage
 from common.models.sd import StableDiffusion
 from common.models.sd3 import StableDiffusion3
 from common.models.wan import Wan
+from common.trainer import Latents, MicroBatch
 
 IMAGE = dict(height=32, width=32)
 FAMILIES = {
     "flux": (pipelines.flux, Flux, IMAGE),
+    "flux2": (pipelines.flux2, Flux2Klein, IMAGE),
     "sd": (pipelines.sd, StableDiffusion, dict(height=64, width=64)),
     "sd3": (pipelines.sd3, StableDiffusion3, IMAGE),
     "qwen": (pipelines.qwen, QwenImage, IMAGE),
@@ -94,6 +100,20 @@ def test_a_pass_outside_its_module_never_waits(family, syncs):
     model.trainable = {name: Outside(module) for name in model.trainable}
     model.velocity(torch.empty(1, *model.noise_shape, device="cuda"), sigma, cond)
     assert syncs == []
+
+
+@pytest.mark.parametrize("on_host", [False, True], ids=["device", "host"])
+def test_micro_batches_are_read_without_waiting(on_host, syncs):
+    plan = MemoryPlan(defaults(grpo_base.Args), batch=2, host_latents=on_host)
+    with no_dispatch():
+        index = torch.tensor([2, -1])
+    latents = Latents.__new__(Latents)  # pinned memory needs a GPU
+    latents.device, latents.on_host = torch.device("cuda"), plan.host_latents
+    latents.values = torch.empty(3, 5, 4, 2, device="cpu" if on_host else "cuda")
+    mb = MicroBatch(index, torch.empty(2, dtype=torch.long, device="cuda"), None)
+    assert latents.at(mb, 3).device.type == "cuda"
+    assert not on_host or syncs == ["_to_copy"] * 2  # from pinned memory these do not wait
+    assert on_host or syncs == []
 
 
 class Outside:

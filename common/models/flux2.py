@@ -94,8 +94,8 @@ class Flux2Klein(Family):
         timestep = of_rows(sigma, x)
         module = partial(
             self.trainable["transformer"],
-            img_ids=positions(rows=self.grid[0], columns=self.grid[1]).to(x.device),
-            txt_ids=positions(words=LONGEST).to(x.device),
+            img_ids=positions(x.device, rows=self.grid[0], columns=self.grid[1]),
+            txt_ids=positions(x.device, words=LONGEST),
         )
         return self.guided(module, self.guidance, cond, hidden_states=x, timestep=timestep)
 
@@ -112,7 +112,9 @@ class Flux2Klein(Family):
         return self.pipe.image_processor.postprocess(images, output_type="pt")
 
 
-def positions(rows: int = 1, columns: int = 1, words: int = 1) -> torch.Tensor:
+def positions(
+    device: torch.device, rows: int = 1, columns: int = 1, words: int = 1
+) -> torch.Tensor:
     """Return (0, row, column, word) of each token, [rows * columns * words, 4] integers."""
-    axes = (torch.arange(size) for size in (1, rows, columns, words))
+    axes = (torch.arange(size, device=device) for size in (1, rows, columns, words))
     return torch.cartesian_prod(*axes)

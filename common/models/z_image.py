@@ -86,6 +86,10 @@ class ZImage(Family):
             "tokens": torch.tensor(LONGEST),
         }
 
+    def cudnn_serves(self) -> bool:
+        """Return False: captions of several lengths in a pass have a mask, of any length."""
+        return False
+
     def velocity(
         self, x: torch.Tensor, sigma: float | torch.Tensor, cond: dict[str, torch.Tensor]
     ) -> torch.Tensor:
@@ -107,7 +111,7 @@ class ZImage(Family):
         (noise) to 1, so it predicts the negative velocity.
         """
         clips = list(x[:, :, None])  # the transformer takes clips; each has one frame
-        texts = zip(encoder_hidden_states, tokens.tolist())
+        texts = zip(encoder_hidden_states, tokens.tolist())  # this waits for a GPU
         texts = [text[:length] for text, length in texts]
         module = self.trainable["transformer"]
         found = module(clips, 1 - sigma, texts, return_dict=return_dict)[0]

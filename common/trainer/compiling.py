@@ -13,10 +13,11 @@ import inspect
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import torch
 
+from common.args import Args
 from common.errors import InputError, LocalError, described, loading, out_of_memory, text
 from common.models.family import Family
 
@@ -85,6 +86,30 @@ def compile_blocks(module: torch.nn.Module, classes: Sequence[str], rows: int) -
                 block.forward = _compiled(block.forward, (rows, 2 * rows))
 
 
+def asked_attention(backend: str) -> tuple[str, str]:
+    """Return the attention kernel that a run takes by name, and the words that name it.
+
+    backend: that of --attention. With "native", diffusers takes DIFFUSERS_ATTN_BACKEND.
+    """
+    variable = os.environ.get("DIFFUSERS_ATTN_BACKEND", "").lower()
+    if backend == "native" and variable:
+        return variable, f"DIFFUSERS_ATTN_BACKEND={variable}"
+    return backend, f"--attention {backend}"
+
+
+def check_attention(args: Args) -> None:
+    """Raise InputError for an attention kernel by name that a run cannot take."""
+    named, words = asked_attention(args.attention)
+    kernels = get_args(get_type_hints(Args)["attention"])
+    if named not in kernels:
+        raise InputError(f"{words}: only torch's kernels work ({', '.join(kernels)}). Unset it.")
+    if named == "flex" and not args.compile:
+        raise InputError(
+            f"{words}: without --compile it would keep the whole attention matrix in memory. Add "
+            "--compile, or leave it out."
+        )
+
+
 def settle_attention(model: Family, backend: str) -> None:
     """Turn off cuDNN's attention if it does not serve both rollout and update of a model.
 
@@ -93,13 +118,10 @@ def settle_attention(model: Family, backend: str) -> None:
     """
     serves = model.cudnn_serves()
     torch.backends.cuda.enable_cudnn_sdp(CUDNN and serves)
-    named, flag = backend, f"--attention {backend}"
-    if backend == "native":
-        named = os.environ.get("DIFFUSERS_ATTN_BACKEND", "").lower()
-        flag = f"DIFFUSERS_ATTN_BACKEND={named}"
+    named, words = asked_attention(backend)
     if named == "_native_cudnn" and not serves:
         raise InputError(
-            f"{flag}: cuDNN's attention does not serve the backward pass of this model at this "
+            f"{words}: cuDNN's attention does not serve the backward pass of this model at this "
             "size. Leave it out."
         )
 

@@ -6,6 +6,7 @@ import torch
 
 from common.errors import phase
 from common.memory import MemoryPlan
+from common.trainer.processes import MicroBatch
 
 
 class Latents:
@@ -40,20 +41,20 @@ class Latents:
             )
         self.values = values.transpose(0, 1)
 
-    def part(self, index: torch.Tensor) -> torch.Tensor:
+    def part(self, mb: MicroBatch) -> torch.Tensor:
         """Return the rows of a micro-batch of the rollout, a view [at most n, T+1, ...].
 
-        index [n]: consecutive rows, then -1 for padding rows, which are not kept.
+        mb.index [n]: consecutive rows, then -1 for padding rows, which are not kept.
         """
-        rows = index[index >= 0].tolist()
+        rows = mb.index[mb.index >= 0].tolist()
         return self.values[rows[0] : rows[-1] + 1]
 
-    def at(self, index: torch.Tensor, t: int) -> torch.Tensor:
+    def at(self, mb: MicroBatch, t: int) -> torch.Tensor:
         """Return the latents at level t of a micro-batch, [n, ...] on the device.
 
-        index [n]: rows, -1 for the last one. t: 0 for the initial noise, -1 for the last latents.
+        t: 0 for the initial noise, -1 for the last latents.
         """
         if not self.on_host:
-            return self.values[index, t]
-        rows = [self.values[row, t] for row in index.tolist()]
+            return self.values[mb.on_device, t]
+        rows = [self.values[row, t] for row in mb.index.tolist()]
         return torch.stack([row.to(self.device, non_blocking=True) for row in rows])

@@ -13,8 +13,8 @@ from datetime import timedelta
 from typing import Any
 
 import torch
+from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from common import errors, models
 from common.errors import InputError
@@ -61,9 +61,11 @@ def mesh_of(device: torch.device, world: int, shards: int, timeout: timedelta) -
     else:
         names = ("replicas", "shards")
         mesh = init_device_mesh(device.type, (world // shards, shards), mesh_dim_names=names)
+    # older releases of torch have the second name alone, newer ones deprecate it
+    name = "set_timeout" if hasattr(distributed_c10d, "set_timeout") else "_set_pg_timeout"
     for group in mesh.get_all_groups():
         # groups of a part of the processes have torch's default, 10 minutes on GPUs
-        _set_pg_timeout(timeout, group)
+        getattr(distributed_c10d, name)(timeout, group)
     return mesh
 
 
