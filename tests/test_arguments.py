@@ -163,7 +163,8 @@ def test_every_script_has_all_settings_for_every_named_model(no_hub, script, nam
     if script == "self_paced":
         assert len(args.thresholds) == len(scorers)
     if not name.startswith(("tiny", "points")):  # the embedded ones
-        assert args.micro_batch == "auto" and args.gradient_checkpointing
+        assert args.micro_batch == "auto"
+        assert args.gradient_checkpointing == (name != "sd1.4")  # its activations fit
         assert args.keep_checkpoints and args.steps >= 100
 
 

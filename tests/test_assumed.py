@@ -263,7 +263,9 @@ RELEASED = {
 
 
 def test_every_family_has_a_released_model():
-    assert {name.partition(",")[0] for name in RELEASED} == set(models.FAMILIES)
+    """All but that of the points, which are embedded."""
+    released = {name.partition(",")[0] for name in RELEASED}
+    assert released == set(models.FAMILIES) - {"PointsPipeline"}
 
 
 @pytest.mark.parametrize("name", RELEASED)

@@ -413,11 +413,11 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_numbers(trained, small, tmp_
     _, whole = trained(job, "whole")
     honest, calls = sde.rollout, []
 
-    def interrupted(*words):
+    def interrupted(*words, **settings):
         calls.append(words)
         if len(calls) == 4:  # an evaluation, a step, an evaluation; this one is in the second step
             os.kill(os.getpid(), signal.SIGTERM)
-        return honest(*words)
+        return honest(*words, **settings)
 
     monkeypatch.setattr(sde, "rollout", interrupted)
     assert trained(job) == "Stopped: SIGTERM: stopped after 1 steps"

@@ -87,9 +87,9 @@ def test_second_update_on_a_rollout_has_moved_away(train):
 def test_a_ratio_that_is_off_stops_the_run(train, monkeypatch):
     honest = sde.rollout
 
-    def rounded(*inputs):
-        latents, log_probs = honest(*inputs)
-        return latents.bfloat16().float(), log_probs
+    def rounded(*inputs, **settings):
+        latents, log_probs = honest(*inputs, **settings)
+        return latents.copy_(latents.bfloat16()), log_probs
 
     monkeypatch.setattr(sde, "rollout", rounded)
     with pytest.raises(errors.RunError, match="ratio is off by"):

@@ -28,8 +28,8 @@ def of_rows(
     A scalar is filled in on the device: a copy from the CPU would wait until the GPU has finished.
     """
     value = torch.as_tensor(value)
-    if value.ndim:
-        return value.to(x.device, dtype)
+    if value.ndim or value.device == x.device:
+        return value.to(x.device, dtype).expand(len(x))
     return torch.full((len(x),), value.item(), dtype=dtype, device=x.device)
 
 
