@@ -61,8 +61,8 @@ def parse(
     """
     import tyro
 
-    argv = at_home(sys.argv[1:])
     with errors.one_line():
+        argv = at_home(sys.argv[1:])
         if "--list-models" in argv:
             variant = given(argv, "--variant")
             table = {name: flags.settings_of(cls, name, variant) for name in cls.SETTINGS}
@@ -84,10 +84,15 @@ def parse(
 def at_home(argv: list[str]) -> list[str]:
     """Return the words of a command line with ~ in full, also after an equals sign.
 
-    A shell leaves --output=~/runs and hpsv2=~/weights.pt as they are.
+    A shell leaves --output=~/runs and hpsv2=~/weights.pt as they are. Raises InputError for a user
+    who has no home here.
     """
     home = re.compile(r"(?<![^=])~[^/=]*(?=/|$)")  # (?<![^=]): at the start, or after an =
-    return [home.sub(lambda found: os.path.expanduser(found[0]), word) for word in argv]
+    words = [home.sub(lambda found: os.path.expanduser(found[0]), word) for word in argv]
+    for word in words:
+        if found := home.search(word):
+            raise InputError(f"{word:.80}: {found[0]} is no user's folder. Write the path in full.")
+    return words
 
 
 def _with_latest(argv: list[str]) -> list[str]:

@@ -151,6 +151,7 @@ FILES = {
     "a benchmark that is not there": (grpo_base, "--eval-prompts geneval:short", "geneval"),
     "no such style of HPSv2": (grpo_base, "--eval-prompts hpsv2:cartoon", "concept-art"),
     "no held-out file": (grpo_base, "--eval-prompts {tmp}/nowhere.txt", "nowhere.txt"),
+    "a home of nobody": (grpo_base, "--prompts=~nobody.of.this.name/a.txt", "is no user's folder"),
     "an output that is a file": (grpo_base, "--output {tmp}/fine.txt", "fine.txt"),
     "an output in a file": (grpo_base, "--output {tmp}/fine.txt/run", "fine.txt"),
     "an output that holds a run": (grpo_base, "--output {tmp}/begun", "--resume latest"),
