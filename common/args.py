@@ -190,9 +190,10 @@ class Rollout:
     noise_level: Annotated[float, Above(0, 10)] = 0.3
     """Scale of the noise that sampling adds (eta). Larger values explore more and blur the samples
     more."""
-    sde: Literal["dance", "flow", "ddim"] = "dance"
+    sde: Literal["dance", "flow", "ddim", "cps"] = "dance"
     """Noise schedule. dance: constant (DanceGRPO). flow: grows with the noise level (Flow-GRPO).
-    ddim: DDIM's transition, with --noise-level at most 1."""
+    ddim: DDIM's transition; cps: the same with another standard deviation (Flow-CPS). With these
+    two --noise-level is at most 1."""
     same_noise: bool = False
     """Start all samples of a group from the same initial noise."""
     sde_steps: Annotated[int, From(0, 1000)] = 0

@@ -201,8 +201,10 @@ def check(args: flags.Args) -> None:
             raise InputError(f"--watch {spec}: it is not trained on. Leave the weight out.")
     if args.reward_units == "spread" and args.aggregate == "advantages":
         raise InputError("--reward-units spread: --aggregate advantages does that. Leave it out.")
-    if args.sde == "ddim" and args.noise_level > 1:
-        raise InputError(f"--noise-level {args.noise_level:g}: must be at most 1 with --sde ddim.")
+    if args.sde in ("ddim", "cps") and args.noise_level > 1:
+        raise InputError(
+            f"--noise-level {args.noise_level:g}: must be at most 1 with --sde {args.sde}."
+        )
     if args.lora_targets and not args.lora_rank:
         raise InputError("--lora-targets: needs --lora-rank above 0.")
     if args.init_lora:

@@ -16,7 +16,8 @@ The last line is 2605.10937 eq 3-4.
 That mean is (1 - sigma_next) x0_hat + c eps_hat with c = sigma_next - std^2 / (2 sigma), exact for
 small steps. DDIM (2010.02502 eq 12, as a policy in DDPO 2305.13301) has c = sqrt(sigma_next^2 -
 std^2), exact for steps of any size, and a different std. It is the third schedule. Its transition
-is `ddim_step`, with the same arguments and results as `sde_step`.
+is `ddim_step`, with the same arguments and results as `sde_step`. Coefficients-preserving sampling
+(CPS, 2509.05952) is that transition with a std of its own, the fourth schedule.
 
 One name, one quantity: `s` is the coefficient of the SDE, `std` the standard deviation of the
 transition. Shapes: B rows, T denoising steps, `...` the latent's own dimensions."""
@@ -26,7 +27,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-SCHEDULES = ("dance", "flow", "ddim")
+SCHEDULES = ("dance", "flow", "ddim", "cps")
 Scalars = float | torch.Tensor  # a scalar, or one for each row [B]
 
 
@@ -52,6 +53,7 @@ def diffusion_coefficients(
     ddim:  s such that std = s sqrt(-dt) is DDIM's. For the variance-preserving z = x / h that is
            eta sqrt((1 - a'^2) / (1 - a^2) (1 - a^2 / a'^2)), with h = hypot(1 - sigma, sigma) and
            a = (1 - sigma) / h; a' and h' are their values at sigma_next.
+    cps:   s such that std = sigma_next sin(eta pi / 2) (2509.05952).
 
     The last step is always an ODE step (s = 0) and ends at x0_hat. It is never trained, because its
     log-probability has no finite limit. window = (start, length): add noise in these steps only;
@@ -69,6 +71,9 @@ def diffusion_coefficients(
         signal, signal_next = ((1 - sigma) / h) ** 2, ((1 - sigma_next) / h_next) ** 2
         variance = (1 - signal_next) / (1 - signal) * (1 - signal / signal_next)
         s = (eta * h_next * (variance / (sigma - sigma_next)).sqrt()).to(sigmas)
+    elif schedule == "cps":
+        std = sigma_next.double() * math.sin(eta * math.pi / 2)
+        s = (std / (sigma.double() - sigma_next.double()).sqrt()).to(sigmas)
     else:
         raise ValueError(
             f"unknown noise schedule {schedule!r}: choose one of {', '.join(SCHEDULES)}"
@@ -139,7 +144,7 @@ def ddim_step(
     noise: torch.Tensor | None = None,
     x_next: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return what `sde_step` returns, for DDIM's transition (2010.02502 eq 12)."""
+    """Return what `sde_step` returns, for the transition of DDIM (2010.02502 eq 12) and CPS."""
     assert noise is None or x_next is None, "give noise to sample or x_next to re-score, not both"
     sigma, sigma_next, s = (_per_row(value, x) for value in (sigma, sigma_next, s))
     std = transition_std(sigma, sigma_next, s)
@@ -149,7 +154,7 @@ def ddim_step(
     return _draw_or_score(mean, std, noise, x_next)
 
 
-TRANSITIONS = {"dance": sde_step, "flow": sde_step, "ddim": ddim_step}
+TRANSITIONS = {"dance": sde_step, "flow": sde_step, "ddim": ddim_step, "cps": ddim_step}
 
 
 def _draw_or_score(

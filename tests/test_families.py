@@ -283,7 +283,7 @@ def test_sd_visits_ddims_timesteps_from_noise_of_the_right_size():
     assert (sigmas.diff() < 0).all()
 
 
-@pytest.mark.parametrize("schedule", ["flow", "dance", "ddim"])
+@pytest.mark.parametrize("schedule", ["flow", "dance", "ddim", "cps"])
 def test_every_schedule_works_on_sd(schedule):
     model = StableDiffusion(pipelines.sd(), height=32, width=32)
     sigmas = model.sigmas(8, 1.0)

@@ -424,17 +424,14 @@ def test_noise_is_standard_normal_and_uncorrelated_between_neighbours(axis):
     assert correlation.abs().max() < 5 / n**0.5
 
 
-# --- DDIM (the rest against diffusers' scheduler: tests/test_families.py) ---
+# --- DDIM (the rest against diffusers' scheduler: tests/test_families.py) and CPS ---
 
 
-@pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])
-@pytest.mark.parametrize("steps, close", [(200, 0.02), (2000, 0.002)])
-def test_ddim_keeps_the_marginals_of_a_gaussian(eta, steps, close):
-    """Data N(m, c^2), whose posterior means of x0 and eps are known: followed in closed form,
-    without samples."""
-    m, c = 0.7, 0.5
+def followed(schedule, eta, steps, m, c):
+    """Mean and standard deviation at the end, for data N(m, c^2), whose posterior means of x0 and
+    eps are known: followed in closed form, without samples."""
     sigmas = sde.shifted_sigmas(steps, 1.0).double()
-    s = sde.diffusion_coefficients(sigmas, eta, "ddim").double()
+    s = sde.diffusion_coefficients(sigmas, eta, schedule).double()
     mean, variance = 0.0, 1.0  # at sigma = 1
     for t in range(steps):
         sigma, sigma_next = sigmas[t], sigmas[t + 1]
@@ -445,16 +442,58 @@ def test_ddim_keeps_the_marginals_of_a_gaussian(eta, steps, close):
             slope = (1 - sigma) * c**2 / spread
             x0 = m + slope * (x - (1 - sigma) * m)
             eps = sigma / spread * (x - (1 - sigma) * m)
-            return sde.ddim_step(eps - x0, x, sigma, sigmas[t + 1], s[t])[2].item()
+            return sde.TRANSITIONS[schedule](eps - x0, x, sigma, sigmas[t + 1], s[t])[2].item()
 
         gain = step(1.0) - step(0.0)
         mean, variance = (
             step(0.0) + gain * mean,
             gain**2 * variance + sde.transition_std(sigma, sigma_next, s[t]) ** 2,
         )
-    assert mean == pytest.approx(m, abs=1e-6)
+    return mean, variance**0.5
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("steps, close", [(200, 0.02), (2000, 0.002)])
+def test_ddim_keeps_the_marginals_of_a_gaussian(eta, steps, close):
+    mean, std = followed("ddim", eta, steps, m=0.7, c=0.5)
+    assert mean == pytest.approx(0.7, abs=1e-6)
     # a posterior's mean is narrower than its samples; what is lost shrinks with the steps
-    assert variance**0.5 == pytest.approx(c, rel=close)
+    assert std == pytest.approx(0.5, rel=close)
+
+
+@pytest.mark.parametrize("eta, narrower", [(0.4, 0.475), (1.0, 0.352)])
+def test_cps_is_narrower_than_the_data_in_any_number_of_steps(eta, narrower):
+    """Its std does not shrink with the steps, as docs/choices.md says with these numbers."""
+    mean, std = followed("cps", eta, 2000, m=0.7, c=0.5)
+    assert mean == pytest.approx(0.7, abs=1e-6)
+    assert std == pytest.approx(narrower, abs=1e-3)
+    assert followed("cps", eta, 200, m=0.7, c=0.5)[1] < std
+
+
+@pytest.mark.parametrize("eta", [0.1, 0.7, 1.0])
+@pytest.mark.parametrize("t", [0, 2, 4])
+def test_cps_is_that_of_its_paper(eta, t):
+    """Transcribed from 2509.05952. The public code's log-probability lacks the variance."""
+    generator = np.random.default_rng(t)
+    v, x, z, other = generator.normal(size=(4, 3, 4, 6))
+    sigmas = sde.shifted_sigmas(6, 3.0)
+    s = sde.diffusion_coefficients(sigmas, eta, "cps")
+    sigma, sigma_next = sigmas[t].double().item(), sigmas[t + 1].double().item()
+    std = sigma_next * np.sin(eta * np.pi / 2)
+    clean, noise = x - sigma * v, x + (1 - sigma) * v
+    mean = (1 - sigma_next) * clean + np.sqrt(sigma_next**2 - std**2) * noise
+    given = (torch.as_tensor(v), torch.as_tensor(x), sigmas[t], sigmas[t + 1], s[t])
+    found, log_prob, found_mean = sde.TRANSITIONS["cps"](*given, noise=torch.as_tensor(z))
+    # s is float32, and sqrt(sigma'^2 - std^2) near 0 has half of its digits
+    close = dict(rtol=1e-6, atol=1e-6 if eta < 1 else 1e-3)
+    np.testing.assert_allclose(found_mean, mean, **close)
+    np.testing.assert_allclose(found, mean + std * z, **close)
+    _, again, _ = sde.TRANSITIONS["cps"](*given, x_next=found)
+    assert torch.equal(again, log_prob)
+    _, far, _ = sde.TRANSITIONS["cps"](*given, x_next=torch.as_tensor(other))
+    public = [-((value - mean) ** 2).reshape(3, -1).mean(1) for value in (other, found.numpy())]
+    np.testing.assert_allclose(far - log_prob, (public[0] - public[1]) / (2 * std**2), rtol=1e-2)
+    assert s[-1] == 0
 
 
 # --- The rollout ---
