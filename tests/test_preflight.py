@@ -368,23 +368,24 @@ def test_offloaded_weights_are_only_offered_if_the_host_has_room(released, monke
     assert "fsdp2_offload" not in str(refused.value)
 
 
-def chosen_for(name, lora_rank, gib, counted):
+def chosen_for(name, lora_rank, gib, row_bytes):
     """Return the plan of one GPU, for activations that were counted elsewhere."""
     launch = Launch(torch.bfloat16, "cuda")
-    counter = ways.Counter(full_size(name, lora_rank), launch, counted=counted)
+    counter = ways.Counter(
+        full_size(name, lora_rank), launch, row_bytes=row_bytes, decoded_bytes=GIB
+    )
     return ways.plan(defaults(bpgo.Args, name, lora_rank=lora_rank), counter, gib * GIB)
 
 
 def test_the_encoders_visit_does_not_limit_the_rows_of_a_pass(released):
     """10 GiB of encoders leave no room beside a pass of one row, and need none when they wait."""
-    counted = {True: 0.4 * GIB, "decoding": GIB}
-    found = chosen_for("sd3.5-medium", 32, 20, counted)
+    found = chosen_for("sd3.5-medium", 32, 20, {True: 0.4 * GIB})
     assert found.args.offload_encoders
     assert found.batch >= ways.ENOUGH
 
 
 def test_a_slower_way_is_taken_for_four_times_the_rows(released):
-    counted = {False: 2 * GIB, True: 0.25 * GIB, "decoding": GIB}
+    counted = {False: 2 * GIB, True: 0.25 * GIB}
     found = {gib: chosen_for("sd1.4", 0, gib, counted) for gib in (24, 32, 48)}
     assert {gib: plan.args.gradient_checkpointing for gib, plan in found.items()} == {
         24: True,  # from 1 row to 8 and more
