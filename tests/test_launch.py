@@ -261,12 +261,14 @@ import sys
 from datetime import timedelta
 
 import torch
+from torch.distributed import distributed_c10d
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from common.trainer import sharding
 
 torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
-given, honest = [], sharding._set_pg_timeout
+name = "set_timeout" if hasattr(distributed_c10d, "set_timeout") else "_set_pg_timeout"
+given, honest = [], getattr(distributed_c10d, name)
 
 
 def set_timeout(timeout, group):
@@ -274,7 +276,7 @@ def set_timeout(timeout, group):
     honest(timeout, group)
 
 
-sharding._set_pg_timeout = set_timeout
+setattr(distributed_c10d, name, set_timeout)
 sharding.mesh_of(torch.device("cpu"), world=4, shards=2, timeout=timedelta(minutes=7))
 print(given)
 """

@@ -102,7 +102,8 @@ def check_attention(args: Args) -> None:
     named, words = asked_attention(args.attention)
     kernels = get_args(get_type_hints(Args)["attention"])
     if named not in kernels:
-        raise InputError(f"{words}: only torch's kernels work ({', '.join(kernels)}). Unset it.")
+        listed = ", ".join(kernels)
+        raise InputError(f"{words}: only torch's kernels work ({listed}). Leave it out.")
     if named == "flex" and not args.compile:
         raise InputError(
             f"{words}: without --compile it would keep the whole attention matrix in memory. Add "
