@@ -15,6 +15,7 @@ from diffusers.models.attention_dispatch import AttentionBackendName, _Attention
 from common import cli, models
 from common.args import Args, defaults
 from common.errors import InputError
+from common.memory import activations
 from common.models.flux import Flux
 from common.models.hunyuan import HunyuanVideo
 from common.models.qwen import QwenImage
@@ -84,6 +85,14 @@ def test_queries_and_keys_are_in_float32_and_values_are_not(family, monkeypatch)
 def test_every_kernel_to_choose_is_one_that_autocast_casts_for(backend):
     kernel = _AttentionBackendRegistry._backends[AttentionBackendName(backend)]
     assert any(call in inspect.getsource(kernel) for call in TORCHS)
+
+
+def test_memory_is_counted_by_the_rules_of_torchs_header():
+    for names, rule in (
+        (activations.FLOAT32, "FP32"),
+        (activations.FLOAT32_RESULTS, "FP32_SET_OPT_DTYPE"),
+    ):
+        assert {name.partition(".")[0] for name in names} <= ops(rule)
 
 
 def test_flex_needs_compilation(monkeypatch):

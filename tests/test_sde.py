@@ -476,23 +476,22 @@ def test_cps_is_that_of_its_paper(eta, t):
     """Transcribed from 2509.05952. The public code's log-probability lacks the variance."""
     generator = np.random.default_rng(t)
     v, x, z, other = generator.normal(size=(4, 3, 4, 6))
-    sigmas = sde.shifted_sigmas(6, 3.0)
+    sigmas = sde.shifted_sigmas(6, 3.0).double()
     s = sde.diffusion_coefficients(sigmas, eta, "cps")
-    sigma, sigma_next = sigmas[t].double().item(), sigmas[t + 1].double().item()
+    sigma, sigma_next = sigmas[t].item(), sigmas[t + 1].item()
     std = sigma_next * np.sin(eta * np.pi / 2)
     clean, noise = x - sigma * v, x + (1 - sigma) * v
     mean = (1 - sigma_next) * clean + np.sqrt(sigma_next**2 - std**2) * noise
     given = (torch.as_tensor(v), torch.as_tensor(x), sigmas[t], sigmas[t + 1], s[t])
     found, log_prob, found_mean = sde.TRANSITIONS["cps"](*given, noise=torch.as_tensor(z))
-    # s is float32, and sqrt(sigma'^2 - std^2) near 0 has half of its digits
-    close = dict(rtol=1e-6, atol=1e-6 if eta < 1 else 1e-3)
+    close = dict(rtol=1e-9, atol=1e-7)  # sqrt(sigma'^2 - std^2) near 0 has half of the digits
     np.testing.assert_allclose(found_mean, mean, **close)
     np.testing.assert_allclose(found, mean + std * z, **close)
     _, again, _ = sde.TRANSITIONS["cps"](*given, x_next=found)
     assert torch.equal(again, log_prob)
     _, far, _ = sde.TRANSITIONS["cps"](*given, x_next=torch.as_tensor(other))
     public = [-((value - mean) ** 2).reshape(3, -1).mean(1) for value in (other, found.numpy())]
-    np.testing.assert_allclose(far - log_prob, (public[0] - public[1]) / (2 * std**2), rtol=1e-2)
+    np.testing.assert_allclose(far - log_prob, (public[0] - public[1]) / (2 * std**2), rtol=1e-6)
     assert s[-1] == 0
 
 

@@ -179,8 +179,10 @@ class Policy:
     def _settings_of_pass(self, x: torch.Tensor, cond: dict[str, torch.Tensor]) -> dict[str, Any]:
         """Return what rollout and update must have in common, {name: value}."""
         inputs = {"x": x, **cond}
-        unwrapped = self.processes.accelerator.unwrap_model  # DDP's own flag is always True
-        modules = {name: unwrapped(part) for name, part in self.model.trainable.items()}
+        # what DDP wraps: its own flag is always True. Accelerate's unwrap_model visits every layer
+        modules = {
+            name: getattr(part, "module", part) for name, part in self.model.trainable.items()
+        }
         return {
             "guidance": (self.model.guidance, self.model.guidance_2),
             "--batched-guidance": self.model.batched_guidance,
