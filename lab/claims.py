@@ -188,6 +188,9 @@ SEARCHED = [
     *((script, "tiny-wan", "doubtful") for script in ("grpo_base", "bpgo")),
     ("self_paced", "tiny-wan", "stages"),
     *((script, "tiny-wan-i2v", "doubtful") for script in ("grpo_base", "bpgo")),
+    *(("bpgo released", model, "doubtful") for model in ("tiny-flux", "tiny-wan")),
+    *(("self_paced own", model, "stages") for model in ("tiny-flux", "tiny-wan")),
+    *(("self_paced v4", model, "stages") for model in ("tiny-flux", "tiny-wan")),
 ]
 
 
@@ -517,6 +520,32 @@ def self_paced():
     ]
 
 
+def variants():
+    """The authors' later equations against the printed ones, each at its own search's rate."""
+    found = []
+    for model in ("tiny-flux", "tiny-wan"):
+        printed = setting("bpgo", model, "doubtful")
+        released = setting("bpgo released", model, "doubtful")
+        previous, own, v4 = (
+            setting(name, model, "stages")
+            for name in ("self_paced", "self_paced own", "self_paced v4")
+        )
+        source = "2511.19356 v1 eq 9, v4 eq 6"
+        found += [
+            Claim("released-printed", "BPGO", "TeleBoost d4279ac",
+                  "BPGO as released ends higher than as printed",
+                  end("truth"), released, (printed,)),
+            Claim("own-previous", "Self-Paced", source,
+                  "v1's printed gates (own) end higher than those of its text (previous)",
+                  end("truth"), own, (previous,)),
+            Claim("v4-own", "Self-Paced", source,
+                  "v4 ends higher than v1's printed gates", end("truth"), v4, (own,)),
+            Claim("v4-previous", "Self-Paced", source,
+                  "v4 ends higher than the gates of v1's text", end("truth"), v4, (previous,)),
+        ]  # fmt: skip
+    return found
+
+
 def bias():
     probe, found = Setting("probe:bias", "tiny-flux"), []
     for clusters in (10, 20):
@@ -569,7 +598,7 @@ def ours():
 
 
 KL = 1.0
-CLAIMS = [*slas(), *bpgo(), *self_paced(), *bias(), *ours()]
+CLAIMS = [*slas(), *bpgo(), *self_paced(), *variants(), *bias(), *ours()]
 
 # What a reader's own method is compared by, with --methods: the baseline's settings, its own
 # script.
