@@ -1,10 +1,10 @@
 """The laptop study: do the papers' claims hold where everything is exact? Trains what lab/claims.py
 asks for.
 
-    python -m lab.study                          # all: about six hours on two cores; continues
+    python -m lab.study                          # all: about 7.5 hours on two cores; continues
                                                  # after a kill
-    python -m lab.study --quick                  # every figure from fewer seeds and steps: a
-                                                 # quarter of an hour
+    python -m lab.study --quick                  # every figure from fewer seeds and steps:
+                                                 # twenty minutes
     python -m lab.study --plan                   # the runs, and how long they take
     python -m lab.study --only alpha bpgo        # claims with these prefixes (KEY:MODEL)
     python -m lab.study --methods my_method.py   # adds your method, with the same flags and seeds
