@@ -16,10 +16,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import grpo_base
-from common import errors, models
+from common import errors, models, sde
 from common.args import defaults
 from common.errors import InputError, RunError
-from common.trainer import inputs, lock, log, run_folder
+from common.trainer import Policy, inputs, lock, log, run_folder
 from common.trainer.lock import Lock
 
 SMALL = (
@@ -175,6 +175,27 @@ def test_a_living_process_keeps_its_folder_and_a_number_used_again_does_not(tmp_
     Lock(tmp_path / "run", "run").check()
 
 
+NO_LOCKS = """
+import errno, fcntl
+
+def refuses(*words):
+    raise OSError(errno.ENOLCK, "No locks available")
+
+fcntl.flock = fcntl.lockf = fcntl.fcntl = refuses
+"""
+
+
+def test_a_file_system_without_flock_keeps_a_folder_as_well(tmp_path):
+    """As NFS without its lock daemon, and FUSE."""
+    words = [sys.executable, "-c", NO_LOCKS + RACE, str(ROOT), str(tmp_path / "run"), "0"]
+    first = subprocess.Popen([*words, "60"], stdout=subprocess.PIPE, text=True)
+    assert first.stdout.readline() == "taken\n"
+    assert subprocess.check_output([*words, "0"], text=True) == "refused\n"
+    first.kill()
+    first.communicate()
+    assert subprocess.check_output([*words, "0"], text=True) == "taken\n"
+
+
 @pytest.mark.parametrize("content", ["", "{", "[1]", '{"pid": "x"}', '{"pid": 1e9}', "\0" * 200])
 def test_a_lock_that_a_power_failure_cut_is_taken_over(tmp_path, hasty, content):
     (tmp_path / lock.NAME).write_text(content)
@@ -235,16 +256,26 @@ def test_a_folder_that_nothing_was_written_into_is_removed_with_those_above(tmp_
 # --- A run that failed before its first step ---
 
 
-def test_the_same_command_begins_anew_after_a_failure_before_the_first_step(
-    tmp_path, train, monkeypatch
-):
-    def fails(args, output):
-        raise InputError("--tracker tensorboard: no network")
+EARLY = {  # what fails after config.json is written: (its owner, its name, exit code)
+    "the tracker": (log, "start_tracker", 2),
+    "the first rollout": (sde, "random_window", 1),
+    "the first update": (Policy, "backward", 1),
+}
 
-    monkeypatch.setattr(log, "start_tracker", fails)
-    with pytest.raises(InputError, match="no network"):
-        train(steps=1)
-    assert (tmp_path / "run/config.json").exists()
+
+@pytest.mark.parametrize("what", EARLY)
+def test_the_same_command_begins_anew_after_a_failure_before_the_first_step(
+    tmp_path, train, monkeypatch, capfd, what
+):
+    owner, name, code = EARLY[what]
+
+    def fails(*words, **settings):
+        raise (InputError if code == 2 else RuntimeError)(f"{what}: no such thing")
+
+    monkeypatch.setattr(owner, name, fails)
+    with pytest.raises(SystemExit) as ended:
+        errors.run(lambda _: train(steps=1), None)
+    assert ended.value.code == code and f"{what}: no such thing" in capfd.readouterr().err
     before = json.loads((tmp_path / "run/config.json").read_text())["run"]
     monkeypatch.undo()
     monkeypatch.setattr(sys, "argv", ["grpo_base.py"])
@@ -452,6 +483,19 @@ def test_a_run_that_moved_continues_and_one_of_an_older_version_too(again, capfd
         run()
     (place / "prompts.txt").write_text("\n".join(ROWS[::-1]))
     assert len(run(**named(place), steps=3)) == 3 and (place / "run/inputs.json").exists()
+
+
+def test_another_working_directory_has_other_files_of_the_same_names(again, tmp_path, monkeypatch):
+    """The settings are equal, letter for letter; the prompts are not."""
+    place, run = again
+    shutil.copytree(place, tmp_path / "elsewhere", ignore=shutil.ignore_patterns("run", "first"))
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert len(run(output=str(place / "run"))) == 2
+    for change, part in (("a grey cube\na grey cone\n", "contents"), (None, "order")):
+        Path("prompts.txt").write_text(change or "\n".join([*ROWS[1:], ROWS[0]]))
+        with pytest.raises(InputError, match=rf"other contents of --prompts \({part}\)"):
+            run(output=str(place / "run"), steps=3)
+    assert len(metrics(place / "run")) == 2
 
 
 def test_another_reward_of_a_moved_run_is_another_reward(again):
