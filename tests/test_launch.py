@@ -14,6 +14,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from conftest import ROOT
+from torch.distributed.fsdp import FSDPModule
 
 from common import models
 from common.errors import InputError
@@ -152,6 +153,28 @@ def test_classes_to_wrap_of_all_families_shard_the_models_own(given):
     given = given or re.search(r"layer_cls_to_wrap: (\S+)", text)[1]
     found = sharding._names(flux.pipe.transformer, flux.blocks, given.split(","))
     assert set(flux.blocks) <= found
+
+
+@pytest.mark.parametrize(
+    "given", ["WanTransformerBlok", "WanTransformerBlock,WanAttentionBlock", "UNet2DConditionModel"]
+)
+def test_a_configuration_whose_classes_match_nothing_does_not_shard_the_root_alone(
+    given, monkeypatch, port
+):
+    """From the variables that the launcher makes of fsdp_transformer_layer_cls_to_wrap on."""
+    launched(monkeypatch, port, 0, 1)
+    put(monkeypatch, ACCELERATE_USE_FSDP="true", FSDP_VERSION="2")
+    put(monkeypatch, FSDP_AUTO_WRAP_POLICY="TRANSFORMER_BASED_WRAP")
+    put(monkeypatch, FSDP_TRANSFORMER_CLS_TO_WRAP=given)
+    processes = Processes(timeout_minutes=0.5)
+    wan = models.load("tiny-wan", torch.float32)
+    settings = dict(plugin=processes.fsdp, mesh=processes.mesh(1), dtype=torch.float32)
+    with pytest.raises(InputError, match=f"_cls_to_wrap {given.split(',')[-1]}: .* WanTransf"):
+        sharding.shard(wan.pipe.transformer, wan.blocks, **settings)
+    settings["plugin"].transformer_cls_names_to_wrap = ["WanTransformerBlock"]
+    module = sharding.shard(wan.pipe.transformer, wan.blocks, **settings)
+    parts = [name for name, part in module.named_modules() if isinstance(part, FSDPModule)]
+    assert parts == ["", *(f"blocks.{number}" for number in range(len(module.blocks)))]
 
 
 # --- One process ---
