@@ -145,15 +145,23 @@ def _step(model, args, found, allocated, held, dtype):
 def rows_of_table(args):
     """Yield the cells of each row."""
     for name in args.model:
+        decoding = None  # counted once: it does not depend on what is trained
         for trained in args.trained:
             lora = trained == "LoRA"
             model = memory.full_size(name, lora)
             settings = defaults(grpo_base.Args, name, lora_rank=memory.RANK if lora else 0)
-            counts = {}
+            if decoding is None:
+                decoding = activations.decoded_bytes(model)
+            row_bytes = {}
             for gpus in args.gpus:
                 launch = Launch(torch.bfloat16, "cuda", world=gpus, per_machine=gpus)
-                keep_initial = settings.kl_coef > 0
-                counter = Counter(model, launch, keep_initial=keep_initial, counted=counts)
+                counter = Counter(
+                    model,
+                    launch,
+                    keep_initial=settings.kl_coef > 0,
+                    row_bytes=row_bytes,
+                    decoded_bytes=decoding,
+                )
                 cells = [f"`{name}`", trained, str(gpus)]
                 for gb in args.gib:
                     found = plan(settings, counter, free(gb))
