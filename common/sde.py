@@ -198,7 +198,8 @@ class RowNoise:
 
     A stream depends on (seed, step, row) and on nothing else. So a row gets the same noise on one
     process and on many, and a resumed run repeats it. Drawing happens on the CPU, whose generator
-    gives the same numbers on every machine.
+    gives the same numbers on every machine. A GPU does not wait for it: the rows are drawn into
+    pinned memory and copied behind the work that the GPU has been given.
     """
 
     def __init__(
@@ -211,13 +212,15 @@ class RowNoise:
             for row in rows
         ]
         self.generators = [torch.Generator().manual_seed(key) for key in keys]
-        self.device = device
+        self.device = torch.device(device)
 
     def __call__(self, shape: Iterable[int]) -> torch.Tensor:
         """Return the next draw of every row, [B, *shape] float32."""
-        return torch.stack([torch.randn(shape, generator=g) for g in self.generators]).to(
-            self.device
-        )
+        pinned = self.device.type == "cuda"
+        drawn = torch.empty((len(self.generators), *shape), pin_memory=pinned)
+        for row, generator in zip(drawn, self.generators):
+            row.normal_(generator=generator)
+        return drawn.to(self.device, non_blocking=pinned)
 
 
 def rollout(
@@ -248,8 +251,9 @@ def rollout(
     latents[:, 0].copy_(x[: len(latents)], non_blocking=True)
     log_probs, kept_means = [], []
     for t in range(len(s)):
-        z = noise(x.shape[1:]) if s[t] > 0 else None
         v = velocity(x, sigmas[t])
+        # drawn on the CPU while a GPU computes the velocity
+        z = noise(x.shape[1:]) if s[t] > 0 else None
         x, log_prob, mean = transition(v, x, sigmas[t], sigmas[t + 1], s[t], noise=z)
         latents[:, t + 1].copy_(x[: len(latents)], non_blocking=True)
         log_probs.append(log_prob)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from gpus import wants_gpu
 
+from common import sde
 from common.models.flux import Flux
 from common.models.sd import StableDiffusion
 from common.trainer import compiling
@@ -71,3 +72,18 @@ def test_a_pass_waits_for_the_gpu_at_most_once():
         model.velocity(x, sigma, cond)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@GPU
+def test_a_rollout_does_not_wait_for_the_gpu_and_its_noise_is_that_of_a_cpu():
+    sigmas = sde.shifted_sigmas(4, 1.0)
+    s = sde.diffusion_coefficients(sigmas, 0.3, "dance")
+    expected = sde.RowNoise(0, 0, range(2))((16, 4))
+    start, noise = sde.RowNoise(0, 0, range(2), "cuda"), sde.RowNoise(0, 1, range(2), "cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        x = start((16, 4))
+        sde.rollout(lambda x, sigma: -x, x, sigmas, s, noise)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(x.cpu(), expected)

@@ -386,6 +386,16 @@ def test_a_rows_noise_does_not_depend_on_the_other_rows_or_their_order():
         assert part.dtype == torch.float32 and torch.equal(part, full[torch.as_tensor(rows)])
 
 
+@pytest.mark.parametrize("shape", [(2025, 64), (4, 3, 5, 7), (17,), (1,)])
+def test_a_rows_noise_is_what_torch_draws_from_its_generator(shape):
+    """Sizes below and above 16, from which torch draws in blocks, and multiples of it or not."""
+    rows = sde.RowNoise(3, 5, [2, 9])
+    alone = sde.RowNoise(3, 5, [2, 9]).generators
+    for _ in range(3):
+        expected = torch.stack([torch.randn(shape, generator=each) for each in alone])
+        assert torch.equal(rows(shape), expected)
+
+
 def test_successive_draws_repeat_from_the_start_and_leave_the_global_generator_alone():
     state = torch.get_rng_state()
     noise, again = sde.RowNoise(0, 0, [2, 9]), sde.RowNoise(0, 0, [9])

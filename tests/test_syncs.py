@@ -1,8 +1,9 @@
 """How often a pass waits for the GPU: counted with fake CUDA tensors, without a GPU.
 
-Copies between devices wait (from pageable memory), and so does reading a value."""
+Copies between devices wait unless they are from pinned memory and need not, and so does reading a
+value."""
 
-import functools
+import weakref
 
 import pipelines
 import pytest
@@ -43,6 +44,7 @@ class Syncs(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.found = []
+        self.pinned = weakref.WeakSet()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -56,10 +58,15 @@ class Syncs(TorchDispatchMode):
         name = func.overloadpacket.__name__
         reads = name in ("_local_scalar_dense", "nonzero", "masked_select")
         copies = name == "_to_copy" and tensors[0].device.type != to and kwargs.get("device")
+        if copies and kwargs.get("non_blocking"):
+            copies = tensors[0].untyped_storage() not in self.pinned
         indexes = name in ("index", "index_put_", "copy_") and len(devices) > 1
         if reads or copies or indexes:
             self.found.append(name)
-        return func(*args, **kwargs)
+        made = func(*args, **kwargs)
+        if kwargs.get("pin_memory"):
+            self.pinned.add(made.untyped_storage())
+        return made
 
 
 @pytest.fixture
@@ -70,21 +77,37 @@ def syncs():
 
 
 @pytest.mark.parametrize("transition", sde.TRANSITIONS)
-def test_a_rollout_copies_its_noise_alone(transition, syncs):
+def test_a_rollout_never_waits(transition, syncs):
     with no_dispatch():
         sigmas = sde.shifted_sigmas(4, 1.0)
         s = sde.diffusion_coefficients(sigmas, 0.3, transition)
-    x = torch.empty(2, 16, 4, device="cuda")
-    noise = functools.partial(torch.empty, device="cuda")
-    sde.rollout(
-        lambda x, sigma: x.clone(),
-        x,
-        sigmas,
-        s,
-        lambda shape: noise(2, *shape),
-        sde.TRANSITIONS[transition],
+        start, noise = (sde.RowNoise(0, step, range(2), "cuda") for step in range(2))
+    x = start((16, 4))
+    assert x.device.type == "cuda"
+    latents, _ = sde.rollout(
+        lambda x, sigma: x.clone(), x, sigmas, s, noise, sde.TRANSITIONS[transition]
     )
+    assert latents.device.type == "cuda"
     assert syncs == []
+
+
+def test_noise_is_drawn_while_the_pass_before_it_runs():
+    """On a GPU a pass returns before it is computed, so what is called next runs beside it."""
+    sigmas = sde.shifted_sigmas(4, 1.0)
+    s = sde.diffusion_coefficients(sigmas, 0.3, "dance", window=(1, 2))
+    called = []
+    draw = sde.RowNoise(0, 0, range(2))
+
+    def velocity(x, sigma):
+        called.append("pass")
+        return -x
+
+    def noise(shape):
+        called.append("noise")
+        return draw(shape)
+
+    sde.rollout(velocity, torch.randn(2, 3), sigmas, s, noise)
+    assert called == ["pass", "pass", "noise", "pass", "noise", "pass"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
