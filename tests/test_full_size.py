@@ -4,12 +4,17 @@ GPU."""
 import json
 
 import pipelines
+import pytest
 import torch
 from diffusers import FluxPipeline
 
 import grpo_base
 from benchmarks import full_size
 from common import models
+from common.args import defaults
+from common.memory import fit
+from common.memory.bytes import Launch
+from common.memory.ways import Counter, plan, ways
 from common.trainer import policy
 
 
@@ -39,6 +44,30 @@ def test_every_phase_ends_with_a_line_and_the_pipeline_never_touches_the_disk(
         1.8 < floor["forward_backward_tflop"] / floor["forward_tflop"] < 3.2
     )  # with what checkpointing repeats
     assert 0 < floor["forward_mfu"] < 1 and "2 trained" in total["model"]  # 0.6 of 3
+
+
+@pytest.mark.parametrize("gib, fits", [(47.4, True), (23.5, False)], ids=["48 GB", "24 GB"])
+def test_flux_is_counted_once_before_its_weights_are_made(gib, fits, monkeypatch):
+    """A LoRA on one GPU of 48 GB: the outline has no contents, so they are not in the memory that
+    is measured."""
+    monkeypatch.setattr(models, "outline", full_size.outline)
+    args = defaults(
+        grpo_base.Args, "flux", lora_rank=64, prompts_per_step=1, group_size=2, micro_batch=1
+    )
+    model = fit.outline(args, torch.bfloat16)
+    transformer = model.trainable["transformer"]
+    weights = list(transformer.parameters())
+    assert all(weight.is_meta for weight in weights)
+    frozen = sum(weight.numel() for weight in weights if not weight.requires_grad)
+    # activations are counted elsewhere, and take seconds; a row's pass takes less than 2 GiB
+    kept = {True: 2 * 2**30}
+    counter = Counter(
+        model, Launch(torch.bfloat16, "cuda"), row_bytes=kept, decoded_bytes=4 * 2**30
+    )
+    found = plan(args, counter, gib * 2**30)
+    assert bool(found) == fits
+    for way in ways(args, counter.launch):
+        assert counter.kinds(way, rows=1)["frozen weights"] == 2 * frozen
 
 
 def test_a_ratio_that_is_off_is_a_result(monkeypatch, capfd):
