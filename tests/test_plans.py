@@ -56,3 +56,12 @@ def test_a_cell_says_what_a_plan_chose():
     found = plan(args, counter, free=2**40)
     assert plans.cell("tiny-flux", found, counter).startswith("4 rows: 0.")
     assert plans.cell("tiny-flux", None, counter) == "-"
+
+
+def test_the_table_has_a_row_for_each_number_of_gpus(monkeypatch):
+    monkeypatch.setattr(plans.memory, "full_size", outlined)
+    args = plans.Args(model=("tiny-flux",), trained=("LoRA",), gib=(24,), measure=True)
+    (one, eight) = plans.rows_of_table(args)
+    assert (one[:3], eight[:3]) == (["`tiny-flux`", "LoRA", "1"], ["`tiny-flux`", "LoRA", "8"])
+    assert "rows" in one[3] and "(measured " in one[3]
+    assert "rows" in eight[3] and "measured" not in eight[3]
