@@ -258,6 +258,10 @@ class Update:
     """Start from this LoRA and train it further: a safetensors file or its folder, for example
     RUN/export. Rank, alpha and layers are taken from the file. The KL term keeps the model close to
     the model with this LoRA. Empty: start with a new LoRA, which changes nothing at first."""
+    frozen_8bit: bool = False
+    """For a LoRA on one GPU: store the frozen linear layers of the model and its encoders in 8
+    bits. They need half the memory and are rounded, equally in rollout and update. Needs
+    --gradient-checkpointing and the package torchao."""
     ema: Annotated[float, From(0, 0.99999)] = 0.0
     """Decay of a moving average of the trained weights, which is exported to export_ema/. Typical:
     0.99. 0 disables it."""

@@ -19,7 +19,7 @@ from common import args as flags
 from common import errors, models, rewards
 from common.args import AnyArgs, check_bounds, check_lists, defaults, flag_of
 from common.errors import InputError
-from common.models import lora_file
+from common.models import eight_bits, lora_file
 from common.prompts import sets
 from common.trainer import compiling, run_folder
 
@@ -211,6 +211,8 @@ def check(args: flags.Args) -> None:
         _check_init_lora(args)
     if args.lora_alpha and not args.lora_rank:
         raise InputError(f"--lora-alpha {args.lora_alpha:g}: needs --lora-rank above 0.")
+    if args.frozen_8bit:
+        _check_frozen_8bit(args)
     if args.tracker == "wandb" and importlib.util.find_spec("wandb") is None:
         raise InputError("--tracker wandb: the package is missing. pip install wandb.")
     compiling.check_attention(args)
@@ -267,6 +269,19 @@ def _check_init_lora(args: flags.Args) -> None:
         raise InputError(
             f"--lora-targets: the layers of the LoRA {args.init_lora} are trained. Leave it out."
         )
+
+
+def _check_frozen_8bit(args: flags.Args) -> None:
+    if not args.lora_rank:
+        raise InputError("--frozen-8bit: needs --lora-rank above 0; trained weights are float32.")
+    if not args.gradient_checkpointing:
+        raise InputError(
+            "--frozen-8bit: without --gradient-checkpointing all weights would be kept in 16 bits "
+            "for the backward pass. Add it."
+        )
+    if args.compile:
+        raise InputError("--frozen-8bit: blocks in 8 bits are not compiled. Leave --compile out.")
+    eight_bits.check()
 
 
 def _check_noisy_steps(args: flags.Args) -> None:

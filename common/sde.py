@@ -183,7 +183,7 @@ def gaussian_log_prob(x: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) ->
 
 def _per_row(value: Scalars, x: torch.Tensor) -> torch.Tensor:
     """Return a scalar or [B] as a tensor that broadcasts against x [B, ...]."""
-    if not isinstance(value, torch.Tensor) or value.ndim == 0:
+    if not isinstance(value, torch.Tensor) or (value.ndim == 0 and value.device != x.device):
         # filled in on x's device: a copy from the CPU would wait for a GPU to finish
         value = torch.full((), float(value), dtype=x.dtype, device=x.device)
     value = value.to(x)

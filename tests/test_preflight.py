@@ -340,6 +340,7 @@ def test_released_models_run_as_they_did(name, lora, world, gib, chosen, release
 
 
 OFFLOADED = "configs/fsdp2_offload.yaml --num_processes 1 bpgo.py --lora-rank 64"
+EIGHT_BITS = "accelerate launch bpgo.py --lora-rank 64 --frozen-8bit (rounded"
 
 
 @pytest.mark.parametrize(
@@ -347,7 +348,7 @@ OFFLOADED = "configs/fsdp2_offload.yaml --num_processes 1 bpgo.py --lora-rank 64
     [
         (80, ["--lora-rank 64", "configs/fsdp2.yaml --num_processes 4"]),
         (48, ["--lora-rank 64", "configs/fsdp2.yaml --num_processes 8"]),
-        (24, [OFFLOADED, "configs/fsdp2_multi_node.yaml --num_processes 16"]),
+        (24, [EIGHT_BITS, OFFLOADED, "configs/fsdp2_multi_node.yaml --num_processes 16"]),
     ],
 )
 def test_a_refusal_lists_commands_that_fit(gib, commands, released, monkeypatch):

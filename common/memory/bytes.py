@@ -1,5 +1,6 @@
 """Bytes that one process of a training run needs, by kind, counted from shapes alone."""
 
+import itertools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from typing import Any
 import torch
 
 from common.args import Args, score_batch
+from common.models import eight_bits
 from common.models.family import Family
 
 # Kinds that are on the host between passes when sharded weights are offloaded.
@@ -73,6 +75,10 @@ def process_bytes(
     if launch.offloads:
         kinds.update(dict.fromkeys(ON_THE_HOST, 0))
 
+    if args.frozen_8bit:
+        layers = itertools.chain.from_iterable(eight_bits.blocks_of(model))
+        kinds["frozen weights"] -= eight_bits.saved_bytes(layers, precision)
+        kinds["weights of a pass"] += eight_bits.cast_up_bytes(model, precision)
     others = 0
     waiting = 0
     for name, module in modules(model):
@@ -82,6 +88,12 @@ def process_bytes(
             waiting += module_bytes(module)
         else:
             others += module_bytes(module)
+    if args.frozen_8bit:
+        saved = eight_bits.saved_bytes(eight_bits.encoders_layers(model), precision)
+        if args.offload_encoders:
+            waiting -= saved
+        else:
+            others -= saved
     kinds["encoders, VAE"] = others
     kinds["rewards"] = rewards
     kinds["activations"] = activations

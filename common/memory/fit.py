@@ -107,6 +107,11 @@ def _check_launch(args: Args, launch: Launch) -> None:
             "--exchange-often: it needs sharded weights. Launch with configs/fsdp2.yaml, or give "
             "--no-exchange-often to continue a run that was sharded."
         )
+    if args.frozen_8bit and (launch.world > 1 or launch.sharded):
+        raise InputError(
+            "--frozen-8bit: it is for one process without sharding. Launch with "
+            "configs/one_process.yaml, or leave it out."
+        )
 
 
 def outline(args: Args, dtype: torch.dtype) -> Family | None:
@@ -180,7 +185,15 @@ def commands_that_fit(args: Args, counter: Counter, free: float, free_host: floa
         rank = f" --lora-rank {LORA}"
         if plan(lora, adapted, free):
             found.append(f"accelerate launch {script}{rank}{small_pass}")
-    if not found and _fits_offloaded(lora, adapted, free, free_host):
+    exact = list(found)
+    if not found and _fits_in_eight_bits(lora, adapted, free):
+        words = f"accelerate launch {script}{rank}{small_pass} --frozen-8bit"
+        if not args.gradient_checkpointing:
+            words += " --gradient-checkpointing"
+        found.append(f"{words} (rounded, needs torchao)")
+    if args.frozen_8bit:  # for one process without sharding
+        return found
+    if not exact and _fits_offloaded(lora, adapted, free, free_host):
         words = f"accelerate launch --config_file {OFFLOADED} --num_processes {launch.world}"
         found.append(f"{words} {script}{rank}{small_pass}")
     for world in (2, 4, 8, 16, 32):
@@ -200,6 +213,14 @@ def commands_that_fit(args: Args, counter: Counter, free: float, free_host: floa
             found.append(f"{words} --num_processes {world} {script}{small_pass}")
             break
     return found
+
+
+def _fits_in_eight_bits(args: Args, counter: Counter, free: float) -> bool:
+    """Return whether a LoRA in one process fits with frozen layers in 8 bits."""
+    if args.compile or counter.launch.world > 1 or counter.launch.sharded:
+        return False
+    eight = dataclasses.replace(args, frozen_8bit=True, gradient_checkpointing=True)
+    return plan(eight, counter, free) is not None
 
 
 def _fits_offloaded(args: Args, counter: Counter, free: float, free_host: float) -> bool:

@@ -1,4 +1,5 @@
-"""Regional compilation (torch.compile of each class of blocks) and attention kernels.
+"""Regional compilation (torch.compile of each class of blocks, and of the arithmetic around the
+transformer) and attention kernels.
 
 torch compiles a block twice, once for passes with gradients and once for those without, and the two
 round differently: in bfloat16 the ratio would be off by more than the clip range. So a block always
@@ -9,6 +10,7 @@ Batches of another size than the run's (the last of an evaluation) are not compi
 """
 
 import contextlib
+import functools
 import inspect
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -86,6 +88,31 @@ def compile_blocks(module: torch.nn.Module, classes: Sequence[str], rows: int) -
                 block.forward = _compiled(block.forward, (rows, 2 * rows))
 
 
+def region(function: Callable, rows: int) -> Callable:
+    """Return a pure function of tensors, compiled as one region for `rows` rows.
+
+    Its first argument has the rows. Scalars on another device are filled in on that of the first
+    argument: inside of the region reading one would split it.
+    """
+    compiled = torch.compile(function)
+
+    @functools.wraps(function)
+    def call(first: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if _off or len(first) != rows:
+            return function(first, *args, **kwargs)
+        here = [_on(first, value) for value in args]
+        return _called(compiled, f"{function.__name__} does", first, *here, **kwargs)
+
+    return call
+
+
+def _on(x: torch.Tensor, value: Any) -> Any:
+    """Return a scalar tensor on the device of x, and any other value as it is."""
+    if isinstance(value, torch.Tensor) and value.ndim == 0 and value.device != x.device:
+        return torch.full((), value.item(), dtype=value.dtype, device=x.device)
+    return value
+
+
 def asked_attention(backend: str) -> tuple[str, str]:
     """Return the attention kernel that a run takes by name, and the words that name it.
 
@@ -152,16 +179,19 @@ def off() -> Iterator[None]:
         _off = before
 
 
-def _called(compiled: Callable, bound: inspect.BoundArguments) -> Any:
-    """Call a compiled block. Raises LocalError if it cannot be compiled."""
+def _called(compiled: Callable, what: str, *args: Any, **kwargs: Any) -> Any:
+    """Call a compiled function. Raises LocalError if it cannot be compiled.
+
+    what: its name and the verb of the error's sentence.
+    """
     try:
-        return compiled(*bound.args, **bound.kwargs)
+        return compiled(*args, **kwargs)
     except Exception as error:
         of_compiler = isinstance(error, torch._dynamo.exc.TorchDynamoException)
         if out_of_memory(error) or not (of_compiler or "Triton Error" in text(error)):
             raise
         raise LocalError(
-            f"--compile: a block does not compile ({described(error)}). An earlier run that was "
+            f"--compile: {what} not compile ({described(error)}). An earlier run that was "
             f"killed while it compiled leaves a damaged cache. {_delete()}, or leave --compile out"
         ) from error
 
@@ -180,7 +210,7 @@ def _compiled(forward: Callable, sizes: tuple[int, int]) -> Callable:
                 inputs[name] = inputs[name].detach().requires_grad_()
         sampling = not torch.is_grad_enabled()
         with torch.enable_grad():
-            found = _called(compiled, bound)
+            found = _called(compiled, "a block does", *bound.args, **bound.kwargs)
         if not sampling:
             return found
         return (

@@ -14,7 +14,7 @@ A training step is
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ import torch
 from common.args import Args
 from common.errors import RunError, phase, warn
 from common.memory import MemoryPlan
-from common.models import lora, place
+from common.models import eight_bits, lora, place
 from common.models.family import Family
 from common.trainer import compiling, sharding
 from common.trainer.processes import Processes
@@ -58,6 +58,7 @@ class Policy:
         self.processes = processes
         self.lora_rank = args.lora_rank
         self.init_lora = args.init_lora
+        self.compiled_rows = plan.batch if args.compile else 0
         self.clip_range = args.clip_range
         self.attention = args.attention
         self.exchange_often = args.exchange_often
@@ -115,6 +116,8 @@ class Policy:
 
     def _place(self, args: Args, plan: MemoryPlan, keep_initial: bool) -> None:
         """Move the model to the device and wrap its modules; where memory is scarce, in turn."""
+        if args.frozen_8bit:
+            eight_bits.quantize(self.model, self.processes.device)
         place(self.model, self.processes.device, offload_encoders=args.offload_encoders)
         self.frozen = {}  # copies of the trained modules with their initial weights
         for name, module in self.model.trainable.items():
@@ -146,6 +149,8 @@ class Policy:
         words = f"{args.model}: training {self.size / 1e6:.2f}M weights"
         if args.lora_rank:
             words += " (LoRA)"
+        if args.frozen_8bit:
+            words += ", frozen layers in 8 bits"
         words += f" on {world} x {self.processes.device.type}"
         if self.fsdp:
             words += ", sharded"
@@ -155,6 +160,12 @@ class Policy:
         self.processes.print(words)
 
     # --- Passes ---
+
+    def region(self, function: Callable) -> Callable:
+        """Return a pure function of a pass's tensors, with --compile compiled as one region."""
+        if not self.compiled_rows:
+            return function
+        return compiling.region(function, self.compiled_rows)
 
     def velocity(
         self, x: torch.Tensor, sigma: float | torch.Tensor, cond: dict[str, torch.Tensor]
