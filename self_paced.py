@@ -307,7 +307,10 @@ def main(args: Args) -> Log:
     sigmas = model.sigmas(args.sampling_steps, args.shift)  # [T+1]
     # [b, T+1, ...] float32, filled anew in every step
     latents = Latents(len(rows), len(sigmas), model.noise_shape, processes.device, plan)
-    transition = sde.TRANSITIONS[args.sde]
+    # each of these is one compiled region with --compile
+    transition = policy.region(sde.TRANSITIONS[args.sde])
+    surrogate = policy.region(loss.clipped_surrogate)
+    diagnose = policy.region(loss.diagnostics)
 
     for step in checkpoints.steps(args.steps):
         metrics = evaluator.run(step, log) if evaluator.due(step) else {}
@@ -410,9 +413,7 @@ def main(args: Args) -> Log:
                         )
                         log_ratio = log_prob - log_probs[mb.on_device, t]  # [n]
                         ratio = loss.probability_ratio(log_ratio, update)  # [n]
-                        row_loss = loss.clipped_surrogate(
-                            ratio, local_advantages[mb.on_device], args.clip_range
-                        )
+                        row_loss = surrogate(ratio, local_advantages[mb.on_device], args.clip_range)
                         kl = None  # [n] from the initial weights, if these are kept
                         if args.kl_coef:
                             with policy.reference():  # the initial weights, no gradients
@@ -424,9 +425,7 @@ def main(args: Args) -> Log:
                         loss_share = (weight * row_loss).sum() / len(trained_steps)
                         policy.backward(loss_share)
                     diagnostics[-1].append(
-                        loss.diagnostics(
-                            ratio, log_ratio, args.clip_range, weight, loss_share, update, kl
-                        )
+                        diagnose(ratio, log_ratio, args.clip_range, weight, loss_share, update, kl)
                     )
             metrics["grad_norm"] = 0.0  # the last update's is logged
             if micro_batches:

@@ -28,11 +28,13 @@ BLOCKS = ("FluxTransformerBlock", "FluxSingleTransformerBlock")
 @pytest.fixture
 def graphs(monkeypatch):
     """Inside, compiled blocks run as torch's compiler found them, without C++; the graphs that it
-    found."""
+    found. Those of the arithmetic around the transformer are left out (test_regions.py)."""
     found = []
 
     def backend(graph, inputs):
-        found.append(graph)
+        names = [node.name for node in graph.graph.nodes if node.op == "placeholder"]
+        if any("hidden_states" in name for name in names):
+            found.append(graph)
         return aot_eager(graph, inputs)
 
     torch._dynamo.reset()

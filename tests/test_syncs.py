@@ -24,7 +24,7 @@ from common.models.qwen import QwenImage
 from common.models.sd import StableDiffusion
 from common.models.sd3 import StableDiffusion3
 from common.models.wan import Wan
-from common.trainer import Latents, MicroBatch
+from common.trainer import Latents, MicroBatch, compiling
 
 IMAGE = dict(height=32, width=32)
 FAMILIES = {
@@ -108,6 +108,18 @@ def test_noise_is_drawn_while_the_pass_before_it_runs():
 
     sde.rollout(velocity, torch.randn(2, 3), sigmas, s, noise)
     assert called == ["pass", "pass", "noise", "pass", "noise", "pass"]
+
+
+def test_scalars_of_a_region_are_filled_in_on_the_gpu(syncs):
+    """Reading one inside of a compiled region would split it."""
+    with no_dispatch():
+        sigma = torch.tensor(0.5)
+    x, here = torch.empty(2, 3, device="cuda"), torch.empty((), device="cuda")
+    filled = compiling._on(x, sigma)
+    assert filled.device.type == "cuda" and filled.shape == ()
+    assert compiling._on(x, here) is here
+    assert compiling._on(x, 1e-4) == 1e-4
+    assert syncs == []
 
 
 @pytest.mark.parametrize("family", FAMILIES)
