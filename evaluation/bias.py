@@ -41,7 +41,7 @@ from common import cli, errors
 from common.args import From, check_bounds, check_lists, defaults, rows_of
 from common.errors import InputError
 from common.models.family import Family
-from common.models.pictures import read_image
+from common.prompts.pictures import read_image
 from common.prompts import caption_of, files, image_of, key_of, prompts_of_step, read_prompts
 from common.reporting.pictures import pyplot
 from common.rewards import Rewards

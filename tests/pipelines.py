@@ -12,10 +12,12 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
     Flux2Transformer2DModel,
+    FluxKontextPipeline,
     FluxPipeline,
     FluxTransformer2DModel,
     HunyuanVideoPipeline,
     HunyuanVideoTransformer3DModel,
+    QwenImageEditPlusPipeline,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
@@ -38,6 +40,9 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLImageProcessor,
+    Qwen2VLProcessor,
+    Qwen2VLVideoProcessor,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3Model,
@@ -89,6 +94,13 @@ def flux():
         ),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
     )  # fmt: skip
+
+
+def kontext():
+    """FLUX's parts; an image is as many reference tokens as a sample has tokens."""
+    pipe = FluxKontextPipeline(**flux().components)
+    pipe.text_encoder_2.eval()  # without dropout
+    return pipe
 
 
 def sd(blocks=3):
@@ -171,6 +183,20 @@ def qwen():
         ),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
     )  # fmt: skip
+
+
+def qwen_edit(zero_cond_t=False):
+    """As qwen, with images. zero_cond_t: as the 2511 model."""
+    parts = qwen().components
+    torch.manual_seed(0)
+    parts["transformer"] = QwenImageTransformer2DModel.from_config(
+        parts["transformer"].config, zero_cond_t=zero_cond_t
+    )
+    tokenizer = parts["tokenizer"]
+    processor = Qwen2VLProcessor(
+        Qwen2VLImageProcessor(), tokenizer, Qwen2VLVideoProcessor(), chat_template=vlm.TEMPLATE
+    )
+    return QwenImageEditPlusPipeline(**parts, processor=processor)
 
 
 def qwen3(tokenizer, layers, cls=Qwen3Model):

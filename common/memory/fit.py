@@ -16,6 +16,7 @@ from common.memory.bytes import Launch, at_once, number, reward_modules
 from common.memory.ways import ROOM, Counter, MemoryPlan, as_asked, plan, resolved, ways
 from common.models import lora
 from common.models.family import Family
+from common.prompts import images_of, read_prompts
 
 SMALL = 2**30  # bytes of a model's files below which memory is not counted
 LORA = 64  # rank of the LoRA that is proposed when all weights do not fit
@@ -122,6 +123,8 @@ def outline(args: Args, dtype: torch.dtype) -> Family | None:
     model = models.outline(args.model, dtype, SMALL, **args.model_settings())
     if model is None:
         return None
+    if model.most_images > 1:
+        model.sources = len(images_of(read_prompts(args.prompts)[0]))
     for module in model.trainable.values():
         module.requires_grad_(not args.lora_rank)
     if args.lora_rank:

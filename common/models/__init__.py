@@ -39,9 +39,11 @@ __all__ = ["ASSETS", "MODELS"]  # re-exported from presets.py
 # {class of the pipeline: (module, class of the family)}; a module imports diffusers
 FAMILIES = {
     "FluxPipeline": ("common.models.flux", "Flux"),
+    "FluxKontextPipeline": ("common.models.flux", "FluxKontext"),
     "StableDiffusionPipeline": ("common.models.sd", "StableDiffusion"),
     "StableDiffusion3Pipeline": ("common.models.sd3", "StableDiffusion3"),
     "QwenImagePipeline": ("common.models.qwen", "QwenImage"),
+    "QwenImageEditPlusPipeline": ("common.models.qwen_edit", "QwenImageEdit"),
     "Flux2KleinPipeline": ("common.models.flux2", "Flux2Klein"),
     "ZImagePipeline": ("common.models.z_image", "ZImage"),
     "WanPipeline": ("common.models.wan", "Wan"),

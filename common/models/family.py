@@ -9,14 +9,15 @@ import torch
 
 from common import errors, sde
 from common.errors import InputError, LocalError
-from common.models import lora_file, pictures
+from common.models import lora_file
 from common.models.assumed import Values
-from common.prompts import caption_of
+from common.prompts import caption_of, pictures
 
 CURE = "download the whole model again, or give another --model"
 # (divisor, remainder) of the numbers of tokens for which cuDNN's backward pass of attention with a
 # mask gives NaN on H100 and H200 (pytorch issue 196678).
 CUDNN_NAN = (128, 64)
+UNWANTED = "unwanted_"  # begins the names of a prompt's own embeddings that guidance leads away from
 KEPT = 2**30  # bytes of embeddings that are kept: 256 prompts of FLUX or Wan
 
 
@@ -56,6 +57,8 @@ class Family:
     vae_dtype = None  # dtype of the VAE if it differs from the other components'
     left_out = ()  # components that a folder may lack although the pipeline's signature has them
     images = False  # whether each prompt comes with a conditioning image
+    most_images = 1  # that a prompt may come with
+    sources = 1  # images of each prompt, for counting memory
     negative = False  # whether guidance is classifier-free, against the empty prompt
 
     def __init__(
@@ -119,7 +122,7 @@ class Family:
     @classmethod
     def check(cls, prompts: Sequence[str]) -> None:
         """Raise InputError for the first prompt that this family cannot take."""
-        pictures.check(prompts, cls.images)
+        pictures.check(prompts, cls.most_images if cls.images else 0)
 
     @property
     def device(self) -> torch.device:
@@ -223,7 +226,7 @@ class Family:
                 if prompt not in self.embedded:
                     self.embedded[prompt] = self._to_cpu(self.embed(prompt))
             if self.negative and not self.unwanted:
-                self.unwanted = self._to_device(self.text(""))
+                self.unwanted = self._to_device(self.embed_nothing())
             if not self.offload_encoders:
                 return
             for prompt in ahead[: self._room(asked) - len(asked)]:
@@ -233,6 +236,13 @@ class Family:
     def embed(self, prompt: str) -> dict[str, torch.Tensor]:
         """Return the conditioning of one prompt, {name: [...]} without the batch dimension."""
         return self.text(caption_of(prompt))
+
+    def embed_nothing(self) -> dict[str, torch.Tensor]:
+        """Return what guidance leads away from, {name: [...]}; {} if each prompt has its own.
+
+        A prompt's own are the entries of `embed` whose names begin with UNWANTED.
+        """
+        return self.text("")
 
     def _room(self, asked: Sequence[str]) -> int:
         """Return the number of embeddings to keep, at least that of `asked`."""
@@ -312,14 +322,16 @@ class Family:
     ) -> torch.Tensor:
         """Return the velocity [b, ...] with classifier-free guidance, against the empty prompt.
 
-        module(**inputs, **cond) computes it; inputs and cond are {name: [b, ...]}. A scale of 1
+        The empty prompt's conditioning is that of `embed_nothing`, or a part of cond. module(**inputs, **cond) computes it; inputs and cond are {name: [b, ...]}. A scale of 1
         takes one forward pass, others two, or one of twice the rows with --batched-guidance.
         """
+        unwanted = {n.removeprefix(UNWANTED): v for n, v in cond.items() if n.startswith(UNWANTED)}
+        cond = {name: value for name, value in cond.items() if not name.startswith(UNWANTED)}
         if scale == 1:
             return module(**inputs, **cond, return_dict=False)[0].float()
         b = len(next(iter(inputs.values())))
-        unwanted = {name: value.expand(b, *value.shape) for name, value in self.unwanted.items()}
-        unwanted = {**cond, **unwanted}
+        shared = {name: value.expand(b, *value.shape) for name, value in self.unwanted.items()}
+        unwanted = {**cond, **shared, **unwanted}
         if self.batched_guidance:
             twice = {name: torch.cat([value, value]) for name, value in inputs.items()}
             both = {name: torch.cat([value, unwanted[name]]) for name, value in cond.items()}

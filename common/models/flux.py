@@ -1,14 +1,15 @@
-"""FLUX (diffusers' FluxPipeline): embedded guidance, latents packed into tokens."""
+"""FLUX (diffusers' FluxPipeline) and FLUX Kontext (FluxKontextPipeline): embedded guidance, latents
+packed into tokens, and for Kontext the image to be edited."""
 
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import FluxPipeline
+from diffusers import FluxKontextPipeline, FluxPipeline
 from torch.nn.functional import pixel_shuffle
 
-from common.models import assumed
+from common.models import assumed, references
 from common.models.assumed import Values
 from common.models.family import Family, of_rows
 
@@ -49,7 +50,13 @@ class Flux(Family):
             },
         }
 
-    def __init__(self, pipe: FluxPipeline, height: int = 0, width: int = 0, **settings) -> None:
+    def __init__(
+        self,
+        pipe: FluxPipeline | FluxKontextPipeline,
+        height: int = 0,
+        width: int = 0,
+        **settings,
+    ) -> None:
         super().__init__(pipe, **settings)
         own = pipe.vae.config.sample_size
         unit = 2 * pipe.vae_scale_factor  # height and width of a token in pixels
@@ -81,6 +88,10 @@ class Flux(Family):
             "pooled_projections": torch.zeros(config.pooled_projection_dim, dtype=self.dtype),
         }
 
+    def positions(self, device: torch.device) -> torch.Tensor:
+        """Return the position of each token, [L, 3] float32."""
+        return image_ids(*self.grid, device)
+
     def velocity(
         self, x: torch.Tensor, sigma: float | torch.Tensor, cond: dict[str, torch.Tensor]
     ) -> torch.Tensor:
@@ -96,7 +107,7 @@ class Flux(Family):
             timestep=of_rows(sigma, x),
             guidance=guidance,
             txt_ids=torch.zeros(cond["encoder_hidden_states"].shape[1], 3, device=device),
-            img_ids=image_ids(*self.grid, device),
+            img_ids=self.positions(device),
             return_dict=False,
             **cond,
         )[0].float()
@@ -109,6 +120,37 @@ class Flux(Family):
         z = z / vae.config.scaling_factor + vae.config.shift_factor
         images = vae.decode(z.to(vae.dtype)).sample.float()
         return self.pipe.image_processor.postprocess(images, output_type="pt")
+
+
+class FluxKontext(Flux):
+    """Run FLUX Kontext: the image of a prompt is edited.
+
+    Its latents, at the size of the sample, are L reference tokens with a 1 in their positions.
+    """
+
+    pipeline = FluxKontextPipeline
+    images = True
+
+    def embed(self, prompt: str) -> dict[str, torch.Tensor]:
+        """Return what Flux.embed does, and {"references": [L, C]}."""
+        pictures = references.pictures(self, prompt)
+        (image,) = references.for_vae(self, pictures, self.height, self.width)
+        return {**super().embed(prompt), "references": references.tokens(self, image)}
+
+    def blank(self) -> dict[str, torch.Tensor]:
+        """Return zeros like the conditioning of one prompt and its image, {name: [...]}."""
+        return {**super().blank(), "references": torch.zeros(self.noise_shape)}
+
+    def positions(self, device: torch.device) -> torch.Tensor:
+        """Return the position of each token and each reference, [2 L, 3] float32."""
+        own = super().positions(device)
+        return torch.cat([own, own + torch.tensor([1.0, 0.0, 0.0], device=device)])
+
+    def velocity(
+        self, x: torch.Tensor, sigma: float | torch.Tensor, cond: dict[str, torch.Tensor]
+    ) -> torch.Tensor:
+        """Return the velocity [b, L, C] float32 at x [b, L, C] and sigma, a scalar or [b]."""
+        return references.velocity_before(super().velocity, x, sigma, cond)
 
 
 def image_ids(height: int, width: int, device: torch.device | str = "cpu") -> torch.Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import QwenImagePipeline
+from diffusers import DiffusionPipeline, QwenImagePipeline
 from torch.nn.functional import pad, pixel_shuffle
 
 from common.models import assumed
@@ -32,10 +32,11 @@ class QwenImage(Family):
         r"|(img|txt)_mlp\.net\.(0\.proj|2))"
     )
     negative = True
+    longest = LONGEST
 
     @classmethod
     def assumed(cls, configs: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Values]]:
-        """Return what is assumed of a folder. Edit and Layered models have more inputs."""
+        """Return what is assumed of a folder. Layered models have more inputs."""
         channels = configs["vae"].get("z_dim", 0)
         return {
             "scheduler": assumed.flow(configs["scheduler"]),
@@ -53,7 +54,7 @@ class QwenImage(Family):
         }
 
     def __init__(
-        self, pipe: QwenImagePipeline, height: int = 0, width: int = 0, **settings
+        self, pipe: DiffusionPipeline, height: int = 0, width: int = 0, **settings
     ) -> None:
         super().__init__(pipe, **settings)
         unit = 2 * pipe.vae_scale_factor  # height and width of a token in pixels
@@ -74,7 +75,7 @@ class QwenImage(Family):
     def cudnn_serves(self) -> bool:
         """Return whether cuDNN's backward pass is finite for this number of tokens and a mask."""
         every, wrong = CUDNN_NAN
-        return (self.noise_shape[0] + LONGEST) % every != wrong
+        return (self.noise_shape[0] + self.longest) % every != wrong
 
     def learns(self, name: str) -> bool:
         """Return whether the velocity depends on a weight, so that it gets gradients."""
@@ -87,19 +88,27 @@ class QwenImage(Family):
         """
         # guidance is against a space instead of the empty prompt, as in the authors' code
         text, _ = self.pipe.encode_prompt(caption or " ", self.device, max_sequence_length=LONGEST)
-        own = text.shape[1]
+        return self.padded(text[0])
+
+    def padded(self, text: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return the embeddings [S', D] of a prompt's tokens padded to the longest, and a mask."""
+        own = len(text)
         return {
-            "encoder_hidden_states": pad(text[0], (0, 0, 0, LONGEST - own)),
-            "encoder_hidden_states_mask": torch.arange(LONGEST, device=text.device) < own,
+            "encoder_hidden_states": pad(text, (0, 0, 0, self.longest - own)),
+            "encoder_hidden_states_mask": torch.arange(self.longest, device=text.device) < own,
         }
 
     def blank(self) -> dict[str, torch.Tensor]:
         """Return zeros like the conditioning of one prompt, {name: [...]}."""
-        shape = LONGEST, self.pipe.transformer.config.joint_attention_dim
+        shape = self.longest, self.pipe.transformer.config.joint_attention_dim
         return {
             "encoder_hidden_states": torch.zeros(shape, dtype=self.dtype),
-            "encoder_hidden_states_mask": torch.ones(LONGEST, dtype=torch.bool),
+            "encoder_hidden_states_mask": torch.ones(self.longest, dtype=torch.bool),
         }
+
+    def shapes(self, tokens: int) -> list[list[tuple[int, int, int]]]:
+        """Return frames, height and width in tokens of each image in a row of tokens."""
+        return [[(1, *self.grid)]]
 
     def velocity(
         self, x: torch.Tensor, sigma: float | torch.Tensor, cond: dict[str, torch.Tensor]
@@ -107,7 +116,7 @@ class QwenImage(Family):
         """Return the velocity [b, L, C] float32 at x [b, L, C] and sigma, a scalar or [b]."""
         # the transformer multiplies by 1000 itself
         timestep = of_rows(sigma, x)
-        module = partial(self.trainable["transformer"], img_shapes=[[(1, *self.grid)]])
+        module = partial(self.trainable["transformer"], img_shapes=self.shapes(x.shape[1]))
         return self.guided(module, self.guidance, cond, hidden_states=x, timestep=timestep)
 
     def extrapolate(self, towards: torch.Tensor, away: torch.Tensor, scale: float) -> torch.Tensor:

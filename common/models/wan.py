@@ -12,7 +12,7 @@ from common.errors import InputError
 from common.models import assumed, lora_file
 from common.models.assumed import Values
 from common.models.family import Family, of_rows
-from common.models.pictures import read_image
+from common.prompts.pictures import read_image
 from common.prompts import image_of
 
 

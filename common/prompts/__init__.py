@@ -1,7 +1,7 @@
 """Read prompts by file or by name, and visit them in a deterministic order.
 
-A prompt is a string: a caption, or for image-to-video models the path of an image, a tab, and a
-caption. A prompt from a line of JSONL also holds the other values of the line (files.Prompt), for
+A prompt is a string: a caption, or for models that take images (image to video, editing) the path
+of an image, a tab, and a caption; or several paths, each with a tab. A prompt from a line of JSONL also holds the other values of the line (files.Prompt), for
 rewards that need them.
 """
 
@@ -34,9 +34,14 @@ def caption_of(prompt: str) -> str:
     return str(prompt.rpartition("\t")[2])
 
 
+def images_of(prompt: str) -> list[str]:
+    """Return the paths of a prompt's images, [] if it has none."""
+    return prompt.split("\t")[:-1]
+
+
 def image_of(prompt: str) -> str:
-    """Return the path of a prompt's conditioning image, "" if it has none."""
-    return prompt.rpartition("\t")[0]
+    """Return the path of a prompt's first image, "" if it has none."""
+    return next(iter(images_of(prompt)), "")
 
 
 def fields_of(prompt: str) -> dict:

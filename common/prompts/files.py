@@ -14,6 +14,7 @@ JSON_LINES = (".jsonl", ".ndjson")
 TABLES = (*JSON_LINES, ".json", ".csv", ".tsv", ".parquet")
 LONGEST = 2**30  # bytes of a file
 LETTERS = 100_000  # of a prompt; the models read some hundred words
+IMAGES = ("image", "images")  # fields of JSON lines with the paths of a prompt's images
 COLUMN = "prompt"  # the column of a table when none is named
 HEADER = {"prompt", "prompts", "caption", "captions"}  # a text file that begins so is a table
 # What counts as a path before a tab, also if the file is missing. Any other file must exist.
@@ -52,11 +53,12 @@ def read(path: str | Path, column: str = COLUMN, called: str | Path | None = Non
     """Return the prompts of a file, without blank ones.
 
     A text file (UTF-8, with or without a byte-order mark) has a prompt a line. In a line
-    IMAGE <tab> CAPTION the image's path is relative to the file's folder; a tab after anything but
-    the name of a picture, a clip or a file is a blank of the caption. For a table (TABLES) the
-    prompts are the strings of one column; .jsonl, .ndjson and .json may also be lists of strings.
-    The other values in a line of .jsonl or .ndjson become the prompt's `fields`. called: the name
-    of the file in errors. Raises InputError, with the line or row at fault.
+    IMAGE <tab> CAPTION the image's path is relative to the file's folder, and there may be several
+    images; a tab after anything but the name of a picture, a clip or a file is a blank of the
+    caption. For a table (TABLES) the prompts are the strings of one column; .jsonl, .ndjson and
+    .json may also be lists of strings. In a line of .jsonl or .ndjson the fields `image`, a path,
+    or `images`, a list of paths, are the prompt's images, and the other values become its `fields`.
+    called: the name of the file in errors. Raises InputError, with the line or row at fault.
     """
     path, called = Path(path), called or path
     if path.is_fifo():
@@ -122,20 +124,21 @@ def _lines(path: Path, called: str | Path) -> list[str]:
             if not prompts:
                 _refuse_header(line, place)
             _refuse_json(line, place, first=not prompts)
-            prompts.append(_placed(_with_path(line, path.parent), f"line {number} of {called}"))
+            prompts.append(_placed(_with_paths(line, path.parent), f"line {number} of {called}"))
             _check_length(prompts[-1], f"prompts: {called}", f"line {number}")
     return prompts
 
 
-def _with_path(line: str, folder: Path) -> str:
-    """Return IMAGE <tab> CAPTION with the image's path from `folder`, or a caption without tabs."""
-    image, tab, caption = line.partition("\t")
-    if not tab:
-        return line
-    path = folder / Path(image.strip()).expanduser()
-    if path.suffix.lower() in MEDIA or path.is_file():
-        return f"{path}\t{one_line(caption)}"
-    return one_line(line)
+def _with_paths(line: str, folder: Path) -> str:
+    """Return [IMAGE <tab> ...] CAPTION with paths from `folder`, and a caption without tabs."""
+    cells, paths = line.split("\t"), []
+    while len(cells) > 1:
+        path = folder / Path(cells[0].strip()).expanduser()
+        if path.suffix.lower() not in MEDIA and not path.is_file():
+            break
+        paths.append(str(path))
+        del cells[0]
+    return "\t".join([*paths, one_line("\t".join(cells))])
 
 
 def _refuse_header(line: str, place: str) -> None:
@@ -201,7 +204,8 @@ def _table(path: Path, column: str, called: str | Path) -> list[str]:
     for row in _rows(path, column, called):
         text = _cell(row, column, called)
         if text and path.suffix.lower() in JSON_LINES:
-            text = with_fields(text, row.value, column)
+            paths = _images(row, path.parent, called)
+            text = with_fields("\t".join([*paths, text]), row.value, column)
         if text:
             prompts.append(_placed(text, row.of(called)))
     return prompts
@@ -209,11 +213,29 @@ def _table(path: Path, column: str, called: str | Path) -> list[str]:
 
 def with_fields(text: str, row: dict | str | None, column: str) -> str:
     """Return a prompt with the other columns of its row, if it has any."""
-    if not isinstance(row, dict) or row.keys() == {column}:
+    fields = row if isinstance(row, dict) else {}
+    fields = {name: value for name, value in fields.items() if name not in (column, *IMAGES)}
+    if not fields:
         return text
     prompt = Prompt(text)
-    prompt.fields = {name: value for name, value in row.items() if name != column}
+    prompt.fields = fields
     return prompt
+
+
+def _images(row: Row, folder: Path, called: str | Path) -> list[str]:
+    """Return the paths in a row's `image` or `images`, from `folder`. Raises InputError."""
+    found = {n: row.value[n] for n in IMAGES if isinstance(row.value, dict) and n in row.value}
+    if not found:
+        return []
+    name, value = found.popitem()
+    paths = value if name == "images" else [value]
+    right = isinstance(paths, list) and all(isinstance(path, str) and path for path in paths)
+    if found or not right or "\t" in "".join(paths):
+        raise InputError(
+            f"prompts: {row.of(called)} must have its images as one path in the field image, or as "
+            "a list of paths in the field images. Correct that row."
+        )
+    return [str(folder / Path(path).expanduser()) for path in paths]
 
 
 def _placed(text: str, place: str) -> Prompt:

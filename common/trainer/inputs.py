@@ -18,7 +18,7 @@ from common import models
 from common.args import Args
 from common.errors import InputError, loading
 from common.models import lora_file
-from common.prompts import caption_of, fields_of, image_of, read_prompts
+from common.prompts import caption_of, fields_of, images_of, read_prompts
 from common.rewards import own, table
 
 NAME = "inputs.json"
@@ -100,10 +100,12 @@ def _prompts(spec: str) -> dict[str, str]:
 
 
 def _row(prompt: str) -> str:
-    """Return a prompt as text, with name and size of its image in the place of its path."""
-    image = image_of(prompt)
-    size = os.path.getsize(image) if image and os.path.exists(image) else 0
-    return json.dumps([caption_of(prompt), fields_of(prompt), Path(image).name, size], default=str)
+    """Return a prompt as text, with names and sizes of its images in the place of their paths."""
+    images = []
+    for image in images_of(prompt) or [""]:
+        size = os.path.getsize(image) if image and os.path.exists(image) else 0
+        images += [Path(image).name, size]
+    return json.dumps([caption_of(prompt), fields_of(prompt), *images], default=str)
 
 
 def _digest_of(rows: Iterable[str]) -> str:
