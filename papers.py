@@ -81,6 +81,7 @@ _JUDGED = dict(
     reward=("judge:quality", "judge:smoothness", "judge:alignment"), thresholds=(0.75, 0.75, 0.75)
 )
 _JUDGED_IMAGES = dict(reward=("judge:quality", "judge:alignment"), thresholds=(0.75, 0.75))
+_JUDGED_EDITS = dict(reward=("judge:preserve", "judge:edit"), thresholds=(0.75, 0.75))
 _SHAPES = dict(reward=("verifier:quality", "verifier:layout", "verifier"))
 _MOTION = dict(reward=("motion:quality", "motion:smooth", "motion"))
 SELF_PACED = over_the_models({
@@ -90,6 +91,8 @@ SELF_PACED = over_the_models({
     "qwen-image": _JUDGED_IMAGES,
     "z-image": _JUDGED_IMAGES,
     "flux2-klein-4b": _JUDGED_IMAGES,
+    "flux-kontext": _JUDGED_EDITS,
+    "qwen-image-edit": _JUDGED_EDITS,
     "wan2.1-1.3b": dict(_JUDGED, paper=_PACED),
     "wan2.1-14b": dict(_JUDGED, paper=_PACED, thresholds=(0.75, 0.73, 0.73)),
     "wan2.2-ti2v-5b": _JUDGED,
@@ -103,6 +106,9 @@ SELF_PACED = over_the_models({
     ),
     "tiny-flux": _SHAPES,  # the script's own thresholds, from --calibrate as those below
     "tiny-sd": dict(_SHAPES, thresholds=(0.963, 0.859, 0.587)),
+    "tiny-edit": dict(
+        reward=("edit:quality", "edit:rest", "edit"), thresholds=(0.9, 0.8, 0.6),
+    ),
     "tiny-wan": dict(_MOTION, thresholds=(0.875, 0.441, 0.370)),
     "tiny-wan-i2v": dict(_MOTION, thresholds=(0.922, 0.637, 0.587)),
 })  # fmt: skip

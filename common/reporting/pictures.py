@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch.nn.functional import pad
 
+from common.prompts.pictures import sources
+
 
 def save_samples(
     folder: Path,
@@ -36,6 +38,27 @@ def save_samples(
     return path
 
 
+def beside_sources(folder: Path, media: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+    """Return edited images beside their first sources: source, before, after, [n, 3, H, 3 W].
+
+    media [n, 3, H, W] in [0, 1]. `before` are the images of the first call for a run's folder,
+    which are kept in FOLDER/samples/before.png. The first call returns source and image.
+    """
+    from torchvision.io import ImageReadMode, decode_image
+    from torchvision.transforms.functional import to_pil_image
+
+    height, width = media.shape[-2:]
+    images = [sources(prompts, height, width)[:, 0].to(media)]
+    path = folder / "samples/before.png"
+    if path.is_file():
+        strip = decode_image(str(path), ImageReadMode.RGB).to(media) / 255  # [3, H, n W]
+        images.append(torch.stack(strip.split(width, dim=2))[: len(media)])
+    else:
+        path.parent.mkdir(exist_ok=True)
+        to_pil_image(torch.cat(list(media.clamp(0, 1).cpu()), 2)).save(path)
+    return torch.cat([*images, media], 3)
+
+
 def save_grid(
     path: Path,
     images: torch.Tensor,
@@ -48,10 +71,11 @@ def save_grid(
 
     plt = pyplot()
     lines = math.ceil(len(images) / columns)
+    wide = max(1.0, images.shape[3] / images.shape[2])  # several images side by side
     figure, axes = plt.subplots(
         lines,
         columns,
-        figsize=(2.4 * columns, 2.9 * lines),
+        figsize=(2.4 * columns * wide, 2.9 * lines),
         squeeze=False,
         gridspec_kw={"hspace": 0.35},
     )

@@ -13,7 +13,9 @@ and optionally
 
     fields          names of fields that the prompts' lines of JSONL must have; score gets each as a
                     keyword, a list of b values: score(media, prompts, text). Without it,
-                    common.prompts.fields_of(prompt) returns the fields that a prompt has
+                    common.prompts.fields_of(prompt) returns the fields that a prompt has. "source"
+                    is no field of the line: it is the N images of each prompt, cropped and resized
+                    to the samples, [b, N, 3, H, W] in [0, 1]: score(media, prompts, source)
     masks           True: a score may be NaN for a sample that could not be judged; the group is
                     then treated as if it had one sample less
     missing         {kind: cause} of the samples without a score, for the log. With a cause, a

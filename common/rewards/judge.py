@@ -1,8 +1,10 @@
 """Score samples with a vision-language model as a judge (arXiv 2511.19356).
 
 Three questions, each of which contains the ones before it: `judge:quality`, `judge:smoothness`,
-`judge:alignment` (judge_questions.py). The model is Qwen2.5-VL, in this process (judge_local.py) or
-behind a server (judge_server.py). README.md in this folder shows how to start one.
+`judge:alignment` (judge_questions.py). Others show the judge the source images of an edit too:
+`judge:edit`, `judge:preserve`, and `judge:present`, `judge:similar`, `judge:held` for a product that a
+person holds. The model is Qwen2.5-VL, in this process (judge_local.py) or behind a server
+(judge_server.py). README.md in this folder shows how to start one.
 """
 
 from collections.abc import Sequence
@@ -13,8 +15,13 @@ from common.rewards.judge_answers import score_in
 from common.rewards.judge_questions import (
     ALIGNMENT,
     DIGIT,
+    EDITED,
+    HELD,
     NUMBER,
+    PRESENT,
+    PRESERVED,
     QUALITY,
+    SIMILAR,
     SMOOTHNESS,
     Failure,
     asked_again,
@@ -67,13 +74,19 @@ class Judge:
                 batch=batch,
             )
 
-    def score(self, media: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
-        """Return the scores [b] float32 of media [b, F, 3, H, W] or [b, 3, H, W] in [0, 1]."""
+    def score(
+        self, media: torch.Tensor, prompts: Sequence[str], source: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return the scores [b] float32 of media [b, F, 3, H, W] or [b, 3, H, W] in [0, 1].
+
+        source: the images before the edit, [b, N, 3, H, W].
+        """
         assert len(media) == len(prompts), f"{len(media)} samples, {len(prompts)} prompts"
         expected = self.judge["expected"]
         read = expected_score if expected else score_in
         wanted = DIGIT if expected else NUMBER
-        talks = [self.question(sample, prompt) for sample, prompt in zip(media, prompts)]
+        before = [None] * len(media) if source is None else source
+        talks = list(map(self.question, media, prompts, before))
         scores = torch.full((len(media),), torch.nan)
         left = list(range(len(media)))
         for _ in range(ASKED):
@@ -100,7 +113,9 @@ class Judge:
         self.missing.pop(kind, None)
         self.missing[kind] = cause
 
-    def question(self, sample: torch.Tensor, prompt: str) -> list[dict]:
+    def question(
+        self, sample: torch.Tensor, prompt: str, source: torch.Tensor | None = None
+    ) -> list[dict]:
         """Return the conversation that asks about a sample [F, 3, H, W] or [3, H, W]."""
         return question(
             sample,
@@ -109,6 +124,7 @@ class Judge:
             rate=self.judge["fps"],
             fps=self.fps,
             answer=DIGIT if self.judge["expected"] else NUMBER,
+            source=source,
         )
 
 
@@ -129,3 +145,40 @@ class JudgeAlignment(Judge):
     """Score alignment with the prompt, smoothness (clips) and visual quality, stage III."""
 
     points = (ALIGNMENT, SMOOTHNESS, QUALITY)
+
+
+class JudgeOfEdits(Judge):
+    """Show the judge the source images and the edited one, as Edit-R1 (2510.16888) does."""
+
+    video = False
+    fields = ("source",)
+
+
+class JudgeEdit(JudgeOfEdits):
+    """Score whether the instruction was followed, and what it does not mention preserved."""
+
+    points = (EDITED, PRESERVED)
+
+
+class JudgePreserve(JudgeOfEdits):
+    """Score whether what the instruction does not mention was preserved."""
+
+    points = (PRESERVED,)
+
+
+class JudgePresent(JudgeOfEdits):
+    """Score whether a product of the sources is there: the first of SLAS's appendix I."""
+
+    points = (PRESENT,)
+
+
+class JudgeSimilar(JudgeOfEdits):
+    """Score whether the product looks as in its source: the second of SLAS's appendix I."""
+
+    points = (SIMILAR,)
+
+
+class JudgeHeld(JudgeOfEdits):
+    """Score whether the product is held as in reality: the third of SLAS's appendix I."""
+
+    points = (HELD,)

@@ -32,6 +32,23 @@ ALIGNMENT = """Alignment with the prompt:
 - surroundings: the place that the prompt names
 - style: the prompt's, if it names one
 - camera: moved as the prompt says, if it does"""
+EDITED = """Instruction:
+- done: the last image shows all that the instruction asks for
+- right: it is done to the things that the instruction means, in the way that it says
+- whole: the result looks real, with no seam or remains of what was there"""
+PRESERVED = """Preservation:
+- the rest: people, things and background that the instruction does not mention are as before
+- identity: faces, letters and products are the same
+- picture: framing, light, colours and style stay, unless the instruction changes them"""
+PRESENT = """The product:
+- present: the product of the source images is in the last image, once and whole
+- alone: there is no second one, and no hand or object that nobody asked for"""
+SIMILAR = """Likeness of the product:
+- form: its shape and proportions are those in the source images
+- surface: so are its colours, material, letters and details"""
+HELD = """How the product is held:
+- hands: grip and contact are as if a person really held or used it
+- place: size, light and what hides what are as in reality"""
 QUESTION = """{medium} was made by a generator for this prompt:
 
 "{prompt}"
@@ -66,14 +83,24 @@ Answer = str | dict[int, float]  # words, or with `expected` {digit: probability
 
 
 def question(
-    sample: torch.Tensor, prompt: str, points: Sequence[str], rate: float, fps: float, answer: str
+    sample: torch.Tensor,
+    prompt: str,
+    points: Sequence[str],
+    rate: float,
+    fps: float,
+    answer: str,
+    source: torch.Tensor | None = None,
 ) -> Talk:
     """Return one message with the frames of a sample, [F, 3, H, W] or [3, H, W], and the question.
 
     points: paragraphs to judge by; rate: frames per second that the model sees; fps: frames per
-    second of the clip; answer: NUMBER or DIGIT. For an image the smoothness is left out.
+    second of the clip; answer: NUMBER or DIGIT; source: the images [N, 3, H, W] before the edit,
+    which come first. For an image the smoothness is left out.
     """
-    if sample.ndim == 3:
+    if source is not None:
+        medium = "The last image was made from the others. It"
+        frames = torch.cat([source, sample[None]])
+    elif sample.ndim == 3:
         medium = "This image"
         frames = sample[None]
         points = [part for part in points if part is not SMOOTHNESS]

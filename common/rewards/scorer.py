@@ -5,7 +5,10 @@ from typing import Any
 import torch
 
 from common.prompts import caption_with_fields, fields_of
+from common.prompts.pictures import sources
 from common.rewards import own
+
+SOURCE = "source"  # the field that is the prompt's images instead of a value in its line
 
 
 def chosen_frames(which: str | int, number: int) -> list[int]:
@@ -50,10 +53,13 @@ def scores_of(scorer: Any, media: torch.Tensor, prompts: list[str]) -> torch.Ten
 
 def _called(scorer: Any, media: torch.Tensor, prompts: list[str]) -> Any:
     """Call scorer.score with the captions of the prompts and their fields, in its own switches."""
-    fields = {
-        name: [fields_of(prompt)[name] for prompt in prompts]
-        for name in getattr(scorer, "fields", ())
-    }
+    fields = {}
+    for name in getattr(scorer, "fields", ()):
+        if name == SOURCE:
+            height, width = media.shape[-2:]
+            fields[name] = sources(prompts, height, width).to(media.device)
+        else:
+            fields[name] = [fields_of(prompt)[name] for prompt in prompts]
     captions = [caption_with_fields(prompt) for prompt in prompts]
     with own.apart(scorer):
         return scorer.score(media, captions, **fields)

@@ -8,8 +8,9 @@ from typing import Any
 
 from common import errors
 from common.errors import InputError
-from common.prompts import caption_of, caption_with_fields, fields_of, place_of
+from common.prompts import caption_of, caption_with_fields, fields_of, image_of, place_of
 from common.rewards import own
+from common.rewards.scorer import SOURCE
 from common.rewards.weights import Source
 
 REWARDS = {  # name -> "module:Class"
@@ -20,6 +21,10 @@ REWARDS = {  # name -> "module:Class"
     "motion": "worlds.motion:Motion",
     "motion:quality": "worlds.motion:MotionQuality",
     "motion:smooth": "worlds.motion:MotionSmooth",
+    "edit": "worlds.edits:EditVerifier",
+    "edit:quality": "worlds.edits:EditQuality",
+    "edit:rest": "worlds.edits:EditRest",
+    "edit:passed": "worlds.edits:EditPassed",
     "points": "worlds.points:Score",
     "points:quality": "worlds.points:Quality",
     "points:layout": "worlds.points:Layout",
@@ -28,12 +33,18 @@ REWARDS = {  # name -> "module:Class"
     "hpsv2.1": "common.rewards.clip:HPSv21",
     "clip": "common.rewards.clip:Clip",
     "clip-h": "common.rewards.clip:ClipH",
+    "preserve": "common.rewards.preserve:Preserve",
     "pickscore": "common.rewards.pickscore:PickScore",
     "aesthetic": "common.rewards.aesthetic:Aesthetic",
     "imagereward": "common.rewards.imagereward:ImageReward",
     "judge:quality": "common.rewards.judge:JudgeQuality",
     "judge:smoothness": "common.rewards.judge:JudgeSmoothness",
     "judge:alignment": "common.rewards.judge:JudgeAlignment",
+    "judge:edit": "common.rewards.judge:JudgeEdit",
+    "judge:preserve": "common.rewards.judge:JudgePreserve",
+    "judge:present": "common.rewards.judge:JudgePresent",
+    "judge:similar": "common.rewards.judge:JudgeSimilar",
+    "judge:held": "common.rewards.judge:JudgeHeld",
     "videoalign": "common.rewards.videoalign:VideoAlign",
     "videoalign:vq": "common.rewards.videoalign:VisualQuality",
     "videoalign:mq": "common.rewards.videoalign:MotionQuality",
@@ -189,7 +200,13 @@ def _check_prompts(name: str, scorer: Any, prompts: list[str], clips: bool | Non
         )
     for field in getattr(scorer, "fields", ()):
         for prompt in prompts:
-            if field not in fields_of(prompt):
+            if field == SOURCE and not image_of(prompt):
+                raise InputError(
+                    f"reward {name} compares samples with their source, and "
+                    f"{caption_of(prompt)[:60]!r} has no image. Write lines IMAGE <tab> PROMPT, or "
+                    "choose another reward."
+                )
+            if field != SOURCE and field not in fields_of(prompt):
                 raise InputError(
                     f"reward {name} needs the field {field!r}, which {caption_of(prompt)[:60]!r} "
                     "lacks. Give --prompts and --eval-prompts as .jsonl files in which every line "

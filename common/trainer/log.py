@@ -13,7 +13,7 @@ from common import errors, models
 from common.args import Args
 from common.errors import RunError
 from common.models.family import Family
-from common.prompts import caption_of
+from common.prompts import caption_of, image_of
 from common.reporting import page, pictures
 from common.reporting.files import line_of, rows_before, write_rows
 from common.trainer import run_folder
@@ -84,6 +84,8 @@ class Log:
         if not self.processes.is_main:
             return
         media = media[:SHOWN]
+        if media.ndim == 4 and image_of(prompts[0]):  # an edit
+            media = pictures.beside_sources(self.output, media, prompts[: len(media)])
         captions = [caption_of(prompt) for prompt in prompts[:SHOWN]]
         scores = [float(reward) for reward in rewards[:SHOWN]]
         path = pictures.save_samples(
