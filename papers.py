@@ -29,7 +29,8 @@ def over_the_models(own: dict[str, dict]) -> dict[str, dict]:
 # 48 prompts, and a weight of .01 of a KL that is -dt times ours, a tenth on average of 10 steps.
 # Its code divides by the standard deviation of all samples, its paper and this script by the
 # group's. No paper trains Z-Image, FLUX.2 klein or Wan2.2 TI2V. Prompts per step and reward of the
-# first two are Flow-Factory's, the prompts per step of the last verl-omni's.
+# first two are Flow-Factory's, the prompts per step of the last verl-omni's. FLUX Kontext and
+# Qwen-Image-Edit are in no paper's recipe either (common/models/presets.py).
 GRPO = over_the_models(
     {
         "flux": dict(paper=_DANCE, prompts_per_step=16),

@@ -26,10 +26,11 @@ from common.args import defaults
 from common.memory.activations import decoded_bytes, row_bytes
 from common.memory.bytes import Launch, process_bytes, total
 from common.memory.ways import ROOM as SHARE
-from common.models.flux import Flux
+from common.models.flux import Flux, FluxKontext
 from common.models.flux2 import Flux2Klein
 from common.models.hunyuan import HunyuanVideo
 from common.models.qwen import QwenImage
+from common.models.qwen_edit import QwenImageEdit
 from common.models.sd import StableDiffusion
 from common.models.sd3 import StableDiffusion3
 from common.models.wan import Wan, WanImageToVideo
@@ -180,6 +181,8 @@ COMPONENTS = {
         transformer=diffusers.Flux2Transformer2DModel(**KLEIN_4B),
         text_encoder=qwen3(transformers.Qwen3ForCausalLM), vae=diffusers.AutoencoderKLFlux2(),
     ),
+    "flux-kontext": lambda: COMPONENTS["flux"](),
+    "qwen-image-edit": lambda: COMPONENTS["qwen-image"](),
     "wan2.1-1.3b": lambda: wan(**SMALL_WAN),
     "wan2.1-14b": lambda: wan(**WAN),
     "wan2.2-ti2v-5b": lambda: dict(
@@ -197,6 +200,7 @@ COMPONENTS = {
 FAMILIES = {
     "flux": Flux, "sd1.4": StableDiffusion, "sd3.5-medium": StableDiffusion3,
     "qwen-image": QwenImage, "z-image": ZImage, "flux2-klein-4b": Flux2Klein,
+    "flux-kontext": FluxKontext, "qwen-image-edit": QwenImageEdit,
     "wan2.1-1.3b": Wan, "wan2.1-14b": Wan, "wan2.2-ti2v-5b": Wan,
     "wan2.2-i2v": WanImageToVideo, "hunyuan": HunyuanVideo,
 }  # fmt: skip
@@ -213,6 +217,7 @@ OTHERS = dict.fromkeys(FAMILIES, flow) | {
         feature_extractor=None,
         requires_safety_checker=False,
     ),
+    "qwen-image-edit": lambda: flow(processor=None),
     "wan2.2-ti2v-5b": lambda: flow(expand_timesteps=True),
     "wan2.2-i2v": lambda: flow(boundary_ratio=0.9),
 }

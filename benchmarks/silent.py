@@ -24,9 +24,9 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks import servers
 from common import models
-from common.prompts.pictures import read_image
 from common.prompts import read_prompts
 from common.prompts.files import one_line
+from common.prompts.pictures import read_image
 
 
 @dataclasses.dataclass

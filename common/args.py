@@ -65,7 +65,7 @@ class Model:
     pipeline visits in --sampling-steps steps."""
     guidance: Annotated[float, From(0, 1000)] = 3.5
     """Guidance scale, the same in rollout and update. For classifier-free guidance (Wan, Stable
-    Diffusion, Qwen-Image, Z-Image, FLUX.2 klein), 1 disables it."""
+    Diffusion, Qwen-Image and its editing models, Z-Image, FLUX.2 klein), 1 disables it."""
     guidance_2: Annotated[float, From(0, 1000)] = 0.0
     """Guidance scale of the second expert, for models with two (Wan2.2). 0: the value of
     --guidance."""

@@ -41,8 +41,8 @@ from common import cli, errors
 from common.args import From, check_bounds, check_lists, defaults, rows_of
 from common.errors import InputError
 from common.models.family import Family
-from common.prompts.pictures import read_image
 from common.prompts import caption_of, files, image_of, key_of, prompts_of_step, read_prompts
+from common.prompts.pictures import read_image
 from common.reporting.pictures import pyplot
 from common.rewards import Rewards
 from common.trainer import Processes

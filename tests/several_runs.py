@@ -10,6 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import editing  # noqa: F401, small areas
 import smooth  # noqa: F401, more names for --reward
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState

@@ -202,6 +202,11 @@ RELEASED = {
         transformer=dict(in_channels=64, patch_size=1, guidance_embeds=True),
         vae=dict(VAE_16, scaling_factor=0.3611, shift_factor=0.1159),
     ),
+    "FluxKontextPipeline": dict(
+        scheduler=dict(FLOWMATCH, shift=3.0),
+        transformer=dict(in_channels=64, patch_size=1, guidance_embeds=True),
+        vae=dict(VAE_16, scaling_factor=0.3611, shift_factor=0.1159),
+    ),
     # CompVis/stable-diffusion-v1-4: neither prediction_type nor scaling_factor
     "StableDiffusionPipeline": dict(
         scheduler=dict(
@@ -217,6 +222,20 @@ RELEASED = {
         vae=dict(VAE_16, scaling_factor=1.5305, shift_factor=0.0609),
     ),
     "QwenImagePipeline": dict(
+        scheduler=dict(FLOWMATCH, shift=1.0, invert_sigmas=False),
+        transformer=dict(
+            in_channels=64, out_channels=16, patch_size=2, num_layers=60, guidance_embeds=False
+        ),
+        vae=dict(z_dim=16, latents_mean=NUMBERS, latents_std=NUMBERS),
+    ),
+    "QwenImageEditPlusPipeline, 2511": dict(
+        scheduler=dict(FLOWMATCH, shift=1.0, invert_sigmas=False),
+        transformer=dict(
+            in_channels=64, out_channels=16, patch_size=2, num_layers=60, guidance_embeds=False, zero_cond_t=True
+        ),
+        vae=dict(z_dim=16, latents_mean=NUMBERS, latents_std=NUMBERS),
+    ),
+    "QwenImageEditPlusPipeline": dict(
         scheduler=dict(FLOWMATCH, shift=1.0, invert_sigmas=False),
         transformer=dict(
             in_channels=64, out_channels=16, patch_size=2, num_layers=60, guidance_embeds=False

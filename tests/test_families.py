@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import editing  # noqa: F401, small areas
 import numpy as np
 import pipelines
 import pytest
@@ -34,10 +35,11 @@ from common import cli, models, sde
 from common.args import defaults
 from common.errors import InputError
 from common.models import lora
-from common.models.flux import Flux
+from common.models.flux import Flux, FluxKontext
 from common.models.flux2 import Flux2Klein
 from common.models.hunyuan import HunyuanVideo
 from common.models.qwen import QwenImage
+from common.models.qwen_edit import QwenImageEdit
 from common.models.sd import StableDiffusion
 from common.models.sd3 import StableDiffusion3
 from common.models.wan import Wan, WanImageToVideo
@@ -63,7 +65,10 @@ FAMILIES = {
     "i2v": (partial(pipelines.wan, images=True), WanImageToVideo, CLIP),
     "i2v, two experts": (partial(pipelines.wan, experts=2, images=True), WanImageToVideo, CLIP),
     "hunyuan": (pipelines.hunyuan, HunyuanVideo, CLIP),
+    "kontext": (pipelines.kontext, FluxKontext, dict(height=32, width=32)),
+    "qwen-edit": (pipelines.qwen_edit, QwenImageEdit, dict(height=32, width=32)),
 }
+EDITING = ("kontext", "qwen-edit")  # tests/test_editing.py compares their samples
 # of pipelines that are given no sigmas
 SHIFTS = {StableDiffusion3: 3.0, Flux2Klein: "scheduler", ZImage: 6.0}
 
@@ -115,7 +120,7 @@ def official(model, sigmas, noise, picture, **settings):
 
 
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in EDITING])
 @torch.no_grad()
 def test_ode_sampler_gives_the_pipelines_own_samples(family, guidance, picture):
     # the pipeline turns guidance off for both experts if the first has none; here each has its own
@@ -143,7 +148,8 @@ def test_ode_sampler_gives_the_pipelines_own_samples(family, guidance, picture):
 
 
 @pytest.mark.parametrize(
-    "family", ["sd", "sd3", "qwen", "flux2", "z-image", "wan", "i2v, two experts", "hunyuan"]
+    "family",
+    ["sd", "sd3", "qwen", "flux2", "z-image", "wan", "i2v, two experts", "hunyuan", *EDITING],
 )
 @torch.no_grad()
 def test_guidance_reaches_the_samples(family, picture):
@@ -334,6 +340,7 @@ TRAINED = [
     "ti2v",
     "i2v, two experts",
     "hunyuan",
+    *EDITING,
 ]
 GUIDED = dict(sd=3.0, hunyuan=6.0)
 
@@ -402,7 +409,11 @@ def test_first_ratio_is_one_and_both_ways_of_training_move_every_trained_module(
         saved = torch.load(folder / "checkpoints/step_000003" / f"{name}.pt", weights_only=True)
         if lora_rank:
             # zero at first, as stays the text's query in the last block, whose output is not used
-            unused = "transformer_blocks.1.attn.add_q_proj" if family in ("sd3", "qwen") else "none"
+            unused = (
+                "transformer_blocks.1.attn.add_q_proj"
+                if family in ("sd3", "qwen", "qwen-edit")
+                else "none"
+            )
             moved = [value for key, value in saved.items() if "lora_B" in key and unused not in key]
             assert moved and all(value.abs().max() > 0 for value in moved), name
         else:
@@ -434,7 +445,7 @@ def test_exported_lora_loads_into_the_plain_pipeline(family, train, tmp_path, pi
 
 
 @pytest.mark.parametrize(
-    "family", ["wan, two experts", "sd", "sd3", "qwen", "flux2", "z-image", "hunyuan"]
+    "family", ["wan, two experts", "sd", "sd3", "qwen", "flux2", "z-image", "hunyuan", *EDITING]
 )
 def test_exported_weights_load_into_the_plain_pipeline(family, train, tmp_path, picture):
     settings = folder_of(family, tmp_path, picture)
@@ -635,9 +646,11 @@ def test_the_table_of_models_names_sizes_lora_layers_and_blocks():
         assert values["reward"][0] in line and Path(values["prompts"]).name in line
     for cls in (
         Flux,
+        FluxKontext,
         StableDiffusion,
         StableDiffusion3,
         QwenImage,
+        QwenImageEdit,
         Flux2Klein,
         ZImage,
         Wan,
@@ -689,6 +702,13 @@ FULL = {
     "qwen-image": (QwenImageTransformer2DModel, dict(), QwenImage, 20.43e9),
     "flux2-klein-4b": (Flux2Transformer2DModel, KLEIN_4B, Flux2Klein, 3.88e9),
     "z-image": (ZImageTransformer2DModel, dict(), ZImage, 6.15e9),
+    "flux-kontext": (
+        FluxTransformer2DModel,
+        dict(guidance_embeds=True),
+        FluxKontext,
+        11.90e9,
+    ),
+    "qwen-image-edit": (QwenImageTransformer2DModel, dict(), QwenImageEdit, 20.43e9),
     "wan2.1-1.3b": (
         WanTransformer3DModel,
         dict(num_attention_heads=12, ffn_dim=8960, num_layers=30),
@@ -720,4 +740,4 @@ def test_full_sizes_have_the_parameters_blocks_and_lora_layers_that_they_should(
         # all of the blocks' own linear layers but those that make modulations
         assert inside > 0.6 * parameters
     assert len(targets) >= 100
-    assert name in models.MODELS and models.MODELS[name]["sampling_steps"] in (8, 10, 16, 50)
+    assert name in models.MODELS and models.MODELS[name]["sampling_steps"] in (8, 10, 12, 16, 50)

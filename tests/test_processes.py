@@ -13,6 +13,7 @@ import sys
 import time
 from datetime import timedelta
 
+import editing
 import pipelines
 import pytest
 import smooth
@@ -235,7 +236,9 @@ def test_two_processes_train_as_one(runs, tmp_path, monkeypatch):
 @pytest.mark.long
 @pytest.mark.parametrize("config", ["ddp", "fsdp2"])
 @pytest.mark.parametrize(
-    "families", [("sd3", "qwen"), ("z_image",), ("flux2", "ti2v")], ids=" ".join
+    "families",
+    [("sd3", "qwen"), ("z_image",), ("flux2", "ti2v"), ("kontext", "qwen_edit")],
+    ids=" ".join,
 )
 def test_families_without_a_tiny_model_train_on_two_processes_as_on_one(
     families, config, tmp_path, monkeypatch
@@ -252,6 +255,13 @@ def test_families_without_a_tiny_model_train_on_two_processes_as_on_one(
         folder |= dict(
             height=32, width=32, sde="flow", shift=1.0, noise_level=0.8, steps=2, learning_rate=1e-4
         )
+        if family in ("kontext", "qwen_edit"):
+            lines = [
+                f"{editing.save(tmp_path / f'{seed}.png', 32, 32, seed=seed)}\tmake it red"
+                for seed in range(4)
+            ]
+            folder["prompts"] = str(tmp_path / "edits.txt")
+            (tmp_path / "edits.txt").write_text("\n".join(lines))
         if family == "ti2v":
             folder |= dict(frames=5, reward=("change",))
         for rank in (0, 2):

@@ -5,6 +5,7 @@ schedulers are those of the released models."""
 import copy
 import json
 
+import editing  # noqa: F401, small areas
 import numpy as np
 import pipelines
 import pytest
@@ -16,10 +17,11 @@ import evaluate
 import grpo_base
 from common import cli, models, sde
 from common.errors import InputError
-from common.models.flux import Flux
+from common.models.flux import Flux, FluxKontext
 from common.models.flux2 import Flux2Klein
 from common.models.hunyuan import HunyuanVideo
 from common.models.qwen import QwenImage
+from common.models.qwen_edit import QwenImageEdit
 from common.models.sd import StableDiffusion
 from common.models.sd3 import StableDiffusion3
 from common.models.wan import Wan, WanImageToVideo
@@ -57,6 +59,8 @@ FAMILIES = {
     "ti2v": (pipelines.ti2v, Wan, TI2V, [(32, 32), (48, 64)]),
     "i2v": (lambda: pipelines.wan(images=True), WanImageToVideo, WAN, [(32, 32)]),
     "hunyuan": (pipelines.hunyuan, HunyuanVideo, HUNYUAN, [(32, 32), (48, 64)]),
+    "kontext": (pipelines.kontext, FluxKontext, FLUX, [(32, 32), (64, 128)]),
+    "qwen-edit": (pipelines.qwen_edit, QwenImageEdit, QWEN, [(32, 64)]),
     "sd": (pipelines.sd, StableDiffusion, None, [(32, 32)]),
 }
 
@@ -90,6 +94,8 @@ def visited(model, steps, **settings):
         settings |= dict(max_sequence_length=12)
     if model.images:
         settings |= dict(image=PICTURE.resize((model.width, model.height)))
+    if isinstance(model, FluxKontext):
+        settings |= dict(max_area=model.height * model.width, _auto_resize=False)
     pipe(prompt="a square", num_inference_steps=steps, **settings)
     hook.remove()
     return getattr(pipe.scheduler, "sigmas", None), torch.stack(seen)
@@ -194,9 +200,9 @@ def test_stable_diffusion_has_one_schedule():
 def test_which_models_sample_at_their_schedulers_sigmas():
     of = {name: settings["shift"] for name, settings in models.MODELS.items()}
     own = [name for name, shift in of.items() if shift == "scheduler"]
-    assert own == ["sd3.5-medium", "qwen-image", "z-image", "flux2-klein-4b"], (
-        "those of Flow-GRPO and Flow-Factory; the others are DanceGRPO's"
-    )
+    assert own == [
+        "sd3.5-medium", "qwen-image", "z-image", "flux2-klein-4b", "flux-kontext", "qwen-image-edit"
+    ], "those of Flow-GRPO and of public trainers; the others are DanceGRPO's"  # fmt: skip
     assert {of[name] for name in of if name.startswith("wan") or name == "hunyuan"} == {5.0}
     assert of["flux"] == 3.0
 

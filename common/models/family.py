@@ -17,7 +17,8 @@ CURE = "download the whole model again, or give another --model"
 # (divisor, remainder) of the numbers of tokens for which cuDNN's backward pass of attention with a
 # mask gives NaN on H100 and H200 (pytorch issue 196678).
 CUDNN_NAN = (128, 64)
-UNWANTED = "unwanted_"  # begins the names of a prompt's own embeddings that guidance leads away from
+# begins the names of a prompt's own embeddings that guidance leads away from
+UNWANTED = "unwanted_"
 KEPT = 2**30  # bytes of embeddings that are kept: 256 prompts of FLUX or Wan
 
 
@@ -322,8 +323,9 @@ class Family:
     ) -> torch.Tensor:
         """Return the velocity [b, ...] with classifier-free guidance, against the empty prompt.
 
-        The empty prompt's conditioning is that of `embed_nothing`, or a part of cond. module(**inputs, **cond) computes it; inputs and cond are {name: [b, ...]}. A scale of 1
-        takes one forward pass, others two, or one of twice the rows with --batched-guidance.
+        module(**inputs, **cond) computes it; inputs and cond are {name: [b, ...]}. The empty
+        prompt's conditioning is that of `embed_nothing`, or a part of cond. A scale of 1 takes one
+        forward pass, others two, or one of twice the rows with --batched-guidance.
         """
         unwanted = {n.removeprefix(UNWANTED): v for n, v in cond.items() if n.startswith(UNWANTED)}
         cond = {name: value for name, value in cond.items() if not name.startswith(UNWANTED)}

@@ -153,8 +153,8 @@ MODELS = {
     ),
     # No paper prints settings for these two. They are like the recipes of public trainers for
     # editing: Flow-Factory's has 10 steps at 384x384, noise of .9 to 1 and 48 prompts. Kontext's
-    # guidance is embedded, and its pipeline's default is 2.5. The prompts are those of the shapes world, as no public set is read: give
-    # your own.
+    # guidance is embedded, and its pipeline's default is 2.5. The prompts are those of the edit
+    # world, so that a run can start; give your own.
     "flux-kontext": dict(
         _EDITING, pipeline="FluxKontextPipeline", source="black-forest-labs/FLUX.1-Kontext-dev",
     ),

@@ -12,8 +12,8 @@ from common.errors import InputError
 from common.models import assumed, lora_file
 from common.models.assumed import Values
 from common.models.family import Family, of_rows
-from common.prompts.pictures import read_image
 from common.prompts import image_of
+from common.prompts.pictures import read_image
 
 
 class Wan(Family):

@@ -1,8 +1,8 @@
 """Read prompts by file or by name, and visit them in a deterministic order.
 
 A prompt is a string: a caption, or for models that take images (image to video, editing) the path
-of an image, a tab, and a caption; or several paths, each with a tab. A prompt from a line of JSONL also holds the other values of the line (files.Prompt), for
-rewards that need them.
+of an image, a tab, and a caption; or several paths, each with a tab. A prompt from a line of JSONL
+also holds the other values of the line (files.Prompt), for rewards that need them.
 """
 
 import functools

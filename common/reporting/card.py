@@ -128,6 +128,9 @@ def noise_levels(base: Base, args: Args) -> str:
     """Return Python code with which the pipeline samples at the noise levels of the training."""
     steps, shift = args.sampling_steps, args.shift
     words = f"# noise levels of the training: pipe(..., num_inference_steps={steps}"
+    if base.pipeline == "FluxKontextPipeline" and args.height and args.width:
+        # otherwise it samples an area of 1024x1024
+        words += f", max_area={args.height * args.width}, _auto_resize=False"
     if base.pipeline == "StableDiffusionPipeline":
         name, scheduler = "DDIMScheduler", "DDIMScheduler.from_config(pipe.scheduler.config)"
     elif shift == "scheduler" or base.pipeline == "PointsPipeline":

@@ -2,8 +2,8 @@
 
 Three questions, each of which contains the ones before it: `judge:quality`, `judge:smoothness`,
 `judge:alignment` (judge_questions.py). Others show the judge the source images of an edit too:
-`judge:edit`, `judge:preserve`, and `judge:present`, `judge:similar`, `judge:held` for a product that a
-person holds. The model is Qwen2.5-VL, in this process (judge_local.py) or behind a server
+`judge:edit`, `judge:preserve`, and `judge:present`, `judge:similar`, `judge:held` for a product in
+a person's hands. The model is Qwen2.5-VL, in this process (judge_local.py) or behind a server
 (judge_server.py). README.md in this folder shows how to start one.
 """
 
