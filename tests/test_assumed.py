@@ -231,7 +231,8 @@ RELEASED = {
     "QwenImageEditPlusPipeline, 2511": dict(
         scheduler=dict(FLOWMATCH, shift=1.0, invert_sigmas=False),
         transformer=dict(
-            in_channels=64, out_channels=16, patch_size=2, num_layers=60, guidance_embeds=False, zero_cond_t=True
+            in_channels=64, out_channels=16, patch_size=2, num_layers=60, guidance_embeds=False,
+            zero_cond_t=True,
         ),
         vae=dict(z_dim=16, latents_mean=NUMBERS, latents_std=NUMBERS),
     ),

@@ -409,11 +409,8 @@ def test_first_ratio_is_one_and_both_ways_of_training_move_every_trained_module(
         saved = torch.load(folder / "checkpoints/step_000003" / f"{name}.pt", weights_only=True)
         if lora_rank:
             # zero at first, as stays the text's query in the last block, whose output is not used
-            unused = (
-                "transformer_blocks.1.attn.add_q_proj"
-                if family in ("sd3", "qwen", "qwen-edit")
-                else "none"
-            )
+            last = family in ("sd3", "qwen", "qwen-edit")
+            unused = "transformer_blocks.1.attn.add_q_proj" if last else "none"
             moved = [value for key, value in saved.items() if "lora_B" in key and unused not in key]
             assert moved and all(value.abs().max() > 0 for value in moved), name
         else:

@@ -33,7 +33,7 @@ from worlds.scene import COLOURS, RELATIONS, SHAPES
 from worlds.shapes import render
 
 TOKENS = 12  # the longest instruction, "add a yellow triangle right of the black circle", and ends
-BATCH = 48
+BATCH = 32
 WORDS = " ".join(["make the a an remove add it", *COLOURS, *SHAPES, *RELATIONS])
 
 
@@ -44,8 +44,8 @@ class Args:
     """Folder of the pipeline. It is overwritten."""
     start: str = "assets/tiny-flux"
     """Folder of the pipeline whose autoencoder and weights it starts from."""
-    steps: int = 1100
-    scenes: int = 12_000
+    steps: int = 700
+    scenes: int = 5_000
     """Number of distinct edits that the flow is trained on, and as many again with faults."""
     true_share: float = 0.75
     """Share of the steps that see true instructions and results."""
