@@ -171,8 +171,8 @@ class Rollout:
     """Set what a step samples."""
 
     prompts: str = ""
-    """Training prompts: a text file with one prompt per line (for image-to-video models IMAGE <tab>
-    PROMPT); FILE:COLUMN of a csv, tsv, jsonl, ndjson, json or parquet table;
+    """Training prompts: a text file with one prompt per line (for models that take images, lines
+    IMAGE <tab> PROMPT); FILE:COLUMN of a csv, tsv, jsonl, ndjson, json or parquet table;
     hub:OWNER/NAME/FILE:COLUMN of a data set on the hub; or a named set: dancegrpo:images,
     dancegrpo:videos, hpdv2, first-frames. Other fields of a jsonl line are passed to rewards that
     ask for them."""

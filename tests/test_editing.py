@@ -120,6 +120,45 @@ def test_the_middle_of_a_source_of_another_ratio_is_edited(tmp_path, images):
     assert torch.equal(*tokens)
 
 
+def test_the_gradient_of_a_step_is_that_of_plain_pytorch(images):
+    """The transformer's own call, and the surrogate of Flow-GRPO's transition, written again."""
+    model = FluxKontext(pipelines.kontext(), **SIZE, guidance=2.5)
+    transformer = model.pipe.transformer
+    cond = model.encode([f"{path}\t{text}" for path, text in zip(images, WORDS)])
+    x, x_next = torch.randn(2, 2, *model.noise_shape, generator=torch.Generator().manual_seed(0))
+    sigma, sigma_next, s, advantages = 0.8, 0.7, 0.6, torch.tensor([1.3, -0.4])
+
+    _, log_prob, _ = sde.sde_step(
+        model.velocity(x, sigma, cond), x, sigma, sigma_next, s, x_next=x_next
+    )
+    (-advantages * (log_prob - log_prob.detach()).exp()).mean().backward()
+    ours = {name: weight.grad for name, weight in transformer.named_parameters()}
+    transformer.zero_grad(set_to_none=True)
+
+    rows, columns = 2, 4
+    ids = torch.tensor(
+        [(image, row, column) for image in (0.0, 1.0) for row in range(rows)
+         for column in range(columns)]
+    )  # fmt: skip
+    velocity = transformer(
+        hidden_states=torch.cat([x, cond["references"]], 1),
+        encoder_hidden_states=cond["encoder_hidden_states"],
+        pooled_projections=cond["pooled_projections"],
+        timestep=torch.full((2,), sigma),
+        guidance=torch.full((2,), 2.5),
+        txt_ids=torch.zeros(cond["encoder_hidden_states"].shape[1], 3),
+        img_ids=ids,
+    ).sample[:, : rows * columns]
+    dt = sigma_next - sigma
+    drift = velocity + s**2 / (2 * sigma) * (x + (1 - sigma) * velocity)
+    mean, std = x + drift * dt, s * (-dt) ** 0.5
+    log_prob = torch.distributions.Normal(mean, std).log_prob(x_next).mean((1, 2))
+    (-advantages * (log_prob - log_prob.detach()).exp()).mean().backward()
+    for name, weight in transformer.named_parameters():
+        assert (ours[name] - weight.grad).abs().max() <= 1e-5 * max(1, weight.grad.abs().max())
+    assert sum(weight.grad.abs().sum() for weight in transformer.parameters()) > 1e-3
+
+
 # --- Prompts ---
 
 
