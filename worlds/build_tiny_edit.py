@@ -1,6 +1,6 @@
 """Build `assets/tiny-edit`, a small FLUX Kontext of the edit world that often makes the wrong edit.
 
-    python -m worlds.build_tiny_edit            # about 15 minutes of one core, seeded
+    python -m worlds.build_tiny_edit            # seeded
 
 It starts from `assets/tiny-flux`: the same autoencoder, and the weights of transformer and text
 encoders as far as words and positions are the same. Then all but the autoencoder is trained by flow
@@ -170,9 +170,9 @@ def evaluate(folder, group, seed, every=1):
 
     The prompts are every `every`th held-out line.
     """
-    settings = models.settings("tiny-edit")
-    lines = [line for line in read_prompts(settings["eval_prompts"])[::every] for _ in range(group)]
-    size = settings["height"]
+    prompts = read_prompts(models.ASSETS / "prompts/edits_heldout.txt")[::every]
+    lines = [line for line in prompts for _ in range(group)]
+    size = edits.SIZE
     model = models.load(folder, torch.float32, lines, height=size, width=size, guidance=3.5)
     streams = torch.arange(len(lines)) + seed
     images = sample(model, lines, streams, sigmas=model.sigmas(8, 1.0), micro_batch=128)
