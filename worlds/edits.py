@@ -185,9 +185,8 @@ def sample(
             kind, value = (0, chosen[old]) if task == "shape" else (1, another)
             values[1, kind, row, 0] = value
         values[:, 0, row, len(order) :] = ANY
-        last = len(order) - 1
-        untouched = last > (1 if task == "add" else 0) or (task == "add" and last > 0)
-        if untouched and rng.random() < careless:
+        last = len(order) - 1  # never the object that changes
+        if rng.random() < careless:
             own = int(values[1, 1, row, last])
             values[1, 1, row, last] = rng.choice([c for c in range(len(COLOURS)) if c != own])
         edits.append(edit)
