@@ -681,6 +681,19 @@ def test_the_numbers_in_remarks_are_those_of_the_results():
         mean(np.mean(run["training"][f"weight_{stage}"][part]) for run in paced)
         for stage in ("motion", "motion:quality") for part in (slice(5), slice(-5, None))
     ]  # fmt: skip
+    for key, methods in (
+        ("own-previous:tiny-flux", ("self_paced own", "self_paced")),
+        ("v4-own:tiny-flux", ("self_paced v4",)),
+    ):
+        numbers[key] = [
+            mean(np.mean(run["training"]["weight_verifier"][part]) for run in runs(method, "stages"))
+            for method in methods for part in (slice(5), slice(-5, None))
+        ]  # fmt: skip
+    rates = {
+        results.tuned(method, "tiny-flux", "stages")["learning_rate"]
+        for method in ("self_paced", "self_paced own")
+    }
+    numbers["own-previous:tiny-flux"] += [f"{rate:.5f}".strip("0") for rate in rates]
     alone = results.of(claims.setting("self_paced", "tiny-wan", "stages", only_stage=1)).values()
     fallen = 1 - np.exp(
         np.mean([claims.late_over_early("reward_std", "").of(run) for run in alone])
