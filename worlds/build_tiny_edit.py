@@ -33,7 +33,7 @@ from worlds.scene import COLOURS, RELATIONS, SHAPES
 from worlds.shapes import render
 
 TOKENS = 12  # the longest instruction, "add a yellow triangle right of the black circle", and ends
-BATCH = 32
+BATCH = 64
 WORDS = " ".join(["make the a an remove add it", *COLOURS, *SHAPES, *RELATIONS])
 
 
@@ -44,8 +44,8 @@ class Args:
     """Folder of the pipeline. It is overwritten."""
     start: str = "assets/tiny-flux"
     """Folder of the pipeline whose autoencoder and weights it starts from."""
-    steps: int = 700
-    scenes: int = 5_000
+    steps: int = 2000
+    scenes: int = 20_000
     """Number of distinct edits that the flow is trained on, and as many again with faults."""
     true_share: float = 0.75
     """Share of the steps that see true instructions and results."""
