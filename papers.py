@@ -107,9 +107,6 @@ SELF_PACED = over_the_models({
     ),
     "tiny-flux": _SHAPES,  # the script's own thresholds, from --calibrate as those below
     "tiny-sd": dict(_SHAPES, thresholds=(0.963, 0.859, 0.587)),
-    "tiny-edit": dict(
-        reward=("edit:quality", "edit:rest", "edit"), thresholds=(0.9, 0.8, 0.6),
-    ),
     "tiny-wan": dict(_MOTION, thresholds=(0.875, 0.441, 0.370)),
     "tiny-wan-i2v": dict(_MOTION, thresholds=(0.922, 0.637, 0.587)),
 })  # fmt: skip

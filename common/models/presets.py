@@ -35,12 +35,6 @@ _MOTION_I2V = dict(
     eval_prompts=str(ASSETS / "prompts/motion_i2v_heldout.txt"),
 )
 
-_EDITS = dict(
-    prompts=str(ASSETS / "prompts/edits.txt"),
-    eval_prompts=str(ASSETS / "prompts/edits_heldout.txt"),
-    reward=("edit",),
-)
-
 # DanceGRPO (2505.07818), whose settings the three methods' papers take over.
 _PAPERS = dict(
     prompts_per_step=8, group_size=12, sampling_steps=16, sde="dance", same_noise=True,
@@ -54,7 +48,7 @@ _EDITING = dict(
     _PAPERS, height=512, width=512, guidance=4.0, steps=200, sampling_steps=12, sde="flow",
     shift="scheduler", noise_level=0.7, sde_steps=6, sde_window=3, prompts_per_step=32,
     group_size=16, minibatches=2, timestep_fraction=1.0, same_noise=False, lora_rank=64,
-    prompts=_EDITS["prompts"], reward=("judge:edit",),
+    prompts=str(ASSETS / "prompts/edits.txt"), reward=("judge:edit",),
 )
 
 # 2511.19356, appendix A: train on the best 4 and worst 4 of 16, in two minibatches. The reward is
@@ -96,10 +90,6 @@ MODELS = {
         {**_TINY, **_MOTION_I2V}, pipeline="WanImageToVideoPipeline",
         source=str(ASSETS / "tiny-wan-i2v"), guidance=1.0, shift=3.0, sde_steps=3,
         prompts_per_step=24, group_size=4, learning_rate=3e-4, steps=50,
-    ),
-    "tiny-edit": dict(
-        _TINY, **_EDITS, pipeline="FluxKontextPipeline", source=str(ASSETS / "tiny-edit"),
-        guidance=3.5, minibatches=3,
     ),
     # Points in 8 dimensions instead of images: 80 steps take seconds.
     "points": dict(
