@@ -109,6 +109,7 @@ SELF_PACED = over_the_models({
     "tiny-sd": dict(_SHAPES, thresholds=(0.963, 0.859, 0.587)),
     "tiny-wan": dict(_MOTION, thresholds=(0.875, 0.441, 0.370)),
     "tiny-wan-i2v": dict(_MOTION, thresholds=(0.922, 0.637, 0.587)),
+    "tiny-letters": dict(reward=("letters:quality", "ocr"), thresholds=(0.9, 0.8)),
 })  # fmt: skip
 
 # --variant v4: what v4 of the paper prints instead. Its softmax has no alpha. It does not print the

@@ -74,9 +74,10 @@ def draw(axes, name, model, settings, rewards, prompts):
     (scores,) = scores.values()
     if media.ndim == 5:
         media = torch.cat(media.unbind(1), 2)  # a clip's frames, one under another
-    for axis, image, reward in zip(axes, media, scores):
+    words = rewards.words(media) or [""] * len(prompts)
+    for axis, image, reward, text in zip(axes, media, scores, words):
         axis.imshow(image.movedim(0, -1), interpolation="nearest")
-        axis.set(xticks=[], yticks=[], xlabel=f"{reward:.2f}")
+        axis.set(xticks=[], yticks=[], xlabel=f"{text} {reward:.2f}".strip())
     axes[0].set_ylabel(name)
 
 

@@ -52,9 +52,14 @@ def chosen(only):
     ]
 
 
+def place(job, seed, folder):
+    """The folder of a run."""
+    return folder / f"{job.replace('.py', '').replace(' --', '-').replace(' ', '-')}-{seed}"
+
+
 def run(job, seed, folder):
     """Trains, or goes on, and returns {start, end, commit}."""
-    output = folder / f"{job.replace('.py', '').replace(' --', '-').replace(' ', '-')}-{seed}"
+    output = place(job, seed, folder)
     resume = ["--resume", "latest"] if (output / "config.json").exists() else []
     words = [
         sys.executable,

@@ -12,8 +12,10 @@ def words_of(corpus):
     return sorted({word for caption in corpus for word in caption.split()})
 
 
-def clip_tokenizer(corpus, longest):
+def clip_tokenizer(corpus, longest, marks=()):
     """Return a CLIP byte-pair tokenizer with one token for each word of the captions.
+
+    marks: punctuation of the captions, a token each.
 
     The merges are learned here, because the library's trainer numbers its tokens differently in
     every process.
@@ -28,6 +30,7 @@ def clip_tokenizer(corpus, longest):
         "<|endoftext|>",
         *LETTERS,
         *(letter + "</w>" for letter in LETTERS),
+        *(mark + "</w>" for mark in marks),
     ]
     tokens += dict.fromkeys(left + right for left, right in merges)
     return CLIPTokenizer(
@@ -45,13 +48,17 @@ def _merge(parts, pair):
     return merged
 
 
-def t5_tokenizer(corpus, longest):
-    """Return a T5 unigram tokenizer: a piece for each word of the captions, and for each letter."""
+def t5_tokenizer(corpus, longest, letters=LETTERS, marks=()):
+    """Return a T5 unigram tokenizer: a piece for each word of the captions, and for each letter.
+
+    marks: punctuation of the captions, a piece each at the beginning of a word and elsewhere.
+    """
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -20.0), ("▁", -8.0)]
     pieces += (
         [("▁" + word, -2.0) for word in words_of(corpus) if len(word) > 1]
         + [("▁a", -2.0)]
-        + [(c, -10.0) for c in LETTERS]
+        + [(c, -10.0) for c in letters]
+        + [(start + mark, -2.0) for mark in marks for start in ("▁", "")]
     )
     return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=longest)
 

@@ -35,6 +35,12 @@ _MOTION_I2V = dict(
     eval_prompts=str(ASSETS / "prompts/motion_i2v_heldout.txt"),
 )
 
+_LETTERS = dict(
+    prompts=str(ASSETS / "prompts/letters.txt"),
+    eval_prompts=str(ASSETS / "prompts/letters_heldout.txt"),
+    reward=("ocr",), watch=("letters",), height=32, width=80,
+)
+
 # DanceGRPO (2505.07818), whose settings the three methods' papers take over.
 _PAPERS = dict(
     prompts_per_step=8, group_size=12, sampling_steps=16, sde="dance", same_noise=True,
@@ -70,6 +76,11 @@ MODELS = {
     "tiny-flux": dict(
         _TINY, **_SHAPES, pipeline="FluxPipeline", source=str(ASSETS / "tiny-flux"),
         guidance=3.5, minibatches=3,
+    ),
+    # A real reader of text is the reward, the world's exact reader is watched.
+    "tiny-letters": dict(
+        {**_TINY, **_LETTERS}, pipeline="FluxPipeline", source=str(ASSETS / "tiny-letters"),
+        guidance=1.0, group_size=8, micro_batch=64, minibatches=2, steps=30,
     ),
     # It trains a LoRA: the full weights of the U-Net lose more than they learn. Its noise is not
     # DDIM's: the last noisy one of 8 steps would weigh sixty times as much as any other. After 40

@@ -5,7 +5,7 @@ with.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,15 +23,16 @@ def save_samples(
     prompts: list[str],
     rewards: Iterable[float | torch.Tensor],
     fps: float,
+    words: Sequence[str] = (),
 ) -> Path:
     """Save samples [n, 3, H, W], or clips [n, F, 3, H, W], as FOLDER/samples/step_NNNNNN.png.
 
-    Clips also go to step_NNNNNN.mp4. Return the path of the PNG.
+    Clips also go to step_NNNNNN.mp4. words: as for `save_grid`. Return the path of the PNG.
     """
     path = folder / "samples" / f"step_{step:06d}.png"
     path.parent.mkdir(exist_ok=True)
     if media.ndim == 4:
-        save_grid(path, media, prompts, rewards)
+        save_grid(path, media, prompts, rewards, words)
     else:
         save_strips(path, media, prompts, rewards)
         save_clips(path.with_suffix(".mp4"), media, fps)
@@ -64,9 +65,13 @@ def save_grid(
     images: torch.Tensor,
     prompts: list[str],
     rewards: Iterable[float | torch.Tensor],
+    words: Sequence[str] = (),
     columns: int = 4,
 ) -> None:
-    """Save a PNG of images [n, 3, H, W] in [0, 1], each above its prompt and reward."""
+    """Save a PNG of images [n, 3, H, W] in [0, 1], each above its prompt and reward.
+
+    words: the text that a reward reads in each of the images, printed before the reward.
+    """
     from common.reporting import captions
 
     plt = pyplot()
@@ -81,10 +86,12 @@ def save_grid(
     )
     for axis in axes.flat:
         axis.axis("off")
-    for axis, image, prompt, reward in zip(axes.flat, images, prompts, rewards):
+    # !a: what a reader finds in noise may have letters that no font has
+    read = [f"reads {text!a}: " for text in words] or [""] * len(images)
+    for axis, image, prompt, reward, text in zip(axes.flat, images, prompts, rewards, read):
         pixels = image.float().clamp(0, 1).movedim(0, -1).cpu().numpy()
         axis.imshow(pixels, interpolation="nearest")
-        end = f"\n{float(reward):.2f}"
+        end = f"\n{text}{float(reward):.2f}"
         captions.put(axis, prompt, end, lines=3, size=7, y=-0.02, pad=0, va="top")
     figure.savefig(path, dpi=110, bbox_inches="tight")
     plt.close(figure)

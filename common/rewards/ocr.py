@@ -186,6 +186,10 @@ class Ocr:
             ) from None
         self.reader = Reader(batch, source.given)
 
+    def read_text(self, media: torch.Tensor) -> list[str]:
+        """Return the text that is read in each of media [b, 3, H, W] in [0, 1]."""
+        return self.reader.read(media)
+
     def score(self, media: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
         """Return the scores [b] float32 of media [b, 3, H, W] in [0, 1] with b prompts."""
         assert len(media) == len(prompts), f"{len(media)} samples, {len(prompts)} prompts"

@@ -182,6 +182,14 @@ class Rewards:
                     f"{tuple(self.scorers[name].range)}. Correct the range; None is no bound."
                 )
 
+    def words(self, media: torch.Tensor) -> list[str]:
+        """Return what the first scorer that reads text finds in images [n, 3, H, W], n strings.
+
+        Empty for clips, and without such a scorer.
+        """
+        readers = [scorer for scorer in self.scorers.values() if hasattr(scorer, "read_text")]
+        return readers[0].read_text(media) if readers and media.ndim == 4 else []
+
     # --- What is trained on ---
 
     @property

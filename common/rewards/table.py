@@ -25,6 +25,8 @@ REWARDS = {  # name -> "module:Class"
     "edit:quality": "worlds.edits:EditQuality",
     "edit:rest": "worlds.edits:EditRest",
     "edit:passed": "worlds.edits:EditPassed",
+    "letters": "worlds.letters:Letters",
+    "letters:quality": "worlds.letters:LettersQuality",
     "points": "worlds.points:Score",
     "points:quality": "worlds.points:Quality",
     "points:layout": "worlds.points:Layout",

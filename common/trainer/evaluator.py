@@ -127,7 +127,8 @@ class Evaluator:
         )
         reward = weighted_sum(scores, self.rewards.weights)
         if pictured:
-            log.samples(step, media, prompts, reward)
+            words = self.rewards.words(media) if self.processes.is_main else []
+            log.samples(step, media, prompts, reward, words)
         if not scored:
             return {}
         means = {f"eval_{name}": score.nanmean() for name, score in scores.items()}

@@ -75,11 +75,17 @@ class Log:
             self.bar.update()
 
     def samples(
-        self, step: int, media: torch.Tensor, prompts: list[str], rewards: torch.Tensor
+        self,
+        step: int,
+        media: torch.Tensor,
+        prompts: list[str],
+        rewards: torch.Tensor,
+        words: list[str] = (),
     ) -> None:
         """Save the first 16 samples with their prompts and rewards [n], and draw the curves anew.
 
-        media: images [n, 3, H, W] in [0, 1], or clips [n, F, 3, H, W].
+        media: images [n, 3, H, W] in [0, 1], or clips [n, F, 3, H, W]. words: the text that a
+        reward reads in each of the images, if one does.
         """
         if not self.processes.is_main:
             return
@@ -89,7 +95,13 @@ class Log:
         captions = [caption_of(prompt) for prompt in prompts[:SHOWN]]
         scores = [float(reward) for reward in rewards[:SHOWN]]
         path = pictures.save_samples(
-            self.output, step, media=media, prompts=captions, rewards=scores, fps=self.args.fps
+            self.output,
+            step,
+            media=media,
+            prompts=captions,
+            rewards=scores,
+            fps=self.args.fps,
+            words=words,
         )
         if self.args.tracker == "tensorboard":
             show_in_tensorboard(
