@@ -1,6 +1,6 @@
 """Words in pictures: the world of `tiny-letters`. Captions, a renderer, and a reader that is exact.
 
-    render        words -> pictures of 32x80, each letter in a slot of 16 pixels, in random colours
+    render        words -> pictures of 32x80, each letter in a slot of 16 pixels
     read          pictures -> words: in each slot the letter of the renderer that fits best
     captions      words -> captions such as `a sign that says "BREAD"`
     misspell      a word with each letter replaced with some probability, for the base model's
@@ -31,6 +31,7 @@ HEIGHT, SLOT = 32, 16  # pixels of a letter's place
 WIDTH = SLOTS * SLOT
 BASELINE, SIZE = 25, 24  # pixels
 EMPTY = (0, 1, 2, 3, 28, 29, 30, 31)  # rows that no letter reaches
+INK, GROUND = (0.10, 0.15, 0.40), (0.96, 0.93, 0.85)
 FONT = "fonts/ttf/DejaVuSansMono-Bold.ttf"  # in matplotlib's data
 LEAST_CONTRAST = 0.1  # of ink against the ground; below it there is no text
 LEAST_AMOUNT = 0.4  # of a letter's ink, against the picture's clearest letter; below it is a blank
@@ -111,11 +112,9 @@ def templates():
     return torch.from_numpy(np.stack(drawn)).float()
 
 
-def render(words, seed=0):
-    """Return pictures [b, 3, HEIGHT, WIDTH] in [0, 1] of dark words on a bright ground."""
-    generator = torch.Generator().manual_seed(seed)
-    ground = 0.75 + 0.25 * torch.rand(len(words), 3, 1, 1, generator=generator)
-    ink = 0.35 * torch.rand(len(words), 3, 1, 1, generator=generator)
+def render(words, ink=INK, ground=GROUND):
+    """Return pictures of words, [b, 3, HEIGHT, WIDTH] in [0, 1]."""
+    ink, ground = (torch.tensor(colour)[:, None, None] for colour in (ink, ground))
     cover = torch.zeros(len(words), 1, HEIGHT, WIDTH)
     for row, word in enumerate(words):
         for slot, letter in enumerate(word):
