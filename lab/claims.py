@@ -689,12 +689,12 @@ REMARKS = {
     "has less of it in the early steps, which decide what is where, and more in the late ones. A "
     "level for each would "
     "tell.",
-    "own-previous:tiny-flux": "likely because each gate's last stage, the truth, has another weight: "
-    "own gives it .20 in the first five steps and .24 in the last five, previous .28 and .31. Both "
-    "train at .0004. It would take a last stage that a beginner's scores do not tell apart, so that "
-    "a low weight at first costs nothing.",
-    "v4-own:tiny-flux": "likely for the same reason: v4 gives the last stage a weight of .33 to .34 "
-    "in the whole run and is nearly the mean of the three stages.",
+    "own-previous:tiny-flux": "likely because each gate gives the last stage, the truth, another "
+    "weight: own .20 in the first five steps and .24 in the last five, previous .28 and .31. Both "
+    "train at .0004. It would take a last stage that a beginner's scores do not tell apart, so "
+    "that a low weight at first costs nothing.",
+    "v4-own:tiny-flux": "likely for the same reason: v4 gives the last stage a weight of .33 to "
+    ".34 in the whole run and is nearly the mean of the three stages.",
     "paced-moves:tiny-wan": "from .23 to .30, while the first stage's falls from .54 to .47 and "
     "stays the largest: 30"
     " steps do not reach the end of the curriculum.",

@@ -685,9 +685,13 @@ def test_the_numbers_in_remarks_are_those_of_the_results():
         ("own-previous:tiny-flux", ("self_paced own", "self_paced")),
         ("v4-own:tiny-flux", ("self_paced v4",)),
     ):
+        weights = [
+            [run["training"]["weight_verifier"] for run in runs(method, "stages")]
+            for method in methods
+        ]
         numbers[key] = [
-            mean(np.mean(run["training"]["weight_verifier"][part]) for run in runs(method, "stages"))
-            for method in methods for part in (slice(5), slice(-5, None))
+            mean(np.mean(weight[part]) for weight in every)
+            for every in weights for part in (slice(5), slice(-5, None))
         ]  # fmt: skip
     rates = {
         results.tuned(method, "tiny-flux", "stages")["learning_rate"]
