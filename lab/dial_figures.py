@@ -11,12 +11,12 @@ from lab import dials
 
 COLOURS = ("#1f77b4", "#2ca02c", "#d62728", "#ff7f0e", "#9467bd", "#8c564b", "#17becf", "#bcbd22")
 GREY = "#888888"
-QUIET = ("GRPO again", "prompts known")  # references, not methods: drawn in grey
-SWEPT = {"slas-gamma": "gamma", "bpgo-alpha": "alpha"}  # the methods are values of a setting
+QUIET = ("GRPO again", "vague prompts left out")  # references, not methods: drawn in grey
+SWEPT = {"slas-gamma": "gamma", "bpgo-alpha": "alpha"}  # the x axis is this setting
 MAIN = {  # the figure of README: dial, methods
     "slas-exploit": ("gamma 0", "gamma 0.5", "gamma 2"),
-    "bpgo-unsure": ("RAS", "CRT", "both", "both, sft prior"),
-    "paced-floor": ("v1, own mean", "v1, as its prose", "v4", "all at once"),
+    "bpgo-unsure": ("RAS", "CRT", "RAS and CRT", "RAS and CRT, sft prior"),
+    "paced-floor": ("v1 as printed", "v1, previous mean, 1 - Hoyer", "v4", "equal weights"),
 }
 
 
@@ -41,7 +41,7 @@ def lines_of(name, result, methods=()):
 
 
 def panel(axis, name, result, methods=()):
-    """Draw a dial: a line for each method, its interval, and the margin around 0."""
+    """Draw a dial: each method's line and interval, and the margin in which nothing matters."""
     lines, ticks = lines_of(name, result, methods)
     colours = iter(COLOURS * 2)
     for label, row in lines:

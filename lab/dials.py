@@ -26,7 +26,7 @@ import multiprocessing
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -65,7 +65,7 @@ def grpo(rewards, known, name=""):
     return [grpo_base.compute_advantages(reward.flatten(0, 1), CLIP).view_as(reward)]
 
 
-def prompts_known(rewards, known):
+def grpo_clear(rewards, known):
     """Return GRPO's advantages, 0 for vague prompts. No real method knows which these are."""
     clear = 1 - known.again(known.prompts.vague)
     return [grpo(rewards, known)[0] * clear[..., None]]
@@ -103,30 +103,30 @@ def slas_auto(rewards, known, limit=4e-5):
     return [advantages]
 
 
-def expected(known, prior, off):
+def expected(known, prior):
     """Return the expected reward of each prompt, [E, P or 1, 1].
 
-    prior: "sft", "still", "constant" or "running-mean"; off: the error of the constant prior.
+    prior: running-mean, sft and constant as in bpgo.py; known: nearly the base model's mean reward;
+    still: the reward of one sample without noise, as first-frame has that of one image.
     """
-    if prior == "sft":
-        return known.base_reward()[..., None]
-    if prior == "still":  # one sample without noise, as --prior first-frame has one image
+    if prior in ("sft", "known"):
+        samples = known.setting.group_size if prior == "sft" else 64
+        return known.base_reward(samples)[..., None]
+    if prior == "still":
         scores = known.world.score(known.prompts.mean[:, :, None], known.prompts, torch.zeros(()))
         return known.again(scores[known.world.trained])
     if prior == "constant":
-        return known.start + off
+        return known.start + known.world.prior_error
     priors = known.memory.setdefault("priors", [bpgo.RunningMeanPrior() for _ in known.reward])
     return torch.stack([one.expect([], own) for one, own in zip(priors, known.reward)])
 
 
-def bpgo_by(
-    rewards, known, alpha=0.5, k=1.0, beta=0.5, lam=1.0, prior="running-mean", off=0.0, alone=False
-):
+def bpgo_by(rewards, known, alpha=0.5, k=1.0, beta=0.5, lam=1.0, prior="running-mean", alone=False):
     """Return BPGO's advantages as printed, one for each of its two surrogates.
 
     beta 0: RAS alone; alpha 0: GRPO and CRT; alone: CRT's surrogate alone.
     """
-    reward, prior = known.reward, expected(known, prior, off)
+    reward, prior = known.reward, expected(known, prior)
     mean = reward.nanmean(2, keepdim=True)
     trust = bpgo.reliability_weights(mean, prior, alpha, k / known.scale)
     stretched = bpgo.contrastive_rewards(reward - prior, 0, lam / known.scale)
@@ -136,13 +136,11 @@ def bpgo_by(
     return [trust * grpo(rewards, known)[0], beta * contrast]
 
 
-def bpgo_released(rewards, known, crt=True, prior="running-mean", off=0.0):
+def bpgo_released(rewards, known, prior="running-mean"):
     """Return BPGO's advantages by the equations and defaults of its authors' code."""
     reward = known.reward
-    prior = expected(known, prior, off).expand_as(reward[..., :1]).flatten(0, 1)
-    contrasted = reward.flatten(0, 1)
-    if crt:
-        contrasted = bpgo.released_contrastive_rewards(contrasted, prior, 50.0, 5.0)
+    prior = expected(known, prior).expand_as(reward[..., :1]).flatten(0, 1)
+    contrasted = bpgo.released_contrastive_rewards(reward.flatten(0, 1), prior, 50.0, 5.0)
     trust = bpgo.released_reliability_weights(contrasted, prior, 1.0, 1.0, (0.5, 1.5))
     return [(trust * bpgo.compute_advantages(contrasted, CLIP)).view_as(reward)]
 
@@ -177,7 +175,7 @@ def calibrated(world, setting):
     return thresholds
 
 
-# --- Dials: what is turned, its values from absent to strong, and the methods ---
+# --- Dials: what varies, its values from absent to strong, and the methods ---
 
 
 @dataclass(frozen=True)
@@ -192,152 +190,171 @@ class Method:
 
 @dataclass(frozen=True)
 class Dial:
-    """Hold a premise with its values.
-
-    turned: what varies, an argument of the world, the methods' argument `off`, or a setting.
-    """
+    """Hold a premise with its values."""
 
     title: str
     axis: str
     turned: str
+    """What varies: a setting of a run, or else an argument of the world."""
     values: tuple
     methods: dict
     world: type = Judge
     fixed: dict = field(default_factory=dict)
+    """Other arguments of the world."""
     setting: Setting = Setting()
+    added: bool = True
+    """Whether the methods of --methods are trained here. False if the dial is about the settings of
+    one method, or its worlds are those of another dial."""
+
+    def setting_at(self, value, changes):
+        """Return the settings of a run at a value."""
+        turned = {self.turned: value} if hasattr(self.setting, self.turned) else {}
+        return replace(self.setting, **changes, **turned)
+
+    def world_at(self, value, bank, seeds, dimensions):
+        """Return a bank's worlds at a value."""
+        turned = {} if hasattr(self.setting, self.turned) else {self.turned: value}
+        return self.world(bank, seeds, dimensions, **self.fixed, **turned)
 
 
 GRPO = Method(grpo)
 A_A = {"GRPO again": Method(grpo, again=True)}
+IDEAL = {"vague prompts left out": Method(grpo_clear)}
 GAMMAS = {f"gamma {g:g}": Method(partial(slas_by, gamma=g)) for g in (0, 0.25, 0.5, 1, 2, 3)}
 SOME = {name: GAMMAS[name] for name in ("gamma 0", "gamma 0.5", "gamma 1")}
 RAS, CRT = partial(bpgo_by, beta=0.0), partial(bpgo_by, alpha=0.0)
-BOTH = {"both": Method(bpgo_by)}
-PARTS = {"RAS": Method(RAS), "CRT": Method(CRT), **BOTH}
+PARTS = {"RAS": Method(RAS), "CRT": Method(CRT), "RAS and CRT": Method(bpgo_by)}
 ALPHAS = {f"alpha {a:g}": Method(partial(RAS, alpha=a)) for a in (0.1, 0.3, 0.5, 0.7, 0.9)}
 PRIORS = {
     f"{form}, {prior}": Method(partial(function, prior=prior))
     for form, function in (("printed", bpgo_by), ("released", bpgo_released))
-    for prior in ("running-mean", "sft", "still")
+    for prior in ("running-mean", "known", "sft", "still")
 }
+PREVIOUS = partial(paced, gate="previous")
 PACED = {
-    "v1, own mean": Method(partial(paced, gate="own")),
-    "v1, mean before": Method(partial(paced, gate="previous")),
-    "v1, as its prose": Method(partial(paced, gate="previous", saturation="one-minus-hoyer")),
+    "v1 as printed": Method(partial(paced, gate="own")),
+    "v1, previous mean": Method(PREVIOUS),
+    "v1, previous mean, 1 - Hoyer": Method(partial(PREVIOUS, saturation="one-minus-hoyer")),
     "v4": Method(partial(paced, variant="v4", alpha=1.0)),
-    "all at once": Method(partial(paced, alpha=0.0)),
+    "equal weights": Method(partial(paced, alpha=0.0)),
 }
 STAGES = {
-    "two stages": Method(partial(paced, gate="own", names=("quality", "truth"))),
-    "second stage alone": Method(partial(paced, only=2)),
+    "stages 1 and 3": Method(partial(paced, gate="own", names=("quality", "truth"))),
+    "stage 2 alone": Method(partial(paced, only=2)),
 }
 LONG = Setting(steps=160)
-NOISY = "size of the error (0: premise absent)"
+ERROR = "standard deviation of the error (0: premise absent)"
+LIKING = "size of the preference (0: none)"
+UNSURE = "score of vague prompts (low: the premise, high: its opposite)"
 
 DIALS = {
     "slas-chance": Dial(
-        "SLAS: the judge errs by chance, half of the prompts are tight", NOISY, "noise",
+        "SLAS: random errors; half of the groups have nearly equal scores", ERROR, "noise",
         (0, 0.025, 0.05, 0.1, 0.2, 0.4),
-        {**SOME, "gamma auto": Method(slas_auto), "prompts known": Method(prompts_known), **A_A},
+        {**SOME, "gamma auto": Method(slas_auto), **IDEAL, **A_A},
     ),
     "slas-exploit": Dial(
-        "SLAS: the judge has a liking that can be exploited", NOISY, "noise",
+        "SLAS: the judge prefers one direction, which can be exploited", LIKING, "noise",
         (0, 0.0125, 0.025, 0.05, 0.1),
         {**SOME, "gamma 2": GAMMAS["gamma 2"], **A_A}, fixed={"kind": "style"},
     ),
-    "slas-tell": Dial(
-        "SLAS: how well the judge tells samples of half of the prompts apart",
-        "1: no tight groups (premise absent), 0: nothing but error", "tell", (1, 0.5, 0.25, 0.1, 0),
-        SOME, fixed={"noise": 0.05},
+    "bpgo-unsure": Dial(
+        "BPGO: half of the prompts are vague, and all their samples score alike", UNSURE, "unsure",
+        (0, 0.2, 0.4, 0.6, 0.9),
+        {**PARTS, "RAS and CRT, sft prior": Method(partial(bpgo_by, prior="sft")), **A_A},
+    ),
+    "paced-floor": Dial(
+        "Self-Paced: the last stage is flat for the base model",
+        "floor of the last stage (0: premise absent)", "floor",
+        (0, 0.2, 0.3, 0.4, 0.5), {**PACED, **A_A}, world=Ladder, setting=LONG,
+    ),
+    "slas-signal": Dial(
+        "SLAS: how far the judge separates samples of half of the prompts",
+        "share of the truth in their scores (1: premise absent)", "signal",
+        (1, 0.5, 0.25, 0.1, 0), SOME, fixed={"noise": 0.05},
     ),
     "slas-gamma": Dial(
-        "SLAS: over gamma", "share of prompts that are nothing but error", "vague", (0, 0.5, 0.8),
-        GAMMAS, fixed={"noise": 0.05, "tell": 0.0},
-    ),
-    "bpgo-unsure": Dial(
-        "BPGO: what the judge says of prompts that it cannot judge",
-        "low scores (premise) to high scores (opposite)", "unsure", (0, 0.2, 0.4, 0.6, 0.9),
-        {**PARTS, "both, sft prior": Method(partial(bpgo_by, prior="sft")), **A_A},
+        "SLAS: over gamma", "share of prompts with scores that are error alone", "vague",
+        (0, 0.5, 0.8), GAMMAS, fixed={"noise": 0.05, "signal": 0.0}, added=False,
     ),
     "bpgo-priors": Dial(
-        "BPGO: printed and released, with three priors",
-        "low scores (premise) to high scores (opposite)", "unsure", (0, 0.4, 0.9), PRIORS,
+        "BPGO: printed and released equations with four priors", UNSURE, "unsure", (0, 0.4, 0.9),
+        PRIORS, added=False,
     ),
     "bpgo-wrong-prior": Dial(
-        "BPGO: a constant prior that is wrong", "prior less the base model's mean reward", "off",
-        (-0.4, -0.2, 0, 0.2, 0.4),
+        "BPGO: a constant prior that is wrong (vague prompts score low)",
+        "prior minus the base model's mean reward", "prior_error", (-0.4, -0.2, 0, 0.2, 0.4),
         {
             "RAS": Method(partial(RAS, prior="constant")),
             "CRT": Method(partial(CRT, prior="constant")),
             "released": Method(partial(bpgo_released, prior="constant")),
         },
-        fixed={"unsure": 0.0},
+        fixed={"unsure": 0.0}, added=False,
     ),
     "bpgo-vague-error": Dial(
-        "BPGO: vague prompts score low, and their scores err", "error on vague prompts",
-        "noise_vague", (0, 0.05, 0.1, 0.2, 0.4),
-        {**PARTS, "prompts known": Method(prompts_known)}, fixed={"unsure": 0.0, "noise": 0.02},
+        "BPGO: vague prompts score low, with random errors", "standard deviation of these errors",
+        "noise_vague", (0, 0.05, 0.1, 0.2, 0.4), {**PARTS, **IDEAL},
+        fixed={"unsure": 0.0, "noise": 0.02},
     ),
     "bpgo-bad-error": Dial(
-        "BPGO's CRT: the judge errs most on bad samples", "extra error of the worst samples",
-        "noise_bad", (0, 0.1, 0.3, 0.6),
+        "BPGO's CRT: the judge's errors are largest for bad samples",
+        "additional error of the worst samples (0: none)", "noise_bad", (0, 0.1, 0.3, 0.6),
         {
             "CRT": Method(CRT), "CRT, beta 2": Method(partial(CRT, beta=2.0)),
-            "eq 5 alone": Method(partial(bpgo_by, alone=True)),
+            "CRT alone (eq 5)": Method(partial(bpgo_by, alone=True)),
         },
         fixed={"vague": 0.0, "noise": 0.02},
     ),
     "bpgo-alpha": Dial(
-        "BPGO: over alpha, RAS alone", "score of what the judge cannot judge", "unsure",
-        (0, 0.4, 0.9), ALPHAS,
+        "BPGO: over alpha, RAS alone", "score of vague prompts", "unsure", (0, 0.4, 0.9), ALPHAS,
+        added=False,
     ),
     "bpgo-second": Dial(
-        "BPGO: two right answers, of which the judge knows one", "distance of the second",
+        "BPGO: two right answers, of which the judge knows one", "distance between them",
         "second", (0, 0.5, 1.0), PARTS, fixed={"unsure": 0.0},
     ),
-    "paced-floor": Dial(
-        "Self-Paced: the last stage is flat for a beginner", "floor (0: premise absent)", "floor",
-        (0, 0.2, 0.3, 0.4, 0.5), {**PACED, **A_A}, world=Ladder, setting=LONG,
-    ),
     "paced-conflict": Dial(
-        "Self-Paced: the easy stages want something else (floor 0.4)", "how far apart", "conflict",
+        "Self-Paced: the easy stages have another target (floor 0.4)",
+        "distance between the targets", "conflict",
         (0, 0.25, 0.5), {**PACED, **STAGES}, world=Ladder, fixed={"floor": 0.4}, setting=LONG,
     ),
     "paced-steps": Dial(
-        "Self-Paced: a head start or a better end (floor 0.4)", "steps", "steps",
-        (80, 160, 640), {name: PACED[name] for name in ("v1, as its prose", "all at once")},
-        world=Ladder, fixed={"floor": 0.4}, setting=LONG,
+        "Self-Paced: a head start or a better end (floor 0.4)", "training steps", "steps",
+        (80, 160, 640),
+        {name: PACED[name] for name in ("v1, previous mean, 1 - Hoyer", "equal weights")},
+        world=Ladder, fixed={"floor": 0.4}, setting=LONG, added=False,
+    ),
+    "grpo-groups": Dial(
+        "Do larger groups replace the methods?", "samples per prompt", "group_size",
+        (4, 8, 16), {"gamma 0": GAMMAS["gamma 0"], **PARTS}, fixed={"unsure": 0.0, "noise": 0.1},
     ),
     "grpo-choices": Dial(
-        "GRPO: choices that no paper claims, where the judge errs", NOISY, "noise", (0, 0.1, 0.4),
+        "GRPO: choices without a paper's claim, with the judge of slas-exploit", LIKING, "noise",
+        (0, 0.1, 0.4),
         {
             "same noise": Method(grpo, {"same_noise": True}),
             "best 4 of 8": Method(grpo, {"best_of": 4}),
             "one update": Method(grpo, {"minibatches": 1}),
             "KL 0.01": Method(grpo, {"kl_coef": 0.01}),
             "dance": Method(grpo, {"sde": "dance", "noise_level": 0.5}),
-            "ddim": Method(grpo, {"sde": "ddim", "noise_level": 0.7}),
+            "ddim": Method(grpo, {"sde": "ddim"}),
+            "cps": Method(grpo, {"sde": "cps"}),
         },
-        fixed={"kind": "style"},
-    ),
-    "grpo-groups": Dial(
-        "Whether larger groups make the methods unnecessary", "samples of a prompt", "group_size",
-        (4, 8, 16), {**{"gamma 0": GAMMAS["gamma 0"]}, **PARTS},
-        fixed={"unsure": 0.0, "noise": 0.1},
+        fixed={"kind": "style"}, added=False,
     ),
 }  # fmt: skip
 QUICK = {  # dial: values and methods of --quick
     "slas-chance": ((0, 0.05, 0.4), ("gamma 0", "gamma 0.5")),
     "slas-exploit": ((0, 0.05, 0.1), ("gamma 0", "gamma 2")),
     "bpgo-unsure": ((0, 0.4, 0.9), ("RAS", "CRT")),
-    "paced-floor": ((0, 0.4), ("v1, as its prose", "all at once")),
+    "paced-floor": ((0, 0.4), ("v1, previous mean, 1 - Hoyer", "equal weights")),
 }
 # Cells that must keep their sign in other sizes, samplers and budgets: {dial: (values, methods)}
 KEY = {
     "slas-chance": ((0, 0.05), ("gamma 0", "gamma 0.5")),
     "slas-exploit": ((0.05,), ("gamma 0", "gamma 0.5", "gamma 2")),
-    "bpgo-unsure": ((0, 0.9), ("RAS", "CRT", "both")),
-    "paced-floor": ((0.4,), ("v1, own mean", "v1, as its prose", "v4", "all at once")),
+    "bpgo-unsure": ((0, 0.9), tuple(PARTS)),
+    "paced-floor": ((0.4,), tuple(PACED)),
 }
 VARIANTS = {
     "groups of 16": {"prompts_per_step": 4, "group_size": 16},
@@ -396,36 +413,23 @@ def of_file(path):
 def cell(dial, value, method, seeds, changes, thresholds):
     """Search a rate for one method at one value, train the verdict's seeds with it, return a cell.
 
-    changes: settings that a variant changes. thresholds: {stage: tau}, filled by the first call.
+    changes: settings that a variant changes. thresholds: those of the stages of a Ladder.
     """
     begun = time.process_time()
-    setting = replace(dial.setting, **{**changes, **method.changes})
-    if dial.turned in {one.name for one in fields(Setting)}:
-        setting = replace(setting, **{dial.turned: value})
-    advantages, fixed = method.advantages, {**dial.fixed}
-    if dial.turned == "off":
-        if method in dial.methods.values():
-            advantages = partial(advantages, off=value)
-    elif not hasattr(setting, dial.turned):
-        fixed[dial.turned] = value
-
-    def world_of(bank, number):
-        world = dial.world(bank, number, setting.dimensions, **fixed)
-        world.thresholds = thresholds
-        return world
-
-    search = world_of(AGAIN if method.again else SEARCH, seeds[0])
-    final = world_of(FINAL, seeds[1])
-    if dial.world is Ladder and not thresholds:
-        thresholds.update(calibrated(search, setting))
+    setting = dial.setting_at(value, {**changes, **method.changes})
+    banks = (AGAIN if method.again else SEARCH, FINAL)
+    search, final = (dial.world_at(value, *bank, setting.dimensions) for bank in zip(banks, seeds))
+    search.thresholds = final.thresholds = thresholds
 
     def mean_of(rates):
-        return train(search, advantages, rates, setting)[search.trained][..., -1].mean(1).tolist()
+        found = train(search, method.advantages, rates, setting)
+        return found[search.trained][..., -1].mean(1).tolist()
 
     rate, tried = best_rate(mean_of)
-    memory = []
-    found = train(final, advantages, (rate,), setting, chance=int(method.again), watch=memory)
-    kept = memory[-1][2].memory
+    watch = []
+    chance = int(method.again)
+    found = train(final, method.advantages, (rate,), setting, chance=chance, watch=watch)
+    memory = watch[-1][2].memory
     ends = {name: values[0, :, 1].double().numpy() for name, values in found.items()}
     row = {
         "rate": round(rate, 6),
@@ -434,20 +438,25 @@ def cell(dial, value, method, seeds, changes, thresholds):
         "mean": round(ends["truth"].mean(), 5),
         "error": round(ends["truth"].std(ddof=1) / math.sqrt(seeds[1]), 5),
         "ends": {name: np.round(values, 5).tolist() for name, values in ends.items()},
-        **{name: np.round(kept[name], 3).tolist() for name in ("weights", "gamma") if name in kept},
     }
+    kept = {name: memory[name] for name in ("weights", "gamma") if name in memory}
+    row |= {name: np.round(values, 3).tolist() for name, values in kept.items()}
     return {**row, "seconds": round(time.process_time() - begun, 1)}
 
 
 def cells_of(name, value, methods, seeds, changes, files):
     """Return the cells of a dial's value, [{value, method, ...}]: one job of a process."""
     torch.set_num_threads(1)
-    dial, thresholds, found = DIALS[name], {}, []
+    dial, thresholds = DIALS[name], {}
+    if dial.world is Ladder:
+        setting = dial.setting_at(value, changes)
+        world = dial.world_at(value, SEARCH, seeds[0], setting.dimensions)
+        thresholds = calibrated(world, setting)
     known = {"GRPO": GRPO, **dial.methods, **{Path(path).stem: of_file(path) for path in files}}
-    for method in methods:
-        row = cell(dial, value, known[method], seeds, changes, thresholds)
-        found.append({"value": value, "method": method, **row})
-    return found
+    rows = {
+        method: cell(dial, value, known[method], seeds, changes, thresholds) for method in methods
+    }
+    return [{"value": value, "method": method, **row} for method, row in rows.items()]
 
 
 # --- Statistics ---
@@ -562,15 +571,16 @@ class Args:
 
 def plan(args, folder):
     """Return the jobs that are not done: [(file, dial, value, methods, changes)]."""
+    chosen = {name: dial for name, dial in DIALS.items() if name.startswith(args.only or "")}
+    if not chosen:
+        raise InputError(f"--only {' '.join(args.only)}: no dial has such a name. The dials are "
+                         f"{', '.join(DIALS)}.")  # fmt: skip
     jobs = []
-    for name, dial in DIALS.items():
-        if args.only and not name.startswith(args.only):
-            continue
-        part = QUICK if args.quick else KEY if args.variants else {}
-        if (args.quick or args.variants) and name not in part:
-            continue
-        values, methods = part.get(name, (dial.values, tuple(dial.methods)))
-        methods = ("GRPO", *methods, *(Path(path).stem for path in args.methods))
+    for name, dial in chosen.items():
+        values, methods = dial.values, tuple(dial.methods)
+        if args.quick or args.variants:
+            values, methods = (QUICK if args.quick else KEY).get(name, ((), ()))
+        own = tuple(Path(path).stem for path in args.methods) if dial.added else ()
         for variant, changes in (VARIANTS if args.variants else {"": {}}).items():
             if "steps" in changes:
                 changes = {"steps": changes["steps"] * dial.setting.steps}
@@ -582,10 +592,10 @@ def plan(args, folder):
                     f"{folder / file}.json: it was made with other settings. Remove it, or give "
                     "another --output."
                 )
-            rows = done["cells"] if done else []
-            known = {(row["value"], row["method"]) for row in rows}
+            known = {(row["value"], row["method"]) for row in (done or {"cells": []})["cells"]}
             for value in values:
-                left = tuple(method for method in methods if (value, method) not in known)
+                every = ("GRPO", *methods, *own)
+                left = tuple(method for method in every if (value, method) not in known)
                 if left:
                     jobs.append((file, name, value, left, changes))
     return jobs

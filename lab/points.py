@@ -53,31 +53,32 @@ class Setting:
 class Judge:
     """Score points as a judge that cannot tell the samples of some prompts apart.
 
-    The truth is how near a point is to its prompt's target, 0 to 1. The judge's score is tell *
-    truth + (1 - tell) * unsure + error on a share `vague` of the prompts, and truth + error on the
-    others.
+    The truth is how near a point is to its prompt's target, 0 to 1. The judge's score is
+    truth + error, and on a share `vague` of the prompts it is signal * truth + (1 - signal) *
+    unsure + error.
 
     noise: size of the error, which is `noise` times a random number. That number is standard normal
     (kind "chance"), or the sample's offset in one direction that is the same for all prompts (kind
     "style"), in standard deviations of the base model and between -3 and 3. noise_vague: the size
     on vague prompts, `noise` by default. noise_bad: added to the size in proportion to 1 - truth.
     second: distance of a second right answer from the target, a root mean square over the
-    dimensions, 0 for none. It counts for the truth, but the judge does not know it.
+    dimensions, 0 for none. It counts for the truth, but the judge does not know it. prior_error:
+    error of the prior that a method is given (bpgo.py --prior VALUE).
     """
 
     rewards = ("judge",)
     trained = "judge"  # the reward that methods with one reward train on
 
     def __init__(
-        self, bank, seeds, dimensions=points.D, *, vague=0.5, tell=0.1, unsure=0.45, noise=0.1,
-        noise_vague=None, noise_bad=0.0, kind="chance", second=0.0,
+        self, bank, seeds, dimensions=points.D, *, vague=0.5, signal=0.1, unsure=0.45, noise=0.1,
+        noise_vague=None, noise_bad=0.0, kind="chance", second=0.0, prior_error=0.0,
     ):  # fmt: skip
         self.bank, self.seeds = bank, seeds
         self.world = points.worlds(bank, seeds, dimensions)
-        self.vague, self.tell, self.unsure, self.kind = vague, tell, unsure, kind
+        self.vague, self.signal, self.unsure, self.kind = vague, signal, unsure, kind
         self.noise, self.noise_bad = noise, noise_bad
         self.noise_vague = noise if noise_vague is None else noise_vague
-        self.second = second
+        self.second, self.prior_error = second, prior_error
 
     def prompts(self, number, generator):
         """Return `number` random prompts of each world, in the form of points.prompts_of."""
@@ -100,9 +101,9 @@ class Judge:
             along = ((x - prompts.mean[:, :, None]) * self.world.style).sum(-1)
             error = 3 * torch.tanh(along / points.SPREAD**0.5 / 3)
         vague = prompts.vague[..., None]
-        told = 1 - vague * (1 - self.tell)
+        share = 1 - vague * (1 - self.signal)
         size = self.noise + vague * (self.noise_vague - self.noise) + self.noise_bad * (1 - truth)
-        judged = told * near + (1 - told) * self.unsure + size * error
+        judged = share * near + (1 - share) * self.unsure + size * error
         return {"judge": judged, "truth": truth}
 
 
@@ -112,14 +113,14 @@ class Ladder:
     The last stage is the product of the nearness in three blocks of dimensions. floor: the product
     at and below which this stage is 0, so that it is flat for the base model. conflict: standard
     deviation, in each dimension, of the offset between the target of the first two stages and that
-    of the last one.
+    of the last one. thresholds: {stage: tau}, as --calibrate measures them.
     """
 
     rewards = ("quality", "layout", "truth")
     trained = "truth"
 
     def __init__(self, bank, seeds, dimensions=points.D, *, floor=0.0, conflict=0.0):
-        self.bank, self.seeds, self.floor = bank, seeds, floor
+        self.bank, self.seeds, self.floor, self.thresholds = bank, seeds, floor, {}
         self.world = points.worlds(bank, seeds, dimensions)
         aside = torch.randn(seeds, 1, 1, dimensions, generator=points.drawn(bank, "aside"))
         self.aside = conflict * aside
@@ -142,6 +143,11 @@ class Ladder:
 
 
 # --- Training ---
+
+
+def again(values, rates):
+    """Repeat values of S seeds for each of R rates: [S, ...] -> [E, ...]."""
+    return values.repeat(rates, *[1] * (values.ndim - 1))
 
 
 @dataclass
@@ -169,11 +175,11 @@ class Known:
 
     def again(self, values):
         """Repeat values of S seeds for every rate: [S, ...] -> [E, ...]."""
-        return values.repeat(self.rates, *[1] * (values.ndim - 1))
+        return again(values, self.rates)
 
-    def base_reward(self):
-        """Return the mean reward of a group of base samples for each prompt, [E, P]."""
-        rewards = base_rewards(self.world, self.prompts, self.setting.group_size, self.step)
+    def base_reward(self, number):
+        """Return the mean reward of `number` base samples of each prompt, [E, P]."""
+        rewards = base_rewards(self.world, self.prompts, number, self.step)
         return self.again(rewards.mean(2))
 
 
@@ -217,6 +223,152 @@ class AdamW:
         return norm
 
 
+@dataclass
+class Rollout:
+    """Hold n rows of each run: prompts z [E, n, C + 1] and mean [E, n, D], and what was sampled.
+
+    latents [E, n, T + 1, D]; log_probs [E, n, T].
+    """
+
+    z: torch.Tensor
+    mean: torch.Tensor
+    latents: torch.Tensor
+    log_probs: torch.Tensor
+
+    def rows(self, index):
+        """Return some rows of each run: index [E, m] -> a Rollout of m rows."""
+        at = torch.arange(len(index))[:, None], index
+        return Rollout(self.z[at], self.mean[at], self.latents[at], self.log_probs[at])
+
+
+class Runs:
+    """Sample, score and update E runs, which differ in seed and learning rate."""
+
+    def __init__(self, world, rates, setting):
+        self.world, self.rates, self.setting = world, len(rates), setting
+        seeds, dimensions = world.seeds, setting.dimensions
+        g = points.drawn(world.bank, "held out")
+        self.held_out = world.prompts(HELD_OUT, g)
+        self.start = torch.randn(seeds, HELD_OUT, dimensions, generator=g)
+        inputs = self.held_out.z.shape[-1]
+        first = points.initial_weights(world.bank, seeds, inputs, dimensions, setting.hidden)
+        self.weights = [again(weight, self.rates).requires_grad_() for weight in first]
+        self.optimizer = AdamW(self.weights, torch.tensor(rates).repeat_interleave(seeds), setting)
+        self.sigmas = sde.shifted_sigmas(setting.sampling_steps, 1.0)
+        self.s = sde.diffusion_coefficients(self.sigmas, setting.noise_level, setting.sde)
+        self.transition = sde.TRANSITIONS[setting.sde]
+
+    def known(self):
+        """Return what methods may use, before the first step."""
+        rewards = base_rewards(self.world, self.held_out, self.setting.group_size, "scale")
+        means = rewards.std(2, unbiased=False).mean(1), rewards.mean((1, 2))  # [S, n, G] -> [S]
+        scale, start = (again(values, self.rates)[:, None, None] for values in means)
+        return Known(self.world, self.setting, self.rates, scale, start)
+
+    def field(self, z, mean, base=False):
+        """Return the function (x [E * n, D], sigma) -> velocity of the runs, or the base model's.
+
+        z, mean: as in Rollout.
+        """
+        weights = None if base else self.weights
+
+        def velocity(x, sigma):
+            return points.velocity(x.view(mean.shape), sigma, z, mean, weights).flatten(0, 1)
+
+        return velocity
+
+    def score(self, x, prompts, error):
+        """Return {reward: [E, P, G]} of points x [E, P, G, D]; arguments as in Judge.score."""
+        by_rate = x.view(self.rates, self.world.seeds, *x.shape[1:])
+        found = self.world.score(by_rate, prompts, error)
+        return {name: values.flatten(0, 1) for name, values in found.items()}
+
+    @torch.no_grad()
+    def evaluate(self):
+        """Return {reward: [R, S]}: means over noise-free samples of held-out prompts."""
+        z, mean, x = (
+            again(part, self.rates) for part in (self.held_out.z, self.held_out.mean, self.start)
+        )
+        none = torch.zeros(self.setting.sampling_steps)
+        flat = x.flatten(0, 1)
+        latents, _ = sde.rollout(self.field(z, mean), flat, self.sigmas, none, None)
+        scores = self.score(latents[:, -1].view(x.shape)[:, :, None], self.held_out, none[0])
+        return {name: values.mean((1, 2)).view(self.rates, -1) for name, values in scores.items()}
+
+    @torch.no_grad()
+    def rollout(self, prompts, noise):
+        """Sample a group for each prompt: noise [T + 1, S, B, D] -> a Rollout of B rows."""
+        G = self.setting.group_size
+        if self.setting.same_noise:
+            noise = torch.cat([noise[:1, :, ::G].repeat_interleave(G, 2), noise[1:]])
+        z, mean = (
+            again(part, self.rates).repeat_interleave(G, 1) for part in (prompts.z, prompts.mean)
+        )
+        x, *later = (again(part, self.rates).flatten(0, 1) for part in noise)
+        latents, log_probs = sde.rollout(
+            self.field(z, mean), x, self.sigmas, self.s, partial(next_of, iter(later)),
+            self.transition,
+        )  # fmt: skip
+        shape = mean.shape[:2]
+        return Rollout(z, mean, latents.unflatten(0, shape), log_probs.unflatten(0, shape))
+
+    def rescore(self, velocity, rows, t):
+        """Return the log-probability [E * n] and the mean [E * n, D] of the rows' step t."""
+        x, x_next = (rows.latents[:, :, t + i].flatten(0, 1) for i in (0, 1))
+        sigma, sigma_next = self.sigmas[t], self.sigmas[t + 1]
+        _, log_prob, mean = self.transition(
+            velocity(x, sigma), x, sigma, sigma_next, self.s[t], x_next=x_next
+        )
+        return log_prob, mean
+
+    def kl(self, mean, other, t):
+        """Return the KL [E * n] of two transitions of step t, from their means [E * n, D]."""
+        std = sde.transition_std(self.sigmas[t], self.sigmas[t + 1], self.s[t])
+        return loss.gaussian_kl(mean, other, std)
+
+    def update(self, rollout, advantages, minibatch, trained, observe=None):
+        """Update the runs with a minibatch; return the norms of the gradients [E].
+
+        advantages: [E, B] for each surrogate; minibatch [E, P, G] bool; trained: denoising steps;
+        observe: as in Known.
+        """
+        chosen = minibatch.flatten(1)  # [E, B]
+        # Runs differ in their number of rows if some are masked. Shorter runs are filled up with
+        # other rows, whose share of the loss is 0.
+        longest = int(chosen.sum(1).max())
+        index = chosen.byte().argsort(dim=1, descending=True, stable=True)[:, :longest]
+        share = vmap(groups.row_weights)(minibatch).flatten(1).gather(1, index).flatten()
+        terms = [term.gather(1, index).flatten() for term in advantages]  # [E * n] each
+        rows = rollout.rows(index)
+        velocity = self.field(rows.z, rows.mean)
+        base = self.field(rows.z, rows.mean, base=True)
+        means = {}  # {t: [E * n, D]} before the update
+        total = 0
+        for t in trained:
+            log_prob, means[t] = self.rescore(velocity, rows, t)
+            ratio = torch.exp(log_prob - rows.log_probs[:, :, t].flatten())
+            row_loss = sum(
+                loss.clipped_surrogate(ratio, term, self.setting.clip_range) for term in terms
+            )
+            if self.setting.kl_coef:
+                _, reference = self.rescore(base, rows, t)
+                row_loss = row_loss + self.setting.kl_coef * self.kl(means[t], reference, t)
+            total = total + (share * row_loss).sum() / len(trained)
+        gradients = torch.autograd.grad(total, self.weights)
+        learning = chosen if self.setting.kl_coef else chosen & advantages[0].bool()
+        norm = self.optimizer.step(gradients, learning.any(1))
+        if observe:
+            real = chosen.gather(1, index)  # [E, n]
+            kls = []
+            for t in trained:
+                with torch.no_grad():
+                    _, after = self.rescore(velocity, rows, t)
+                kl = self.kl(after, means[t].detach(), t).view(real.shape)
+                kls.append((kl * real).sum(1) / real.sum(1).clamp(min=1))
+            observe(minibatch, torch.stack(kls).mean(0))
+        return norm
+
+
 def next_of(noise, shape):
     """Return the next prepared noise tensor. The shape that sde.rollout passes is not used."""
     return next(noise)
@@ -240,127 +392,36 @@ def draws(world, setting, step, chance):
 def train(world, method, rates, setting=Setting(), chance=0, draws=draws, watch=None):  # noqa: B008
     """Train S seeds with each of R learning rates; return {reward: [R, S, 2]}, before and after.
 
-    The returned rewards are means over noise-free samples of held-out prompts, without the judge's
-    chance errors.
+    The returned rewards are those of Runs.evaluate, without the judge's chance errors.
 
     method: ({reward: [E, P, G]}, Known) -> advantages [[E, P, G]], one for each clipped surrogate.
     chance: as of `draws`. watch: a list to which every step appends (rewards, norms of the
     gradients [E], Known).
     """
-    P, G, S, R = setting.prompts_per_step, setting.group_size, world.seeds, len(rates)
-    E, B, T, D = R * S, P * G, setting.sampling_steps, setting.dimensions
-    g = points.drawn(world.bank, "held out")
-    held_out = world.prompts(HELD_OUT, g)
-    start = torch.randn(S, HELD_OUT, D, generator=g)
-    rewards = base_rewards(world, held_out, G, "scale")  # [S, n, G]
-    scale, mean = rewards.std(2, unbiased=False).mean(1), rewards.mean((1, 2))
-    known = Known(world, setting, R, *(v.repeat(R)[:, None, None] for v in (scale, mean)))
-    inputs = held_out.z.shape[-1]
-    first = points.initial_weights(world.bank, S, inputs, D, setting.hidden)
-    weights = [known.again(weight).requires_grad_() for weight in first]
-    optimizer = AdamW(weights, torch.tensor(rates).repeat_interleave(S), setting)
-    sigmas = sde.shifted_sigmas(T, 1.0)
-    s = sde.diffusion_coefficients(sigmas, setting.noise_level, setting.sde)
-    transition = sde.TRANSITIONS[setting.sde]
-
-    def field_of(z, mean, weights=weights):
-        """Return the function (x [E * n, D], sigma) -> velocity for z and mean [E, n, ...]."""
-
-        def flat(x, sigma):
-            return points.velocity(x.view(mean.shape), sigma, z, mean, weights).flatten(0, 1)
-
-        return flat
-
-    def score(x, prompts, error):
-        found = world.score(x.view(R, S, *x.shape[1:]), prompts, error)
-        return {name: values.flatten(0, 1) for name, values in found.items()}
-
-    @torch.no_grad()
-    def evaluate():
-        flat = field_of(known.again(held_out.z), known.again(held_out.mean))
-        x = known.again(start).flatten(0, 1)
-        latents, _ = sde.rollout(flat, x, sigmas, torch.zeros(T), None)
-        scores = score(latents[:, -1].view(E, HELD_OUT, 1, D), held_out, torch.zeros(()))
-        return {name: values.mean((1, 2)).view(R, S) for name, values in scores.items()}
-
-    before = evaluate()
+    runs = Runs(world, rates, setting)
+    known = runs.known()
+    before = runs.evaluate()
     for step in range(setting.steps):
         prompts, noise, error, generator = draws(world, setting, step, chance)
         known.step, known.prompts = step, prompts
-        z = known.again(prompts.z).repeat_interleave(G, 1)  # [E, B, C + 1]
-        mean = known.again(prompts.mean).repeat_interleave(G, 1)  # [E, B, D]
 
         # --- Rollout, reward, advantage ---
-        if setting.same_noise:
-            noise = torch.cat([noise[:1, :, ::G].repeat_interleave(G, 2), noise[1:]])
-        x, *later = (known.again(part).flatten(0, 1) for part in noise)
-        more = iter(later)
+        rollout = runs.rollout(prompts, noise)
+        x = rollout.latents[:, :, -1].unflatten(1, (-1, setting.group_size))  # [E, P, G, D]
+        rewards = runs.score(x, prompts, error)
+        known.reward = rewards[world.trained]
         with torch.no_grad():
-            flat = field_of(z, mean)
-            latents, log_probs = sde.rollout(flat, x, sigmas, s, partial(next_of, more), transition)
-            rewards = score(latents[:, -1].view(E, P, G, D), prompts, error)
-            known.reward = rewards[world.trained]
-            terms = method(rewards, known)
-        latents, log_probs = latents.view(E, B, T + 1, D), log_probs.view(E, B, T)
-        kept = groups.keep_rows(known.reward.flatten(0, 1), setting.best_of)  # [E * P, G]
-        advantages = [term.flatten(1) for term in terms]  # [E, B] each
+            advantages = [term.flatten(1) for term in method(rewards, known)]  # [E, B] each
 
         # --- Update ---
-        norm = torch.zeros(E)
-        for minibatch in groups.split_rows(kept, setting.minibatches):
-            trained = sde.noisy_steps(s, setting.timestep_fraction, generator)
-            share = vmap(groups.row_weights)(minibatch.view(E, P, G)).flatten(1)  # [E, B]
-            # Runs differ in their number of rows if some are masked. Shorter runs are filled up
-            # with other rows, which have share 0.
-            most = int(minibatch.view(E, B).sum(1).max())
-            if not most:
-                continue
-            index = minibatch.view(E, B).byte().argsort(dim=1, descending=True, stable=True)
-            rows = torch.arange(E)[:, None], index[:, :most]
-            latents_mb, log_probs_mb = latents[rows], log_probs[rows]
-            some = field_of(z[rows], mean[rows])
-            base = field_of(z[rows], mean[rows], weights=None)
-            means = {}  # {t: [E * rows, D]} before the update
-            total = 0
-            for t in trained:
-                x, x_next = (latents_mb[:, :, t + i].flatten(0, 1) for i in (0, 1))
-                velocity = some(x, sigmas[t])
-                _, log_prob, means[t] = transition(
-                    velocity, x, sigmas[t], sigmas[t + 1], s[t], x_next=x_next
-                )
-                ratio = torch.exp(log_prob - log_probs_mb[:, :, t].flatten())
-                row_loss = sum(
-                    loss.clipped_surrogate(ratio, term[rows].flatten(), setting.clip_range)
-                    for term in advantages
-                )
-                if setting.kl_coef:
-                    _, _, reference = transition(
-                        base(x, sigmas[t]), x, sigmas[t], sigmas[t + 1], s[t]
-                    )
-                    std = sde.transition_std(sigmas[t], sigmas[t + 1], s[t])
-                    row_loss = row_loss + setting.kl_coef * loss.gaussian_kl(
-                        means[t], reference, std
-                    )
-                total = total + (share[rows].flatten() * row_loss).sum() / len(trained)
-            gradients = torch.autograd.grad(total, weights)
-            learning = (minibatch.view(E, B) & advantages[0].bool()).any(1)
-            if setting.kl_coef:
-                learning = minibatch.view(E, B).any(1)
-            norm = optimizer.step(gradients, learning)
-            if known.observe:  # the KL of the update, from the means before and after it
-                real = minibatch.view(E, B)[rows]  # [E, rows]
-                kls = []
-                for t in trained:
-                    x = latents_mb[:, :, t].flatten(0, 1)
-                    with torch.no_grad():
-                        _, _, after = transition(
-                            some(x, sigmas[t]), x, sigmas[t], sigmas[t + 1], s[t]
-                        )
-                    std = sde.transition_std(sigmas[t], sigmas[t + 1], s[t])
-                    kl = loss.gaussian_kl(after, means[t].detach(), std).view(E, -1)
-                    kls.append((kl * real).sum(1) / real.sum(1).clamp(min=1))
-                known.observe(minibatch.view(E, P, G), torch.stack(kls).mean(0))
+        kept = groups.keep_rows(known.reward.flatten(0, 1), setting.best_of)  # [E * P, G]
+        norm = torch.zeros(len(x))
+        for part in groups.split_rows(kept, setting.minibatches):
+            minibatch = part.view(known.reward.shape)
+            trained = sde.noisy_steps(runs.s, setting.timestep_fraction, generator)
+            if minibatch.any():
+                norm = runs.update(rollout, advantages, minibatch, trained, known.observe)
         if watch is not None:
             watch.append((rewards, norm, known))
-    last = evaluate()
-    return {name: torch.stack([before[name], last[name]], -1) for name in before}
+    after = runs.evaluate()
+    return {name: torch.stack([before[name], after[name]], -1) for name in before}
