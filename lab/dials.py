@@ -617,8 +617,9 @@ def keep(folder, file, name, value, seeds, changes, rows):
     """Add cells to a dial's file."""
     result = read(folder, file) or {**made_by(name, seeds, changes), "cells": []}
     result["cells"] += rows
-    order = list(DIALS[name].values)
-    result["cells"].sort(key=lambda row: order.index(row["value"]))
+    values, methods = list(DIALS[name].values), ["GRPO", *DIALS[name].methods]
+    methods += sorted({row["method"] for row in result["cells"]} - set(methods))  # a reader's own
+    result["cells"].sort(key=lambda row: (values.index(row["value"]), methods.index(row["method"])))
     result["differences"] = findings(result)  # to GRPO: mean, low, high, verdict
     text = json.dumps(result, separators=(",", ":"))
     unfinished = Path(folder) / f".{file}.tmp"
