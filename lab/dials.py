@@ -509,43 +509,6 @@ def read(folder, name):
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
-def signs(folder, name, method, value):
-    """Return (how many variants have the sign of the main result, how many were run)."""
-    sign = np.sign(findings(read(folder, name))[method][value][0])
-    others = [read(folder, f"{name}--{variant}") for variant in VARIANTS]
-    found = [findings(other).get(method, {}).get(value) for other in others if other]
-    found = [one for one in found if one]
-    return sum(np.sign(one[0]) == sign for one in found), len(found)
-
-
-def table(folder, name):
-    """Return Markdown: the differences of a dial with their intervals and verdicts."""
-    result, dial = read(folder, name), DIALS[name]
-    truth = {
-        row["value"]: (row["base"], np.mean(row["ends"]["truth"]))
-        for row in result["cells"]
-        if row["method"] == "GRPO"
-    }
-    lines = [f"**{dial.title}** ({dial.axis}; n = {result['seeds'][1]})", ""]
-    lines.append("| | " + " | ".join(f"{value:g}" for value in truth) + " |")
-    lines.append("| --- |" + " --- |" * len(truth))
-    ends = " | ".join(f"{base:.3f} -> {end:.3f}" for base, end in truth.values())
-    lines.append(f"| GRPO | {ends} |")
-    for method, row in findings(result).items():
-        cells = []
-        for value in truth:
-            if value not in row:
-                cells.append("")
-                continue
-            mean, low, _, words = row[value]
-            same, number = signs(folder, name, method, value)
-            if number and words in ("helps", "hurts"):
-                words += f" {same}/{number}"
-            cells.append(f"{mean:+.3f} ±{mean - low:.3f} {words}")
-        lines.append(f"| {method} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
-
-
 # --- The command ---
 
 
@@ -656,13 +619,15 @@ def main(args):
                 f"{seconds:.0f} core-seconds",
                 flush=True,
             )
-    from lab import dial_figures
+    from lab import dial_figures, dial_pages
 
     for path in dial_figures.draw(folder):
         print(path)
     for name in DIALS:
         if read(folder, name):
-            print(f"\n{table(folder, name)}")
+            print(f"\n{dial_pages.table(folder, name)}")
+    if folder == RESULTS:
+        dial_pages.write()
 
 
 if __name__ == "__main__":

@@ -389,18 +389,12 @@ def draws(world, setting, step, chance):
     return prompts, noise, error, points.drawn(0, step, "steps")
 
 
-def train(world, method, rates, setting=Setting(), chance=0, draws=draws, watch=None):  # noqa: B008
-    """Train S seeds with each of R learning rates; return {reward: [R, S, 2]}, before and after.
+def steps_of(runs, method, chance=0, draws=draws):
+    """Train runs; yield (rewards, norms of the gradients [E], Known) after every step.
 
-    The returned rewards are those of Runs.evaluate, without the judge's chance errors.
-
-    method: ({reward: [E, P, G]}, Known) -> advantages [[E, P, G]], one for each clipped surrogate.
-    chance: as of `draws`. watch: a list to which every step appends (rewards, norms of the
-    gradients [E], Known).
+    method, chance: as of `train`.
     """
-    runs = Runs(world, rates, setting)
-    known = runs.known()
-    before = runs.evaluate()
+    world, setting, known = runs.world, runs.setting, runs.known()
     for step in range(setting.steps):
         prompts, noise, error, generator = draws(world, setting, step, chance)
         known.step, known.prompts = step, prompts
@@ -421,7 +415,21 @@ def train(world, method, rates, setting=Setting(), chance=0, draws=draws, watch=
             trained = sde.noisy_steps(runs.s, setting.timestep_fraction, generator)
             if minibatch.any():
                 norm = runs.update(rollout, advantages, minibatch, trained, known.observe)
+        yield rewards, norm, known
+
+
+def train(world, method, rates, setting=Setting(), chance=0, draws=draws, watch=None):  # noqa: B008
+    """Train S seeds with each of R learning rates; return {reward: [R, S, 2]}, before and after.
+
+    The returned rewards are those of Runs.evaluate, without the judge's random errors.
+
+    method: ({reward: [E, P, G]}, Known) -> advantages [[E, P, G]], one for each clipped surrogate.
+    chance: as of `draws`. watch: a list to which every step appends what `steps_of` yields.
+    """
+    runs = Runs(world, rates, setting)
+    before = runs.evaluate()
+    for row in steps_of(runs, method, chance, draws):
         if watch is not None:
-            watch.append((rewards, norm, known))
+            watch.append(row)
     after = runs.evaluate()
     return {name: torch.stack([before[name], after[name]], -1) for name in before}

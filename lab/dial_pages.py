@@ -1,0 +1,101 @@
+"""Write the results of the dials as tables into README.md and docs/dials.md.
+
+python -m lab.dials --figures
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from lab import dials
+
+ROOT = Path(__file__).resolve().parents[1]
+PAPERS = ("slas", "bpgo", "paced", "grpo")  # the beginnings of the dials' names, and sections
+FRONT = (  # the lines of README: method, what the dial varies, dial, name of the method there
+    ("SLAS, gamma 0", "random errors of the judge", "slas-chance", "gamma 0"),
+    ("SLAS, gamma 2", "a preference of the judge, which is exploited", "slas-exploit", "gamma 2"),
+    ("BPGO", "score of vague prompts, from low to high", "bpgo-unsure", "RAS and CRT"),
+    ("Self-Paced, printed", "how flat the last stage is", "paced-floor", "v1 as printed"),
+    ("Self-Paced, 1 - Hoyer", "the same", "paced-floor", "v1, previous mean, 1 - Hoyer"),
+)
+
+
+def signs(folder, name, method, value):
+    """Return (how many variants have the sign of the main result, how many were run)."""
+    sign = np.sign(dials.findings(dials.read(folder, name))[method][value][0])
+    others = [dials.read(folder, f"{name}--{variant}") for variant in dials.VARIANTS]
+    found = [dials.findings(other).get(method, {}).get(value) for other in others if other]
+    found = [one for one in found if one]
+    return sum(np.sign(one[0]) == sign for one in found), len(found)
+
+
+def words(folder, name, method, value, row):
+    """Return a difference with its interval and verdict, '+0.035 ±0.007 helps 6/6'.
+
+    row: the method's findings {value: (mean, low, high, verdict)}; '' if it lacks the value.
+    """
+    if value not in row:
+        return ""
+    mean, low, _, verdict = row[value]
+    same, number = signs(folder, name, method, value)
+    if number and verdict in ("helps", "hurts"):
+        verdict += f" {same}/{number}"
+    return f"{mean:+.3f} ±{mean - low:.3f} {verdict}"
+
+
+def table(folder, name):
+    """Return Markdown: the differences of a dial with their intervals and verdicts."""
+    result, dial = dials.read(folder, name), dials.DIALS[name]
+    truth = {
+        row["value"]: (row["base"], np.mean(row["ends"]["truth"]))
+        for row in result["cells"]
+        if row["method"] == "GRPO"
+    }
+    lines = [f"**{dial.title}** ({dial.axis}; {result['seeds'][1]} seeds)", ""]
+    lines.append("| | " + " | ".join(f"{value:g}" for value in truth) + " |")
+    lines.append("| --- |" + " --- |" * len(truth))
+    ends = " | ".join(f"{base:.3f} -> {end:.3f}" for base, end in truth.values())
+    lines.append(f"| GRPO | {ends} |")
+    for method, row in dials.findings(result).items():
+        cells = " | ".join(words(folder, name, method, value, row) for value in truth)
+        lines.append(f"| {method} | {cells} |")
+    return "\n".join(lines) + "\n"
+
+
+def front(folder):
+    """Return Markdown: the lines of README, with the first and the last value of each dial."""
+    lines = ["| method | the dial varies | at its first value | at its last value |"]
+    lines.append("| --- |" + " --- |" * 3)
+    for label, varied, name, method in FRONT:
+        result = dials.read(folder, name)
+        row = dials.findings(result).get(method) if result else None
+        if row:
+            ends = (f"{v:g}: {words(folder, name, method, v, row)}" for v in (min(row), max(row)))
+            lines.append(f"| {label} | {varied} | {' | '.join(ends)} |")
+    return "\n".join(lines) + "\n"
+
+
+def between(text, mark, new):
+    """Return a text with `new` between the markers <!-- mark --> and <!-- /mark -->."""
+    before, start, rest = text.partition(f"<!-- {mark} -->\n")
+    _, end, after = rest.partition(f"<!-- /{mark} -->")
+    assert start and end, f"no place for {mark}"
+    return before + start + new + end + after
+
+
+def pages(folder=dials.RESULTS):
+    """Return {path: text} of README.md and docs/dials.md with the tables of a folder's results."""
+    readme, page = ROOT / "README.md", ROOT / "docs/dials.md"
+    text = page.read_text(encoding="utf-8")
+    for paper in PAPERS:
+        names = [name for name in dials.DIALS if name.startswith(f"{paper}-")]
+        tables = [table(folder, name) for name in names if dials.read(folder, name)]
+        text = between(text, paper, "\n".join(tables))
+    front_page = between(readme.read_text(encoding="utf-8"), "dials", front(folder))
+    return {readme: front_page, page: text}
+
+
+def write():
+    """Write the tables of the committed results into the pages."""
+    for path, text in pages().items():
+        path.write_text(text, encoding="utf-8")
