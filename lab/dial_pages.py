@@ -12,11 +12,10 @@ from lab import dials
 ROOT = Path(__file__).resolve().parents[1]
 PAPERS = ("slas", "bpgo", "paced", "grpo")  # the beginnings of the dials' names, and sections
 FRONT = (  # the lines of README: method, what the dial varies, dial, name of the method there
-    ("SLAS, gamma 0", "random errors of the judge", "slas-chance", "gamma 0"),
     ("SLAS, gamma 2", "a preference of the judge, which is exploited", "slas-exploit", "gamma 2"),
-    ("BPGO", "score of vague prompts, from low to high", "bpgo-unsure", "RAS and CRT"),
-    ("Self-Paced, printed", "how flat the last stage is", "paced-floor", "v1 as printed"),
-    ("Self-Paced, 1 - Hoyer", "the same", "paced-floor", "v1, previous mean, 1 - Hoyer"),
+    ("BPGO", "score of ambiguous prompts, low to high", "bpgo-unsure", "RAS and CRT"),
+    ("Self-Paced GRPO", "how flat the last stage is at first", "paced-floor", "v1 as printed"),
+    ("with 1 - Hoyer's index", "the same", "paced-floor", "v1, previous mean, 1 - Hoyer"),
 )
 
 
@@ -64,15 +63,14 @@ def table(folder, name):
 
 def front(folder):
     """Return Markdown: the lines of README, with the first and the last value of each dial."""
-    lines = ["| method | the dial varies | at its first value | at its last value |"]
-    lines.append("| --- |" + " --- |" * 3)
+    lines = []
     for label, varied, name, method in FRONT:
         result = dials.read(folder, name)
         row = dials.findings(result).get(method) if result else None
         if row:
-            ends = (f"{v:g}: {words(folder, name, method, v, row)}" for v in (min(row), max(row)))
-            lines.append(f"| {label} | {varied} | {' | '.join(ends)} |")
-    return "\n".join(lines) + "\n"
+            ends = (f"{words(folder, name, method, v, row)} at {v:g}" for v in (min(row), max(row)))
+            lines.append(f"- {label} ({varied}): {', '.join(ends)}\n")
+    return "".join(lines)
 
 
 def between(text, mark, new):

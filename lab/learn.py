@@ -54,7 +54,7 @@ PACED = partial(dials.paced, gate="previous", saturation="one-minus-hoyer")
 PANELS = (  # title, world, method
     ("GRPO", judged, dials.grpo),
     ("SLAS, gamma 0.5", judged, dials.slas_by),
-    ("BPGO, sft prior", judged, partial(dials.bpgo_by, prior="sft")),
+    ("BPGO", judged, dials.bpgo_by),
     ("GRPO on the last stage", staged, dials.grpo),
     ("Self-Paced GRPO", staged, PACED),
 )
@@ -64,20 +64,21 @@ PANELS = (  # title, world, method
 
 
 def shown_prompts(world):
-    """Return N prompts [1, N, ...] with targets far from each other, every second one vague.
+    """Return N prompts [1, N, ...] with targets far from each other.
 
-    Targets and means of the base model are in the pictures.
+    Targets and means of the base model are in the pictures. Every second one of a Judge is vague.
     """
     z = torch.randn(1, 256, points.C, generator=points.drawn(BANK, "shown"))
     vague = torch.arange(256)[None] % 2
     every = points.prompts_of(world.world, z, vague.float())
     inside = torch.cat([every.target, every.mean], -1)[0].abs().amax(1) < 0.7 * LIMIT
     distances = torch.cdist(every.target[0], every.target[0])
-    chosen = [int(inside.nonzero()[0])]
+    chosen = [int((inside & (vague[0] == 0)).nonzero()[0])]
     while len(chosen) < N:
         other = inside & (vague[0] == len(chosen) % 2)
         chosen.append(int((distances[chosen].amin(0) * other).argmax()))
-    return points.prompts_of(world.world, z[:, chosen], vague[:, chosen].float())
+    vague = vague[:, chosen].float() * isinstance(world, Judge)
+    return points.prompts_of(world.world, z[:, chosen], vague)
 
 
 @torch.no_grad()
@@ -149,8 +150,9 @@ def draw_samples(axis, prompts, x):
     """
     for n, colour in enumerate(COLOURS):
         axis.scatter(*x[n].T, s=9, color=colour, alpha=0.55, lw=0)
-        face = "white" if prompts.vague[0, n] else colour
-        axis.scatter(*prompts.target[0, n], s=150, marker="*", color=face, edgecolor="black", lw=1)
+        vague = bool(prompts.vague[0, n])
+        face, edge = ("white", colour) if vague else (colour, "black")
+        axis.scatter(*prompts.target[0, n], s=150, marker="*", color=face, edgecolor=edge, lw=1)
 
 
 def draw_before_after(path, one):
@@ -206,7 +208,7 @@ def draw_advantages(path, panels):
                 axis.plot(*zip(point, target), color="#e4e4e4", lw=0.6, zorder=0)
             dots = axis.scatter(*group.T, c=values, cmap="RdBu", vmin=-2, vmax=2, s=34,
                                 edgecolor="#444444", lw=0.4)  # fmt: skip
-            face = "white" if vague and not isinstance(world, Stages) else "black"
+            face = "white" if vague else "black"
             axis.scatter(*target, s=120, marker="*", color=face, edgecolor="black", lw=0.8)
     axes[1, 2].axis("off")
     bar = drawn.colorbar(dots, ax=axes[1, 2], orientation="horizontal", location="top")
@@ -232,7 +234,7 @@ def draw_training(path, runs, every=4):
             curves.plot(range(0, at * every + 1, every), one.truth[: at + 1], lw=1.5, label=title)
         curves.set(xlim=(0, last), ylim=(0, 1))
         curves.set_title(f"mean score, step {at * every}", fontsize=9)
-        curves.legend(fontsize=6, frameon=False, loc="upper left")
+        curves.legend(fontsize=6, frameon=False, loc="lower right")
         curves.tick_params(labelsize=7)
         drawn.tight_layout()
         drawn.canvas.draw()

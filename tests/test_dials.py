@@ -18,7 +18,7 @@ import self_paced
 import slas
 from common import models, sde
 from common.prompts import prompts_of_step, read_prompts
-from lab import dials
+from lab import dial_pages, dials
 from lab.points import Judge, Ladder, Setting, base_rewards, draws, train
 from worlds import points
 
@@ -311,3 +311,32 @@ def test_a_method_of_your_own_gets_a_line(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "out/slas.png").stat().st_size > 10_000
     dials.main(args)
     assert "1/1" not in capsys.readouterr().out
+
+
+# --- Pages ---
+
+
+def test_the_pages_have_the_tables_of_the_committed_results():
+    for path, text in dial_pages.pages().items():
+        assert path.read_text(encoding="utf-8") == text, (
+            f"{path}: run python -m lab.dials --figures"
+        )
+
+
+def test_the_committed_results_are_those_of_the_declared_dials():
+    """Settings, worlds and seeds are today's, and no cell is there twice."""
+    paths = sorted(dials.RESULTS.glob("*.json"))
+    assert paths
+    for path in paths:
+        name, _, variant = path.stem.partition("--")
+        result = json.loads(path.read_text(encoding="utf-8"))
+        changes = dict(dials.VARIANTS.get(variant, {}))
+        if "steps" in changes:
+            changes["steps"] *= dials.DIALS[name].setting.steps
+        made = dials.made_by(name, dials.SEEDS, changes)
+        assert all(result[key] == made[key] for key in ("seeds", "settings", "world")), path
+        cells = [(row["value"], row["method"]) for row in result["cells"]]
+        assert len(set(cells)) == len(cells)
+        known = {"GRPO", *dials.DIALS[name].methods}
+        assert all(v in dials.DIALS[name].values and m in known for v, m in cells), path
+        assert json.loads(json.dumps(dials.findings(result))) == result["differences"], path
