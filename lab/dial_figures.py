@@ -72,7 +72,7 @@ def figure(path, names, results, methods=None, columns=3):
     for axis, name in zip(axes.flat, names):
         panel(axis, name, results[name], (methods or {}).get(name, ()))
     for row in axes:
-        row[0].set_ylabel("truth at the end, less GRPO's", fontsize=8)
+        row[0].set_ylabel("true score at the end, minus GRPO's", fontsize=8)
     drawn.tight_layout()
     drawn.savefig(path, dpi=120)
     plt.close(drawn)

@@ -19,32 +19,31 @@ FRONT = (  # the lines of README: method, what the dial varies, dial, name of th
 )
 
 
-def signs(folder, name, method, value):
-    """Return (how many variants have the sign of the main result, how many were run)."""
-    sign = np.sign(dials.findings(dials.read(folder, name))[method][value][0])
-    others = [dials.read(folder, f"{name}--{variant}") for variant in dials.VARIANTS]
-    found = [dials.findings(other).get(method, {}).get(value) for other in others if other]
-    found = [one for one in found if one]
-    return sum(np.sign(one[0]) == sign for one in found), len(found)
+def variants(folder, name):
+    """Return the findings of a dial's variants that were run."""
+    results = [dials.read(folder, f"{name}--{variant}") for variant in dials.VARIANTS]
+    return [dials.findings(result) for result in results if result]
 
 
-def words(folder, name, method, value, row):
+def words(method, value, found, others):
     """Return a difference with its interval and verdict, '+0.035 ±0.007 helps 6/6'.
 
-    row: the method's findings {value: (mean, low, high, verdict)}; '' if it lacks the value.
+    6/6: it has the same sign in six of six variants. found, others: findings of the dial and of its
+    variants. '' if the method was not trained at the value.
     """
-    if value not in row:
+    if value not in found.get(method, {}):
         return ""
-    mean, low, _, verdict = row[value]
-    same, number = signs(folder, name, method, value)
-    if number and verdict in ("helps", "hurts"):
-        verdict += f" {same}/{number}"
+    mean, low, _, verdict = found[method][value]
+    means = [other[method][value][0] for other in others if value in other.get(method, {})]
+    if means and verdict in ("helps", "hurts"):
+        verdict += f" {sum(one * mean > 0 for one in means)}/{len(means)}"
     return f"{mean:+.3f} ±{mean - low:.3f} {verdict}"
 
 
 def table(folder, name):
     """Return Markdown: the differences of a dial with their intervals and verdicts."""
     result, dial = dials.read(folder, name), dials.DIALS[name]
+    found, others = dials.findings(result), variants(folder, name)
     truth = {
         row["value"]: (row["base"], np.mean(row["ends"]["truth"]))
         for row in result["cells"]
@@ -55,8 +54,8 @@ def table(folder, name):
     lines.append("| --- |" + " --- |" * len(truth))
     ends = " | ".join(f"{base:.3f} -> {end:.3f}" for base, end in truth.values())
     lines.append(f"| GRPO | {ends} |")
-    for method, row in dials.findings(result).items():
-        cells = " | ".join(words(folder, name, method, value, row) for value in truth)
+    for method in found:
+        cells = " | ".join(words(method, value, found, others) for value in truth)
         lines.append(f"| {method} | {cells} |")
     return "\n".join(lines) + "\n"
 
@@ -66,9 +65,11 @@ def front(folder):
     lines = []
     for label, varied, name, method in FRONT:
         result = dials.read(folder, name)
-        row = dials.findings(result).get(method) if result else None
-        if row:
-            ends = (f"{words(folder, name, method, v, row)} at {v:g}" for v in (min(row), max(row)))
+        found = dials.findings(result) if result else {}
+        if method in found:
+            others = variants(folder, name)
+            places = (min(found[method]), max(found[method]))
+            ends = [f"{words(method, value, found, others)} at {value:g}" for value in places]
             lines.append(f"- {label} ({varied}): {', '.join(ends)}\n")
     return "".join(lines)
 

@@ -48,6 +48,7 @@ RATES = (0.002, 0.004, 0.008, 0.016)
 LOWEST, HIGHEST = 0.0005, 0.064  # rates at which a search ends
 SEARCH, FINAL, AGAIN = 1, 2, 3  # banks of worlds: of searches, of verdicts, of the A/A searches
 SEEDS, QUICK_SEEDS = (16, 64), (4, 12)  # of a search, of a verdict
+VARIANT_SEEDS = (8, 32)  # variants decide on the sign alone
 CLIP = 5.0  # --adv-clip-max
 
 
@@ -249,17 +250,17 @@ UNSURE = "score of vague prompts (low: the premise, high: its opposite)"
 
 DIALS = {
     "slas-chance": Dial(
-        "SLAS: random errors; half of the groups have nearly equal scores", ERROR, "noise",
+        "SLAS: random errors; half of the groups nearly equal", ERROR, "noise",
         (0, 0.025, 0.05, 0.1, 0.2, 0.4),
         {**SOME, "gamma auto": Method(slas_auto), **IDEAL, **A_A},
     ),
     "slas-exploit": Dial(
-        "SLAS: the judge prefers one direction, which can be exploited", LIKING, "noise",
+        "SLAS: the judge prefers one direction", LIKING, "noise",
         (0, 0.0125, 0.025, 0.05, 0.1),
         {**SOME, "gamma 2": GAMMAS["gamma 2"], **A_A}, fixed={"kind": "style"},
     ),
     "bpgo-unsure": Dial(
-        "BPGO: half of the prompts are vague, and all their samples score alike", UNSURE, "unsure",
+        "BPGO: samples of vague prompts score alike", UNSURE, "unsure",
         (0, 0.2, 0.4, 0.6, 0.9),
         {**PARTS, "RAS and CRT, sft prior": Method(partial(bpgo_by, prior="sft")), **A_A},
     ),
@@ -269,7 +270,7 @@ DIALS = {
         (0, 0.2, 0.3, 0.4, 0.5), {**PACED, **A_A}, world=Ladder, setting=LONG,
     ),
     "slas-signal": Dial(
-        "SLAS: how far the judge separates samples of half of the prompts",
+        "SLAS: how far the judge separates samples",
         "share of the truth in their scores (1: premise absent)", "signal",
         (1, 0.5, 0.25, 0.1, 0), SOME, fixed={"noise": 0.05},
     ),
@@ -278,11 +279,11 @@ DIALS = {
         (0, 0.5, 0.8), GAMMAS, fixed={"noise": 0.05, "signal": 0.0}, added=False,
     ),
     "bpgo-priors": Dial(
-        "BPGO: printed and released equations with four priors", UNSURE, "unsure", (0, 0.4, 0.9),
+        "BPGO: printed and released, with four priors", UNSURE, "unsure", (0, 0.4, 0.9),
         PRIORS, added=False,
     ),
     "bpgo-wrong-prior": Dial(
-        "BPGO: a constant prior that is wrong (vague prompts score low)",
+        "BPGO: a wrong constant prior, vague prompts score low",
         "prior minus the base model's mean reward", "prior_error", (-0.4, -0.2, 0, 0.2, 0.4),
         {
             "RAS": Method(partial(RAS, prior="constant")),
@@ -297,7 +298,7 @@ DIALS = {
         fixed={"unsure": 0.0, "noise": 0.02},
     ),
     "bpgo-bad-error": Dial(
-        "BPGO's CRT: the judge's errors are largest for bad samples",
+        "BPGO's CRT: errors are largest for bad samples",
         "additional error of the worst samples (0: none)", "noise_bad", (0, 0.1, 0.3, 0.6),
         {
             "CRT": Method(CRT), "CRT, beta 2": Method(partial(CRT, beta=2.0)),
@@ -310,16 +311,16 @@ DIALS = {
         added=False,
     ),
     "bpgo-second": Dial(
-        "BPGO: two right answers, of which the judge knows one", "distance between them",
+        "BPGO: two right answers, the judge knows one", "distance between them",
         "second", (0, 0.5, 1.0), PARTS, fixed={"unsure": 0.0},
     ),
     "paced-conflict": Dial(
-        "Self-Paced: the easy stages have another target (floor 0.4)",
-        "distance between the targets", "conflict",
+        "Self-Paced: the easy stages have another target",
+        "distance between the targets (floor 0.4)", "conflict",
         (0, 0.25, 0.5), {**PACED, **STAGES}, world=Ladder, fixed={"floor": 0.4}, setting=LONG,
     ),
     "paced-steps": Dial(
-        "Self-Paced: a head start or a better end (floor 0.4)", "training steps", "steps",
+        "Self-Paced: a head start or a better end", "training steps (floor 0.4)", "steps",
         (80, 160, 640),
         {name: PACED[name] for name in ("v1, previous mean, 1 - Hoyer", "equal weights")},
         world=Ladder, fixed={"floor": 0.4}, setting=LONG, added=False,
@@ -329,7 +330,7 @@ DIALS = {
         (4, 8, 16), {"gamma 0": GAMMAS["gamma 0"], **PARTS}, fixed={"unsure": 0.0, "noise": 0.1},
     ),
     "grpo-choices": Dial(
-        "GRPO: choices without a paper's claim, with the judge of slas-exploit", LIKING, "noise",
+        "GRPO: choices without a paper's claim", LIKING, "noise",
         (0, 0.1, 0.4),
         {
             "same noise": Method(grpo, {"same_noise": True}),
@@ -519,7 +520,8 @@ class Args:
     quick: bool = False
     """Few values, methods and seeds, into runs/dials-quick: a minute or two."""
     variants: bool = False
-    """Train the main cells of four dials instead, in six variants of sizes, sampler and budget."""
+    """Train the main cells of four dials instead, in six variants of sizes, sampler and budget,
+    with half of the seeds."""
     methods: tuple[str, ...] = ()
     """Files of your own methods, each with compute_advantages(reward [P, G], adv_clip_max) or with
     dial(rewards, known), as docs/dials.md explains. Results go to runs/dials."""
@@ -549,7 +551,7 @@ def plan(args, folder):
                 changes = {"steps": changes["steps"] * dial.setting.steps}
             file = f"{name}--{variant}" if variant else name
             done = read(folder, file)
-            made = made_by(name, QUICK_SEEDS if args.quick else SEEDS, changes)
+            made = made_by(name, seeds_of(args), changes)
             if done and any(done[key] != made[key] for key in ("seeds", "settings", "world")):
                 raise InputError(
                     f"{folder / file}.json: it was made with other settings. Remove it, or give "
@@ -562,6 +564,13 @@ def plan(args, folder):
                 if left:
                     jobs.append((file, name, value, left, changes))
     return jobs
+
+
+def seeds_of(args):
+    """Return the numbers of seeds (of a search, of a verdict)."""
+    if args.quick:
+        return QUICK_SEEDS
+    return VARIANT_SEEDS if args.variants else SEEDS
 
 
 def made_by(name, seeds, changes):
@@ -598,7 +607,7 @@ def main(args):
         for path in RESULTS.glob("*.json"):  # results of the other methods
             if not (folder / path.name).exists():
                 (folder / path.name).write_bytes(path.read_bytes())
-    seeds = QUICK_SEEDS if args.quick else SEEDS
+    seeds = seeds_of(args)
     jobs = [] if args.figures else plan(args, folder)
     begun, seconds = time.time(), 0.0
     context = multiprocessing.get_context("spawn")

@@ -138,3 +138,17 @@ def test_wrong_evaluations_are_refused(evaluated, tmp_path):
         regime.report(args_of(evaluated(few, 8), reward="x"))
     with pytest.raises(InputError, match="name the folder of an evaluation"):
         regime.report(args_of(tmp_path / "nothing"))
+
+
+def test_what_the_second_judge_keeps_falls_over_the_dial():
+    """Its references come from the committed results; 1 without a preference."""
+    kept = regime.references("kept", S)
+    values = sorted(kept)
+    assert len(values) >= 3 and values[0] == 0
+    assert kept[0] == pytest.approx(1, abs=0.1)
+    assert (np.diff([kept[value] for value in values]) < 0).all()
+
+
+def test_advice_names_the_methods_of_the_nearest_value():
+    said = regime.advice("kept", 0.09)
+    assert said.startswith("at 0.1: ") and "gamma 2 +0." in said and "again" not in said
