@@ -10,12 +10,23 @@ import numpy as np
 from lab import dials
 
 ROOT = Path(__file__).resolve().parents[1]
-PAPERS = ("slas", "bpgo", "paced", "grpo")  # the beginnings of the dials' names, and sections
+PAPERS = {  # the beginnings of the dials' names, and what their figures show
+    "slas": "SLAS: random errors, a preference that can be exploited, tight groups, gamma",
+    "bpgo": "BPGO: the score of vague prompts, priors, errors, alpha",
+    "paced": "Self-Paced GRPO: the floor of the last stage, conflicting stages, steps",
+    "grpo": "GRPO: larger groups, and choices without a paper's claim",
+}
+BY_ITS_TEXT = "v1, previous mean, 1 - Hoyer"
 FRONT = (  # the lines of README: method, what the dial varies, dial, name of the method there
     ("SLAS, gamma 2", "a preference of the judge, which is exploited", "slas-exploit", "gamma 2"),
     ("BPGO", "score of ambiguous prompts, low to high", "bpgo-unsure", "RAS and CRT"),
-    ("Self-Paced GRPO", "how flat the last stage is at first", "paced-floor", "v1 as printed"),
-    ("with 1 - Hoyer's index", "the same", "paced-floor", "v1, previous mean, 1 - Hoyer"),
+    (
+        "Self-Paced GRPO, v1 as printed",
+        "how flat the last stage is",
+        "paced-floor",
+        "v1 as printed",
+    ),
+    ("Self-Paced GRPO, v1 as its text says", "the same", "paced-floor", BY_ITS_TEXT),
 )
 
 
@@ -86,10 +97,12 @@ def pages(folder=dials.RESULTS):
     """Return {path: text} of README.md and docs/dials.md with the tables of a folder's results."""
     readme, page = ROOT / "README.md", ROOT / "docs/dials.md"
     text = page.read_text(encoding="utf-8")
-    for paper in PAPERS:
+    for paper, shown in PAPERS.items():
         names = [name for name in dials.DIALS if name.startswith(f"{paper}-")]
-        tables = [table(folder, name) for name in names if dials.read(folder, name)]
-        text = between(text, paper, "\n".join(tables))
+        parts = [table(folder, name) for name in names if dials.read(folder, name)]
+        if parts:
+            parts.insert(0, f"![{shown}](../lab/dial_results/{paper}.png)\n")
+        text = between(text, paper, "\n".join(parts))
     front_page = between(readme.read_text(encoding="utf-8"), "dials", front(folder))
     return {readme: front_page, page: text}
 
