@@ -89,7 +89,7 @@ def test_reading_survives_noise_and_other_colours():
 def test_what_is_no_letter_is_not_read_as_one():
     images = letters.render(["BREAD", "TEA", "LAMP"])
     images[0, :, 4:28, 16:32] = images[0, :, :1, :1]  # B EAD
-    images[1, :, 8:26:2, 17:31] = 0  # stripes over the E
+    images[1, :, 4:28, 16:32] = 0  # a block over the E
     images[2] = images[2, :, :1, :1]  # nothing at all
     words, quality = letters.read(images)
     assert words == ["BEAD", "T?A", ""]
@@ -168,10 +168,15 @@ def samples(pipe):
 
 
 def test_the_base_model_draws_every_letter_well(samples):
-    _, images = samples
+    prompts, images = samples
     assert images.shape == (128, 3, 32, 80)
     read, quality = letters.read(images)
-    assert quality.mean() > 0.9 and set(letters.ALPHABET) <= set("".join(read))
+    assert quality.mean() > 0.9
+    pairs = [
+        pair for word, prompt in zip(read, prompts) for pair in zip(word, prompt.split('"')[1])
+    ]
+    asked = {letter for _, letter in pairs}
+    assert len(asked) >= 17 and asked == {letter for letter, wanted in pairs if letter == wanted}
 
 
 @pytest.mark.parametrize("reward", ["ocr", "letters"])
