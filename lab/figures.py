@@ -30,16 +30,6 @@ OTHERS = (
     "#56B4E9",
     "#F0E442",
 )  # of a reader's methods, and of settings of one method
-ALONE = [  # of Self-Paced's stages
-    ({"only_stage": 1}, "the first alone", "#CC79A7"), ({"only_stage": 2}, "the second "
-                                                                           "alone", "#E69F00"),
-    ({"alpha": 0.0}, "all at once", "#56B4E9"),
-]  # fmt: skip
-VERDICTS = {
-    verdicts.HOLDS: "#0072B2", verdicts.FAILS: "#D55E00", verdicts.UNDECIDED: "#8C8C8C",
-    verdicts.FEW: "#CCCCCC"
-}  # fmt: skip
-FURTHEST = 4.0  # half intervals from 0 that a claim is drawn at
 STYLE = {
     "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
     "grid.color": "#E5E5E5", "grid.linewidth": 0.7, "axes.axisbelow": True, "axes.titlesize": 10,
@@ -57,12 +47,6 @@ def band(curves):
     mean, n = values.mean(0), len(values)
     half = np.array([verdicts.half_of_t(column) for column in values.T]) if n > 1 else 0 * mean
     return mean, mean - half, mean + half
-
-
-def in_common(settings):
-    """[{seed: run}] of several settings, with the seeds that all of those have that have any."""
-    seeds = set.intersection(*(set(runs) for runs in settings if runs)) if any(settings) else set()
-    return [{seed: run for seed, run in runs.items() if seed in seeds} for runs in settings]
 
 
 def draw_curve(axis, runs, name, label, colour, part="evaluations", style="-"):
@@ -122,9 +106,6 @@ def rewards(results, plt):
             label, colour = look(own, script)
             own += script not in METHODS
             draw_curve(axis, runs, name, label, colour)
-        for flags, label, colour in ALONE if task == "stages" else ():
-            runs = results.of(claims.setting("self_paced", model, task, **flags))
-            draw_curve(axis, runs, name, label, colour, style="--")
         axis.set_title(title)
         if axis.lines:
             axis.legend(fontsize=8)  # where no line is
@@ -152,26 +133,6 @@ def stages(results, plt):
     return figure
 
 
-def ablation(results, plt):
-    """RAS, CRT and both against GRPO (BPGO's figure 7)."""
-    figure, axes = plt.subplots(1, 3, figsize=(10, 3.3))
-    for axis, model in zip(axes, ("tiny-flux", "tiny-wan", "tiny-wan-i2v")):
-        lines = [("grpo_base", {}, "GRPO", GREY), ("bpgo", {"beta": 0.0}, "RAS alone", "#56B4E9"),
-                 ("bpgo", {"alpha": 0.0}, "CRT alone", "#CC79A7"),
-                 ("bpgo", {}, "both", "#D55E00")]  # fmt: skip
-        every = [
-            results.of(claims.setting(script, model, "doubtful", **flags))
-            for script, flags, _, _ in lines
-        ]
-        for (_, _, label, colour), runs in zip(lines, in_common(every)):
-            draw_curve(axis, runs, "truth", label, colour)
-        axis.set(title=model, xlabel="training step")
-        if axis.lines:
-            axis.legend(fontsize=8)
-    axes[0].set_ylabel("the verifier, held-out prompts")
-    return figure
-
-
 # --- One number a run ---
 
 
@@ -191,46 +152,6 @@ def dots(axis, place, values, colour, horizontal=False):
         capsize=2.5,
     )
     return mean
-
-
-def sweep(axis, results, places, title, xlabel):
-    """places [(x, Setting)]: the verifier at the end, over a flag; a line through those whose x is
-    a number of it."""
-    every = in_common([results.of(setting) for _, setting in places])
-    known = [
-        (x, [run["evaluations"]["truth"][-1] for run in runs.values()])
-        for (x, _), runs in zip(places, every)
-    ]
-    known = [(x, values) for x, values in known if values]
-    means = [
-        dots(axis, x, values, "#D55E00" if "alpha" in xlabel else "#0072B2") for x, values in known
-    ]
-    line = [(x, mean) for (x, _), mean in zip(known, means) if x <= 1]
-    if line:
-        axis.plot(*zip(*line), color="#AAAAAA", lw=1, zorder=0)
-    axis.set(title=title, xlabel=xlabel)
-
-
-def alphas(results, plt):
-    """The alpha curve (BPGO's table 3, of RAS alone) and SLAS's gamma."""
-    figure, axes = plt.subplots(1, 3, figsize=(10, 3.3))
-    for axis, model in zip(axes, ("tiny-flux", "tiny-wan")):
-        half = (0.5, claims.setting("bpgo", model, "doubtful", beta=0.0))
-        others = [
-            (a, claims.setting("bpgo", model, "doubtful", beta=0.0, alpha=a))
-            for a in (0.1, 0.7, 0.9)
-        ]
-        places = sorted([half, *others], key=lambda place: place[0])
-        sweep(axis, results, places, f"{model}: RAS alone", "alpha")
-    gammas = [(0.0, 0.0), (0.25, 0.25), (0.5, None), (1.0, 1.0), (1.35, "auto")]
-    places = [
-        (x, claims.setting("slas", "tiny-flux", "proxy", **({} if g is None else {"gamma": g})))
-        for x, g in gammas
-    ]
-    sweep(axes[2], results, places, "tiny-flux: SLAS on the proxy", "gamma")
-    axes[2].set_xticks([x for x, _ in gammas], ["0", "0.25", "0.5", "1", "auto"])
-    axes[0].set_ylabel("the verifier, last evaluation")
-    return figure
 
 
 def hacking(results, plt):
@@ -282,74 +203,6 @@ def kinds(results, plt):
     return figure
 
 
-def forest(results, plt):
-    """A line for each claim, a column for each model: the difference in units of half its interval,
-    so that lengths do not compare but distances from 0 do, the difference beside it, above 0 in the
-    claim's favour, and the verdict's colour."""
-    found = [one for one in verdicts.findings(results) if one.seeds and math.isfinite(one.low)]
-    if not found:
-        return plt.figure()
-    places = {
-        text: -place
-        for place, text in enumerate(dict.fromkeys((o.claim.paper, o.claim.text) for o in found))
-    }
-    figure, axes = plt.subplots(
-        1, 4, figsize=(10.5, 0.2 * max(4, len(places)) + 0.9), sharex=True, sharey=True
-    )
-    columns = dict(zip(claims.SIZE, axes))
-    for one in found:
-        unit, sign = (one.high - one.low) / 2 or 1.0, -1 if one.claim.lower else 1
-        axis, place, colour = (
-            columns[one.claim.ours.model],
-            places[one.claim.paper, one.claim.text],
-            VERDICTS[one.verdict],
-        )
-        low, middle, high = (sign * value / unit for value in (one.low, one.difference, one.high))
-        inwards = max(-FURTHEST, min(FURTHEST, middle)) - middle
-        axis.plot(
-            [low + inwards, high + inwards],
-            [place, place],
-            color=colour,
-            lw=3,
-            solid_capstyle="round",
-        )
-        axis.plot([middle + inwards], [place], "o", color="white", mec=colour, ms=4.5)
-        axis.text(
-            FURTHEST + 1.4,
-            place,
-            f"{sign * one.difference:+.3f}",
-            fontsize=6.5,
-            va="center",
-            color=colour,
-        )
-    for model, axis in columns.items():
-        axis.axvline(0, color="#333333", lw=0.9)
-        axis.set(
-            title=model,
-            xlim=(-FURTHEST - 1.4, FURTHEST + 3.6),
-            ylim=(-max(len(places), 1) + 0.3, 0.7),
-        )
-        axis.set_xticks((-2.5, 2.5), ["against", "for it"], fontsize=8)
-        axis.grid(axis="x", visible=False)
-        axis.tick_params(length=0)
-    axes[0].set_yticks(
-        list(places.values()), [f"{text}   {paper}" for paper, text in places], fontsize=7.5
-    )
-    said = {one.verdict for one in found}
-    handles = [
-        plt.Line2D([], [], color=colour, lw=3, label=v)
-        for v, colour in VERDICTS.items()
-        if v in said
-    ]
-    figure.legend(handles=handles, loc="lower right", bbox_to_anchor=(1, 1), ncols=4, fontsize=8)
-    units = (
-        "bars: 95% intervals, each in units of its own half; numbers: differences in the claim's "
-        "favour"
-    )
-    figure.text(0.01, 1.008, units, fontsize=8, color="#555555")
-    return figure
-
-
 # --- Samples ---
 
 
@@ -394,12 +247,9 @@ def folded(caption, width):
 
 
 DRAWN = {
-    "claims": forest,
     "rewards": rewards,
     "proxy_verifier": hacking,
     "stage_weights": stages,
-    "ablation": ablation,
-    "alpha_gamma": alphas,
     "kinds": kinds,
     "samples_proxy": lambda results, plt: samples(
         results, plt, "tiny-flux", "proxy", ("grpo_base", "slas")

@@ -1,12 +1,12 @@
 """The laptop study: do the papers' claims hold where everything is exact? Trains what lab/claims.py
 asks for.
 
-    python -m lab.study                          # all: about 7.5 hours on two cores; continues
+    python -m lab.study                          # all: about 6.5 hours on two cores; continues
                                                  # after a kill
     python -m lab.study --quick                  # every figure from fewer seeds and steps:
                                                  # twenty minutes
     python -m lab.study --plan                   # the runs, and how long they take
-    python -m lab.study --only alpha bpgo        # claims with these prefixes (KEY:MODEL)
+    python -m lab.study --only transfer          # claims with these prefixes (KEY:MODEL)
     python -m lab.study --methods my_method.py   # adds your method, with the same flags and seeds
     python -m lab.study --figures                # no runs: table and figures from the JSON files
 
@@ -143,7 +143,7 @@ def chosen(args):
 
 def searches(args, results):
     """Those that the claims take their settings from."""
-    named = {setting.searched for claim in chosen(args) for setting in claim.settings}
+    named = {setting.searched for claim in chosen(args) for setting in claim.settings} - {None}
     named |= {("grpo_base", *pair) for pair in claims.SIDE_BY_SIDE if args.methods}
     for searched in claims.SEARCHED if results.searched else ():
         if searched in named:
@@ -206,6 +206,8 @@ def seconds(settings):
         return PROBE_SECONDS[settings["script"]]
     every = {**models.settings(settings["model"]), **settings}
     start, evaluation, sampled, updated = SECONDS[settings["model"]]
+    if settings.get("eval_prompts") == claims.HELD_OUT:
+        evaluation *= claims.EVALUATION_NOISES
     samples = every["prompts_per_step"] * every["group_size"]
     noisy = every.get("sde_window") or every.get("sde_steps") or every["sampling_steps"] - 1
     trained = max(1, round(every["timestep_fraction"] * noisy)) * (

@@ -77,7 +77,7 @@ class Results:
     def settings(self, setting):
         """All settings of a claims.Setting; None where its search is not done yet."""
         tuned = {}
-        if self.searched and not setting.script.startswith("probe:"):
+        if self.searched and setting.searched and not setting.script.startswith("probe:"):
             tuned = self.tuned(*setting.searched)
         return None if tuned is None else self.shrink(setting.settings(tuned))
 

@@ -22,6 +22,7 @@ from worlds.scene import ANY
 from worlds.verifier import Verifier
 
 UNSURE = 0.3  # a score below most of the truth's
+FLOOR = 0.95  # the verifier's score up to which Flat is 0
 VAGUE = 0.5  # the open share from which a caption counts as vague
 
 
@@ -107,6 +108,32 @@ class Biased(Faulty, Verifier):
 
     liking = 0.1
     range = (0.0, 1.1)
+
+
+class Unsure(Verifier):
+    """Reward: a judge that cannot judge vague captions. It gives them a tenth of the verifier's
+    score, and every sample an error of .15: the premises of SLAS and of BPGO."""
+
+    scale = 0.2
+    range = (None, None)
+
+    def score(self, media, prompts):
+        """media [b, ...] in [0, 1], prompts b strings -> [b] float32"""
+        score = super().score(media, prompts)
+        vague = score.new_tensor([float(is_vague(prompt)) for prompt in prompts])
+        error = score.new_tensor([own_error(*pair) for pair in zip(media, prompts)])
+        return (1 - 0.9 * vague) * score + 0.15 * error
+
+
+class Flat(Verifier):
+    """Reward: what the verifier has above FLOOR, on [0, 1]. It is 0 for most samples of the base
+    model, so GRPO learns nothing from most groups."""
+
+    scale = 0.05
+
+    def score(self, media, prompts):
+        """media [b, ...] in [0, 1], prompts b strings -> [b] float32"""
+        return ((super().score(media, prompts) - FLOOR) / (1 - FLOOR)).clamp(min=0)
 
 
 class Vague(Verifier):

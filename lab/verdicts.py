@@ -25,25 +25,15 @@ FEW, NONE = "too few seeds", "no runs yet"
 # no bootstrap reaches beyond its smallest and largest number: of four these hold the mean in 88% of
 # cases
 ENOUGH = 5
-PICTURES = {  # of lab/figures.py, by the paper under whose table they stand
-    "SLAS": {
-        "rewards": "held-out rewards over the steps",
-        "proxy_verifier": "the proxy against the verifier",
-        "alpha_gamma": "over alpha and over gamma",
-        "samples_proxy": "samples before, after GRPO and after SLAS on the proxy",
-    },
-    "BPGO": {
-        "ablation": "RAS, CRT and both",
-        "samples_doubtful": "samples before, after GRPO and after BPGO under a doubtful reward",
-        "samples_clips": "the same of clips",
-    },
-    "Self-Paced": {
-        "stage_weights": "weights of the stages",
-        "kinds": "the coefficient of variation over clusters",
-    },
+PICTURES = {  # of lab/figures.py
+    "rewards": "held-out rewards over the steps",
+    "proxy_verifier": "the proxy against the verifier",
+    "samples_proxy": "samples before, after GRPO and after SLAS on the proxy",
+    "samples_doubtful": "samples before, after GRPO and after BPGO under a doubtful reward",
+    "samples_clips": "the same of clips",
+    "stage_weights": "weights of the stages",
+    "kinds": "the coefficient of variation over clusters",
 }
-# Five seeds without any difference are decided in 1 of 13 cases: 1 / (1 - 0.921).
-BY_CHANCE = 1 / 13
 
 
 def interval(differences, draws=DRAWS):
@@ -95,13 +85,14 @@ def found(claim, runs_of):
     ]  # nobody stops where it looks well
     if not seeds:
         return Finding(claim, [], None, None, [], -math.inf, math.inf, NONE)
-    ours = [claim.measure.of(runs[0][seed]) for seed in seeds]
     than = claim.than or claim.measure
-    others = (
-        [sum(than.of(run[seed]) for run in runs[1:]) / len(runs[1:]) for seed in seeds]
-        if claim.others
-        else None
-    )
+    number = 1 + len(claim.others)
+    mine, theirs = [runs[0]], runs[1:number]  # settings whose mean is compared
+    mine, theirs = mine + runs[number::2], theirs + runs[number + 1 :: 2]
+    ours = [sum(claim.measure.of(run[seed]) for run in mine) / len(mine) for seed in seeds]
+    others = None
+    if theirs:
+        others = [sum(than.of(run[seed]) for run in theirs) / len(theirs) for seed in seeds]
     differences = [a - b for a, b in zip(ours, others or [0.0] * len(ours))]
     low, high = interval(differences)
     means = [values and sum(values) / len(values) for values in (ours, others)]
@@ -120,8 +111,7 @@ def findings(results):
 def table(results):
     """Results -> Markdown: a table for each paper, remarks under it, and the methods side by
     side."""
-    every = findings(results)
-    parts = [pictures({"claims": "every claim with its interval"}), decided(every), spread(every)]
+    every, parts = findings(results), []
     for paper in dict.fromkeys(claim.paper for claim in claims.CLAIMS):
         own = [finding for finding in every if finding.claim.paper == paper]
         head = (
@@ -135,61 +125,23 @@ def table(results):
             "difference, 95%",
             "verdict",
         )
-        parts += [
-            f"### {paper}",
-            markdown(head, map(row, own)),
-            remarks(own),
-            pictures(PICTURES.get(paper, {})),
-        ]
+        parts += [f"### {paper}", markdown(head, map(row, own)), remarks(own)]
     parts += [
+        "### Withdrawn",
+        withdrawn(),
         "### Methods side by side",
         side_by_side(results),
+        pictures(PICTURES),
         "### The search",
         searches(results),
     ]
     return "\n\n".join(part for part in parts if part)
 
 
-def spread(every):
-    """How far apart two settings have to be for so many seeds to tell, as a sentence; from what the
-    runs say."""
-    ends = [
-        one
-        for one in every
-        if one.claim.measure.words == claims.end("truth").words and one.others is not None
-    ]
-    stds = sorted(float(np.std(one.differences, ddof=1)) for one in ends if len(one.seeds) > 2)
-    if not stds:
-        return ""
-    middle = float(np.median(stds))
-    numbers = (claims.SEEDS, claims.MAIN_SEEDS)
-    needed = {n: students_t(n - 1) * middle / math.sqrt(n) for n in numbers}
-    found = [f"a difference of {difference:.3f} by {n} seeds" for n, difference in needed.items()]
-    return (
-        "Paired by seed, differences of the verifier's last evaluation have a standard "
-        f"deviation of {middle:.3f} (the "
-        f"median of {len(stds)} comparisons; {stds[0]:.3f} to {stds[-1]:.3f}): half of the time "
-        f"{' and '.join(found)} "
-        "is found."
-    )
-
-
-def decided(every):
-    """How many verdicts there are, and how many chance alone would give, as a sentence."""
-    told = [one.verdict for one in every if len(one.seeds) >= ENOUGH]
-    if not told:
-        return ""
-    clear = [one for one in every if one.verdict in (HOLDS, FAILS)]
-    close = sum(abs(one.difference) < half_of_t(one.differences) for one in clear)
-    counts = ", ".join(f"{told.count(word)} *{word}*" for word in (HOLDS, FAILS, UNDECIDED))
-    return (
-        f"{len(told)} of {len(every)} comparisons have enough seeds: {counts}. Of as many "
-        f"without any difference chance alone would decide about {len(told) * BY_CHANCE:.0f}; "
-        "nothing is corrected for that. Student's t, wider for "
-        f"so few seeds, would leave {close} of the {len(clear)} decided open. Those of one pair "
-        "of settings are one "
-        "experiment seen from several sides."
-    )
+def withdrawn():
+    """Return the table of the withdrawn verdicts, with the reasons."""
+    lines = [(text, name.split(":")[1], why) for name, (text, why) in claims.WITHDRAWN.items()]
+    return markdown(("claim", "model", "why it no longer counts"), lines)
 
 
 def row(finding):
