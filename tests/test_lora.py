@@ -343,6 +343,15 @@ def test_the_sft_prior_is_the_reward_of_the_model_with_the_lora(train, lora_run,
     assert priors[0].keys() == priors[1].keys() and priors[0] != priors[1]
 
 
+def test_equal_loras_are_equal_files(tmp_path):
+    path = tmp_path / "lora.safetensors"
+    written = set()
+    for _ in range(16):
+        lora_file.writer(8.0)({"a.lora_A.weight": torch.ones(2, 3)}, path)
+        written.add(path.read_bytes())
+    assert len(written) == 1
+
+
 def test_a_checkpoint_is_evaluated_without_the_file_it_began_from(train, lora_run, tmp_path):
     tensors = load_file(lora_run / "export/pytorch_lora_weights.safetensors")
     fewer = {key: value for key, value in tensors.items() if ".to_q." in key}

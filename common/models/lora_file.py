@@ -24,7 +24,9 @@ def writer(alpha: float) -> Callable[[dict[str, torch.Tensor], str], None]:
     from safetensors.torch import save_file
 
     def save(weights: dict[str, torch.Tensor], path: str) -> None:
-        save_file(weights, path, metadata={"format": "pt", ALPHA: str(alpha)})
+        # A single entry: safetensors writes several in a random order, and the files of equal
+        # weights would differ.
+        save_file(weights, path, metadata={ALPHA: str(alpha)})
 
     return save
 
