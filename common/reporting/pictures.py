@@ -76,11 +76,12 @@ def save_grid(
 
     plt = pyplot()
     lines = math.ceil(len(images) / columns)
-    wide = max(1.0, images.shape[3] / images.shape[2])  # several images side by side
+    ratio = images.shape[-1] / images.shape[-2]
+    width = 2.4 * max(1.0, ratio / 1.5)  # inches; signs and images side by side get more
     figure, axes = plt.subplots(
         lines,
         columns,
-        figsize=(2.4 * columns * wide, 2.9 * lines),
+        figsize=(width * columns, (width / ratio + 0.5) * lines),
         squeeze=False,
         gridspec_kw={"hspace": 0.35},
     )

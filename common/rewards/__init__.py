@@ -23,7 +23,7 @@ and optionally
     image           False: scores clips only
     elsewhere       True: another machine computes the scores while sampling continues
     check(prompts)  raises ValueError for a prompt that it cannot score
-    read_text(media)  the text in each of media [b, C, H, W], b strings, for the run's pictures
+    text_in(media)  the text in each of media [b, C, H, W], b strings, for the run's pictures
     load(source, batch)  loads its weights (weights.Source), `batch` samples a forward pass
 
 README.md in this folder lists the use, the size and the licence of each reward.

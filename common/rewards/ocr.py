@@ -186,7 +186,7 @@ class Ocr:
             ) from None
         self.reader = Reader(batch, source.given)
 
-    def read_text(self, media: torch.Tensor) -> list[str]:
+    def text_in(self, media: torch.Tensor) -> list[str]:
         """Return the text that is read in each of media [b, 3, H, W] in [0, 1]."""
         return self.reader.read(media)
 

@@ -187,8 +187,8 @@ class Rewards:
 
         Empty for clips, and without such a scorer.
         """
-        readers = [scorer for scorer in self.scorers.values() if hasattr(scorer, "read_text")]
-        return readers[0].read_text(media) if readers and media.ndim == 4 else []
+        readers = [scorer for scorer in self.scorers.values() if hasattr(scorer, "text_in")]
+        return readers[0].text_in(media) if readers and media.ndim == 4 else []
 
     # --- What is trained on ---
 
