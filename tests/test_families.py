@@ -630,7 +630,7 @@ def test_pipelines_of_other_classes_are_one_clear_line(tmp_path, picture):
     )
     with pytest.raises(
         InputError,
-        match="StableDiffusionXLPipeline. Supported are FluxPipeline, StableDiffusionPipel",
+        match="StableDiffusionXLPipeline. Supported are FluxPipeline, FluxKontextPipeline, Sta",
     ):
         models.load(str(folder), torch.float32)
 
