@@ -1,8 +1,8 @@
-"""Draw README's pictures from a finished run on an embedded model: docs/before_after.png and
-docs/reward.png.
+"""Draw README's pictures from a finished run on an embedded model: docs/letters_before_after.png,
+and docs/reward.png of bash run.sh.
 
+    python -m lab.before_after runs/grpo_base-tiny-letters-1 --prefix letters_ --columns 6
     python -m lab.before_after runs/bpgo-tiny-flux-1
-    python -m lab.before_after runs/bpgo-tiny-wan-1 --prefix wan_
 """
 
 import shutil
@@ -45,9 +45,11 @@ def main(args):
     prompts = read_prompts(settings.eval_prompts)[: args.columns]
     rewards = Rewards(settings, prompts)
     model = models.load(settings.model, torch.float32, prompts, **settings.model_settings())
-    height = 14.0 if model.video else 4.0
+    ratio = model.width / model.height
+    width = 1.5 * max(1.0, ratio / 1.5)  # inches; signs get more
+    height = 14.0 if model.video else 2 * (width / ratio + 0.5)
     plt = pyplot()
-    figure, axes = plt.subplots(2, args.columns, figsize=(1.5 * args.columns, height))
+    figure, axes = plt.subplots(2, args.columns, figsize=(width * args.columns, height))
     draw(axes[0], "before", model, settings=settings, rewards=rewards, prompts=prompts)
     for axis, prompt in zip(axes[0], prompts):
         axis.set_title(in_lines(caption_of(prompt)), fontsize=8)
