@@ -185,7 +185,7 @@ def test_the_base_model_misspells_with_a_wide_spread(samples, reward):
         pytest.importorskip("rapidocr")
     prompts, images = samples
     score = table.load([reward], prompts)[reward].score(images, prompts)
-    assert 0.5 <= score.mean() <= 0.75  # .65 with AVX-512's rounding: most letters, few words
+    assert 0.55 <= score.mean() <= 0.67
     assert score.view(2, -1).std(0, unbiased=False).mean() >= 0.08  # of two samples each
 
 

@@ -17,10 +17,11 @@ import grpo_base
 from common import sde
 from common.args import defaults
 from common.memory import MemoryPlan
-from common.models.flux import Flux
+from common.models.flux import Flux, FluxKontext
 from common.models.flux2 import Flux2Klein
 from common.models.hunyuan import HunyuanVideo
 from common.models.qwen import QwenImage
+from common.models.qwen_edit import QwenImageEdit
 from common.models.sd import StableDiffusion
 from common.models.sd3 import StableDiffusion3
 from common.models.wan import Wan
@@ -29,10 +30,12 @@ from common.trainer import Latents, MicroBatch, compiling
 IMAGE = dict(height=32, width=32)
 FAMILIES = {
     "flux": (pipelines.flux, Flux, IMAGE),
+    "kontext": (pipelines.kontext, FluxKontext, IMAGE),
     "flux2": (pipelines.flux2, Flux2Klein, IMAGE),
     "sd": (pipelines.sd, StableDiffusion, dict(height=64, width=64)),
     "sd3": (pipelines.sd3, StableDiffusion3, IMAGE),
     "qwen": (pipelines.qwen, QwenImage, IMAGE),
+    "qwen-edit": (pipelines.qwen_edit, QwenImageEdit, IMAGE),
     "wan": (pipelines.wan, Wan, dict(**IMAGE, frames=5)),
     "hunyuan": (pipelines.hunyuan, HunyuanVideo, dict(**IMAGE, frames=5)),
 }

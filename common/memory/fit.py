@@ -123,7 +123,7 @@ def outline(args: Args, dtype: torch.dtype) -> Family | None:
     model = models.outline(args.model, dtype, SMALL, **args.model_settings())
     if model is None:
         return None
-    if model.most_images > 1:
+    if model.images > 1:
         model.sources = len(images_of(read_prompts(args.prompts)[0]))
     for module in model.trainable.values():
         module.requires_grad_(not args.lora_rank)

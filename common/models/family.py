@@ -57,8 +57,7 @@ class Family:
     video = False  # whether samples are clips
     vae_dtype = None  # dtype of the VAE if it differs from the other components'
     left_out = ()  # components that a folder may lack although the pipeline's signature has them
-    images = False  # whether each prompt comes with a conditioning image
-    most_images = 1  # that a prompt may come with
+    images = 0  # how many a prompt comes with, at most
     sources = 1  # images of each prompt, for counting memory
     negative = False  # whether guidance is classifier-free, against the empty prompt
 
@@ -123,7 +122,7 @@ class Family:
     @classmethod
     def check(cls, prompts: Sequence[str]) -> None:
         """Raise InputError for the first prompt that this family cannot take."""
-        pictures.check(prompts, cls.most_images if cls.images else 0)
+        pictures.check(prompts, cls.images)
 
     @property
     def device(self) -> torch.device:

@@ -129,7 +129,7 @@ class FluxKontext(Flux):
     """
 
     pipeline = FluxKontextPipeline
-    images = True
+    images = 1
 
     def embed(self, prompt: str) -> dict[str, torch.Tensor]:
         """Return what Flux.embed does, and {"references": [L, C]}."""
@@ -144,7 +144,9 @@ class FluxKontext(Flux):
     def positions(self, device: torch.device) -> torch.Tensor:
         """Return the position of each token and each reference, [2 L, 3] float32."""
         own = super().positions(device)
-        return torch.cat([own, own + torch.tensor([1.0, 0.0, 0.0], device=device)])
+        marked = own.clone()
+        marked[:, 0] = 1.0
+        return torch.cat([own, marked])
 
     def velocity(
         self, x: torch.Tensor, sigma: float | torch.Tensor, cond: dict[str, torch.Tensor]

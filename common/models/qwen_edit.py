@@ -28,8 +28,7 @@ class QwenImageEdit(QwenImage):
     """
 
     pipeline = QwenImageEditPlusPipeline
-    images = True
-    most_images = 3  # as the models were trained
+    images = 3  # as the models were trained
     longest = 1024  # tokens of a prompt with its images, the pipeline's default
     seen_area = CONDITION_IMAGE_SIZE  # pixels of an image as the language model sees it
     reference_area = VAE_IMAGE_SIZE  # pixels of an image as the VAE sees it
@@ -56,7 +55,7 @@ class QwenImageEdit(QwenImage):
         every, wrong = CUDNN_NAN
         rows, columns = self.reference_grid
         tokens = self.noise_shape[0] + self.longest
-        images = range(1, self.most_images + 1)
+        images = range(1, self.images + 1)
         return all((tokens + number * rows * columns) % every != wrong for number in images)
 
     def embed(self, prompt: str) -> dict[str, torch.Tensor]:

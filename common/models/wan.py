@@ -162,7 +162,7 @@ class WanImageToVideo(Wan):
 
     pipeline = WanImageToVideoPipeline
     encoders = ("text_encoder", "image_encoder")
-    images = True
+    images = 1
 
     def embed(self, prompt: str) -> dict[str, torch.Tensor]:
         """Return {"encoder_hidden_states": [S, D], "still": [4 + C, F', h, w]}.

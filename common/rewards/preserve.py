@@ -15,7 +15,7 @@ class Preserve:
     The model is that of `clip` (OpenAI's ViT-L/14, with the weights of the reward `clip`, also
     those of `--reward-path clip=...`). A copy of the source scores 1, so add a reward for the
     instruction, or watch it. With several images it is the most similar one. The scale is an
-    estimate. Tests compare it with open_clip's model (tests/test_rewards_edit.py).
+    estimate. Tests compare it with open_clip's model (tests/test_editing.py).
     """
 
     video = False

@@ -102,7 +102,7 @@ def _prompts(spec: str) -> dict[str, str]:
 def _row(prompt: str) -> str:
     """Return a prompt as text, with names and sizes of its images in the place of their paths."""
     images = []
-    for image in images_of(prompt) or [""]:
+    for image in images_of(prompt) or [""]:  # "": as older runs hashed a prompt without an image
         size = os.path.getsize(image) if image and os.path.exists(image) else 0
         images += [Path(image).name, size]
     return json.dumps([caption_of(prompt), fields_of(prompt), *images], default=str)

@@ -4,6 +4,7 @@ import html
 import json
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ class Log:
         media: torch.Tensor,
         prompts: list[str],
         rewards: torch.Tensor,
-        words: list[str] = (),
+        words: Sequence[str] = (),
     ) -> None:
         """Save the first 16 samples with their prompts and rewards [n], and draw the curves anew.
 
